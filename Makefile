@@ -1,0 +1,40 @@
+# make demo   the whole pipeline on generated videos, then its report
+# make test   the tests
+# make lint   ruff and mypy
+# Each sets up .venv first, once; afterwards only when pyproject.toml changes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO_OUT ?= runs/demo
+
+.PHONY: demo test test-slow lint format clean
+
+demo: $(INSTALLED)
+	$(BIN)/s4v demo --out $(DEMO_OUT)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest tests -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest tests -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p $(VENV)/types && ln -sfn "$(CURDIR)" $(VENV)/types/s4v
+	MYPYPATH=$(VENV)/types $(BIN)/mypy --cache-dir $(VENV)/mypy-cache -p s4v
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 11) else "s4v needs Python 3.11 or newer, $(PYTHON) is " + v + "; try: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build s4v.egg-info
