@@ -1,0 +1,144 @@
+"""Patch tokens to codes and back, on whatever array library the tokens live in.
+
+    code  = round(((patch - mean) @ basis.T) / scale)      encode, then cast to the store's dtype
+    patch = mean + (code * scale) @ basis                  decode
+
+A part that is absent is the identity. Layers are encoded and decoded one by one, so that no batch of full-width
+tokens for all layers ever exists at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from ..errors import ConfigError, EnvironmentFailedError
+from .layout import PATCH_DTYPES, PatchDtype
+
+# -128 is the fill value of int8 stores: a code never takes it.
+INT8_LIMIT = 127
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codec:
+    """How a store's patch tokens are coded.
+
+    Args:
+        dtype: Type of the codes.
+        mean: (L, D) float32, subtracted first, or None.
+        basis: (L, K, D) float32 with orthonormal rows, projects D channels to K, or None for K = D.
+        scale: (L, K) float32, one int8 step per layer and channel, or None for float codes.
+    """
+
+    dtype: PatchDtype
+    mean: Any = None
+    basis: Any = None
+    scale: Any = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in PATCH_DTYPES:
+            raise ConfigError(f"a codec's dtype is one of {', '.join(PATCH_DTYPES)}; found {self.dtype!r}")
+        if (self.dtype == "int8") != (self.scale is not None):
+            raise ConfigError(f"int8 codes, and no others, have a scale; found dtype {self.dtype}, scale {self.scale}")
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The arrays that this codec has, by name."""
+        named = {"mean": self.mean, "basis": self.basis, "scale": self.scale}
+        return {name: array for name, array in named.items() if array is not None}
+
+    @property
+    def sha256(self) -> str:
+        """Hash of dtype and arrays (numpy): two stores merge only when theirs agree."""
+        digest = hashlib.sha256(self.dtype.encode())
+        for name, array in sorted(self.parts.items()):
+            digest.update(f"{name}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array, dtype="<f4").tobytes())
+        return digest.hexdigest()
+
+    def map_parts(self, convert: Callable[[Any], Any]) -> Codec:
+        """The same codec with each array converted, say to another library or device."""
+        return replace(self, **{name: convert(array) for name, array in self.parts.items()})
+
+    def encode(self, tokens: Any, layer: int) -> Any:
+        """Code the patch tokens of one layer.
+
+        Args:
+            tokens: (..., N, D) floats, on the device and of the library of this codec's arrays.
+            layer: Place of the layer on the axis L (not the backbone's block number).
+
+        Returns:
+            (..., N, K) of this codec's dtype. A float16 code may overflow to infinity: see `check_finite`.
+        """
+        xp = array_api_compat.array_namespace(tokens)
+        dtype = getattr(xp, self.dtype)
+        if not self.parts:
+            return xp.astype(tokens, dtype)
+        values = xp.astype(tokens, xp.float32)
+        if self.mean is not None:
+            values = values - self.mean[layer]
+        if self.basis is not None:
+            values = values @ self.basis[layer].T
+        if self.scale is not None:
+            values = xp.clip(xp.round(values / self.scale[layer]), -INT8_LIMIT, INT8_LIMIT)
+        return xp.astype(values, dtype)
+
+    def decode(self, codes: Any, layer: int) -> Any:
+        """Patch tokens of one layer from their codes.
+
+        Args:
+            codes: (..., N, K).
+            layer: Place of the layer on the axis L.
+
+        Returns:
+            (..., N, D) float32.
+        """
+        xp = array_api_compat.array_namespace(codes)
+        values = xp.astype(codes, xp.float32)
+        if self.scale is not None:
+            values = values * self.scale[layer]
+        if self.basis is not None:
+            values = values @ self.basis[layer]
+        if self.mean is not None:
+            values = values + self.mean[layer]
+        return values
+
+
+def fit_absmax_scale(absmax: np.ndarray) -> np.ndarray:
+    """The int8 step per layer and channel that maps the largest absolute value seen to 127.
+
+    Values beyond it (in videos that the sample did not hold) are clipped. No percentile: giant ViTs have a few
+    enormous tokens and channels, and clipping those makes them wrong by more than their own size.
+
+    Args:
+        absmax: (L, K) largest absolute value of each channel in the calibration sample.
+
+    Returns:
+        (L, K) float32, positive; 1 where the channel was zero throughout.
+    """
+    scale = np.asarray(absmax, dtype=np.float32) / INT8_LIMIT
+    return np.where(scale > 0, scale, np.float32(1))
+
+
+def check_finite(codes: Any, tokens: Any, block: int) -> None:
+    """Stop when a layer's tokens or its codes hold NaN or infinity.
+
+    Raises:
+        EnvironmentFailedError: With the backbone block named, and whether the cast to the store's dtype did it.
+    """
+    xp = array_api_compat.array_namespace(tokens)
+    if not bool(xp.all(xp.isfinite(tokens))):
+        raise EnvironmentFailedError(
+            f"the backbone's block {block} produced NaN or infinity. "
+            "Run it in float32 (--precision fp32), or check its weights."
+        )
+    if xp.isdtype(codes.dtype, "real floating") and not bool(xp.all(xp.isfinite(codes))):
+        raise EnvironmentFailedError(
+            f"the tokens of backbone block {block} reach {float(xp.max(xp.abs(tokens))):.3g}, above float16's 65504. "
+            "Store them as int8 or float32 (--dtype)."
+        )

@@ -1,0 +1,172 @@
+"""The manifest: one row per video with its status and reason, and the done-markers of shards.
+
+`videos.parquet` is written once before any work, with every row pending, and once more at the end. In between,
+each finished shard leaves its rows' results in `_parts/<shard>.parquet`, renamed into place after the shard's data
+is durable: that file is the done-marker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import StoreDamagedError
+from ._files import write_atomic
+from .records import VideoRecord, VideoResult
+
+_VIEW = pa.struct(
+    [
+        ("resized_width", pa.int32()),
+        ("resized_height", pa.int32()),
+        ("x", pa.int32()),
+        ("y", pa.int32()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("flip", pa.bool_()),
+        ("seed", pa.int64()),
+    ]
+)
+INPUT_SCHEMA = pa.schema(
+    [
+        ("video_id", pa.string()),
+        ("source_id", pa.string()),
+        ("path", pa.string()),
+        ("split", pa.string()),
+        ("label", pa.int32()),
+        ("class_name", pa.string()),
+        ("start_s", pa.float64()),
+        ("end_s", pa.float64()),
+    ]
+)
+RESULT_SCHEMA = pa.schema(
+    [
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("decoder", pa.string()),
+        ("num_frames", pa.int64()),
+        ("fps", pa.float64()),
+        ("duration_s", pa.float64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("num_cached_frames", pa.int32()),
+        ("num_views", pa.int32()),
+        ("frame_indices", pa.list_(pa.int64())),
+        ("timestamps_s", pa.list_(pa.float64())),
+        ("views", pa.list_(_VIEW)),
+        ("eval_clips", pa.list_(pa.list_(pa.int32()))),
+    ]
+)
+_PART_SCHEMA = pa.schema([INPUT_SCHEMA.field("video_id"), *RESULT_SCHEMA])
+_CAPTION_SCHEMA = pa.schema([("caption_id", pa.string()), ("video_id", pa.string()), ("text", pa.string())])
+
+MANIFEST_NAME = "videos.parquet"
+CAPTIONS_NAME = "captions.parquet"
+PARTS_NAME = "_parts"
+_CODEC_KEY = b"codec_sha256"
+
+
+@dataclass(frozen=True)
+class ClassList:
+    """Class names in label order: sorted by name, so that two orderings in the wild give the same labels."""
+
+    names: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, records: Iterable[VideoRecord]) -> ClassList:
+        """The classes that occur in a list of records."""
+        return cls(tuple(sorted({r.class_name for r in records if r.class_name is not None})))
+
+    def label_of(self, class_name: str | None) -> int | None:
+        """The place of a class in the list; None stays None."""
+        return None if class_name is None else self.names.index(class_name)
+
+
+def input_table(records: Sequence[VideoRecord], classes: ClassList) -> pa.Table:
+    """The input columns, one row a record, in the given order."""
+    label_of = {name: label for label, name in enumerate(classes.names)}
+    rows = [
+        {**asdict(record), "label": label_of[record.class_name] if record.class_name is not None else None}
+        for record in records
+    ]
+    return pa.Table.from_pylist(rows, schema=INPUT_SCHEMA)
+
+
+def caption_table(records: Sequence[VideoRecord]) -> pa.Table:
+    """All captions, in row order."""
+    rows = [
+        {"caption_id": f"{record.video_id}#{place}", "video_id": record.video_id, "text": text}
+        for record in records
+        for place, text in enumerate(record.captions)
+    ]
+    return pa.Table.from_pylist(rows, schema=_CAPTION_SCHEMA)
+
+
+def pending_manifest(inputs: pa.Table) -> pa.Table:
+    """The manifest before any work: every row pending, no result."""
+    columns = {
+        name: pa.array(["pending"] * len(inputs)) if name == "status" else pa.nulls(len(inputs), type_)
+        for name, type_ in zip(RESULT_SCHEMA.names, RESULT_SCHEMA.types, strict=True)
+    }
+    return pa.table({**{n: inputs[n] for n in INPUT_SCHEMA.names}, **columns})
+
+
+def join_parts(inputs: pa.Table, parts: dict[range, pa.Table]) -> pa.Table:
+    """The manifest with the result columns of finished shards; rows without one stay pending."""
+    pending = pending_manifest(inputs)
+    pieces = []
+    done = 0
+    for rows in sorted(parts, key=lambda r: r.start):
+        pieces.append(pending.slice(done, rows.start - done))
+        chunk = inputs.slice(rows.start, len(rows))
+        results = parts[rows].select(RESULT_SCHEMA.names)
+        pieces.append(pa.table([*chunk.columns, *results.columns], schema=pending.schema))
+        done = rows.stop
+    pieces.append(pending.slice(done))
+    return pa.concat_tables(pieces).combine_chunks()
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a Parquet file atomically, with a checksum on every page."""
+    write_atomic(path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
+
+
+def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """Read a Parquet file and verify its page checksums.
+
+    Raises:
+        StoreDamagedError: If it is missing, not Parquet, or a checksum does not match.
+    """
+    try:
+        return pq.read_table(path, columns=columns, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        raise StoreDamagedError(f"{path} is missing or damaged: {error}. Extract the store anew.") from error
+
+
+def part_path(root: Path, shard: int) -> Path:
+    """Where the done-marker of a shard lies."""
+    return root / PARTS_NAME / f"{shard:06d}.parquet"
+
+
+def write_part(root: Path, shard: int, results: Sequence[VideoResult], codec_sha256: str) -> None:
+    """Mark a shard done: call it only after the shard's data is durable."""
+    table = pa.Table.from_pylist([asdict(result) for result in results], schema=_PART_SCHEMA)
+    write_table(part_path(root, shard), table.replace_schema_metadata({_CODEC_KEY: codec_sha256.encode()}))
+
+
+def read_part(root: Path, shard: int, codec_sha256: str) -> pa.Table | None:
+    """The result columns of a finished shard; None where it is not done.
+
+    Raises:
+        StoreDamagedError: If the marker is unreadable or was written with another codec.
+    """
+    path = part_path(root, shard)
+    if not path.exists():
+        return None
+    table = read_table(path)
+    if (table.schema.metadata or {}).get(_CODEC_KEY) != codec_sha256.encode():
+        raise StoreDamagedError(f"{path} was written with another codec than the store's. Extract anew (--overwrite).")
+    return table

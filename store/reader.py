@@ -1,0 +1,294 @@
+"""Read a store: clips of codes, decoding, and the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset
+import tensorstore as ts
+
+from ..errors import StoreDamagedError, StoreMismatchError, StoreNotFoundError
+from . import manifest
+from ._files import hash_file, read_json
+from ._zarr import fill_value_of, open_array, read_small_array
+from .codec import Codec
+from .layout import FORMAT_VERSION, StoreLayout
+
+CHECKSUMS_NAME = "checksums.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Clips:
+    """A batch of clips, codes as stored; an array that was not asked for is None."""
+
+    patches: np.ndarray | None
+    """(B, T, L, N, K) codes."""
+    cls: np.ndarray | None
+    """(B, T, L, D) float16 or float32."""
+    pixels: np.ndarray | None
+    """(B, T, O, H, W, 3) uint8."""
+
+
+class StoreReader:
+    """An open store. Opening reads a few small files, whatever the number of videos; use `open_store`."""
+
+    def __init__(self, path: Path, attributes: dict[str, Any]) -> None:
+        self.path = path
+        self.attributes = attributes
+        recorded = attributes["layout"]
+        sizes: dict[str, Any] = {f.name: _as_tuple(recorded[f.name]) for f in fields(StoreLayout)}
+        self.layout = StoreLayout(**sizes)
+        self.classes = manifest.ClassList(tuple(attributes["classes"]["names"]))
+
+    @cached_property
+    def codec(self) -> Codec:
+        """How patches are coded, with numpy arrays."""
+        recorded = self.attributes["codec"]
+        codec = Codec(
+            dtype=recorded["dtype"],
+            **{part: read_small_array(self.path, f"codec/{part}") for part in recorded["parts"]},
+        )
+        if codec.sha256 != recorded["sha256"]:
+            raise StoreDamagedError(f"{self.path / 'codec'} is not the codec that the store was written with.")
+        return codec
+
+    @cached_property
+    def head(self) -> dict[str, np.ndarray]:
+        """The frozen tower's end, by name: final norm, projection, logit scale."""
+        folder = self.path / "head"
+        names = sorted(child.name for child in folder.iterdir() if child.is_dir())
+        return {name: read_small_array(self.path, f"head/{name}") for name in names}
+
+    @property
+    def videos(self) -> pyarrow.dataset.Dataset:
+        """A lazy pyarrow dataset over the manifest file."""
+        return pyarrow.dataset.dataset(self.path / manifest.MANIFEST_NAME)
+
+    def read_manifest(self, columns: list[str] | None = None) -> pa.Table:
+        """The manifest; while an extraction is under way, with the results of the shards finished so far."""
+        table = manifest.read_table(self.path / manifest.MANIFEST_NAME, columns=columns)
+        if columns is not None and "status" not in columns:
+            return table
+        finished = set(range(self.layout.num_shards)) & {
+            int(p.stem) for p in (self.path / manifest.PARTS_NAME).glob("[0-9]*.parquet")
+        }
+        if "pending" not in set(table["status"].unique().to_pylist()) or not finished:
+            return table
+        sha256 = self.codec.sha256
+        parts = {}
+        for shard in finished:
+            part = manifest.read_part(self.path, shard, sha256)
+            assert part is not None
+            parts[self.layout.shard_rows(shard)] = part
+        joined = manifest.join_parts(self.input_columns(), parts)
+        return joined if columns is None else joined.select(columns)
+
+    def input_columns(self) -> pa.Table:
+        """The manifest's input columns: which videos, whatever became of them."""
+        table = manifest.read_table(self.path / manifest.MANIFEST_NAME, columns=manifest.INPUT_SCHEMA.names)
+        return table.cast(manifest.INPUT_SCHEMA).combine_chunks()
+
+    def read_captions(self) -> pa.Table:
+        """Captions: caption_id, video_id, text."""
+        return manifest.read_table(self.path / manifest.CAPTIONS_NAME)
+
+    def read_clips(
+        self,
+        videos: Sequence[int],
+        frames: Sequence[Sequence[int]],
+        view: int | Sequence[int] = 0,
+        layers: Sequence[int] | None = None,
+        arrays: Sequence[str] = ("patches", "cls", "pixels"),
+    ) -> Clips:
+        """Read a batch of clips.
+
+        Args:
+            videos: (B,) row numbers.
+            frames: (B, T) places on the axis F, the same number for every clip.
+            view: One view for all clips, or (B,) views.
+            layers: Backbone blocks to return, all cached ones by default.
+            arrays: Which arrays to read.
+
+        Returns:
+            Codes, class tokens and pixels in the order asked for.
+
+        Raises:
+            StoreMismatchError: If a row is not ok, or a frame, view, layer or array is not in the store.
+            StoreDamagedError: If a chunk is missing or its bytes do not match their checksum, shard and video named.
+        """
+        rows = np.asarray(videos, dtype=np.int64)
+        places = np.asarray(frames, dtype=np.int64)
+        if places.ndim != 2 or len(places) != len(rows):
+            raise StoreMismatchError(
+                f"frames must be (B, T) places for {len(rows)} videos; found shape {places.shape} in {self.path}"
+            )
+        views = np.broadcast_to(np.asarray(view, dtype=np.int64), rows.shape)
+        self._check_rows(rows, places, views)
+        layer_places = None if layers is None else self.layer_places(layers)
+        found: dict[str, np.ndarray | None] = {"patches": None, "cls": None, "pixels": None}
+        pending = {name: self._start_read(name, rows, views, places, layer_places) for name in arrays}
+        for name, future in pending.items():
+            try:
+                found[name] = future.result()
+            except ValueError as error:
+                raise self._damage(name, rows, str(error)) from error
+            self._check_present(name, found[name], rows, views)
+        return Clips(**found)
+
+    def decode_patches(self, codes: np.ndarray, layers: Sequence[int] | None = None) -> np.ndarray:
+        """Patch tokens from codes.
+
+        Args:
+            codes: (..., L, N, K) as `read_clips` returns them.
+            layers: Backbone blocks that the axis L holds, all cached ones by default.
+
+        Returns:
+            (..., L, N, D) float32.
+        """
+        places = range(len(self.layout.layers)) if layers is None else self.layer_places(layers)
+        return np.stack([self.codec.decode(codes[..., i, :, :], place) for i, place in enumerate(places)], axis=-3)
+
+    def read_embeddings(self) -> np.ndarray:
+        """The backbone's image embedding of every cached frame.
+
+        Returns:
+            (V, A, F, E) float32, not normalised; NaN where a row has no such frame.
+        """
+        try:
+            return self._array("embedding").read().result()
+        except ValueError as error:
+            raise self._damage("embedding", np.arange(self.layout.num_rows), str(error)) from error
+
+    def layer_places(self, layers: Sequence[int]) -> list[int]:
+        """Places on the axis L of backbone blocks.
+
+        Raises:
+            StoreMismatchError: If the store does not hold one of them.
+        """
+        held = self.layout.layers
+        if missing := sorted(set(layers) - set(held)):
+            raise StoreMismatchError(
+                f"{self.path} holds layers {_join(held)}, wanted {_join(layers)}: missing {_join(missing)}. "
+                f"Use --layers with layers of the store, or extract the missing ones into a new store."
+            )
+        return [held.index(layer) for layer in layers]
+
+    @cached_property
+    def _row_states(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        table = self.read_manifest(["status", "num_cached_frames", "num_views"])
+        counts = [table[name].fill_null(0).to_numpy() for name in ("num_cached_frames", "num_views")]
+        is_ok = pa.compute.equal(table["status"], "ok").to_numpy()
+        return is_ok, counts[0], counts[1]
+
+    def _check_rows(self, rows: np.ndarray, places: np.ndarray, views: np.ndarray) -> None:
+        if rows.size and not (rows.min() >= 0 and rows.max() < self.layout.num_rows):
+            raise StoreMismatchError(f"{self.path} has rows 0 to {self.layout.num_rows - 1}; wanted {rows.tolist()}")
+        is_ok, num_frames, num_views = self._row_states
+        if not is_ok[rows].all():
+            bad = rows[~is_ok[rows]]
+            raise StoreMismatchError(f"rows {_join(bad)} of {self.path} are not ok: see their reason in the manifest")
+        beyond = (places < 0).any(axis=1) | (places >= num_frames[rows, None]).any(axis=1) | (views >= num_views[rows])
+        if beyond.any():
+            first = int(np.flatnonzero(beyond)[0])
+            raise StoreMismatchError(
+                f"row {rows[first]} of {self.path} holds {num_frames[rows[first]]} frames and "
+                f"{num_views[rows[first]]} views; wanted frames {_join(places[first])} of view {views[first]}"
+            )
+
+    def _array(self, name: str) -> ts.TensorStore:
+        if name not in self._open_arrays:
+            if name not in {spec.name for spec in self.layout.array_specs()}:
+                raise StoreMismatchError(f"{self.path} has no array {name!r}: it was extracted without it")
+            self._open_arrays[name] = open_array(self.path, name)
+        return self._open_arrays[name]
+
+    @cached_property
+    def _open_arrays(self) -> dict[str, ts.TensorStore]:
+        return {}
+
+    def _start_read(
+        self, name: str, rows: np.ndarray, views: np.ndarray, places: np.ndarray, layer_places: list[int] | None
+    ) -> ts.Future:
+        shape = places.shape
+        index = (np.broadcast_to(rows[:, None], shape), np.broadcast_to(views[:, None], shape), places)
+        selected = self._array(name).vindex[index]
+        if layer_places is not None and name in ("patches", "cls"):
+            selected = selected[:, :, layer_places]
+        return selected.read()
+
+    def _check_present(self, name: str, values: np.ndarray | None, rows: np.ndarray, views: np.ndarray) -> None:
+        """A missing chunk reads as the fill value, which no written token has; a black pixel has it."""
+        assert values is not None
+        if values.size == 0:
+            return
+        if name == "pixels":
+            self._check_shard_files(name, rows, views)
+            return
+        first = values.reshape(*values.shape[:2], -1)[:, :, 0]
+        fill = fill_value_of(values.dtype.name)
+        missing = np.isnan(first) if fill == "NaN" else first == fill
+        if missing.any():
+            raise self._damage(name, rows[missing.any(axis=1)], "the chunk is missing")
+
+    def _check_shard_files(self, name: str, rows: np.ndarray, views: np.ndarray) -> None:
+        spec = next(spec for spec in self.layout.array_specs() if spec.name == name)
+        shards = np.stack([rows // spec.shard_shape[0], views // spec.shard_shape[1]], axis=1)
+        for shard, view in np.unique(shards, axis=0):
+            key = ".".join(["c", str(shard), str(view), *["0"] * (len(spec.shape) - 2)])
+            if not (self.path / name / key).is_file():
+                raise self._damage(name, rows[rows // spec.shard_shape[0] == shard], f"the file {key} is missing")
+
+    def _damage(self, name: str, rows: np.ndarray, why: str) -> StoreDamagedError:
+        shards = sorted({int(row) // self.layout.rows_per_shard for row in rows})
+        ids = self.read_manifest(["video_id"])["video_id"]
+        named = ", ".join(ids[int(row)].as_py() for row in rows[:3])
+        return StoreDamagedError(
+            f"{self.path / name}, shard {_join(shards[:3])}: {why}. Read for video {named}. "
+            "Extract the store anew (--overwrite)."
+        )
+
+
+def open_store(path: str | Path) -> StoreReader:
+    """Open a store for reading.
+
+    Args:
+        path: Folder of the store.
+
+    Raises:
+        StoreNotFoundError: If there is nothing, or something that is not a store.
+        StoreMismatchError: If the store has a later format version.
+        StoreDamagedError: If its metadata does not match the recorded hash.
+    """
+    path = Path(path)
+    metadata = path / "zarr.json"
+    if not metadata.is_file():
+        found = "nothing there" if not path.exists() else "no zarr.json in it"
+        raise StoreNotFoundError(f"{path} is not a store: {found}. `s4v extract --out {path}` makes one.")
+    try:
+        attributes = read_json(metadata).get("attributes", {}).get("s4v")
+    except (ValueError, AttributeError) as error:
+        raise StoreDamagedError(f"{metadata} is not readable as JSON: {error}. Extract the store anew.") from error
+    if attributes is None:
+        raise StoreNotFoundError(f"{path} is a Zarr group, but not a store that s4v wrote: no `s4v` attribute.")
+    if attributes["format_version"] > FORMAT_VERSION:
+        raise StoreMismatchError(
+            f"{path} has format {attributes['format_version']}, this s4v reads up to {FORMAT_VERSION}. Update s4v."
+        )
+    checksums = path / CHECKSUMS_NAME
+    if checksums.is_file() and read_json(checksums).get("zarr.json") not in (None, hash_file(metadata)):
+        raise StoreDamagedError(f"{metadata} does not match its recorded hash. Extract the store anew (--overwrite).")
+    return StoreReader(path, attributes)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _join(values: Sequence[int] | np.ndarray) -> str:
+    return ",".join(str(int(value)) for value in values)

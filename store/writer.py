@@ -1,0 +1,243 @@
+"""Write a store: the skeleton first, then whole shards, each with its done-marker, then the final manifest."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import tensorstore as ts
+
+from ..errors import StoreExistsError, StoreMismatchError
+from . import manifest
+from ._files import hash_file, read_json, sync_folder, write_json
+from ._zarr import create_array, open_array, write_group, write_small_array
+from .codec import Codec
+from .layout import FORMAT_VERSION, StoreLayout
+from .reader import CHECKSUMS_NAME, StoreReader, open_store
+from .records import VideoRecord, VideoResult
+
+# Differ between two runs of one command without making their stores differ.
+_VOLATILE_ATTRIBUTES = ("created", "codec")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowTokens:
+    """What one row adds to a shard; a and f are the views and frames that this row uses."""
+
+    patches: np.ndarray
+    """(a, f, L, N, K) codes."""
+    cls: np.ndarray
+    """(a, f, L, D)."""
+    embedding: np.ndarray
+    """(a, f, E)."""
+    pixels: np.ndarray | None = None
+    """(a, f, O, H, W, 3) uint8."""
+
+
+class StoreWriter:
+    """Writes shards into a store whose skeleton exists; `create_store` and `resume_store` make one."""
+
+    def __init__(self, path: Path, layout: StoreLayout, codec: Codec, inputs: pa.Table) -> None:
+        self.path = path
+        self.layout = layout
+        self.codec = codec
+        self._codec_sha256 = codec.sha256
+        self._inputs = inputs
+        self._arrays = {spec.name: open_array(path, spec.name, write=True) for spec in layout.array_specs()}
+
+    def pending_shards(self) -> list[int]:
+        """Shards without a done-marker, ascending."""
+        return [s for s in range(self.layout.num_shards) if not manifest.part_path(self.path, s).exists()]
+
+    def write_shard(self, shard: int, tokens: Mapping[int, RowTokens], results: Sequence[VideoResult]) -> None:
+        """Write one shard of every array whole, make it durable, then mark it done.
+
+        Args:
+            shard: Which one.
+            tokens: By row number; rows that failed are not in it, and a shard of failed rows alone has no file.
+            results: One per row of the shard, in row order.
+        """
+        rows = self.layout.shard_rows(shard)
+        assert [r.video_id for r in results] == self._inputs["video_id"].slice(rows.start, len(rows)).to_pylist()
+        assert set(tokens) == {row for row, r in zip(rows, results, strict=True) if r.status == "ok"}
+        for name in self._arrays:
+            for stale in [*(self.path / name).glob(f"c.{shard}.*"), *(self.path / name).glob(f"c.{shard}__lock")]:
+                stale.unlink()
+        # A transaction gathers the rows of a shard into one write of its file, and leaves unused places absent.
+        transactions = []
+        for name, array in self._arrays.items():
+            transaction = ts.Transaction()
+            target = array.with_transaction(transaction)
+            for row, row_tokens in tokens.items():
+                values = getattr(row_tokens, name)
+                target[row, : values.shape[0], : values.shape[1]].write(values).result()
+            transactions.append(transaction)
+        for commit in [transaction.commit_async() for transaction in transactions]:
+            commit.result()
+        for name in self._arrays:
+            sync_folder(self.path / name)
+        manifest.write_part(self.path, shard, results, self._codec_sha256)
+
+    def consolidate(self) -> pa.Table:
+        """Write the manifest with the results of all finished shards; returns it."""
+        parts = {}
+        for shard in range(self.layout.num_shards):
+            part = manifest.read_part(self.path, shard, self._codec_sha256)
+            if part is not None:
+                parts[self.layout.shard_rows(shard)] = part
+        table = manifest.join_parts(self._inputs, parts)
+        manifest.write_table(self.path / manifest.MANIFEST_NAME, table)
+        _write_checksums(self.path)
+        return table
+
+
+def create_store(
+    path: Path,
+    *,
+    layout: StoreLayout,
+    attributes: Mapping[str, Any],
+    records: Sequence[VideoRecord],
+    codec: Codec,
+    head: Mapping[str, np.ndarray],
+    overwrite: bool = False,
+) -> StoreWriter:
+    """Create a store's skeleton: metadata, codec, head and a manifest of pending rows.
+
+    The skeleton is built beside `path` and renamed, so that what stands at `path` is always a whole one.
+
+    Args:
+        path: Where; its parent folders are created.
+        layout: Sizes of the arrays.
+        attributes: What to record in the group's `s4v` attribute beside format version, layout and codec.
+        records: Row v of every array is record v.
+        codec: How patches are coded, numpy arrays.
+        head: What stage two needs of the frozen tower's end, by name.
+        overwrite: Replace a store that stands at `path`.
+
+    Raises:
+        StoreExistsError: If something stands at `path`: a store without `overwrite`, or anything else.
+    """
+    refuse_existing(path, overwrite=overwrite)
+    partial = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for spec in layout.array_specs():
+        create_array(partial, spec)
+    _write_named(partial, "codec", codec.parts)
+    _write_named(partial, "head", head)
+    classes = manifest.ClassList(tuple(attributes["classes"]["names"]))
+    inputs = manifest.input_table(records, classes)
+    (partial / manifest.PARTS_NAME).mkdir()
+    manifest.write_table(partial / manifest.MANIFEST_NAME, manifest.pending_manifest(inputs))
+    manifest.write_table(partial / manifest.CAPTIONS_NAME, manifest.caption_table(records))
+    write_group(partial, {"s4v": _full_attributes(attributes, layout, codec)})
+    _write_checksums(partial)
+    if path.exists():
+        shutil.rmtree(path)
+    partial.rename(path)
+    sync_folder(path.parent)
+    return StoreWriter(path, layout, codec, inputs)
+
+
+def resume_store(
+    path: Path, *, layout: StoreLayout, attributes: Mapping[str, Any], records: Sequence[VideoRecord]
+) -> StoreWriter:
+    """Go on with a store that the same command began.
+
+    Raises:
+        StoreMismatchError: If the store was begun with other settings or other videos; all differences listed.
+        StoreNotFoundError: If `path` is not a store.
+    """
+    store = open_store(path)
+    inputs = manifest.input_table(records, manifest.ClassList(tuple(attributes["classes"]["names"])))
+    wanted = _full_attributes(attributes, layout, store.codec)
+    differences = _list_differences(store.attributes, wanted) + _list_video_differences(store, inputs)
+    if differences:
+        raise StoreMismatchError(
+            f"{path} was begun with other settings: {'; '.join(differences)}. "
+            "Run the command that began it, choose another --out, or replace the store with --overwrite."
+        )
+    return StoreWriter(path, layout, store.codec, inputs)
+
+
+def refuse_existing(path: Path, *, overwrite: bool) -> None:
+    """Refuse a target that holds something: a store unless `overwrite`, anything else always.
+
+    Raises:
+        StoreExistsError: With what stands there.
+    """
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not (path / "zarr.json").is_file():
+        raise StoreExistsError(f"{path} exists and is not a store. Nothing was written; choose another --out.")
+    if not overwrite:
+        raise StoreExistsError(f"{path} is a store already. Choose another --out, or replace it with --overwrite.")
+
+
+def _full_attributes(attributes: Mapping[str, Any], layout: StoreLayout, codec: Codec) -> dict[str, Any]:
+    sizes = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(layout).items()}
+    return {
+        "format_version": FORMAT_VERSION,
+        **attributes,
+        "layout": {**sizes, "rows_per_shard": layout.rows_per_shard, "pixel_offsets_unit": "frame"},
+        "codec": {"dtype": codec.dtype, "parts": sorted(codec.parts), "sha256": codec.sha256},
+    }
+
+
+def _list_differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+    differences = []
+    for key in sorted({*found, *wanted}):
+        old, new = found.get(key), wanted.get(key)
+        if old == new or prefix + key in _VOLATILE_ATTRIBUTES:
+            continue
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            differences += _list_differences(old, new, f"{prefix}{key}.")
+        else:
+            differences.append(f"{prefix}{key} {_shorten(old)} there, {_shorten(new)} here")
+    return differences
+
+
+def _shorten(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _list_video_differences(store: StoreReader, inputs: pa.Table) -> list[str]:
+    old = store.input_columns()
+    if old.equals(inputs):
+        return []
+    here, there = (dict(zip(t["video_id"].to_pylist(), t.to_pylist(), strict=True)) for t in (inputs, old))
+    examples: Callable[[set[str]], str] = lambda ids: f"{len(ids)} ({', '.join(sorted(ids)[:3])})"  # noqa: E731
+    parts = []
+    if new := here.keys() - there.keys():
+        parts.append(f"{examples(new)} videos are new")
+    if gone := there.keys() - here.keys():
+        parts.append(f"{examples(gone)} videos are gone")
+    if changed := {i for i in here.keys() & there.keys() if here[i] != there[i]}:
+        parts.append(f"{examples(changed)} videos have another path, split, class or segment")
+    return parts
+
+
+def _write_named(root: Path, group: str, arrays: Mapping[str, np.ndarray]) -> None:
+    write_group(root / group)
+    for name, values in arrays.items():
+        write_small_array(root, f"{group}/{name}", np.asarray(values, dtype=np.float32))
+
+
+def _write_checksums(root: Path) -> None:
+    files = sorted([*root.rglob("zarr.json"), *root.rglob("*.parquet")])
+    known = read_json(root / CHECKSUMS_NAME) if (root / CHECKSUMS_NAME).exists() else {}
+    names = {file: file.relative_to(root).as_posix() for file in files}
+    # Finished parts never change: only their first consolidation reads them.
+    write_json(
+        root / CHECKSUMS_NAME,
+        {
+            name: known[name] if name in known and name.startswith(manifest.PARTS_NAME) else hash_file(file)
+            for file, name in names.items()
+        },
+    )
