@@ -1,0 +1,327 @@
+"""The frozen backbone: any open_clip ViT with a class token, behind one small adapter.
+
+Only the tower that is needed is built, without memory for its weights at first, so that peak memory stays near the
+weights' size in the precision they run in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import open_clip
+import torch
+from open_clip.model import _build_text_tower, _build_vision_tower
+from torch import nn
+
+from ..errors import BackboneError, ConfigError, WeightsError
+from .architectures import ALIASES, read_architecture, resolve_model
+from .weights import WeightsSource, fill_tower, open_tensors, parameters_on_meta, resolve_weights
+
+Precision = Literal["fp32", "fp16", "bf16"]
+_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+# "Paper" layers: up to this depth every block is tapped, above it every second one (ViT-E: 32 of 64).
+_EVERY_BLOCK_UP_TO = 32
+
+# CLIP starts training from it; random weights keep it.
+_DEFAULT_LOGIT_SCALE = math.log(1 / 0.07)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BackboneInfo:
+    """What stage two and a store need to know of a backbone; no weights."""
+
+    name: str
+    """As the user wrote it."""
+    architecture: str
+    """open_clip's name."""
+    weights: str
+    """`random:SEED`, an open_clip tag, or the file's path."""
+    weights_sha256: str
+    """Of the weights' file; for random weights, of what they are drawn from."""
+    width: int
+    depth: int
+    grid: tuple[int, int]
+    """Patches down and across."""
+    patch_size: tuple[int, int]
+    image_size: tuple[int, int]
+    embed_dim: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    precision: Precision
+    device_type: str
+
+    @property
+    def num_patches(self) -> int:
+        """N, the class token not counted."""
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True, slots=True)
+class FrameTokens:
+    """One forward pass over B frames; tensors on the backbone's device, in its precision."""
+
+    patches: list[torch.Tensor]
+    """One (B, N, D) for each tapped layer, ascending."""
+    cls: torch.Tensor
+    """(B, L, D)."""
+    embedding: torch.Tensor
+    """(B, E) float32, not normalised."""
+
+
+class Backbone:
+    """A frozen vision tower that gives the tokens of chosen blocks; `build_backbone` makes one.
+
+    Until `load_weights` is called it has no weights and takes no memory for them.
+    """
+
+    def __init__(self, tower: Any, info: BackboneInfo, source: WeightsSource, device: torch.device) -> None:
+        self.tower = tower
+        self.info = info
+        self.device = device
+        self._source = source
+        self._logit_scale = _DEFAULT_LOGIT_SCALE
+        self._mean = torch.tensor(info.mean, device=device).view(1, 3, 1, 1)
+        self._std = torch.tensor(info.std, device=device).view(1, 3, 1, 1)
+
+    def load_weights(self) -> Backbone:
+        """Give the tower its memory and weights; returns itself.
+
+        Raises:
+            WeightsError: If the file is unreadable or belongs to another model.
+        """
+        tensors = open_tensors(self._source)
+        fill_tower(self.tower, tensors, self._source, ("visual.",), self.device, _DTYPES[self.info.precision])
+        if tensors is not None and "logit_scale" in tensors:
+            self._logit_scale = float(tensors["logit_scale"])
+        return self
+
+    @torch.inference_mode()
+    def encode_frames(self, pixels: torch.Tensor, layers: Iterable[int]) -> FrameTokens:
+        """Run frames through the tower.
+
+        Args:
+            pixels: (B, H, W, 3) uint8.
+            layers: 0-based blocks to tap; their outputs are taken before the final norm.
+
+        Returns:
+            Tokens of the tapped blocks and the tower's own embedding, from one pass.
+        """
+        wanted = sorted(set(layers))
+        images = normalise_pixels(pixels.to(self.device), self._mean, self._std)
+        output = self.tower.forward_intermediates(
+            images.to(_DTYPES[self.info.precision]), indices=wanted, output_fmt="NLC", output_extra_tokens=True
+        )
+        cls = [prefix[:, 0] for prefix in output["image_intermediates_prefix"]]
+        return FrameTokens(
+            patches=output["image_intermediates"],
+            cls=torch.stack(cls, dim=1),
+            embedding=output["image_features"].float(),
+        )
+
+    def read_head(self) -> dict[str, np.ndarray]:
+        """The tower's end as stage two needs it: embedding = proj(norm(class token of the last block)).
+
+        Returns:
+            norm_weight, norm_bias (D,), norm_eps (), proj_weight (E, D), logit_scale () as its logarithm and, for
+            EVA, proj_bias (E,); float32.
+        """
+        norm, weight, bias = _find_head(self.tower)
+        head = {"norm_weight": norm.weight, "norm_bias": norm.bias, "proj_weight": weight, "proj_bias": bias}
+        arrays = {k: v.detach().float().cpu().numpy() for k, v in head.items() if v is not None}
+        return {**arrays, "norm_eps": np.float32(norm.eps), "logit_scale": np.float32(self._logit_scale)}
+
+
+def normalise_pixels(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """(B, H, W, 3) uint8 to the backbone's input, (B, 3, H, W) float32; mean and std (1, 3, 1, 1) in [0, 1]."""
+    return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+class TextTower:
+    """The frozen text tower of a backbone; `load_text_tower` makes one."""
+
+    def __init__(self, tower: nn.Module, tokenizer: Any, device: torch.device) -> None:
+        self._tower = tower
+        self._tokenizer = tokenizer
+        self._device = device
+
+    @torch.inference_mode()
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """Embed texts; each is cut at the tower's context length.
+
+        Returns:
+            (len(texts), E) float32, not normalised.
+        """
+        tokens = self._tokenizer(texts).to(self._device)
+        return self._tower(tokens).float().cpu().numpy()
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` takes a CUDA GPU, then Apple's, then the CPU.
+
+    Raises:
+        ConfigError: If there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device {name} is not available here: {reason}. Use --device auto.") from error
+    return device
+
+
+def parse_layers(text: str, depth: int) -> tuple[int, ...]:
+    """Read `--layers`: `paper`, `all`, or 0-based blocks such as `1,3,5`; the last block is always tapped.
+
+    Raises:
+        ConfigError: If a layer is no number or out of range.
+    """
+    if text == "all":
+        return tuple(range(depth))
+    if text == "paper":
+        step = 1 if depth <= _EVERY_BLOCK_UP_TO else 2
+        return tuple(range(depth - 1, -1, -step))[::-1]
+    try:
+        layers = {int(part) for part in text.split(",")}
+    except ValueError:
+        raise ConfigError(f"--layers takes paper, all or numbers such as 1,3,5; found {text!r}") from None
+    if outside := sorted(layer for layer in layers if not 0 <= layer < depth):
+        raise ConfigError(f"--layers must lie in 0 to {depth - 1} for this model; found {outside}")
+    return tuple(sorted(layers | {depth - 1}))
+
+
+def build_backbone(
+    name: str, *, weights: str | None, device: torch.device, precision: Precision | None = None, seed: int = 0
+) -> Backbone:
+    """Build a model's vision tower, without its weights as yet.
+
+    Args:
+        name: An alias, or an open_clip architecture.
+        weights: An open_clip tag, a local file, or `random`; None takes the alias's own tag.
+        device: Where it runs.
+        precision: Of weights and arithmetic; None takes fp32 on a CPU and fp16 elsewhere.
+        seed: Of random weights.
+
+    Raises:
+        BackboneError: If there is no such model, or its tower has no class token or no blocks.
+        WeightsError: If the weights cannot be had.
+    """
+    architecture, _ = resolve_model(name)
+    precision = precision or ("fp32" if device.type == "cpu" else "fp16")
+    config = read_architecture(architecture)
+    with parameters_on_meta():
+        tower = _build_vision_tower(config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False))
+    _require_class_token(name, tower)
+    source = resolve_weights(name, weights, seed)
+    grid, patch_size, image_size = _read_geometry(tower)
+    mean, std = _read_normalisation(architecture, source)
+    info = BackboneInfo(
+        name=name,
+        architecture=architecture,
+        weights=source.label,
+        weights_sha256=source.sha256,
+        width=_find_head(tower)[0].weight.shape[0],
+        depth=len(_find_blocks(tower)),
+        grid=grid,
+        patch_size=patch_size,
+        image_size=image_size,
+        embed_dim=config["embed_dim"],
+        mean=mean,
+        std=std,
+        precision=precision,
+        device_type=device.type,
+    )
+    return Backbone(tower, info, source, device)
+
+
+def load_text_tower(
+    name: str, *, weights: str | None, device: torch.device, seed: int = 0, expected_sha256: str | None = None
+) -> TextTower:
+    """Build a model's text tower in float32 and load its weights.
+
+    Args:
+        name: An alias, or an open_clip architecture.
+        weights: As for `load_backbone`.
+        device: Where it runs.
+        seed: Of random weights.
+        expected_sha256: Refuse weights with another hash.
+
+    Raises:
+        WeightsError: If the weights cannot be had, do not fit, or have another hash.
+    """
+    architecture, _ = resolve_model(name)
+    config = read_architecture(architecture)
+    source = resolve_weights(name, weights, seed)
+    if expected_sha256 not in (None, source.sha256):
+        raise WeightsError(
+            f"the store was made with weights of hash {expected_sha256}, {source.label} has {source.sha256}. "
+            "Name the file that the store was made with (--weights)."
+        )
+    with parameters_on_meta():
+        tower = _build_text_tower(config["embed_dim"], config["text_cfg"], config.get("quick_gelu", False))
+    # Custom-text models keep the tower under `text.`, plain CLIP keeps its parts at the top.
+    fill_tower(tower, open_tensors(source), source, ("text.", ""), device, torch.float32)
+    return TextTower(tower, open_clip.get_tokenizer(architecture), device)
+
+
+def _require_class_token(name: str, tower: Any) -> None:
+    """Refuse towers that the side network has no use for.
+
+    Raises:
+        BackboneError: With what is lacking.
+    """
+    trunk = getattr(tower, "trunk", tower)
+    lacking = None
+    if not hasattr(tower, "forward_intermediates") or _find_blocks(tower) is None:
+        lacking = "has no transformer blocks (a convolutional tower)"
+    elif getattr(trunk, "class_embedding", None) is None and getattr(trunk, "cls_token", None) is None:
+        lacking = "has no class token"
+    elif getattr(trunk, "num_prefix_tokens", 1) != 1:
+        lacking = f"has {trunk.num_prefix_tokens} prefix tokens, not one class token"
+    elif getattr(trunk, "pool_type", getattr(trunk, "global_pool", "tok")) not in ("tok", "token"):
+        lacking = "does not pool its class token"
+    elif getattr(trunk, "attn_pool", None) is not None:
+        lacking = "pools by attention"
+    if lacking is not None:
+        raise BackboneError(
+            f"{name} {lacking}; s4v needs a ViT that pools one class token, such as {', '.join(ALIASES)}"
+        )
+
+
+def _find_blocks(tower: Any) -> Any:
+    if hasattr(tower, "trunk"):
+        return getattr(tower.trunk, "blocks", None) if hasattr(tower.trunk, "forward_intermediates") else None
+    return getattr(getattr(tower, "transformer", None), "resblocks", None)
+
+
+def _find_head(tower: Any) -> tuple[Any, torch.Tensor, torch.Tensor | None]:
+    """Final norm, projection (E, D) and its bias."""
+    if not hasattr(tower, "trunk"):
+        return tower.ln_post, tower.proj.T, None
+    trunk: Any = tower.trunk
+    norm = trunk.fc_norm if isinstance(trunk.norm, nn.Identity) else trunk.norm
+    linear = trunk.head if isinstance(trunk.head, nn.Linear) else tower.head.proj
+    return norm, linear.weight, linear.bias
+
+
+def _read_geometry(tower: Any) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Grid, patch size and image size, each (down, across)."""
+    if hasattr(tower, "trunk"):
+        embed: Any = tower.trunk.patch_embed
+        return tuple(embed.grid_size), tuple(embed.patch_size), tuple(embed.img_size)
+    return tuple(tower.grid_size), tuple(tower.patch_size), tuple(tower.image_size)
+
+
+def _read_normalisation(architecture: str, source: WeightsSource) -> tuple[Any, Any]:
+    """Mean and std of the weights' own preprocessing; OpenAI's where the weights do not say."""
+    config = source.pretrained_cfg or {}
+    mean = config.get("mean") or open_clip.OPENAI_DATASET_MEAN
+    std = config.get("std") or open_clip.OPENAI_DATASET_STD
+    return tuple(mean), tuple(std)

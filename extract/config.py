@@ -1,0 +1,106 @@
+"""What `s4v extract` can be told, checked before any work starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ..errors import ConfigError
+from ..store.layout import PATCH_DTYPES, PatchDtype
+from .resizing import RESIZES
+from .sampling import SAMPLINGS
+
+DEFAULT_FRAMES = {"train": 16, "": 8}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExtractConfig:
+    """Everything that decides what a store holds, and how the machine at hand is used to make it."""
+
+    model: str
+    """An alias (`vit-e`), or any open_clip ViT with a class token."""
+    dataset: str
+    """A data set's name, `folder` or `table`."""
+    out: Path
+    """Folder of the store."""
+    root: Path
+    """Folder below which the videos lie."""
+    annotations: Path | None = None
+    """File that lists the videos, for data sets that have one."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """For `table`: which column holds path, label, caption, split, id, start, end."""
+    splits: tuple[str, ...] | None = None
+    """Only these splits; None takes all."""
+    frames: dict[str, int] = field(default_factory=lambda: dict(DEFAULT_FRAMES))
+    """Cached frames by split; the key "" is for splits that are not named."""
+    sampling: str = "uniform"
+    """Which frames, by name."""
+    resize: str = "256"
+    """How frames are resized before the crop, by name."""
+    layers: str = "paper"
+    """`paper`, `all`, or 0-based backbone blocks: `1,3,5`."""
+    dtype: PatchDtype = "int8"
+    """Of the stored patch tokens."""
+    with_pixels: bool = True
+    """Store the frames too; the side network's pixel stem needs them."""
+    weights: str | None = None
+    """An open_clip tag, a local file, or `random`; None takes the alias's own tag."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
+    precision: Literal["fp32", "fp16", "bf16"] | None = None
+    """Of the backbone's arithmetic; None takes fp32 on a CPU and fp16 elsewhere."""
+    batch_size: int = 16
+    """Frames in one pass through the backbone."""
+    num_decoders: int | None = None
+    """Decoder processes; None takes one for each core."""
+    decoder: Literal["auto", "decord", "pyav"] = "auto"
+    """`auto` tries decord, and PyAV after a decord error."""
+    decode_timeout_s: float = 60.0
+    """CPU seconds that decoding may take beyond the video's own length."""
+    calibration_videos: int = 64
+    """Training videos whose tokens fix the int8 scale."""
+    seed: int = 0
+    """Of the split, the calibration sample and random weights."""
+    limit: int | None = None
+    """Work on the first so many pending rows this time (whole shards); None takes all."""
+    overwrite: bool = False
+    """Replace a store that stands at `out`."""
+
+    def __post_init__(self) -> None:
+        _check_choice("--sampling", self.sampling, SAMPLINGS)
+        _check_choice("--resize", self.resize, RESIZES)
+        _check_choice("--dtype", self.dtype, PATCH_DTYPES)
+        _check_choice("--decoder", self.decoder, ("auto", "decord", "pyav"))
+        if self.precision is not None:
+            _check_choice("--precision", self.precision, ("fp32", "fp16", "bf16"))
+        at_least_one = {
+            "--batch-size": self.batch_size,
+            "--decoders": self.num_decoders,
+            "--limit": self.limit,
+            "calibration_videos": self.calibration_videos,
+        }
+        for name, count in at_least_one.items():
+            if count is not None and count < 1:
+                raise ConfigError(f"{name} must be at least 1; found {count}")
+        if self.decode_timeout_s <= 0:
+            raise ConfigError(f"--decode-timeout must be above 0 seconds; found {self.decode_timeout_s:g}")
+
+    def frames_of(self, split: str) -> int:
+        """Frames that a row of this split caches.
+
+        Raises:
+            ConfigError: If `--frames` names other splits only.
+        """
+        frames = self.frames.get(split, self.frames.get(""))
+        if frames is None:
+            raise ConfigError(
+                f"--frames names {', '.join(sorted(self.frames))}, but there is a split {split!r}: add {split}=N"
+            )
+        return frames
+
+
+def _check_choice(option: str, value: str, choices: object) -> None:
+    known = list(choices)  # type: ignore[call-overload]
+    if value not in known:
+        raise ConfigError(f"{option} takes {', '.join(known)}; found {value!r}")

@@ -1,0 +1,174 @@
+"""`table`: one row per video (or segment) in CSV, TSV, JSON lines or Parquet, with column names of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+
+from ...errors import ConfigError, DataNotFoundError, DatasetError
+from ...store.records import VideoRecord
+
+COLUMN_ROLES: dict[str, tuple[str, ...]] = {
+    "path": ("path", "video_path", "video", "file", "filename", "filepath"),
+    "label": ("label", "class_name", "class", "category", "action"),
+    "caption": ("caption", "text", "sentence", "description"),
+    "split": ("split", "subset"),
+    "id": ("video_id", "id"),
+    "start": ("start_s", "start", "start_time", "time_start"),
+    "end": ("end_s", "end", "end_time", "time_end"),
+}
+"""What a column can be for, and the names looked for when the user names none."""
+
+_MAX_SHOWN_ERRORS = 20
+
+
+def read_table_file(table: Path | None, root: Path, columns: dict[str, str]) -> list[VideoRecord]:
+    """Read a table of videos.
+
+    A row with the id of an earlier one must describe the same video: it adds its caption. Rows that name a
+    segment and no id get the id PATH#t=START,END.
+
+    Args:
+        table: The file; its ending tells the format.
+        root: Folder that paths in it are relative to.
+        columns: Role in `COLUMN_ROLES` -> column name; roles left out are looked for under their usual names.
+
+    Raises:
+        ConfigError: If no table is named, or a role is unknown.
+        DataNotFoundError: If the table or the root is not there.
+        DatasetError: If a column is missing or rows are malformed: all of them in one message, up to 20.
+    """
+    if table is None:
+        raise ConfigError("--dataset table needs --annotations, a file ending in .csv, .tsv, .jsonl or .parquet")
+    if not table.is_file():
+        raise DataNotFoundError(f"the table {table} is not there (--annotations)")
+    if not root.is_dir():
+        raise DataNotFoundError(f"the folder {root} is not there: paths in {table} are relative to it (--root)")
+    data = _load(table)
+    found = _match_columns(table, data.column_names, columns)
+    names = list(found.values())
+    rows = data.select(names).rename_columns(list(found)).to_pylist()
+    # The header is line 1 of CSV and TSV; JSON lines have none, Parquet counts rows.
+    first_line = 2 if table.suffix.lower() in (".csv", ".tsv") else 1
+    videos: dict[str, VideoRecord] = {}
+    problems = []
+    for line, row in enumerate(rows, start=first_line):
+        try:
+            _add_row(videos, row, root)
+        except ValueError as error:
+            problems.append(f"line {line}: {error}")
+    if problems:
+        more = f"\n  and {len(problems) - _MAX_SHOWN_ERRORS} more" if len(problems) > _MAX_SHOWN_ERRORS else ""
+        shown = "\n  ".join(problems[:_MAX_SHOWN_ERRORS])
+        raise DatasetError(f"{len(problems)} rows of {table} are malformed:\n  {shown}{more}")
+    if not videos:
+        raise DatasetError(f"{table} has a header and no rows: expected one row per video")
+    return list(videos.values())
+
+
+def _load(table: Path) -> pa.Table:
+    ending = table.suffix.lower()
+    try:
+        if ending in (".csv", ".tsv"):
+            # Everything as text: an id "007" or a class "1" must not become a number.
+            delimiter = "\t" if ending == ".tsv" else ","
+            parse = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+            with table.open("rb") as file:
+                header = pa.csv.open_csv(file, parse_options=parse).schema.names
+            as_text = pa.csv.ConvertOptions(
+                column_types={name: pa.string() for name in header}, strings_can_be_null=True, null_values=[""]
+            )
+            return pa.csv.read_csv(table, parse_options=parse, convert_options=as_text)
+        if ending in (".jsonl", ".ndjson"):
+            return pa.json.read_json(table)
+        if ending == ".parquet":
+            return pa.parquet.read_table(table)
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise DatasetError(f"{table} does not read as {ending[1:].upper()}: {error}") from error
+    raise ConfigError(f"--annotations takes .csv, .tsv, .jsonl or .parquet; found {table.name}")
+
+
+def _match_columns(table: Path, found: Sequence[str], columns: dict[str, str]) -> dict[str, str]:
+    if unknown := sorted(set(columns) - set(COLUMN_ROLES)):
+        raise ConfigError(f"--column knows the roles {', '.join(COLUMN_ROLES)}; found {', '.join(unknown)}")
+    if missing := sorted(name for name in columns.values() if name not in found):
+        raise DatasetError(
+            f"{table} has the columns {', '.join(found)}: no {', '.join(missing)}. Name one that is there (--column)."
+        )
+    matched = dict(columns)
+    for role, names in COLUMN_ROLES.items():
+        usual = next((name for name in names if name in found and name not in matched.values()), None)
+        if role not in matched and usual is not None:
+            matched[role] = usual
+    if "path" not in matched:
+        raise DatasetError(
+            f"{table} has the columns {', '.join(found)}: none of {', '.join(COLUMN_ROLES['path'])}. "
+            "Say which one holds the path: --column path=NAME."
+        )
+    return matched
+
+
+def _add_row(videos: dict[str, VideoRecord], row: dict[str, Any], root: Path) -> None:
+    path = _relative_path(_text(row.get("path")), root)
+    start_s, end_s = _seconds(row, "start"), _seconds(row, "end")
+    if start_s is not None and end_s is not None and end_s <= start_s:
+        raise ValueError(f"the segment ends at {end_s:g} s, before or at its start {start_s:g} s")
+    is_segment = start_s is not None or end_s is not None
+    segment = f"#t={start_s or 0:g}" + ("" if end_s is None else f",{end_s:g}")
+    own_id = _text(row.get("id"))
+    video_id = own_id or (path + segment if is_segment else path)
+    caption = _text(row.get("caption"))
+    record = VideoRecord(
+        video_id=video_id,
+        source_id=own_id,
+        path=path,
+        split=_text(row.get("split")) or "",
+        class_name=_text(row.get("label")),
+        start_s=start_s,
+        end_s=end_s,
+        captions=() if caption is None else (caption,),
+    )
+    if (known := videos.get(video_id)) is not None:
+        if caption is None:
+            raise ValueError(f"id {video_id!r} occurs a second time, without a caption to add")
+        if replace(known, captions=()) != replace(record, captions=()):
+            raise ValueError(f"id {video_id!r} occurs a second time, with another path, label, split or segment")
+        record = replace(known, captions=known.captions + record.captions)
+    videos[video_id] = record
+
+
+def _relative_path(path: str | None, root: Path) -> str:
+    if path is None:
+        raise ValueError("the path is empty")
+    if Path(path).is_absolute():
+        if not Path(path).is_relative_to(root.resolve()):
+            raise ValueError(f"expected a path below {root}, found {path}")
+        return Path(path).relative_to(root.resolve()).as_posix()
+    if ".." in Path(path).parts:
+        raise ValueError(f"expected a path below {root}, found {path}")
+    return Path(path).as_posix()
+
+
+def _text(value: Any) -> str | None:
+    text = "" if value is None else str(value).strip()
+    return text or None
+
+
+def _seconds(row: dict[str, Any], role: str) -> float | None:
+    text = _text(row.get(role))
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise ValueError(f"expected seconds for the segment's {role}, found {text!r}") from None
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(f"expected seconds from 0 up for the segment's {role}, found {text!r}")
+    return seconds

@@ -1,0 +1,209 @@
+"""Decoder processes, seen from the parent: ask for a video's frames, get them or the reason why not."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from ..errors import EnvironmentFailedError
+from ..store.records import View
+
+# Wall seconds for one CPU second of budget: a stuck read or a deadlock uses no CPU.
+_WALL_FACTOR = 5
+_START_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeRequest:
+    """Which frames of which file, and how they are to look."""
+
+    path: str
+    num_frames: int
+    sampling: str
+    resize: str
+    crop_px: int
+    start_s: float | None = None
+    end_s: float | None = None
+    decoder: Literal["auto", "decord", "pyav"] = "auto"
+    timeout_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedVideo:
+    """Frames and facts, or the reason why there are none."""
+
+    pixels: np.ndarray | None
+    """(A, F, O, H, W, 3) uint8."""
+    facts: dict[str, Any]
+    """Result columns of the manifest; `reason` alone where decoding failed."""
+
+
+class DecoderPool:
+    """A fixed number of decoder processes, each driven by a thread of its own.
+
+    Use it as a context manager: leaving it ends the processes, also when an exception passes through.
+    """
+
+    def __init__(self, num_processes: int) -> None:
+        self._local = threading.local()
+        self._children: list[_Child] = []
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self._threads = ThreadPoolExecutor(num_processes, thread_name_prefix="s4v-decode")
+
+    def __enter__(self) -> DecoderPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._is_closed = True
+            for child in self._children:
+                child.kill()
+        # Threads that wait for an answer now see the end of the pipe.
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for child in self._children:
+            child.close()
+
+    def submit(self, request: DecodeRequest) -> Future[DecodedVideo]:
+        """Queue one video; results come in any order, hold on to the futures."""
+        return self._threads.submit(self._decode, request)
+
+    def library_versions(self) -> dict[str, str]:
+        """Versions of what decides the pixels, as a decoder process reports them."""
+        return self._threads.submit(lambda: self._child().versions).result()
+
+    def _decode(self, request: DecodeRequest) -> DecodedVideo:
+        try:
+            return self._child().decode(request)
+        except _ChildDied as death:
+            self._drop_child()
+            return DecodedVideo(None, {"reason": f"{death.code}: {death}"})
+
+    def _child(self) -> _Child:
+        # A thread keeps its child to itself: PR_SET_PDEATHSIG fires when the thread that started it ends.
+        child = getattr(self._local, "child", None)
+        if child is None:
+            child = self._local.child = _Child()
+            with self._lock:
+                self._children.append(child)
+                if self._is_closed:
+                    child.kill()
+        return child
+
+    def _drop_child(self) -> None:
+        child = self._local.child
+        del self._local.child
+        child.close()
+        with self._lock:
+            self._children.remove(child)
+
+
+class _ChildDied(Exception):
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+
+
+class _Child:
+    """One decoder process and its pipes."""
+
+    def __init__(self) -> None:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "s4v.extract._decoder"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            # Read when decord is imported: how often it retries at the end of a file before it gives up.
+            env={**os.environ, "DECORD_EOF_RETRY_MAX": "1024", "OMP_NUM_THREADS": "1"},
+        )
+        assert self._process.stdin and self._process.stdout
+        self._requests, self._answers = self._process.stdin, self._process.stdout
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._answers, selectors.EVENT_READ)
+        self._buffer = bytearray()
+        try:
+            self.versions: dict[str, str] = self._read_message(_START_TIMEOUT_S)["versions"]
+        except _ChildDied as death:
+            self._errors.seek(0)
+            lines = self._errors.read().decode(errors="replace").strip().splitlines() or [str(death)]
+            self.close()
+            raise EnvironmentFailedError(
+                f"the decoder process does not start: {lines[-1]}. Try `{sys.executable} -m s4v.extract._decoder`."
+            ) from death
+
+    def decode(self, request: DecodeRequest) -> DecodedVideo:
+        try:
+            self._requests.write(json.dumps(asdict(request)).encode() + b"\n")
+            self._requests.flush()
+        except BrokenPipeError as error:
+            raise self._death() from error
+        budget_s = request.timeout_s
+        message = self._read_message(budget_s * _WALL_FACTOR)
+        while message["event"] == "opened":  # twice when PyAV is tried after decord
+            budget_s = request.timeout_s + message["duration_s"]
+            message = self._read_message(budget_s * _WALL_FACTOR)
+        if not message["ok"]:
+            reason = message["code"] + (f": {message['detail']}" if message["detail"] else "")
+            return DecodedVideo(None, {"reason": reason})
+        shape = message["shape"]
+        data = self._read_bytes(int(np.prod(shape)), budget_s * _WALL_FACTOR)
+        facts = {k: v for k, v in message.items() if k not in ("event", "ok", "shape")}
+        facts["views"] = [View(**view) for view in facts["views"]]
+        return DecodedVideo(np.frombuffer(data, dtype=np.uint8).reshape(shape), facts)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def close(self) -> None:
+        self.kill()
+        self._process.wait()
+        for file in (self._requests, self._answers):
+            with contextlib.suppress(BrokenPipeError):  # what was still to be sent has no reader any more
+                file.close()
+        self._selector.close()
+        self._errors.close()
+
+    def _read_message(self, timeout_s: float) -> dict[str, Any]:
+        deadline = time.monotonic() + timeout_s
+        while (end := self._buffer.find(b"\n")) < 0:
+            self._fill(deadline)
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        return json.loads(line)
+
+    def _read_bytes(self, count: int, timeout_s: float) -> bytearray:
+        deadline = time.monotonic() + timeout_s
+        while len(self._buffer) < count:
+            self._fill(deadline)
+        data = self._buffer[:count]
+        del self._buffer[:count]
+        return data
+
+    def _fill(self, deadline: float) -> None:
+        if not self._selector.select(max(0.0, deadline - time.monotonic())):
+            raise _ChildDied("timeout", "no answer within the wall limit")
+        data = os.read(self._answers.fileno(), 1 << 20)
+        if not data:
+            raise self._death()
+        self._buffer += data
+
+    def _death(self) -> _ChildDied:
+        code = self._process.wait()
+        if code == -signal.SIGXCPU:
+            return _ChildDied("timeout", "the CPU budget is used up")
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return _ChildDied("crashed", how)
