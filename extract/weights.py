@@ -170,9 +170,9 @@ def open_tensors(source: WeightsSource) -> Mapping[str, torch.Tensor] | None:
     except (SafetensorError, UnpicklingError, RuntimeError, OSError, ValueError, EOFError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise WeightsError(f"{source.file} is not a safetensors or torch file of plain tensors: {reason}") from error
-    state = state if isinstance(state, dict) else {}
-    state = state.get("state_dict", state.get("module", state))
-    return {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    tensors: dict[str, Any] = state if isinstance(state, dict) else {}
+    tensors = tensors.get("state_dict", tensors.get("module", tensors))
+    return {key.removeprefix("module."): value for key, value in tensors.items() if isinstance(value, torch.Tensor)}
 
 
 def _is_zip(path: Path) -> bool:

@@ -100,9 +100,9 @@ class StoreReader:
 
     def read_clips(
         self,
-        videos: Sequence[int],
-        frames: Sequence[Sequence[int]],
-        view: int | Sequence[int] = 0,
+        videos: Sequence[int] | np.ndarray,
+        frames: Sequence[Sequence[int]] | np.ndarray,
+        view: int | Sequence[int] | np.ndarray = 0,
         layers: Sequence[int] | None = None,
         arrays: Sequence[str] = ("patches", "cls", "pixels"),
     ) -> Clips:

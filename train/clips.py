@@ -1,0 +1,209 @@
+"""Clips for training and evaluation: which rows and frames, read ahead by threads, handed over as tensors."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.compute
+import torch
+
+from ..errors import StoreMismatchError
+from ..store.codec import Codec
+from ..store.reader import Clips, StoreReader
+
+_BATCHES_AHEAD = 3
+_DEFAULT_FRAMES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ClipPlan:
+    """One batch before it is read."""
+
+    rows: np.ndarray
+    """(B,) rows of the store."""
+    places: np.ndarray
+    """(B, T) places on the axis F."""
+    labels: np.ndarray
+    """(B,)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClipBatch:
+    """One batch as a head takes it; arrays that the head does not read are None."""
+
+    pixels: torch.Tensor | None
+    """(B, T, 3, H, W) float32, normalised as for the backbone."""
+    patches: torch.Tensor | None
+    """(B, T, L, N, K) codes."""
+    cls: torch.Tensor | None
+    """(B, T, L, D) float32."""
+    labels: torch.Tensor
+    """(B,)."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledRows:
+    """The good, labelled rows of a split."""
+
+    rows: np.ndarray
+    labels: np.ndarray
+    num_cached_frames: np.ndarray
+    eval_clips: list[list[list[int]]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def find_labelled_rows(store: StoreReader, split: str) -> LabelledRows:
+    """The rows of a split that decoded and have a label; none is no error here."""
+    table = store.read_manifest(["split", "status", "label", "num_cached_frames", "eval_clips"])
+    wanted = pyarrow.compute.and_(
+        pyarrow.compute.and_(
+            pyarrow.compute.equal(table["split"], split), pyarrow.compute.equal(table["status"], "ok")
+        ),
+        pyarrow.compute.is_valid(table["label"]),
+    )
+    rows = np.flatnonzero(wanted.to_numpy())
+    chosen = table.take(rows)
+    return LabelledRows(
+        rows,
+        chosen["label"].to_numpy().astype(np.int64),
+        chosen["num_cached_frames"].to_numpy().astype(np.int64),
+        chosen["eval_clips"].to_pylist(),
+    )
+
+
+def resolve_clip_frames(wanted: int | None, available: np.ndarray, store: StoreReader) -> int:
+    """T: what was asked for if every row holds as many frames, else 8 or the fewest that a row holds.
+
+    Raises:
+        StoreMismatchError: If a row holds fewer frames than were asked for.
+    """
+    fewest = int(available.min())
+    if wanted is None:
+        return min(_DEFAULT_FRAMES, fewest)
+    if wanted > fewest:
+        raise StoreMismatchError(
+            f"a clip of {wanted} frames was asked for, rows of {store.path} hold as few as {fewest}. "
+            f"Use --frames {fewest}, or extract with more frames."
+        )
+    return wanted
+
+
+def plan_training_epoch(
+    data: LabelledRows, *, num_frames: int, batch_size: int, seed: int, epoch: int
+) -> list[ClipPlan]:
+    """The batches of one epoch: a pure function of rows, seed and epoch.
+
+    A clip takes one random frame of each of T equal parts of the cached ones. What does not fill a batch is left
+    out of this epoch, unless there is no full batch.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(len(data))
+    bounds = np.arange(num_frames + 1)[None] * data.num_cached_frames[:, None] // num_frames
+    places = generator.integers(bounds[:, :-1], bounds[:, 1:])
+    size = min(batch_size, len(order))
+    batches = [order[first : first + size] for first in range(0, len(order) - size + 1, size)]
+    return [ClipPlan(data.rows[b], places[b], data.labels[b]) for b in batches]
+
+
+def plan_evaluation(
+    data: LabelledRows, *, num_frames: int, batch_size: int, num_clips: int | None = None
+) -> tuple[list[ClipPlan], np.ndarray]:
+    """The batches of an evaluation, and for each of their clips the place of its video in `data`.
+
+    Args:
+        data: Which videos.
+        num_frames: T.
+        batch_size: Clips in a batch.
+        num_clips: Clips spread over each video's cached frames; None takes the evaluation clips that the store
+            recorded, each thinned to T frames.
+    """
+    owners: list[int] = []
+    places: list[list[int]] = []
+    for video, count in enumerate(data.num_cached_frames):
+        if num_clips is None:
+            clips = [thin(clip, num_frames) for clip in data.eval_clips[video]]
+        else:
+            clips = spread_clips(int(count), num_frames, num_clips)
+        owners += [video] * len(clips)
+        places += clips
+    owner, place = np.asarray(owners), np.asarray(places)
+    plans = [
+        ClipPlan(
+            data.rows[owner[i : i + batch_size]], place[i : i + batch_size], data.labels[owner[i : i + batch_size]]
+        )
+        for i in range(0, len(owner), batch_size)
+    ]
+    return plans, owner
+
+
+def thin(clip: Sequence[int], num_frames: int) -> list[int]:
+    """The middle one of each of `num_frames` equal parts of a clip's frames."""
+    return [clip[(2 * step + 1) * len(clip) // (2 * num_frames)] for step in range(num_frames)]
+
+
+def spread_clips(num_cached: int, num_frames: int, num_clips: int) -> list[list[int]]:
+    """`num_clips` clips of `num_frames` places each, evenly shifted inside each of `num_frames` equal parts."""
+    return [
+        [(2 * (step * num_clips + clip) + 1) * num_cached // (2 * num_clips * num_frames) for step in range(num_frames)]
+        for clip in range(num_clips)
+    ]
+
+
+class ClipLoader:
+    """Reads planned batches with threads, a few ahead, and hands them over on the training device in order."""
+
+    def __init__(
+        self, store: StoreReader, *, arrays: Sequence[str], layers: Sequence[int], device: torch.device
+    ) -> None:
+        self._store = store
+        self._arrays = arrays
+        self._layers = None if tuple(layers) == store.layout.layers else layers
+        self._device = device
+        backbone = store.attributes["backbone"]
+        self._mean, self._std = (
+            torch.tensor(backbone[name], device=device).view(1, 1, 3, 1, 1) for name in ("mean", "std")
+        )
+        self._shown = store.layout.pixel_offsets.index(0)
+
+    def load(self, plans: Sequence[ClipPlan]) -> Iterator[ClipBatch]:
+        """Batches in the order of the plans."""
+        with ThreadPoolExecutor(2, thread_name_prefix="s4v-read") as threads:
+            pending: deque[tuple[ClipPlan, Future[Clips]]] = deque()
+            try:
+                for plan in plans:
+                    pending.append((plan, threads.submit(self._read, plan)))
+                    if len(pending) > _BATCHES_AHEAD:
+                        yield self._hand_over(*pending.popleft())
+                while pending:
+                    yield self._hand_over(*pending.popleft())
+            finally:
+                for _, future in pending:
+                    future.cancel()
+
+    def _read(self, plan: ClipPlan) -> Clips:
+        return self._store.read_clips(plan.rows, plan.places, layers=self._layers, arrays=self._arrays)
+
+    def _hand_over(self, plan: ClipPlan, future: Future[Clips]) -> ClipBatch:
+        clips = future.result()
+        pixels = None
+        if clips.pixels is not None:
+            raw = torch.from_numpy(np.ascontiguousarray(clips.pixels[:, :, self._shown])).to(self._device)
+            pixels = (raw.permute(0, 1, 4, 2, 3).float() / 255 - self._mean) / self._std
+        return ClipBatch(
+            pixels,
+            None if clips.patches is None else torch.from_numpy(clips.patches).to(self._device),
+            None if clips.cls is None else torch.from_numpy(clips.cls).to(self._device).float(),
+            torch.from_numpy(plan.labels).to(self._device),
+        )
+
+
+def codec_for(store: StoreReader, layers: Sequence[int], device: torch.device) -> Codec:
+    """The store's codec for the layers that a head reads, its arrays as tensors on the training device."""
+    places = store.layer_places(layers)
+    return store.codec.map_parts(lambda array: torch.from_numpy(np.asarray(array)[places]).to(device))

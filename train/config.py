@@ -1,0 +1,66 @@
+"""What `s4v train` can be told, checked before any work starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Everything that decides what a run learns."""
+
+    features: Path
+    """The store."""
+    out: Path
+    """Folder of the run; it must not exist."""
+    head: str = "side4video"
+    """What to train, by name."""
+    layers: tuple[int, ...] | None = None
+    """Backbone blocks to use; None takes all that the store holds."""
+    side_width: int | None = None
+    """S; None takes the paper's for the store's backbone."""
+    frames: int | None = None
+    """T, frames of a clip; None takes 8, fewer where rows hold fewer."""
+    epochs: int = 30
+    batch_size: int = 32
+    """Clips in a step."""
+    learning_rate: float = 1e-3
+    """Of AdamW, at the end of the warm-up."""
+    warmup_epochs: float = 4.0
+    """The rate rises from 0 over these, then falls as a cosine to 0; at most half of all epochs are used."""
+    weight_decay: float = 0.15
+    """On all parameters, as the reference has it."""
+    label_smoothing: float = 0.1
+    precision: Literal["fp32", "fp16", "bf16"] | None = None
+    """Mixed precision of the step; None takes bf16 (or fp16) on a GPU that has it, fp32 on a CPU."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `mps`."""
+    seed: int = 0
+    """Of initial weights, the order of clips and the frames they take."""
+    train_split: str = "train"
+    val_split: str = "val"
+
+    def __post_init__(self) -> None:
+        at_least_one = {
+            "--frames": self.frames,
+            "--epochs": self.epochs,
+            "--batch-size": self.batch_size,
+            "--side-width": self.side_width,
+        }
+        for option, count in at_least_one.items():
+            if count is not None and count < 1:
+                raise ConfigError(f"{option} must be at least 1; found {count}")
+        if self.learning_rate <= 0:
+            raise ConfigError(f"--learning-rate must be above 0; found {self.learning_rate:g}")
+        not_negative = {"--warmup-epochs": self.warmup_epochs, "--weight-decay": self.weight_decay}
+        for option, value in not_negative.items():
+            if value < 0:
+                raise ConfigError(f"{option} must not be negative; found {value:g}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(f"--label-smoothing must lie in [0, 1); found {self.label_smoothing:g}")
+        if self.precision not in (None, "fp32", "fp16", "bf16"):
+            raise ConfigError(f"--precision takes fp32, fp16, bf16; found {self.precision!r}")

@@ -1,0 +1,191 @@
+"""Evaluation: softmax over classes for each clip, averaged over a video's clips, then accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from ..errors import StoreMismatchError
+from ..store._files import write_json
+from ..store.manifest import write_table
+from ..store.reader import StoreReader, open_store
+from .clips import ClipLoader, LabelledRows, codec_for, find_labelled_rows, plan_evaluation
+from .run import Run, load_checkpoint, open_run, require_matching_store
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Scores of the videos of one split."""
+
+    rows: np.ndarray
+    """(n,) rows of the store."""
+    labels: np.ndarray
+    """(n,)."""
+    probabilities: np.ndarray
+    """(n, classes) float32, averaged over clips."""
+    loss: float
+    """Mean negative log-likelihood of the averaged probabilities."""
+
+    @property
+    def predictions(self) -> np.ndarray:
+        """(n,) the likeliest label of each video; of equal ones the first."""
+        return self.probabilities.argmax(axis=1)
+
+    def top(self, k: int) -> float:
+        """Share of videos whose label is among the k likeliest; ties count against us."""
+        own = np.take_along_axis(self.probabilities, self.labels[:, None], axis=1)
+        others_at_least = (self.probabilities >= own).sum(axis=1) - 1
+        return float((others_at_least < k).mean())
+
+    def confusion(self) -> np.ndarray:
+        """(classes, classes) counts: rows are labels, columns predictions."""
+        size = self.probabilities.shape[1]
+        return np.bincount(self.labels * size + self.predictions, minlength=size * size).reshape(size, size)
+
+
+@torch.inference_mode()
+def evaluate_head(
+    head: torch.nn.Module,
+    store: StoreReader,
+    data: LabelledRows,
+    *,
+    layers: tuple[int, ...],
+    num_frames: int,
+    batch_size: int,
+    device: torch.device,
+    num_clips: int | None = None,
+) -> Evaluation:
+    """Score videos with a head that sits on `device`; it is put into evaluation mode for the time.
+
+    Args:
+        head: One of `train.heads`.
+        store: Where the tokens are.
+        data: Which videos.
+        layers: Backbone blocks that the head reads.
+        num_frames: T.
+        batch_size: Clips in a batch.
+        device: Where the head is.
+        num_clips: Clips of a video; None takes those that the store recorded.
+    """
+    was_training = head.training
+    head.eval()
+    arrays: tuple[str, ...] = head.arrays  # type: ignore[assignment]
+    plans, owner = plan_evaluation(data, num_frames=num_frames, batch_size=batch_size, num_clips=num_clips)
+    codec = codec_for(store, layers, device) if "patches" in arrays else None
+    loader = ClipLoader(store, arrays=arrays, layers=layers, device=device)
+    scores = [
+        head(batch.pixels, batch.patches, batch.cls, codec).float().softmax(dim=-1).cpu().numpy()
+        for batch in loader.load(plans)
+    ]
+    head.train(was_training)
+    clip_scores = np.concatenate(scores)
+    sums = np.zeros((len(data), clip_scores.shape[1]), dtype=np.float64)
+    np.add.at(sums, owner, clip_scores)
+    probabilities = (sums / np.bincount(owner, minlength=len(data))[:, None]).astype(np.float32)
+    own = np.take_along_axis(probabilities, data.labels[:, None], axis=1)
+    loss = float(-np.log(np.maximum(own, np.finfo(np.float32).tiny)).mean())
+    return Evaluation(data.rows, data.labels, probabilities, loss)
+
+
+def evaluate_run(
+    run_path: str | Path,
+    *,
+    features: str | Path | None = None,
+    split: str = "val",
+    num_clips: int | None = None,
+    checkpoint: str = "best",
+    device: torch.device | None = None,
+    report: Callable[[str, int, int], None] = lambda *_: None,
+) -> dict[str, Any]:
+    """Evaluate a run on a split of a store, and leave the figures and all predictions in the run's folder.
+
+    Args:
+        run_path: The run's folder.
+        features: A store; None takes the one that the run was trained on.
+        split: Which videos.
+        num_clips: Clips of a video; None takes those that the store recorded.
+        checkpoint: `best` or `last`.
+        device: Where to compute; None takes the CPU.
+        report: Told about progress.
+
+    Returns:
+        top1, top5 (when there are more than 5 classes), mean_class_accuracy, loss, videos, confusion, and more.
+
+    Raises:
+        StoreMismatchError: If the store does not fit the run, or the split has no good, labelled video.
+    """
+    run = open_run(run_path)
+    store = open_store(features if features is not None else run.source["store"])
+    require_matching_store(run, store)
+    data = _relabel(find_labelled_rows(store, split), store, run)
+    if not len(data):
+        splits = ", ".join(sorted(set(store.input_columns()["split"].to_pylist())))
+        raise StoreMismatchError(f"{store.path} has no good, labelled video in split {split!r}; it has {splits}")
+    device = device or torch.device("cpu")
+    report("evaluating", 0, len(data))
+    head = load_checkpoint(run, checkpoint).to(device)
+    result = evaluate_head(
+        head,
+        store,
+        data,
+        layers=run.head.layers,
+        num_frames=run.frames,
+        batch_size=run.config["batch_size"],
+        device=device,
+        num_clips=num_clips,
+    )
+    confusion = result.confusion()
+    present = confusion.sum(axis=1) > 0
+    recall = confusion.diagonal()[present] / confusion.sum(axis=1)[present]
+    figures = {
+        "run": str(run.path),
+        "store": str(store.path),
+        "split": split,
+        "checkpoint": checkpoint,
+        "videos": len(data),
+        "clips_per_video": num_clips if num_clips is not None else "as recorded",
+        **accuracy_figures(result),
+        "mean_class_accuracy": float(recall.mean()),
+        "loss": result.loss,
+        "classes": list(run.classes),
+        "confusion": confusion.tolist(),
+    }
+    write_json(run.path / f"eval_{split}.json", figures)
+    write_table(run.path / f"predictions_{split}.parquet", _prediction_table(result, store, run))
+    return figures
+
+
+def accuracy_figures(result: Evaluation) -> dict[str, float]:
+    """top1, and top5 where there are more than 5 classes."""
+    figures = {"top1": result.top(1)}
+    if result.probabilities.shape[1] > 5:
+        figures["top5"] = result.top(5)
+    return figures
+
+
+def _relabel(data: LabelledRows, store: StoreReader, run: Run) -> LabelledRows:
+    """Labels in the run's class order: a class is its name, wherever a store lists it."""
+    if store.classes.names == run.classes or not len(data):
+        return data
+    place = np.asarray([run.classes.index(name) for name in store.classes.names])
+    return LabelledRows(data.rows, place[data.labels], data.num_cached_frames, data.eval_clips)
+
+
+def _prediction_table(result: Evaluation, store: StoreReader, run: Run) -> pa.Table:
+    ids = store.read_manifest(["video_id"])["video_id"].take(result.rows)
+    names = np.asarray(run.classes)
+    return pa.table(
+        {
+            "video_id": ids,
+            "class_name": names[result.labels],
+            "predicted": names[result.predictions],
+            "probability": result.probabilities.max(axis=1),
+            "is_correct": result.predictions == result.labels,
+        }
+    )

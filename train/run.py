@@ -1,0 +1,180 @@
+"""A run's folder: its resolved configuration, checkpoints as safetensors beside JSON, metrics as JSON lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..errors import RunExistsError, RunNotFoundError, StoreDamagedError, StoreMismatchError
+from ..store._files import hash_file, read_json, write_atomic, write_json
+from ..store.reader import StoreReader
+from .config import TrainConfig
+from .heads import HeadConfig, build_head
+
+CONFIG_NAME = "config.json"
+METRICS_NAME = "metrics.jsonl"
+
+# What a run's tokens must agree in with those of a store that it is evaluated on.
+_BACKBONE_IDENTITY = ("architecture", "weights_sha256", "width", "image_size", "mean", "std")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run on disk: how its head was made and trained, and on what."""
+
+    path: Path
+    config: dict[str, Any]
+    """The resolved training configuration."""
+    head: HeadConfig
+    classes: tuple[str, ...]
+    """Class names in label order."""
+    source: dict[str, Any]
+    """What the tokens were: store, backbone, layers, sampling, resize."""
+
+    @property
+    def frames(self) -> int:
+        """T, frames of a clip."""
+        return self.config["frames"]
+
+
+def create_run(config: TrainConfig, frames: int, head: HeadConfig, store: StoreReader) -> Run:
+    """Make a run's folder with its resolved configuration.
+
+    Raises:
+        RunExistsError: If the folder holds anything.
+    """
+    refuse_existing_run(config.out)
+    config.out.mkdir(parents=True, exist_ok=True)
+    resolved = {**asdict(config), "features": str(config.features), "out": str(config.out), "frames": frames}
+    run = Run(config.out, resolved, head, store.classes.names, describe_source(store))
+    write_json(
+        config.out / CONFIG_NAME,
+        {"train": resolved, "head": asdict(head), "classes": run.classes, "source": run.source},
+    )
+    return run
+
+
+def refuse_existing_run(path: Path) -> None:
+    """Refuse a run's folder that holds anything.
+
+    Raises:
+        RunExistsError: With what to do.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunExistsError(f"{path} exists. Nothing was overwritten: choose another --out, or remove it.")
+
+
+def open_run(path: str | Path) -> Run:
+    """Read a run's configuration.
+
+    Raises:
+        RunNotFoundError: If there is nothing, or something that is not a run.
+    """
+    path = Path(path)
+    if not (path / CONFIG_NAME).is_file():
+        found = "nothing there" if not path.exists() else f"no {CONFIG_NAME} in it"
+        raise RunNotFoundError(f"{path} is not a run: {found}. `s4v train --features STORE --out {path}` makes one.")
+    saved = read_json(path / CONFIG_NAME)
+    head = HeadConfig(**{**saved["head"], "layers": tuple(saved["head"]["layers"])})
+    return Run(path, saved["train"], head, tuple(saved["classes"]), saved["source"])
+
+
+def find_newest_run(folder: Path = Path("runs")) -> Path:
+    """The run whose configuration was written last.
+
+    Raises:
+        RunNotFoundError: If there is none.
+    """
+    configs = sorted(folder.glob(f"*/{CONFIG_NAME}"), key=lambda p: p.stat().st_mtime)
+    if not configs:
+        raise RunNotFoundError(f"no run in {folder.resolve()}: name one with --run, or train one first")
+    return configs[-1].parent
+
+
+def describe_source(store: StoreReader) -> dict[str, Any]:
+    """What must agree between the store that a run was trained on and one that it is evaluated on."""
+    backbone = store.attributes["backbone"]
+    return {
+        "store": str(store.path.resolve()),
+        "backbone": {name: backbone[name] for name in _BACKBONE_IDENTITY},
+        "sampling": store.attributes["sampling"],
+        "resize": store.attributes["resize"],
+        "codec": store.attributes["codec"],
+    }
+
+
+def require_matching_store(run: Run, store: StoreReader) -> None:
+    """Refuse a store whose tokens or classes are not what a run was trained on; all differences in one message.
+
+    The codec may differ: codes are decoded before the head sees them.
+
+    Raises:
+        StoreMismatchError: With the differences.
+    """
+    here, there = describe_source(store), run.source
+    differences = [
+        f"backbone {name}: {here['backbone'][name]} in the store, {there['backbone'][name]} in the run"
+        for name in _BACKBONE_IDENTITY
+        if here["backbone"][name] != there["backbone"][name]
+    ]
+    differences += [
+        f"{name}: {here[name]} in the store, {there[name]} in the run"
+        for name in ("sampling", "resize")
+        if here[name] != there[name]
+    ]
+    if missing := sorted(set(run.head.layers) - set(store.layout.layers)):
+        differences.append(f"layers {missing} are not in the store")
+    if set(store.classes.names) != set(run.classes):
+        only_store = sorted(set(store.classes.names) - set(run.classes))
+        only_run = sorted(set(run.classes) - set(store.classes.names))
+        differences.append(f"classes: only in the store {only_store[:3]}, only in the run {only_run[:3]}")
+    if differences:
+        raise StoreMismatchError(
+            f"{store.path} does not fit the run {run.path}: {'; '.join(differences)}. "
+            f"Evaluate on a store like {run.source['store']}, or train a run on this one."
+        )
+
+
+def save_checkpoint(run: Run, name: str, head: torch.nn.Module, facts: Mapping[str, Any]) -> None:
+    """Write NAME.safetensors, then NAME.json with its hash, each atomically."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in head.state_dict().items()}
+    path = run.path / f"{name}.safetensors"
+    write_atomic(path, lambda temporary: save_file(tensors, temporary))
+    write_json(path.with_suffix(".json"), {**facts, "sha256": hash_file(path)})
+
+
+def load_checkpoint(run: Run, name: str = "best") -> torch.nn.Module:
+    """Build a run's head and load a checkpoint into it, in evaluation mode on the CPU.
+
+    Raises:
+        RunNotFoundError: If the run has no such checkpoint.
+        StoreDamagedError: If the file is not a whole checkpoint of this head.
+    """
+    path = run.path / f"{name}.safetensors"
+    if not path.is_file():
+        raise RunNotFoundError(f"{run.path} has no checkpoint {name!r}: training has not finished an epoch")
+    head = build_head(run.head)
+    try:
+        head.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise StoreDamagedError(f"{path} is damaged or of another head: {str(error).splitlines()[0]}") from error
+    return head.eval()
+
+
+def append_metrics(run: Run, metrics: Mapping[str, Any]) -> None:
+    """Add one line to metrics.jsonl."""
+    with (run.path / METRICS_NAME).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(metrics) + "\n")
+
+
+def read_metrics(run: Run) -> list[dict[str, Any]]:
+    """All lines of metrics.jsonl."""
+    lines = (run.path / METRICS_NAME).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,212 @@
+"""The side network: a light spatial-temporal ladder beside the frozen backbone's tapped layers.
+
+Token-major throughout: activations are (B, T, N, S), so every projection is one matrix product over the last axis.
+
+Source:
+    Side4Video, https://arxiv.org/abs/2311.15769; reference code HJYao00/Side4Video at 5d72352,
+    Recognition/clip/model.py. Ours differs in layout (the reference permutes between five of them in each block), in
+    computing the stem and the temporal convolution as matrix products and shifted sums, and in taking cached tokens
+    or their codes instead of running the backbone. Outputs and gradients agree: tests/train/test_parity.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import StoreMismatchError
+from ..store.codec import Codec
+
+_HEAD_WIDTH = 64
+
+# The reference's initialisation counts 12 blocks whatever the depth.
+_INIT_DEPTH = 12
+
+
+class SideNetwork(nn.Module):
+    """Recognition from the tapped layers of a CLIP backbone and from the pixels themselves.
+
+    Args:
+        num_layers: L, tapped layers; one block each.
+        width: D, the backbone's.
+        side_width: S, a multiple of 64.
+        num_patches: N, patches of a frame.
+        patch_px: Side of a patch, as in the backbone.
+        num_classes: Classes to tell apart.
+    """
+
+    arrays = ("patches", "cls", "pixels")
+    """What it reads from a store."""
+
+    def __init__(
+        self, *, num_layers: int, width: int, side_width: int, num_patches: int, patch_px: int, num_classes: int
+    ) -> None:
+        super().__init__()
+        self.num_patches = num_patches
+        self.stem = PixelStem(side_width, patch_px)
+        self.position = nn.Parameter(torch.empty(num_patches, side_width))
+        self.taps = nn.ModuleList(Tap(width, side_width) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(SideBlock(side_width) for _ in range(num_layers))
+        self.norm = nn.BatchNorm2d(side_width)
+        self.classifier = nn.Linear(side_width, num_classes)
+        nn.init.normal_(self.position, std=0.01)
+
+    def forward(
+        self, pixels: torch.Tensor, patches: torch.Tensor, cls: torch.Tensor, codec: Codec | None = None
+    ) -> torch.Tensor:
+        """Score clips.
+
+        Args:
+            pixels: (B, T, 3, H, W), normalised as for the backbone.
+            patches: (B, T, L, N, D) patch tokens or, with a codec, (B, T, L, N, K) codes.
+            cls: (B, T, L, D) class tokens of the same layers.
+            codec: Decodes the codes of each layer when its tap needs them; arrays on the same device.
+
+        Returns:
+            (B, num_classes) logits.
+
+        Raises:
+            StoreMismatchError: If the number of layers or patches is not this network's.
+        """
+        if patches.shape[2:4] != (len(self.taps), self.num_patches):
+            raise StoreMismatchError(
+                f"this network takes {len(self.taps)} layers of {self.num_patches} patches; "
+                f"found {patches.shape[2]} layers of {patches.shape[3]}"
+            )
+        x = self.stem(pixels)  # (B, T, N, S)
+        for layer, (tap, block) in enumerate(zip(self.taps, self.blocks, strict=True)):
+            tokens = patches[:, :, layer]
+            tokens = tokens.to(cls.dtype) if codec is None else codec.decode(tokens, layer)
+            x = 0.5 * x + 0.5 * tap(tokens)
+            x = block(x, tap(cls[:, :, layer]), self.position)
+        x = normalise_tokens(self.norm, x).mean(dim=(1, 2))  # (B, T, N, S) -> (B, S)
+        return self.classifier(x)
+
+
+class PixelStem(nn.Module):
+    """Convolution over 3 frames and one patch, then batch norm: (B, T, 3, H, W) -> (B, T, N, S)."""
+
+    def __init__(self, side_width: int, patch_px: int) -> None:
+        super().__init__()
+        self.patch_px = patch_px
+        fan_in = 3 * 3 * patch_px**2
+        self.weight = nn.Parameter(torch.empty(3, side_width, 3 * patch_px**2))
+        self.bias = nn.Parameter(torch.empty(side_width))
+        self.norm = nn.BatchNorm2d(side_width)
+        for parameter in (self.weight, self.bias):  # PyTorch's default for a convolution of this size
+            nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels to side tokens; frames before the first and after the last count as zeros."""
+        p = self.patch_px
+        b, t, c, height, width = pixels.shape
+        x = pixels.reshape(b, t, c, height // p, p, width // p, p)
+        x = x.permute(0, 1, 3, 5, 2, 4, 6).reshape(b, t, -1, c * p * p)  # (B, T, N, 3*p*p)
+        # One product for all three time steps of the kernel, then shifted sums.
+        steps = F.linear(x, self.weight.flatten(0, 1)).chunk(3, dim=-1)
+        return normalise_tokens(self.norm, sum_shifted(*steps) + self.bias)
+
+
+class Tap(nn.Module):
+    """Reads one backbone layer: LayerNorm over D, then a projection to S."""
+
+    def __init__(self, width: int, side_width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.project = nn.Linear(width, side_width)
+        nn.init.normal_(self.project.weight, std=(2 * side_width) ** -0.5)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., S)."""
+        return self.project(self.norm(tokens))
+
+
+class SideBlock(nn.Module):
+    """Temporal convolution, attention inside each frame with the shifted class token, MLP; all residual."""
+
+    def __init__(self, side_width: int) -> None:
+        super().__init__()
+        self.temporal_norm = nn.BatchNorm2d(side_width)
+        self.temporal = TemporalConv(side_width)
+        self.attention_norm = nn.LayerNorm(side_width)
+        self.attention = FrameAttention(side_width)
+        self.mlp_norm = nn.BatchNorm2d(side_width)
+        widen, narrow = nn.Linear(side_width, 4 * side_width), nn.Linear(4 * side_width, side_width)
+        nn.init.normal_(widen.weight, std=(2 * side_width) ** -0.5)
+        nn.init.normal_(narrow.weight, std=_residual_std(side_width))
+        self.mlp = nn.Sequential(widen, nn.GELU(), narrow)
+
+    def forward(self, x: torch.Tensor, cls: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Side tokens (B, T, N, S), the tap's class tokens (B, T, S), position embedding (N, S) -> (B, T, N, S)."""
+        x = x + self.temporal(normalise_tokens(self.temporal_norm, x))
+        keys = torch.cat([shift_class_token(cls)[:, :, None], x + position], dim=2)  # (B, T, 1+N, S)
+        x = x + self.attention(self.attention_norm(keys))
+        return x + self.mlp(normalise_tokens(self.mlp_norm, x))
+
+
+class TemporalConv(nn.Module):
+    """1x1x1, depthwise 3x1x1 over time, 1x1x1, with nothing in between."""
+
+    def __init__(self, side_width: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(side_width, side_width)
+        self.weight = nn.Parameter(torch.empty(3, side_width))
+        self.bias = nn.Parameter(torch.empty(side_width))
+        self.project = nn.Linear(side_width, side_width)
+        for parameter in (self.weight, self.bias):  # PyTorch's default for a depthwise kernel of 3
+            nn.init.uniform_(parameter, -(3**-0.5), 3**-0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, N, S) -> (B, T, N, S)."""
+        x = self.expand(x)
+        before, at, after = self.weight.to(x.dtype)
+        return self.project(sum_shifted(x * before, x * at, x * after) + self.bias.to(x.dtype))
+
+
+class FrameAttention(nn.Module):
+    """Attention of the patches of a frame over those patches and one more token, the first."""
+
+    def __init__(self, side_width: int) -> None:
+        super().__init__()
+        self.num_heads = side_width // _HEAD_WIDTH
+        self.qkv = nn.Linear(side_width, 3 * side_width)
+        self.project = nn.Linear(side_width, side_width)
+        nn.init.normal_(self.qkv.weight, std=side_width**-0.5)
+        nn.init.normal_(self.project.weight, std=_residual_std(side_width))
+        nn.init.zeros_(self.qkv.bias)
+        nn.init.zeros_(self.project.bias)
+
+    def forward(self, keys: torch.Tensor) -> torch.Tensor:
+        """(B, T, 1+N, S) -> (B, T, N, S): the first token is looked at and does not look."""
+        b, t, n, s = keys.shape
+        qkv = self.qkv(keys).view(b * t, n, 3, self.num_heads, s // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B*T, heads, 1+N, 64)
+        x = F.scaled_dot_product_attention(q[:, :, 1:], k, v)
+        return self.project(x.transpose(1, 2).reshape(b, t, n - 1, s))
+
+
+def normalise_tokens(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Batch norm of each channel over all clips, frames and patches: (B, T, N, S) -> (B, T, N, S)."""
+    # Seen as (B, S, T, N) without a copy: torch's kernel for channels-last, twice as fast as the one for (rows, S).
+    return norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def sum_shifted(before: torch.Tensor, at: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """A kernel of 3 over time from its three products: y[t] = before[t-1] + at[t] + after[t+1], zeros outside."""
+    y = at.clone()
+    y[:, 1:] += before[:, :-1]
+    y[:, :-1] += after[:, 1:]
+    return y
+
+
+def shift_class_token(cls: torch.Tensor) -> torch.Tensor:
+    """First half of the channels from frame t+1, second half from t-1, zeros at the ends: (B, T, S) -> (B, T, S)."""
+    later, earlier = cls.split(cls.shape[-1] // 2, dim=-1)
+    return torch.cat([F.pad(later[:, 1:], (0, 0, 0, 1)), F.pad(earlier[:, :-1], (0, 0, 1, 0))], dim=-1)
+
+
+def _residual_std(side_width: int) -> float:
+    return side_width**-0.5 * math.sqrt(1 / (2 * _INIT_DEPTH))
