@@ -139,11 +139,13 @@ def decode_decord(path: Path, choose: Choose, announce: Callable[[float], None])
         reader = decord.VideoReader(str(path), num_threads=1, fault_tol=_NO_REPLACED_FRAMES)
         timestamps_s = reader.get_frame_timestamp(range(len(reader)))[:, 0]
         duration_s = float(reader.get_frame_timestamp(len(reader) - 1)[1])
+        if not _are_times(timestamps_s):
+            raise DecodeFailure("decode-error", "decord reads no frame times from this container")
         announce(duration_s)
         indices = choose(timestamps_s)
         wanted = sorted(set(indices))
         frames = reader.get_batch(wanted).asnumpy()
-    except (decord.DECORDError, RuntimeError, ValueError, IndexError) as error:
+    except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, ValueError, IndexError) as error:
         raise DecodeFailure("decode-error", _scrub(error, path)) from error
     return Decoded(
         decoder="decord",
@@ -153,6 +155,11 @@ def decode_decord(path: Path, choose: Choose, announce: Callable[[float], None])
         frame_indices=indices,
         frames=dict(zip(wanted, frames, strict=True)),
     )
+
+
+def _are_times(timestamps_s: np.ndarray) -> bool:
+    """Whether decord's frame times are real: in AVI files it finds none, and then seeks to wrong frames."""
+    return bool(np.isfinite(timestamps_s).all() and timestamps_s[0] > -1 and (np.diff(timestamps_s) >= 0).all())
 
 
 def decode_pyav(path: Path, choose: Choose, announce: Callable[[float], None]) -> Decoded:
@@ -206,6 +213,10 @@ def _read_pyav(
         stream: Any = container.streams.video[0]
         stream.codec_context.thread_count = 1
         base = float(stream.time_base)
+        # AVI stores decoding order only: what FFmpeg makes up as display times may go backwards. Frames come out in
+        # display order, so they are counted; behind an error the count is lost.
+        is_counted = container.format.name == "avi"
+        count = 0
         is_broken = False
         for packet in container.demux(stream):
             try:
@@ -214,10 +225,11 @@ def _read_pyav(
                 is_broken = True
                 continue
             for frame in decoded:
-                is_broken = frame.is_corrupt or (is_broken and not frame.key_frame)
-                if is_broken or frame.pts is None:
+                is_broken = frame.is_corrupt or (is_broken and (is_counted or not frame.key_frame))
+                if is_broken or (frame.pts is None and not is_counted):
                     continue
-                index = int(np.searchsorted(times, frame.pts * base - 1e-9))
+                index = count if is_counted else int(np.searchsorted(times, frame.pts * base - 1e-9))
+                count += 1
                 if index in wanted:
                     yield index, _upright(frame) if keep else np.empty(0)
                 if index >= last:

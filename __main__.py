@@ -1,0 +1,5 @@
+"""`python -m s4v` is `s4v`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,389 @@
+"""The `s4v` command: parse, call one function, print, exit code. Heavy imports sit inside the commands."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import S4vError
+
+app = typer.Typer(
+    name="s4v",
+    help="Run the giant frozen ViT once; train video models from its cached tokens on one modest GPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+
+EXIT_STRICT = 3
+EXIT_ENVIRONMENT = 5
+EXIT_INTERRUPTED = 130
+
+
+def main() -> None:
+    """Entry of the console script."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    app()
+
+
+@app.command()
+def extract(
+    model: Annotated[str, typer.Option(help="vit-e, vit-e-plus, vit-l, vit-b16, vit-b32, or any open_clip ViT.")],
+    dataset: Annotated[str, typer.Option(help="A data set's name (k400, ssv2, ...), folder or table.")],
+    root: Annotated[Path | None, typer.Option(help="Folder below which the videos lie. [data/DATASET]")] = None,
+    annotations: Annotated[Path | None, typer.Option(help="For table: .csv, .tsv, .jsonl or .parquet.")] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="For table: ROLE=NAME; roles are path, label, caption, split, id, start, end. Repeatable."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The store to write. [store/DATASET.zarr]")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="Only this split. Repeatable.")] = None,
+    frames: Annotated[str, typer.Option(help="Cached frames: 8, or by split.")] = "train=16,val=8",
+    sampling: Annotated[str, typer.Option(help="Which frames: uniform.")] = "uniform",
+    resize: Annotated[str, typer.Option(help="256: short side 256, crop 224. 224: the backbone's own.")] = "256",
+    layers: Annotated[str, typer.Option(help="paper, all, or 0-based blocks: 1,3,5.")] = "paper",
+    dtype: Annotated[str, typer.Option(help="Of stored patch tokens: int8, float16, float32.")] = "int8",
+    no_pixels: Annotated[bool, typer.Option("--no-pixels", help="Do not store frames.")] = False,
+    weights: Annotated[str | None, typer.Option(help="An open_clip tag, a file, or random. [the model's own]")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16, bf16. [fp32 on a CPU, fp16 on a GPU]")] = None,
+    batch_size: Annotated[int, typer.Option(help="Frames in one pass through the backbone.")] = 16,
+    decoder: Annotated[str, typer.Option(help="auto (decord, then PyAV), decord, pyav.")] = "auto",
+    decoders: Annotated[int | None, typer.Option(help="Decoder processes. [one for each core]")] = None,
+    decode_timeout: Annotated[float, typer.Option(help="CPU seconds beyond a video's own length.")] = 60.0,
+    seed: Annotated[int, typer.Option(help="Of split, calibration and random weights.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="Only the first N pending rows this time.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the store.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when a video failed.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run the backbone once over all videos and write their tokens to a store; run again to continue."""
+    with _command("extract", as_json) as result:
+        from .extract.datasets import default_paths
+        from .extract.sampling import parse_frames
+
+        parsed_frames = parse_frames("train=16,val=8,8" if frames == "train=16,val=8" else frames)
+        data_root, store_path = default_paths(dataset, root, out)
+        columns = _parse_columns(column or [])
+        # Cheap checks are done; what follows imports torch.
+        from .extract.config import ExtractConfig
+        from .extract.pipeline import extract_dataset
+
+        config = ExtractConfig(
+            model=model,
+            dataset=dataset,
+            out=store_path,
+            root=data_root,
+            annotations=annotations,
+            columns=columns,
+            splits=tuple(split) if split else None,
+            frames=parsed_frames,
+            sampling=sampling,
+            resize=resize,
+            layers=layers,
+            dtype=dtype,  # type: ignore[arg-type]
+            with_pixels=not no_pixels,
+            weights=weights,
+            device=device,
+            precision=precision,  # type: ignore[arg-type]
+            batch_size=batch_size,
+            num_decoders=decoders,
+            decoder=decoder,  # type: ignore[arg-type]
+            decode_timeout_s=decode_timeout,
+            seed=seed,
+            limit=limit,
+            overwrite=overwrite,
+        )
+        with _progress() as report:
+            summary = extract_dataset(config, report)
+        result.update(store=str(summary.store), videos=summary.videos, failed=summary.failed)
+        if not as_json:
+            counts = summary.videos
+            print(f"{summary.store}: {counts['ok']} videos ok, {counts['failed']} failed, {counts['pending']} pending")
+            for row in summary.failed[:20]:
+                print(f"  {row['video_id']}: {row['reason']}")
+            if len(summary.failed) > 20:
+                print(f"  and {len(summary.failed) - 20} more: see videos.parquet in the store")
+    if strict and summary.failed:
+        raise typer.Exit(EXIT_STRICT)
+
+
+@app.command()
+def info(store: Annotated[Path, typer.Argument(help="The store.")], as_json: Json = False) -> None:
+    """Say what a store holds."""
+    with _command("info", as_json) as result:
+        from .store.info import describe_store
+        from .store.reader import open_store
+
+        facts = describe_store(open_store(store))
+        result.update(facts)
+        if not as_json:
+            _print_info(facts)
+
+
+@app.command()
+def train(
+    features: Annotated[Path, typer.Option(help="The store.")],
+    head: Annotated[str, typer.Option(help="side4video, or linear (blind to the order of frames).")] = "side4video",
+    out: Annotated[Path | None, typer.Option(help="The run's folder. [runs/STORE-HEAD]")] = None,
+    layers: Annotated[str | None, typer.Option(help="Backbone blocks to use: 1,3,5. [all in the store]")] = None,
+    side_width: Annotated[int | None, typer.Option(help="Width of the side network. [the paper's]")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of a clip. [8]")] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training videos.")] = 30,
+    batch_size: Annotated[int, typer.Option(help="Clips in a step.")] = 32,
+    learning_rate: Annotated[float, typer.Option(help="At the end of the warm-up.")] = 1e-3,
+    warmup_epochs: Annotated[float, typer.Option(help="Epochs over which the rate rises.")] = 4.0,
+    weight_decay: Annotated[float, typer.Option(help="On all parameters.")] = 0.15,
+    label_smoothing: Annotated[float, typer.Option(help="In the cross-entropy.")] = 0.1,
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16, bf16. [bf16 where a GPU has it]")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    train_split: Annotated[str, typer.Option(help="Split to learn from.")] = "train",
+    val_split: Annotated[str, typer.Option(help="Split to validate on after each epoch.")] = "val",
+    seed: Annotated[int, typer.Option(help="Of weights, order and frames.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Train a side network (or a baseline) from a store alone: no backbone, no video."""
+    with _command("train", as_json) as result:
+        from .train.config import TrainConfig
+
+        chosen = _parse_numbers("--layers", layers)
+        config = TrainConfig(
+            features=features,
+            out=out or Path(),
+            head=head,
+            layers=chosen,
+            side_width=side_width,
+            frames=frames,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            warmup_epochs=warmup_epochs,
+            weight_decay=weight_decay,
+            label_smoothing=label_smoothing,
+            precision=precision,  # type: ignore[arg-type]
+            device=device,
+            seed=seed,
+            train_split=train_split,
+            val_split=val_split,
+        )
+        from .store.reader import open_store
+
+        open_store(features)  # a wrong path is told before torch is imported
+        from dataclasses import replace
+
+        from .train.loop import default_run_path, train_run
+
+        summary = train_run(replace(config, out=out or default_run_path(features, head)), _report_epoch)
+        result.update(summary)
+        if not as_json:
+            print(f"{summary['run']}: {_percentages(summary['last'])} after {summary['epochs']} epochs")
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Annotated[Path | None, typer.Option(help="The run. [the newest in runs/]")] = None,
+    features: Annotated[Path | None, typer.Option(help="The store. [the run's own]")] = None,
+    split: Annotated[str, typer.Option(help="Which videos.")] = "val",
+    clips: Annotated[int | None, typer.Option(help="Clips of a video. [as the store recorded]")] = None,
+    checkpoint: Annotated[str, typer.Option(help="best or last.")] = "best",
+    as_json: Json = False,
+) -> None:
+    """Evaluate a run on a split; figures and predictions are left in the run's folder."""
+    with _command("eval", as_json) as result:
+        from .train.run import find_newest_run, open_run
+
+        path = run or find_newest_run()
+        open_run(path)
+        if clips is not None and clips < 1:
+            from .errors import ConfigError
+
+            raise ConfigError(f"--clips must be at least 1; found {clips}")
+        from .train.evaluate import evaluate_run
+
+        figures = evaluate_run(path, features=features, split=split, num_clips=clips, checkpoint=checkpoint)
+        result.update(figures)
+        if not as_json:
+            print(f"{figures['run']} on {figures['videos']} videos of {split}: {_percentages(figures)}")
+
+
+@app.command()
+def retrieve(
+    query: Annotated[str, typer.Option(help="What to look for, in words.")],
+    features: Annotated[Path | None, typer.Option(help="The store. [the newest in store/]")] = None,
+    top: Annotated[int, typer.Option(help="Answers wanted.")] = 10,
+    weights: Annotated[str | None, typer.Option(help="Where the backbone's weights are. [as recorded]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Search a store's videos by text."""
+    with _command("retrieve", as_json) as result:
+        from .retrieve.search import find_newest_store, search_store
+        from .store.reader import open_store
+
+        store = open_store(features or find_newest_store())
+        answers = search_store(store, query, top=top, weights=weights)
+        rows = [{name: getattr(answer, name) for name in answer.__dataclass_fields__} for answer in answers]
+        result.update(store=str(store.path), query=query, answers=rows)
+        if store.attributes["backbone"]["weights"].startswith("random"):
+            _say("the backbone of this store has random weights: its ranking says nothing about the videos")
+        if not as_json:
+            _print_answers(rows)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for videos, store, runs and report.")] = Path("runs/demo"),
+    as_json: Json = False,
+) -> None:
+    """Try the whole pipeline on generated videos, without any download; writes a report."""
+    with _command("demo", as_json) as result:
+        from .demo.pipeline import run_demo
+
+        figures = run_demo(out, _say)
+        result.update(figures)
+        if not as_json:
+            print(
+                f"side network {figures['side4video']['top1']:.1%}, linear probe {figures['linear']['top1']:.1%}, "
+                f"chance {figures['chance']:.1%}\nreport: {figures['report']}"
+            )
+
+
+@contextmanager
+def _command(name: str, as_json: bool) -> Iterator[dict[str, Any]]:
+    """Run a command's body; turn its outcome into output and an exit code."""
+    start = time.perf_counter()
+    result: dict[str, Any] = {}
+    try:
+        yield result
+    except S4vError as error:
+        _fail(name, as_json, error, type(error).__name__, error.exit_code)
+    except KeyboardInterrupt:
+        hint = "; finished shards are kept, the same command continues" if name == "extract" else ""
+        _fail(name, as_json, f"interrupted{hint}", "Interrupted", EXIT_INTERRUPTED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(name, as_json, f"{error.strerror}{where}: nothing finished is lost", "OSError", EXIT_ENVIRONMENT)
+    if as_json:
+        seconds = round(time.perf_counter() - start, 3)
+        print(json.dumps({"command": name, "ok": True, **result, "seconds": seconds}))
+
+
+def _fail(name: str, as_json: bool, message: object, kind: str, code: int) -> None:
+    _say(f"s4v {name}: {message}")
+    if as_json:
+        print(json.dumps({"command": name, "ok": False, "error": {"type": kind, "message": str(message)}}))
+    raise typer.Exit(code)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr with rate and time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None, rate="")
+        began: dict[str, float] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            elapsed = time.perf_counter() - began.setdefault(stage, time.perf_counter())
+            rate = f"{done / elapsed:.1f} videos/s" if done and elapsed > 1 else ""
+            bar.update(task, description=stage, completed=done, total=total, rate=rate)
+
+        yield report
+
+
+def _report_epoch(metrics: dict[str, Any], epochs: int) -> None:
+    _say(f"epoch {metrics['epoch']}/{epochs}: loss {metrics['train_loss']:.4f}, {_percentages(metrics)}")
+
+
+def _percentages(metrics: dict[str, Any]) -> str:
+    names = [name for name in metrics if name.removeprefix("val_") in ("top1", "top5")]
+    return ", ".join(f"{name} {metrics[name]:.1%}" for name in names) or "no validation videos"
+
+
+def _parse_columns(pairs: list[str]) -> dict[str, str]:
+    from .errors import ConfigError
+
+    columns = {}
+    for pair in pairs:
+        role, equals, name = pair.partition("=")
+        if not (role and equals and name):
+            raise ConfigError(f"--column takes ROLE=NAME, such as path=video_file; found {pair!r}")
+        columns[role] = name
+    return columns
+
+
+def _parse_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    from .errors import ConfigError
+
+    if text is None:
+        return None
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise ConfigError(f"{option} takes numbers such as 1,3,5; found {text!r}") from None
+
+
+def _print_info(facts: dict[str, Any]) -> None:
+    backbone, codec = facts["backbone"], facts["codec"]
+    videos = facts["videos"]
+    lines = {
+        "store": f"{facts['store']} (format {facts['format_version']}, {facts['created']})",
+        "videos": f"{videos['ok']} ok, {videos['failed']} failed, {videos['pending']} pending",
+        "splits": "; ".join(
+            f"{name}: {sum(counts.values())} (frames {facts['frames'].get(name, facts['frames'].get(''))})"
+            for name, counts in sorted(facts["splits"].items())
+        ),
+        "failures": ", ".join(f"{count} {code}" for code, count in facts["failures"].items()) or "none",
+        "classes": f"{facts['classes']}, captions {facts['captions']}",
+        "backbone": f"{backbone['name']} ({backbone['architecture']}), weights {backbone['weights']}, "
+        f"{backbone['precision']} on {backbone['device_type']}",
+        "layers": f"{','.join(map(str, facts['layers']))} of {backbone['depth']}, width {backbone['width']}",
+        "codec": f"{codec['dtype']}, {codec['channels']} of {codec['width']} channels, sha256 {codec['sha256'][:12]}",
+        "frames": f"{facts['cached_frames']} cached, {facts['sampling']} sampling, resize {facts['resize']}",
+        "a frame": ", ".join(f"{name} {_bytes(size)}" for name, size in facts["bytes_per_frame"].items()),
+        "on disk": _bytes(facts["bytes"]),
+    }
+    for name, text in lines.items():
+        print(f"{name:9} {text}")
+    for name, array in facts["arrays"].items():
+        print(f"  {name:10} {array['dtype']:8} {tuple(array['shape'])}  {_bytes(array['bytes'])}")
+
+
+def _print_answers(rows: list[dict[str, Any]]) -> None:
+    print(f"{'rank':>4}  {'score':>7}  {'best frame':>10}  path")
+    for row in rows:
+        print(f"{row['rank']:>4}  {row['score']:>7.4f}  {row['time_s']:>8.2f} s  {row['path']}")
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

@@ -1,0 +1,117 @@
+"""Fixtures: small real videos made with PyAV, small stores made from them, the shared folder where it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from s4v.extract.config import ExtractConfig
+from s4v.extract.pipeline import extract_dataset
+
+DATA = Path(__file__).parent / "data"
+SHARED = Path(__file__).parents[2] / "shared"
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def data_path() -> Path:
+    """Files that belong to the tests."""
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def real_videos() -> Path:
+    """Short real files beside the repository, broken ones among them."""
+    folder = SHARED / "videos"
+    if not (folder / "real").is_dir():
+        pytest.skip("../shared/videos is not here: it is not part of the repository")
+    return folder
+
+
+def write_video(
+    path: Path,
+    *,
+    num_frames: int = 12,
+    size: tuple[int, int] = (80, 64),
+    codec: str = "libx264",
+    fps: int = 10,
+    seed: int = 0,
+    gop: int = 4,
+) -> Path:
+    """A video whose frame i shows a bright column at a place that moves with i."""
+    width, height = size
+    base = np.random.default_rng(seed).integers(0, 90, (height, width, 3))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.codec_context.gop_size = gop
+        for index in range(num_frames):
+            frame = base.copy()
+            left = (index * 5 + seed * 3) % (width - 8)
+            frame[:, left : left + 8] = 220
+            image = av.VideoFrame.from_ndarray(frame.astype(np.uint8), format="rgb24")
+            container.mux(stream.encode(image))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_video() -> Callable[..., Path]:
+    return write_video
+
+
+@pytest.fixture(scope="session")
+def video_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes, train and val, 10 good videos; train/walk/broken.mp4 is no video."""
+    root = tmp_path_factory.mktemp("videos")
+    for number in range(4):
+        write_video(root / f"train/run/{number}.mp4", seed=number)
+        write_video(root / f"train/walk/{number}.mp4", seed=10 + number, num_frames=20)
+    write_video(root / "val/run/0.mp4", seed=20)
+    write_video(root / "val/walk/0.mp4", seed=21)
+    (root / "train/walk/broken.mp4").write_bytes(b"not a video at all" * 50)
+    return root
+
+
+def tiny_config(root: Path, out: Path, **changes: object) -> ExtractConfig:
+    """An extraction that takes a second or two: a 64-pixel ViT with random weights."""
+    values: dict[str, object] = {
+        "model": "tiny-clip",
+        "weights": "random",
+        "dataset": "folder",
+        "root": root,
+        "out": out,
+        "frames": {"train": 6, "": 4},
+        "dtype": "float32",
+        "device": "cpu",
+        "num_decoders": 2,
+    }
+    return ExtractConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def make_config() -> Callable[..., ExtractConfig]:
+    return tiny_config
+
+
+@pytest.fixture(scope="session")
+def float_store(video_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 store of `video_folder`. Read it, do not change it."""
+    out = tmp_path_factory.mktemp("stores") / "float32.zarr"
+    extract_dataset(tiny_config(video_folder, out))
+    return out
+
+
+@pytest.fixture(scope="session")
+def int8_store(video_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An int8 store of `video_folder`. Read it, do not change it."""
+    out = tmp_path_factory.mktemp("stores") / "int8.zarr"
+    extract_dataset(tiny_config(video_folder, out, dtype="int8"))
+    return out

@@ -1,0 +1,326 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import zarr
+
+from s4v.errors import StoreDamagedError, StoreExistsError, StoreMismatchError, StoreNotFoundError
+from s4v.store import manifest
+from s4v.store.codec import Codec
+from s4v.store.info import describe_store
+from s4v.store.layout import StoreLayout
+from s4v.store.reader import open_store
+from s4v.store.records import VideoRecord, VideoResult
+from s4v.store.writer import RowTokens, create_store, resume_store
+
+LAYOUT = StoreLayout(
+    num_rows=20,
+    num_views=2,
+    num_frames=4,
+    layers=(1, 3),
+    num_patches=9,
+    width=8,
+    channels=8,
+    embed_dim=6,
+    image_size=(12, 12),
+    patch_dtype="float16",
+)
+RECORDS = [
+    VideoRecord(
+        video_id=f"{i:03d}.mp4", path=f"{i:03d}.mp4", split="train", class_name="ab"[i % 2], captions=("x",) * (i % 3)
+    )
+    for i in range(20)
+]
+ATTRIBUTES = {
+    "created": "now",
+    "dataset": {"name": "toy", "root": "videos"},
+    "classes": {"names": ["a", "b"]},
+    "backbone": {"name": "toy", "width": 8},
+    "frames": {"": 4},
+    "sampling": "uniform",
+    "resize": "256",
+    "libraries": {},
+}
+
+
+def make_tokens(row, num_frames=4, num_views=2):
+    rng = np.random.default_rng(row)
+    place = (num_views, num_frames)
+    return RowTokens(
+        patches=rng.normal(size=(*place, 2, 9, 8)).astype(np.float16),
+        cls=rng.normal(size=(*place, 2, 8)).astype(np.float16),
+        embedding=rng.normal(size=(*place, 6)).astype(np.float32),
+        pixels=rng.integers(0, 256, (*place, 1, 12, 12, 3), dtype=np.uint8),
+    )
+
+
+def result_of(row, num_frames=4):
+    if row % 7 == 3:
+        return VideoResult(video_id=RECORDS[row].video_id, status="failed", reason="truncated: 1 of 9 frames decode")
+    return VideoResult(
+        video_id=RECORDS[row].video_id,
+        status="ok",
+        num_cached_frames=num_frames,
+        num_views=2,
+        frame_indices=list(range(num_frames)),
+        timestamps_s=[0.1 * i for i in range(num_frames)],
+        eval_clips=[list(range(num_frames))],
+    )
+
+
+def create(path, **changes):
+    values = dict(
+        layout=LAYOUT, attributes=ATTRIBUTES, records=RECORDS, codec=Codec(dtype="float16"), head={"eps": np.array(1.0)}
+    )
+    return create_store(path, **{**values, **changes})
+
+
+def write_shard(writer, shard, num_frames=4):
+    rows = LAYOUT.shard_rows(shard)
+    results = [result_of(row, num_frames) for row in rows]
+    ok = [row for row, result in zip(rows, results, strict=True) if result.status == "ok"]
+    writer.write_shard(shard, {row: make_tokens(row, num_frames) for row in ok}, results)
+
+
+@pytest.fixture
+def store_path(tmp_path):
+    path = tmp_path / "toy.zarr"
+    writer = create(path)
+    for shard in writer.pending_shards():
+        write_shard(writer, shard, num_frames=4 if shard % 2 else 3)
+    writer.consolidate()
+    return path
+
+
+def test_what_is_written_is_read(store_path):
+    store = open_store(store_path)
+    row = 2  # in shard 1: all four frames
+    clips = store.read_clips([row, row], [[0, 3], [2, 1]], view=[0, 1])
+    tokens = make_tokens(row)
+    assert np.array_equal(clips.patches[0], tokens.patches[0, [0, 3]])
+    assert np.array_equal(clips.patches[1], tokens.patches[1, [2, 1]])
+    assert np.array_equal(clips.cls[1], tokens.cls[1, [2, 1]])
+    assert np.array_equal(clips.pixels[1], tokens.pixels[1, [2, 1]])
+    assert np.array_equal(store.read_embeddings()[row], tokens.embedding)
+    decoded = store.decode_patches(clips.patches)
+    assert decoded.dtype == np.float32
+    assert np.array_equal(decoded, clips.patches.astype(np.float32))
+
+
+def test_layers_are_chosen_by_block_number(store_path):
+    store = open_store(store_path)
+    both = store.read_clips([2], [[0, 1]])
+    last = store.read_clips([2], [[0, 1]], layers=[3])
+    assert np.array_equal(last.patches, both.patches[:, :, 1:])
+    assert np.array_equal(last.cls, both.cls[:, :, 1:])
+
+
+def test_plain_zarr_opens_the_store(store_path):
+    group = zarr.open_group(store_path, mode="r")
+    tokens = make_tokens(2)
+    assert np.array_equal(group["patches"][2, :, :4], tokens.patches)
+    assert np.array_equal(group["pixels"][2], tokens.pixels)
+    assert np.array_equal(group["embedding"][2], tokens.embedding)
+    assert group["head/eps"][()] == 1.0
+    assert group.attrs["s4v"]["format_version"] == 1
+
+
+def test_only_codecs_of_the_zarr_specification_are_used(store_path):
+    for metadata in store_path.rglob("zarr.json"):
+        codecs = json.loads(metadata.read_text()).get("codecs", [])
+        inner = [c for codec in codecs for c in codec.get("configuration", {}).get("codecs", [])]
+        assert {codec["name"] for codec in [*codecs, *inner]} <= {"bytes", "crc32c", "sharding_indexed"}
+
+
+def test_every_array_carries_a_checksum(store_path):
+    for metadata in store_path.rglob("zarr.json"):
+        if "codecs" in json.loads(metadata.read_text()):
+            assert "crc32c" in metadata.read_text()
+
+
+def test_black_frame_is_stored_and_unused_places_are_not(tmp_path):
+    path = tmp_path / "black.zarr"
+    writer = create(path)
+    tokens = make_tokens(0, num_frames=2)
+    tokens.pixels[:] = 0
+    writer.write_shard(0, {0: tokens, 1: make_tokens(1, num_frames=4)}, [result_of(0, 2), result_of(1, 4)])
+    size = (path / "pixels" / "c.0.0.0.0.0.0.0").stat().st_size
+    chunk = 12 * 12 * 3 + 4
+    index = 2 * 2 * 4 * 16 + 4
+    assert size == 2 * (2 + 4) * chunk + index
+
+
+def test_manifest_ties_rows_to_videos(store_path):
+    table = open_store(store_path).videos.to_table()
+    assert table["video_id"].to_pylist() == [r.video_id for r in RECORDS]
+    rows = table.to_pylist()
+    assert rows[3]["status"] == "failed"
+    assert rows[3]["frame_indices"] is None
+    assert rows[3]["reason"] == "truncated: 1 of 9 frames decode"
+    assert rows[2]["label"] == 0
+    assert rows[2]["class_name"] == "a"
+    assert rows[2]["eval_clips"] == [[0, 1, 2, 3]]
+
+
+def test_captions_are_tied_to_videos_many_to_one(store_path):
+    captions = open_store(store_path).read_captions().to_pylist()
+    assert [c["video_id"] for c in captions[:3]] == ["001.mp4", "002.mp4", "002.mp4"]
+    assert len({c["caption_id"] for c in captions}) == len(captions)
+
+
+def test_shard_of_failed_rows_has_a_marker_and_no_file(tmp_path):
+    path = tmp_path / "failed.zarr"
+    writer = create(path, layout=LAYOUT)
+    results = [
+        VideoResult(video_id=RECORDS[row].video_id, status="failed", reason="empty-file")
+        for row in LAYOUT.shard_rows(0)
+    ]
+    writer.write_shard(0, {}, results)
+    assert 0 not in writer.pending_shards()
+    assert not list((path / "patches").glob("c.*"))
+
+
+def test_reader_refuses_rows_that_are_not_ok_and_frames_that_are_not_there(store_path):
+    store = open_store(store_path)
+    with pytest.raises(StoreMismatchError, match="rows 3 of .* are not ok"):
+        store.read_clips([3], [[0]])
+    with pytest.raises(StoreMismatchError, match="row 0 of .* holds 3 frames and 2 views; wanted frames 3 of view 0"):
+        store.read_clips([0], [[3]])
+    with pytest.raises(StoreMismatchError, match=r"holds layers 1,3, wanted 2,3: missing 2"):
+        store.read_clips([0], [[0]], layers=[2, 3])
+    with pytest.raises(StoreMismatchError, match="has rows 0 to 19"):
+        store.read_clips([20], [[0]])
+
+
+@pytest.mark.parametrize("name", ["patches", "cls", "pixels"])
+def test_flipped_byte_is_refused_with_shard_and_video_named(store_path, name):
+    file = next((store_path / name).glob("c.1.*"))
+    data = bytearray(file.read_bytes())
+    data[11] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(StoreDamagedError, match=rf"{name}, shard 1: .*002\.mp4"):
+        open_store(store_path).read_clips([2], [[0, 1, 2, 3]])
+
+
+@pytest.mark.parametrize("name", ["patches", "cls", "pixels"])
+def test_missing_shard_is_refused(store_path, name):
+    next((store_path / name).glob("c.1.*")).unlink()
+    with pytest.raises(StoreDamagedError, match=rf"{name}, shard 1: the (chunk|file .*) is missing"):
+        open_store(store_path).read_clips([2], [[0, 1]])
+
+
+def test_truncated_manifest_is_refused(store_path):
+    file = store_path / "videos.parquet"
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(StoreDamagedError, match=r"videos\.parquet is missing or damaged"):
+        open_store(store_path).read_clips([2], [[0]])
+
+
+def test_changed_metadata_is_refused(store_path):
+    file = store_path / "zarr.json"
+    file.write_text(file.read_text().replace('"toy"', '"other"'))
+    with pytest.raises(StoreDamagedError, match="does not match its recorded hash"):
+        open_store(store_path)
+
+
+def test_later_format_is_refused(store_path):
+    file = store_path / "zarr.json"
+    file.write_text(file.read_text().replace('"format_version": 1', '"format_version": 99'))
+    with pytest.raises(StoreMismatchError, match="has format 99, this s4v reads up to 1. Update s4v"):
+        open_store(store_path)
+
+
+def test_what_is_not_a_store_is_refused(tmp_path):
+    with pytest.raises(StoreNotFoundError, match=r"nothing\.zarr is not a store: nothing there"):
+        open_store(tmp_path / "nothing.zarr")
+    with pytest.raises(StoreNotFoundError, match=r"is not a store: no zarr\.json in it"):
+        open_store(tmp_path)
+    zarr.create_group(tmp_path / "foreign.zarr")
+    with pytest.raises(StoreNotFoundError, match="not a store that s4v wrote"):
+        open_store(tmp_path / "foreign.zarr")
+
+
+def test_existing_store_and_foreign_folders_are_never_replaced_unasked(store_path, tmp_path):
+    with pytest.raises(StoreExistsError, match="is a store already.*--overwrite"):
+        create(store_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(StoreExistsError, match="exists and is not a store. Nothing was written"):
+        create(tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
+
+
+def test_resume_gives_the_store_that_an_undisturbed_run_gives(store_path, tmp_path):
+    path = tmp_path / "resumed.zarr"
+    writer = create(path)
+    for shard in (0, 5, 2):
+        write_shard(writer, shard, num_frames=4 if shard % 2 else 3)
+    writer = resume_store(path, layout=LAYOUT, attributes={**ATTRIBUTES, "created": "later"}, records=RECORDS)
+    assert writer.pending_shards() == [s for s in range(LAYOUT.num_shards) if s not in (0, 5, 2)]
+    for shard in writer.pending_shards():
+        write_shard(writer, shard, num_frames=4 if shard % 2 else 3)
+    writer.consolidate()
+    names = {p.relative_to(path) for p in path.rglob("*") if p.is_file()}
+    assert names == {p.relative_to(store_path) for p in store_path.rglob("*") if p.is_file()}
+    for name in names:
+        assert (path / name).read_bytes() == (store_path / name).read_bytes(), name
+
+
+def test_unfinished_store_is_read_with_what_is_done(tmp_path):
+    writer = create(tmp_path / "half.zarr")
+    write_shard(writer, 1)
+    store = open_store(tmp_path / "half.zarr")
+    statuses = store.read_manifest(["status"])["status"].to_pylist()
+    assert statuses[2:4] == ["ok", "failed"]
+    assert set(statuses[:2] + statuses[4:]) == {"pending"}
+    assert store.read_clips([2], [[0, 1]]).patches.shape == (1, 2, 2, 9, 8)
+    assert describe_store(store)["videos"] == {"ok": 1, "failed": 1, "pending": 18}
+
+
+def test_resume_with_other_settings_lists_all_differences(store_path):
+    other = {**ATTRIBUTES, "backbone": {"name": "other", "width": 16}}
+    records = [*RECORDS[:-1], VideoRecord(video_id="new.mp4", path="new.mp4", split="train", class_name="a")]
+    with pytest.raises(StoreMismatchError) as caught:
+        resume_store(store_path, layout=LAYOUT, attributes=other, records=records)
+    message = str(caught.value)
+    assert "backbone.name toy there, other here" in message
+    assert "backbone.width 8 there, 16 here" in message
+    assert "1 (new.mp4) videos are new" in message
+    assert "1 (019.mp4) videos are gone" in message
+
+
+def test_hashes_of_files_without_zarr_checksums_are_recorded(store_path):
+    recorded = json.loads((store_path / "checksums.json").read_text())
+    expected = {
+        p.relative_to(store_path).as_posix()
+        for pattern in ("zarr.json", "*.parquet")
+        for p in store_path.rglob(pattern)
+    }
+    assert set(recorded) == expected
+
+
+def test_labels_follow_the_names_whatever_the_order_of_rows():
+    forward = manifest.ClassList.of(RECORDS)
+    assert forward == manifest.ClassList.of(reversed(RECORDS)) == manifest.ClassList(("a", "b"))
+
+
+def test_parquet_pages_carry_checksums(store_path):
+    column = pyarrow.parquet.ParquetFile(store_path / "videos.parquet", page_checksum_verification=True)
+    assert column.read().num_rows == 20
+
+
+def test_store_imports_neither_torch_nor_a_model():
+    code = "import sys, s4v.store.reader, s4v.store.writer, s4v.store.info; print([m for m in ('torch', 'open_clip') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert out.stdout.strip() == "[]"
+
+
+def test_store_below_the_package_folder_is_found_from_the_root(tmp_path, store_path, monkeypatch):
+    (tmp_path / "store").mkdir()
+    shutil.copytree(store_path, tmp_path / "store" / "k400.zarr")
+    monkeypatch.chdir(tmp_path)
+    assert open_store("store/k400.zarr").layout == LAYOUT
