@@ -244,8 +244,8 @@ def _upright(frame: Any) -> np.ndarray:
 def _scrub(error: Exception, path: Path) -> str:
     """An error's message without clocks, addresses, paths and source lines: the same in every run."""
     text = str(error).replace(str(path), "").strip()
-    text = text.splitlines()[0] if text else type(error).__name__
-    text = re.sub(r"\[\d\d:\d\d:\d\d\]", "", text)
+    text = text.splitlines()[0].partition("; last error log")[0] if text else type(error).__name__
+    text = re.sub(r"\[(\d\d:\d\d:\d\d|Errno -?\d+)\]", "", text)
     text = re.sub(r"0x[0-9a-f]+", "", text)
     text = re.sub(r"(/[\w.-]+)+(:\d+)?:?", "", text)
     return re.sub(r"\s+", " ", text).strip(" :;'")[:160]

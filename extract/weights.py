@@ -185,9 +185,11 @@ class _LazyTensors(Mapping[str, torch.Tensor]):
 
     def __init__(self, file: Any) -> None:
         self._file = file
-        self._names = list(file.keys())
+        self._names = dict.fromkeys(file.keys())
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
         return self._file.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:

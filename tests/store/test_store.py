@@ -314,7 +314,8 @@ def test_parquet_pages_carry_checksums(store_path):
 
 
 def test_store_imports_neither_torch_nor_a_model():
-    code = "import sys, s4v.store.reader, s4v.store.writer, s4v.store.info; print([m for m in ('torch', 'open_clip') if m in sys.modules])"
+    code = "import sys, s4v.store.reader, s4v.store.writer, s4v.store.info\n"
+    code += "print([m for m in ('torch', 'open_clip') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
     assert out.stdout.strip() == "[]"
 

@@ -1,0 +1,320 @@
+import json
+import math
+
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import register_model
+from timm.models.eva import Eva
+from torch import nn
+
+from s4v.errors import BackboneError, ConfigError, WeightsError
+from s4v.extract import architectures, weights
+from s4v.extract.backbone import build_backbone, load_text_tower, parse_layers, resolve_device
+from s4v.extract.weights import draw_random, parameters_on_meta
+
+CPU = torch.device("cpu")
+
+
+def make_eva(sizes, options):
+    kept = {"num_classes": options.get("num_classes", 0), "global_pool": options.get("global_pool", "token")}
+    model = Eva(img_size=28, patch_size=14, embed_dim=32, num_heads=2, mlp_ratio=2.0, **sizes, **kept)
+    model.default_cfg = {"pool_size": None}
+    return model
+
+
+@register_model
+def eva_small_postnorm(pretrained: bool = False, **options: object) -> Eva:
+    """ViT-E's kind of block (post-norm, no rope), shrunken."""
+    return make_eva({"depth": 4, "use_post_norm": True}, options)
+
+
+@register_model
+def eva_small_rope(pretrained: bool = False, **options: object) -> Eva:
+    """EVA02-B and -L's kind of block (pre-norm, rope, split qkv, SwiGLU), shrunken."""
+    sizes = {
+        "depth": 3,
+        "qkv_fused": False,
+        "swiglu_mlp": True,
+        "scale_mlp": True,
+        "scale_attn_inner": True,
+        "use_rot_pos_emb": True,
+        "ref_feat_shape": (2, 2),
+    }
+    return make_eva(sizes, options)
+
+
+TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+CONFIGS = {
+    "small-clip": {
+        "embed_dim": 24,
+        "quick_gelu": True,
+        "vision_cfg": {"image_size": 32, "layers": 3, "width": 64, "head_width": 32, "patch_size": 8},
+        "text_cfg": TEXT,
+    },
+    "small-eva": {
+        "embed_dim": 24,
+        "vision_cfg": {
+            "image_size": 28,
+            "timm_model_name": "eva_small_postnorm",
+            "timm_pool": "token",
+            "timm_proj": None,
+        },
+        "text_cfg": TEXT,
+        "custom_text": True,
+    },
+    "small-eva-rope": {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 28, "timm_model_name": "eva_small_rope", "timm_pool": "token", "timm_proj": None},
+        "text_cfg": TEXT,
+        "custom_text": True,
+    },
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for name, config in CONFIGS.items():
+        (folder / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder)
+    architectures.read_architecture.cache_clear()
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Weights away from their initial values: zero biases and unit norms would hide a swap."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.fixture(params=list(CONFIGS))
+def reference(request, tmp_path):
+    """open_clip's own model of a configuration, and its weights as a file."""
+    model = randomise(open_clip.create_model(request.param, pretrained=None))
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "weights.safetensors")
+    return request.param, model, tmp_path / "weights.safetensors"
+
+
+def images(size, count=3):
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8))
+
+
+def test_our_build_equals_open_clips_own_factory(reference):
+    name, model, file = reference
+    backbone = build_backbone(name, weights=str(file), device=CPU).load_weights()
+    pixels = images(backbone.info.image_size[0])
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (backbone.info.mean, backbone.info.std))
+    batch = (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
+    blocks = model.visual.trunk.blocks if hasattr(model.visual, "trunk") else model.visual.transformer.resblocks
+    seen = []
+    hooks = [block.register_forward_hook(lambda _m, _i, output: seen.append(output)) for block in blocks]
+    with torch.inference_mode():
+        expected = model.visual(batch)
+    for hook in hooks:
+        hook.remove()
+    tokens = backbone.encode_frames(pixels, range(len(blocks)))
+    assert torch.equal(tokens.embedding, expected)
+    for layer, output in enumerate(seen):
+        assert torch.equal(tokens.cls[:, layer], output[:, 0]), layer
+        assert torch.equal(tokens.patches[layer], output[:, 1:]), layer
+
+
+def test_head_turns_the_last_class_token_into_the_embedding(reference):
+    name, _, file = reference
+    backbone = build_backbone(name, weights=str(file), device=CPU).load_weights()
+    tokens = backbone.encode_frames(images(backbone.info.image_size[0]), [backbone.info.depth - 1])
+    head = {k: torch.from_numpy(np.asarray(v)) for k, v in backbone.read_head().items()}
+    normed = nn.functional.layer_norm(
+        tokens.cls[:, -1], (backbone.info.width,), head["norm_weight"], head["norm_bias"], float(head["norm_eps"])
+    )
+    expected = normed @ head["proj_weight"].T + head.get("proj_bias", torch.zeros(()))
+    torch.testing.assert_close(expected, tokens.embedding, atol=1e-5, rtol=1e-5)
+    assert float(head["logit_scale"]) == pytest.approx(math.log(1 / 0.07), abs=0.5)
+    assert ("proj_bias" in head) == ("eva" in name)
+
+
+def test_text_tower_equals_open_clips_own(reference):
+    name, model, file = reference
+    texts = ["a red ring moves left", "", "naïve ☃ " * 40]
+    with torch.inference_mode():
+        expected = model.encode_text(open_clip.get_tokenizer(name)(texts))
+    found = load_text_tower(name, weights=str(file), device=CPU).encode(texts)
+    # Not to the bit: torch picks another attention kernel where no parameter asks for a gradient.
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5, rtol=1e-5)
+
+
+def test_torch_files_load_like_safetensors(reference, tmp_path):
+    name, model, file = reference
+    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "weights.pt")
+    pixels = images(build_backbone(name, weights="random", device=CPU).info.image_size[0])
+    both = [
+        build_backbone(name, weights=str(path), device=CPU).load_weights().encode_frames(pixels, [0]).embedding
+        for path in (file, tmp_path / "weights.pt")
+    ]
+    assert torch.equal(*both)
+
+
+def test_eva_files_without_open_clips_trunk_prefix_load(tmp_path):
+    model = randomise(open_clip.create_model("small-eva", pretrained=None))
+    state = {k.replace("visual.trunk.", "visual."): v.contiguous() for k, v in model.state_dict().items()}
+    save_file(state, tmp_path / "eva.safetensors")
+    backbone = build_backbone("small-eva", weights=str(tmp_path / "eva.safetensors"), device=CPU).load_weights()
+    pixels = images(28)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (backbone.info.mean, backbone.info.std))
+    with torch.inference_mode():
+        expected = model.visual((pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std)
+    assert torch.equal(backbone.encode_frames(pixels, [0]).embedding, expected)
+
+
+def test_backbone_takes_no_gradient(reference):
+    name, _, file = reference
+    backbone = build_backbone(name, weights=str(file), device=CPU).load_weights()
+    assert not any(p.requires_grad for p in backbone.tower.parameters())
+    assert not backbone.tower.training
+
+
+def test_building_takes_no_memory_for_parameters_and_keeps_buffers():
+    with parameters_on_meta():
+        tower = timm.create_model("eva_small_rope")
+    assert all(p.is_meta for p in tower.parameters())
+    buffers = dict(tower.named_buffers())
+    assert buffers
+    assert not any(b.is_meta for b in buffers.values())
+    expected = dict(timm.create_model("eva_small_rope").named_buffers())
+    assert all(torch.equal(buffers[name], expected[name]) for name in expected)
+    assert not next(nn.Linear(2, 2).parameters()).is_meta, "outside, modules are built as ever"
+
+
+def test_random_weights_depend_on_name_and_seed_alone():
+    shape = torch.Size([4, 6])
+    first = draw_random("a.weight", shape, 0)
+    assert torch.equal(first, draw_random("a.weight", shape, 0))
+    assert not torch.equal(first, draw_random("b.weight", shape, 0))
+    assert not torch.equal(first, draw_random("a.weight", shape, 1))
+    assert torch.equal(draw_random("ln.weight", torch.Size([5]), 0), torch.ones(5))
+    assert torch.equal(draw_random("ln.bias", torch.Size([5]), 0), torch.zeros(5))
+
+
+def test_precision_is_that_of_the_weights():
+    backbone = build_backbone("small-clip", weights="random", device=CPU, precision="bf16").load_weights()
+    assert {p.dtype for p in backbone.tower.parameters()} == {torch.bfloat16}
+    tokens = backbone.encode_frames(images(32), [0, 2])
+    assert tokens.patches[0].dtype == torch.bfloat16
+    assert tokens.embedding.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("ViT-B-16-SigLIP", "has no class token"),
+        ("RN50", "has no transformer blocks"),
+        ("convnext_base", "has no transformer blocks"),
+    ],
+)
+def test_towers_without_class_token_or_blocks_are_refused_by_name(name, why):
+    with pytest.raises(BackboneError, match=f"{name} {why}"):
+        build_backbone(name, weights="random", device=CPU)
+
+
+def test_unknown_model_names_the_closest():
+    with pytest.raises(BackboneError, match="unknown model 'vit-b61'. Closest: .*vit-b16"):
+        build_backbone("vit-b61", weights="random", device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("alias", "architecture"),
+    [
+        ("vit-e", "EVA02-E-14"),
+        ("vit-e-plus", "EVA02-E-14-plus"),
+        ("vit-l", "ViT-L-14-quickgelu"),
+        ("vit-b16", "ViT-B-16-quickgelu"),
+        ("vit-b32", "ViT-B-32-quickgelu"),
+    ],
+)
+def test_aliases_name_known_architectures_and_their_own_weights(alias, architecture):
+    found, tag = architectures.resolve_model(alias)
+    assert found == architecture
+    assert tag in open_clip.pretrained.list_pretrained_tags_by_model(architecture)
+
+
+def test_paper_layers():
+    assert parse_layers("paper", 12) == tuple(range(12))
+    assert parse_layers("paper", 24) == tuple(range(24))
+    assert parse_layers("paper", 64) == tuple(range(1, 64, 2))
+    assert parse_layers("all", 64) == tuple(range(64))
+    assert parse_layers("3,1", 12) == (1, 3, 11), "the last block is always tapped"
+    with pytest.raises(ConfigError, match=r"must lie in 0 to 11 for this model; found \[12, 40\]"):
+        parse_layers("1,12,40", 12)
+    with pytest.raises(ConfigError, match="--layers takes paper, all or numbers"):
+        parse_layers("first", 12)
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    other = open_clip.create_model("small-eva", pretrained=None)
+    save_file({k: v.contiguous() for k, v in other.state_dict().items()}, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match=r"does not fit this model: .* tensors are missing.* are not known"):
+        build_backbone("small-clip", weights=str(tmp_path / "w.safetensors"), device=CPU).load_weights()
+
+
+def test_pickle_with_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("owned",))
+
+    torch.save({"visual.proj": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(WeightsError, match=r"evil\.pt is not a safetensors or torch file of plain tensors"):
+        build_backbone("small-clip", weights=str(tmp_path / "evil.pt"), device=CPU).load_weights()
+
+
+def test_unknown_weights_name_the_tags():
+    with pytest.raises(
+        WeightsError, match="no weights 'laion' for vit-b32: no such file, and open_clip knows the tags"
+    ):
+        build_backbone("vit-b32", weights="laion", device=CPU)
+    with pytest.raises(WeightsError, match="tiny-clip has no default weights"):
+        build_backbone("tiny-clip", weights=None, device=CPU)
+
+
+def test_plain_gelu_architecture_with_openai_weights_is_refused():
+    with pytest.raises(WeightsError, match="trained with QuickGELU .* use the architecture ViT-B-32-quickgelu"):
+        build_backbone("ViT-B-32", weights="openai", device=CPU)
+
+
+def test_unreachable_hub_says_what_to_do(monkeypatch):
+    def refuse(_config):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(weights, "download_pretrained", refuse)
+    with pytest.raises(
+        WeightsError, match="'openai' .* are not cached and cannot be downloaded .ConnectionError.*--weights FILE"
+    ):
+        build_backbone("vit-b32", weights=None, device=CPU)
+
+
+def test_text_tower_refuses_other_weights_than_the_stores():
+    with pytest.raises(WeightsError, match="the store was made with weights of hash abc"):
+        load_text_tower("tiny-clip", weights="random", device=CPU, expected_sha256="abc")
+
+
+def test_absent_device_is_refused():
+    with pytest.raises(ConfigError, match="--device nonsense is not available here"):
+        resolve_device("nonsense")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="--device cuda is not available here"):
+            resolve_device("cuda")
+
+
+@pytest.mark.slow
+def test_vit_e_is_the_true_tower():
+    backbone = build_backbone("vit-e", weights="random", device=CPU, precision="bf16")
+    count = sum(p.numel() for p in backbone.tower.parameters())
+    assert backbone.info.depth == 64
+    assert backbone.info.width == 1792
+    assert backbone.info.num_patches == 256
+    assert 4.3e9 < count < 4.4e9

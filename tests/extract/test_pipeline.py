@@ -1,0 +1,230 @@
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from s4v.errors import ConfigError, NoGoodVideoError, StoreExistsError, StoreMismatchError
+from s4v.extract.backbone import build_backbone
+from s4v.extract.pipeline import batch_slots, extract_dataset
+from s4v.store.reader import open_store
+
+
+@given(
+    num_frames=st.lists(st.integers(1, 20), min_size=1, max_size=30), views=st.integers(1, 3), size=st.integers(1, 40)
+)
+def test_batches_hold_every_frame_once_in_order(num_frames, views, size):
+    batches = batch_slots(num_frames, views, size)
+    slots = [slot for batch in batches for slot in batch]
+    assert slots == sorted(slots)
+    assert len(slots) == len(set(slots)) == views * sum(num_frames)
+    assert all(len(batch) == size for batch in batches[:-1])
+
+
+def run_live(store, row):
+    """Tokens of a shard's frames from a freshly built backbone, in the same padded batches as the extraction."""
+    info = store.attributes["backbone"]
+    backbone = build_backbone(info["name"], weights=info["weights"], device=torch.device("cpu")).load_weights()
+    layout = store.layout
+    rows = layout.shard_rows(row // layout.rows_per_shard)
+    table = store.read_manifest(["status", "num_cached_frames", "split"]).to_pylist()
+    frames = [store.attributes["frames"].get(table[r]["split"], store.attributes["frames"][""]) for r in rows]
+    batches = batch_slots(frames, 1, info["batch_size"])
+    size = min(info["batch_size"], len(batches[0]))
+    found = {}
+    for batch in batches:
+        pixels = np.zeros((size, *layout.image_size, 3), np.uint8)
+        for slot, (place, _, frame) in enumerate(batch):
+            if table[rows[place]]["status"] == "ok":
+                pixels[slot] = store.read_clips([rows[place]], [[frame]], arrays=("pixels",)).pixels[0, 0, 0]
+        tokens = backbone.encode_frames(torch.from_numpy(pixels), layout.layers)
+        for slot, (place, _, frame) in enumerate(batch):
+            patches = torch.stack([layer[slot] for layer in tokens.patches])
+            found[rows[place], frame] = (patches.numpy(), tokens.cls[slot].numpy(), tokens.embedding[slot].numpy())
+    return found
+
+
+def test_cached_tokens_are_exactly_the_backbones_own(float_store):
+    store = open_store(float_store)
+    statuses = store.read_manifest(["status"])["status"].to_pylist()
+    for row in (0, 5):
+        assert statuses[row] == "ok"
+        for (other, frame), (patches, cls, embedding) in run_live(store, row).items():
+            if statuses[other] == "ok":
+                clips = store.read_clips([other], [[frame]])
+                assert np.array_equal(clips.patches[0, 0], patches)
+                assert np.array_equal(clips.cls[0, 0], cls)
+                assert np.array_equal(store.read_embeddings()[other, 0, frame], embedding)
+
+
+def test_splits_cache_their_own_number_of_frames(float_store):
+    table = open_store(float_store).read_manifest(["split", "num_cached_frames", "status"]).to_pylist()
+    assert {(r["split"], r["num_cached_frames"]) for r in table if r["status"] == "ok"} == {("train", 6), ("val", 4)}
+
+
+def test_broken_video_is_a_row_with_its_reason(float_store):
+    rows = open_store(float_store).read_manifest().to_pylist()
+    (broken,) = [row for row in rows if row["status"] != "ok"]
+    assert broken["video_id"] == "train/walk/broken.mp4"
+    assert broken["status"] == "failed"
+    assert broken["reason"].startswith("unreadable: Invalid data found")
+    assert broken["frame_indices"] is None
+
+
+def test_int8_store_is_close_to_the_float_store(int8_store, float_store):
+    coded, exact = open_store(int8_store), open_store(float_store)
+    frames = [[0, 2, 3]]
+    tokens = exact.read_clips([0], frames).patches
+    clips = coded.read_clips([0], frames)
+    assert clips.patches.dtype == np.int8
+    assert clips.cls.dtype == np.float16
+    decoded = coded.decode_patches(clips.patches)
+    centred = tokens - tokens.mean(axis=-1, keepdims=True)
+    error = np.linalg.norm(decoded - tokens, axis=-1) / np.linalg.norm(centred, axis=-1)
+    assert np.median(error) < 0.02
+
+
+def test_calibration_ignores_timing_and_limit(video_folder, tmp_path, make_config, int8_store):
+    config = make_config(video_folder, tmp_path / "other.zarr", dtype="int8", num_decoders=1, limit=2)
+    summary = extract_dataset(config)
+    assert summary.videos["pending"] > 0
+    assert open_store(config.out).codec.sha256 == open_store(int8_store).codec.sha256
+
+
+def test_neighbours_do_not_change_a_videos_tokens_beyond_its_shard(video_folder, tmp_path, make_config, float_store):
+    """The same videos without the broken one: shards of one row, so every row stands alone."""
+    root = tmp_path / "videos"
+    shutil.copytree(video_folder, root)
+    (root / "train/walk/broken.mp4").unlink()
+    extract_dataset(make_config(root, tmp_path / "clean.zarr"))
+    clean, dirty = open_store(tmp_path / "clean.zarr"), open_store(float_store)
+    place = {v: i for i, v in enumerate(dirty.read_manifest(["video_id"])["video_id"].to_pylist())}
+    for row, video_id in enumerate(clean.read_manifest(["video_id"])["video_id"].to_pylist()):
+        ours = clean.read_clips([row], [[0, 1, 2, 3]])
+        theirs = dirty.read_clips([place[video_id]], [[0, 1, 2, 3]])
+        assert np.array_equal(ours.patches, theirs.patches), video_id
+
+
+def test_same_command_again_changes_nothing(float_store, video_folder, make_config):
+    before = {p: p.stat().st_mtime_ns for p in float_store.rglob("c.*")}
+    summary = extract_dataset(make_config(video_folder, float_store))
+    assert summary.videos == {"ok": 10, "failed": 1, "pending": 0}
+    assert {p: p.stat().st_mtime_ns for p in float_store.rglob("c.*")} == before
+
+
+def test_limit_stops_early_and_the_next_run_goes_on(video_folder, tmp_path, make_config, float_store):
+    config = make_config(video_folder, tmp_path / "part.zarr", limit=3)
+    assert extract_dataset(config).videos == {"ok": 3, "failed": 0, "pending": 8}
+    assert extract_dataset(replace(config, limit=None)).videos == {"ok": 10, "failed": 1, "pending": 0}
+    assert_same_store(config.out, float_store)
+
+
+def assert_same_store(path, expected):
+    names = sorted(p.relative_to(expected) for p in expected.rglob("*") if p.is_file())
+    assert sorted(p.relative_to(path) for p in path.rglob("*") if p.is_file()) == names
+    for name in names:
+        if name.name in ("stats.json", "checksums.json") or name.as_posix() == "zarr.json":
+            continue  # times and dates
+        assert (path / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+def test_killed_run_continues_to_the_same_store(video_folder, tmp_path, float_store):
+    out = tmp_path / "killed.zarr"
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from s4v.extract.config import ExtractConfig; from s4v.extract.pipeline import extract_dataset\n"
+        f"extract_dataset(ExtractConfig(model='tiny-clip', weights='random', dataset='folder', dtype='float32',"
+        f" device='cpu', num_decoders=2, root=Path({str(video_folder)!r}), out=Path({str(out)!r}),"
+        " frames={'train': 6, '': 4}))"
+    )
+    victim = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 60
+    while not list(out.glob("_parts/*.parquet")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert list(out.glob("_parts/*.parquet"))
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert_same_store(out, float_store)
+
+
+def test_other_settings_on_an_existing_store_are_refused_with_the_differences(float_store, video_folder, make_config):
+    with pytest.raises(StoreMismatchError) as caught:
+        extract_dataset(make_config(video_folder, float_store, dtype="int8", batch_size=4, layers="1,3", seed=3))
+    message = str(caught.value)
+    for part in (
+        "layout.patch_dtype float32 there, int8 here",
+        "backbone.batch_size 16 there, 4 here",
+        "backbone.weights random:0 there, random:3 here",
+        "layout.layers [0, 1, 2, 3, 4, 5] there",
+    ):
+        assert part in message
+
+
+def test_more_videos_than_the_store_was_begun_with_are_refused(
+    float_store, video_folder, tmp_path, make_config, make_video
+):
+    root = tmp_path / "videos"
+    shutil.copytree(video_folder, root)
+    make_video(root / "val/run/new.mp4")
+    copied = tmp_path / "copy.zarr"
+    shutil.copytree(float_store, copied)
+    with pytest.raises(StoreMismatchError, match=r"1 \(val/run/new\.mp4\) videos are new"):
+        extract_dataset(make_config(root, copied))
+
+
+def test_foreign_folder_is_refused_before_any_work(video_folder, tmp_path, make_config):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(StoreExistsError, match="exists and is not a store"):
+        extract_dataset(make_config(video_folder, tmp_path, model="no such model"))
+
+
+def test_not_one_good_video_is_an_error(tmp_path, make_config):
+    (tmp_path / "v/train/a").mkdir(parents=True)
+    (tmp_path / "v/train/a/x.mp4").write_text("no")
+    with pytest.raises(NoGoodVideoError, match="not one of 1 videos decodes.*First reasons: unreadable"):
+        extract_dataset(make_config(tmp_path / "v", tmp_path / "s.zarr", dtype="int8"))
+    assert not (tmp_path / "s.zarr").exists(), "nothing to calibrate on, nothing written"
+    with pytest.raises(NoGoodVideoError, match="not one of 1 videos decodes"):
+        extract_dataset(make_config(tmp_path / "v", tmp_path / "s.zarr"))
+
+
+def test_options_out_of_range_are_refused_before_any_work(video_folder, tmp_path, make_config):
+    for changes, message in (
+        ({"sampling": "dense"}, "--sampling takes uniform; found 'dense'"),
+        ({"resize": "300"}, "--resize takes 256, 224; found '300'"),
+        ({"dtype": "int4"}, "--dtype takes int8, float16, float32; found 'int4'"),
+        ({"batch_size": 0}, "--batch-size must be at least 1; found 0"),
+        ({"decode_timeout_s": 0.0}, "--decode-timeout must be above 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make_config(video_folder, tmp_path / "x.zarr", **changes)
+    with pytest.raises(ConfigError, match=r"--layers must lie in 0 to 5 for this model; found \[9\]"):
+        extract_dataset(make_config(video_folder, tmp_path / "x.zarr", layers="1,9"))
+    with pytest.raises(ConfigError, match="--frames names train, but there is a split 'val'"):
+        extract_dataset(make_config(video_folder, tmp_path / "x.zarr", frames={"train": 4}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_store_without_pixels(video_folder, tmp_path, make_config):
+    extract_dataset(make_config(video_folder, tmp_path / "n.zarr", with_pixels=False, limit=1))
+    with pytest.raises(StoreMismatchError, match="has no array 'pixels'"):
+        open_store(tmp_path / "n.zarr").read_clips([0], [[0]])
+
+
+def test_real_files_make_a_store(real_videos, tmp_path, make_config):
+    summary = extract_dataset(make_config(real_videos, tmp_path / "real.zarr", frames={"": 8}))
+    assert summary.videos == {"ok": 10, "failed": 1, "pending": 0}
+    (failed,) = summary.failed
+    assert failed == {
+        "video_id": "real/corrupted.mp4",
+        "path": "real/corrupted.mp4",
+        "reason": "truncated: 28 of 50 frames decode",
+    }

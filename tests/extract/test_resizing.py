@@ -1,0 +1,29 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import CenterCrop, InterpolationMode, Resize
+
+from s4v.extract.resizing import RESIZES, centre_view, render_view
+
+SIDES = st.integers(16, 500)
+
+
+@given(width=SIDES, height=SIDES, resize=st.sampled_from(sorted(RESIZES)), crop=st.sampled_from([64, 224]))
+def test_view_lies_inside_the_resized_frame(width, height, resize, crop):
+    view = centre_view(width, height, resize, crop)
+    assert 0 <= view.x <= view.resized_width - crop
+    assert 0 <= view.y <= view.resized_height - crop
+    assert min(view.resized_width, view.resized_height) == (crop if resize == "224" else round(crop * 256 / 224))
+
+
+@pytest.mark.parametrize("size", [(340, 256), (256, 340), (426, 240), (568, 320), (641, 333), (224, 224), (50, 50)])
+@pytest.mark.parametrize(("resize", "short"), [("256", 256), ("224", 224)])
+def test_pixels_equal_torchvision_on_pil_images(size, resize, short):
+    """The reference resizes PIL images with torchvision, bicubic, and crops the centre."""
+    width, height = size
+    frame = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    expected = CenterCrop(224)(Resize(short, InterpolationMode.BICUBIC)(Image.fromarray(frame)))
+    ours = render_view(frame, centre_view(width, height, resize, 224))
+    assert np.array_equal(ours, np.asarray(expected))

@@ -1,0 +1,106 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from s4v.errors import StoreMismatchError
+from s4v.store.reader import open_store
+from s4v.train.clips import (
+    ClipLoader,
+    LabelledRows,
+    find_labelled_rows,
+    plan_evaluation,
+    plan_training_epoch,
+    resolve_clip_frames,
+    spread_clips,
+    thin,
+)
+
+
+def rows(count, cached=16):
+    places = np.arange(count)
+    return LabelledRows(places, places % 3, np.full(count, cached), [[list(range(cached))]] * count)
+
+
+@given(count=st.integers(1, 60), batch=st.integers(1, 20), frames=st.integers(1, 8), epoch=st.integers(0, 5))
+def test_an_epoch_takes_each_row_at_most_once_and_a_frame_of_every_part(count, batch, frames, epoch):
+    plans = plan_training_epoch(rows(count), num_frames=frames, batch_size=batch, seed=0, epoch=epoch)
+    taken = np.concatenate([plan.rows for plan in plans])
+    assert len(set(taken)) == len(taken)
+    assert len(taken) == (count // batch * batch if count >= batch else count)
+    for plan in plans:
+        assert np.array_equal(plan.labels, plan.rows % 3)
+        parts = np.arange(frames + 1) * 16 // frames
+        assert ((plan.places >= parts[:-1]) & (plan.places < parts[1:])).all()
+
+
+def test_an_epoch_is_a_function_of_seed_and_epoch():
+    def plan(seed, epoch):
+        return plan_training_epoch(rows(40), num_frames=4, batch_size=8, seed=seed, epoch=epoch)
+
+    def same(a, b):
+        pairs = zip(a, b, strict=True)
+        return all(np.array_equal(x.rows, y.rows) and np.array_equal(x.places, y.places) for x, y in pairs)
+
+    assert same(plan(0, 3), plan(0, 3))
+    assert not same(plan(0, 3), plan(0, 4))
+    assert not same(plan(0, 3), plan(1, 3))
+
+
+@given(cached=st.integers(1, 40), frames=st.integers(1, 16), clips=st.integers(1, 5))
+def test_spread_clips_lie_in_range_and_in_order(cached, frames, clips):
+    found = spread_clips(cached, frames, clips)
+    assert len(found) == clips
+    for clip in found:
+        assert len(clip) == frames
+        assert clip == sorted(clip)
+        assert 0 <= clip[0] <= clip[-1] < cached
+
+
+def test_one_spread_clip_is_the_thinned_video():
+    assert spread_clips(16, 8, 1) == [thin(list(range(16)), 8)] == [list(range(1, 16, 2))]
+    assert spread_clips(16, 8, 2) == [list(range(0, 16, 2)), list(range(1, 16, 2))]
+
+
+def test_evaluation_takes_recorded_clips_and_knows_whose_they_are():
+    data = LabelledRows(np.array([4, 9]), np.array([0, 1]), np.array([8, 8]), [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 2]]])
+    plans, owner = plan_evaluation(data, num_frames=2, batch_size=2)
+    assert owner.tolist() == [0, 0, 1]
+    assert [plan.rows.tolist() for plan in plans] == [[4, 4], [9]]
+    assert plans[0].places.tolist() == [[1, 3], [5, 7]]
+
+
+def test_only_good_labelled_rows_of_the_split_are_used(float_store):
+    store = open_store(float_store)
+    data = find_labelled_rows(store, "train")
+    assert len(data) == 8
+    assert set(data.num_cached_frames) == {6}
+    assert len(find_labelled_rows(store, "val")) == 2
+    assert len(find_labelled_rows(store, "test")) == 0
+
+
+def test_clip_longer_than_the_cache_is_refused(float_store):
+    store = open_store(float_store)
+    assert resolve_clip_frames(None, np.array([16, 8]), store) == 8
+    assert resolve_clip_frames(None, np.array([6, 4]), store) == 4
+    with pytest.raises(StoreMismatchError, match="a clip of 8 frames was asked for, rows of .* hold as few as 4"):
+        resolve_clip_frames(8, np.array([6, 4]), store)
+
+
+def test_loader_hands_over_planned_clips_in_order(float_store):
+    store = open_store(float_store)
+    data = find_labelled_rows(store, "train")
+    plans = plan_training_epoch(data, num_frames=3, batch_size=2, seed=0, epoch=0)
+    loader = ClipLoader(store, arrays=("patches", "cls", "pixels"), layers=(1, 5), device=torch.device("cpu"))
+    batches = list(loader.load(plans))
+    assert len(batches) == len(plans) == 4
+    for plan, batch in zip(plans, batches, strict=True):
+        expected = store.read_clips(plan.rows, plan.places, layers=(1, 5))
+        assert torch.equal(batch.patches, torch.from_numpy(expected.patches))
+        assert torch.equal(batch.cls, torch.from_numpy(expected.cls))
+        assert batch.labels.tolist() == plan.labels.tolist()
+        assert batch.pixels.shape == (2, 3, 3, 64, 64)
+        mean, std = (np.array(store.attributes["backbone"][k]) for k in ("mean", "std"))
+        by_hand = (expected.pixels[0, 0, 0] / 255 - mean) / std
+        np.testing.assert_allclose(batch.pixels[0, 0].permute(1, 2, 0), by_hand, atol=1e-5)

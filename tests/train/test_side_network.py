@@ -1,0 +1,108 @@
+import numpy as np
+import pytest
+import torch
+
+from s4v.errors import StoreMismatchError
+from s4v.store.codec import Codec, fit_absmax_scale
+from s4v.train.side_network import SideNetwork, shift_class_token, sum_shifted
+
+SIZES = dict(num_layers=2, width=24, side_width=64, num_patches=9, patch_px=4, num_classes=5)
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return SideNetwork(**SIZES)
+
+
+def clips(batch=2, frames=4):
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(batch, frames, 3, 12, 12, generator=generator),
+        torch.randn(batch, frames, 2, 9, 24, generator=generator),
+        torch.randn(batch, frames, 2, 24, generator=generator),
+    )
+
+
+def test_every_parameter_gets_a_gradient(network):
+    network(*clips()).square().sum().backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_codes_give_what_their_decoded_tokens_give(network):
+    pixels, patches, cls = clips()
+    scale = fit_absmax_scale(patches.abs().amax(dim=(0, 1, 3)).numpy())
+    codec = Codec(dtype="int8", scale=scale).map_parts(torch.from_numpy)
+    codes = torch.stack([codec.encode(patches[:, :, layer], layer) for layer in range(2)], dim=2)
+    decoded = torch.stack([codec.decode(codes[:, :, layer], layer) for layer in range(2)], dim=2)
+    network.eval()
+    assert torch.equal(network(pixels, codes, cls, codec=codec), network(pixels, decoded, cls))
+
+
+def test_any_number_of_frames_is_taken(network):
+    network.eval()
+    assert network(*clips(frames=1)).shape == (2, 5)
+    assert network(*clips(frames=7)).shape == (2, 5)
+
+
+def test_order_of_frames_matters_and_order_of_clips_does_not(network):
+    network.eval()
+    pixels, patches, cls = clips()
+    forward = network(pixels, patches, cls)
+    backward = network(pixels.flip(1), patches.flip(1), cls.flip(1))
+    assert not torch.allclose(forward, backward, atol=1e-4)
+    swapped = network(pixels.flip(0), patches.flip(0), cls.flip(0))
+    torch.testing.assert_close(swapped, forward.flip(0))
+
+
+def test_wrong_number_of_layers_is_refused_with_both_values(network):
+    pixels, patches, cls = clips()
+    with pytest.raises(StoreMismatchError, match="takes 2 layers of 9 patches; found 1 layers of 9"):
+        network(pixels, patches[:, :, :1], cls[:, :, :1])
+
+
+def test_class_token_halves_come_from_the_next_and_the_last_frame():
+    cls = torch.arange(3.0)[None, :, None].expand(1, 3, 4) + 1
+    assert shift_class_token(cls)[0].tolist() == [[2, 2, 0, 0], [3, 3, 1, 1], [0, 0, 2, 2]]
+
+
+def test_shifted_sum_is_a_convolution_over_time():
+    x = torch.randn(2, 5, 3, 4)
+    kernel = torch.randn(4, 1, 3)
+    expected = (
+        torch.nn.functional.conv1d(x.permute(0, 2, 3, 1).reshape(6, 4, 5), kernel, padding=1, groups=4)
+        .view(2, 3, 4, 5)
+        .permute(0, 3, 1, 2)
+    )
+    found = sum_shifted(*(x * kernel[:, 0, step] for step in range(3)))
+    torch.testing.assert_close(found, expected)
+
+
+def test_sizes_of_the_paper():
+    """Tunable parameters that the paper states, in millions; with its K400 head of 400 classes."""
+    for sizes, stated in (
+        (dict(num_layers=12, width=768, side_width=320, num_patches=196, patch_px=16), 21),
+        (dict(num_layers=6, width=768, side_width=192, num_patches=196, patch_px=16), 4.5),
+        (dict(num_layers=24, width=1024, side_width=512, num_patches=256, patch_px=14), 102),
+    ):
+        network = SideNetwork(**sizes, num_classes=400)
+        count = sum(p.numel() for p in network.parameters()) / 1e6
+        assert count == pytest.approx(stated, rel=0.06), (sizes, count)
+
+
+def test_initial_weights_follow_the_reference():
+    torch.manual_seed(0)
+    network = SideNetwork(num_layers=1, width=256, side_width=256, num_patches=64, patch_px=8, num_classes=3)
+    block, side = network.blocks[0], 256
+    for tensor, std in (
+        (block.mlp[0].weight, (2 * side) ** -0.5),
+        (block.mlp[2].weight, side**-0.5 * 24**-0.5),
+        (block.attention.qkv.weight, side**-0.5),
+        (block.attention.project.weight, side**-0.5 * 24**-0.5),
+        (network.taps[0].project.weight, (2 * side) ** -0.5),
+        (network.position, 0.01),
+    ):
+        assert tensor.std().item() == pytest.approx(std, rel=0.05)
+    assert np.isclose(network.stem.weight.abs().max().item(), (3 * 3 * 8 * 8) ** -0.5, rtol=0.02)
