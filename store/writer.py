@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import tensorstore as ts
 
-from ..errors import StoreExistsError, StoreMismatchError
+from ..errors import EnvironmentFailedError, StoreExistsError, StoreMismatchError
 from . import manifest
 from ._files import hash_file, read_json, sync_folder, write_json
 from ._zarr import create_array, open_array, write_group, write_small_array
@@ -61,6 +61,9 @@ class StoreWriter:
             shard: Which one.
             tokens: By row number; rows that failed are not in it, and a shard of failed rows alone has no file.
             results: One per row of the shard, in row order.
+
+        Raises:
+            EnvironmentFailedError: If the file system refuses, say for lack of space; the shard is not marked done.
         """
         rows = self.layout.shard_rows(shard)
         assert [r.video_id for r in results] == self._inputs["video_id"].slice(rows.start, len(rows)).to_pylist()
@@ -68,6 +71,20 @@ class StoreWriter:
         for name in self._arrays:
             for stale in [*(self.path / name).glob(f"c.{shard}.*"), *(self.path / name).glob(f"c.{shard}__lock")]:
                 stale.unlink()
+        try:
+            self._write_arrays(tokens)
+        except ValueError as error:  # tensorstore raises it for whatever the file system refuses
+            size = sum(getattr(row, name).nbytes for row in tokens.values() for name in self._arrays)
+            why = "no space left" if "No space left" in str(error) else str(error)
+            raise EnvironmentFailedError(
+                f"shard {shard} of {self.path} ({size / 1e6:.0f} MB) could not be written: {why}. "
+                "Finished shards are kept: mend that, and the same command continues."
+            ) from error
+        for name in self._arrays:
+            sync_folder(self.path / name)
+        manifest.write_part(self.path, shard, results, self._codec_sha256)
+
+    def _write_arrays(self, tokens: Mapping[int, RowTokens]) -> None:
         # A transaction gathers the rows of a shard into one write of its file, and leaves unused places absent.
         transactions = []
         for name, array in self._arrays.items():
@@ -79,9 +96,6 @@ class StoreWriter:
             transactions.append(transaction)
         for commit in [transaction.commit_async() for transaction in transactions]:
             commit.result()
-        for name in self._arrays:
-            sync_folder(self.path / name)
-        manifest.write_part(self.path, shard, results, self._codec_sha256)
 
     def consolidate(self) -> pa.Table:
         """Write the manifest with the results of all finished shards; returns it."""
@@ -91,8 +105,11 @@ class StoreWriter:
             if part is not None:
                 parts[self.layout.shard_rows(shard)] = part
         table = manifest.join_parts(self._inputs, parts)
-        manifest.write_table(self.path / manifest.MANIFEST_NAME, table)
-        _write_checksums(self.path)
+        path = self.path / manifest.MANIFEST_NAME
+        # A finished store stays as it is, times included: "the newest store" means the one written last.
+        if not manifest.read_table(path).equals(table):
+            manifest.write_table(path, table)
+            _write_checksums(self.path)
         return table
 
 

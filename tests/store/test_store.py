@@ -8,7 +8,13 @@ import pyarrow.parquet
 import pytest
 import zarr
 
-from s4v.errors import StoreDamagedError, StoreExistsError, StoreMismatchError, StoreNotFoundError
+from s4v.errors import (
+    EnvironmentFailedError,
+    StoreDamagedError,
+    StoreExistsError,
+    StoreMismatchError,
+    StoreNotFoundError,
+)
 from s4v.store import manifest
 from s4v.store.codec import Codec
 from s4v.store.info import describe_store
@@ -225,6 +231,28 @@ def test_changed_metadata_is_refused(store_path):
     file.write_text(file.read_text().replace('"toy"', '"other"'))
     with pytest.raises(StoreDamagedError, match="does not match its recorded hash"):
         open_store(store_path)
+
+
+def test_refused_write_names_the_shard_and_leaves_it_pending(tmp_path, monkeypatch):
+    writer = create(tmp_path / "full.zarr")
+    write_shard(writer, 0)
+
+    def refuse(_tokens):
+        raise ValueError("RESOURCE_EXHAUSTED: ...: No space left on device [os_error_code='28']")
+
+    monkeypatch.setattr(writer, "_write_arrays", refuse)
+    with pytest.raises(EnvironmentFailedError, match=r"shard 2 of .* \(0 MB\) could not be written: no space left"):
+        write_shard(writer, 2)
+    monkeypatch.undo()
+    assert 2 in writer.pending_shards()
+    write_shard(writer, 2)
+    assert 2 not in writer.pending_shards()
+
+
+def test_finished_store_is_not_written_again(store_path):
+    before = {p: p.stat().st_mtime_ns for p in store_path.rglob("*")}
+    resume_store(store_path, layout=LAYOUT, attributes=ATTRIBUTES, records=RECORDS).consolidate()
+    assert {p: p.stat().st_mtime_ns for p in store_path.rglob("*")} == before
 
 
 def test_later_format_is_refused(store_path):
