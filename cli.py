@@ -272,10 +272,11 @@ def _command(name: str, as_json: bool) -> Iterator[dict[str, Any]]:
         hint = "; finished shards are kept, the same command continues" if name == "extract" else ""
         _fail(name, as_json, f"interrupted{hint}", "Interrupted", EXIT_INTERRUPTED)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-            raise
-        where = f" ({error.filename})" if error.filename else ""
-        _fail(name, as_json, f"{error.strerror}{where}: nothing finished is lost", "OSError", EXIT_ENVIRONMENT)
+        # What the file system says of a path the user named: full, read-only, no folder, name too long.
+        is_machine = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+        where = f": {error.filename}" if error.filename else ""
+        code = EXIT_ENVIRONMENT if is_machine else S4vError.exit_code
+        _fail(name, as_json, f"{error.strerror or error}{where}. Nothing finished is lost.", "OSError", code)
     if as_json:
         seconds = round(time.perf_counter() - start, 3)
         print(json.dumps({"command": name, "ok": True, **result, "seconds": seconds}))

@@ -10,6 +10,7 @@
     ├── StoreError
     │   ├── StoreNotFoundError    nothing there, or something that is not a store
     │   ├── StoreExistsError      writing would replace a store
+    │   ├── StoreBusyError        another process is writing there
     │   ├── StoreMismatchError    the store does not hold what the run or the command needs
     │   └── StoreDamagedError     exit code 4: bytes on disk are not the bytes that were written
     ├── RunError
@@ -62,6 +63,10 @@ class StoreNotFoundError(StoreError, FileNotFoundError):
 
 class StoreExistsError(StoreError, FileExistsError):
     """Writing would replace a store."""
+
+
+class StoreBusyError(StoreError, BlockingIOError):
+    """Another process is writing there."""
 
 
 class StoreMismatchError(StoreError, ValueError):

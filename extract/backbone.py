@@ -7,7 +7,7 @@ weights' size in the precision they run in.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -170,6 +170,8 @@ def resolve_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("no such kind of device")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -216,8 +218,7 @@ def build_backbone(
     architecture, _ = resolve_model(name)
     precision = precision or ("fp32" if device.type == "cpu" else "fp16")
     config = read_architecture(architecture)
-    with parameters_on_meta():
-        tower = _build_vision_tower(config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False))
+    tower = _build_tower(name, _build_vision_tower, config["embed_dim"], config["vision_cfg"], config)
     _require_class_token(name, tower)
     source = resolve_weights(name, weights, seed)
     grid, patch_size, image_size = _read_geometry(tower)
@@ -264,11 +265,23 @@ def load_text_tower(
             f"the store was made with weights of hash {expected_sha256}, {source.label} has {source.sha256}. "
             "Name the file that the store was made with (--weights)."
         )
-    with parameters_on_meta():
-        tower = _build_text_tower(config["embed_dim"], config["text_cfg"], config.get("quick_gelu", False))
+    tower = _build_tower(name, _build_text_tower, config["embed_dim"], config["text_cfg"], config)
     # Custom-text models keep the tower under `text.`, plain CLIP keeps its parts at the top.
     fill_tower(tower, open_tensors(source), source, ("text.", ""), device, torch.float32)
     return TextTower(tower, open_clip.get_tokenizer(architecture), device)
+
+
+def _build_tower(
+    name: str, build: Callable[..., nn.Module], embed_dim: int, tower_config: Any, config: Mapping[str, Any]
+) -> Any:
+    try:
+        with parameters_on_meta():
+            return build(embed_dim, tower_config, config.get("quick_gelu", False))
+    except (RuntimeError, NotImplementedError, ImportError) as error:  # towers that compute while they are built
+        reason = str(error).splitlines()[0]
+        raise BackboneError(
+            f"a tower of {name} cannot be built ({reason}); s4v needs a ViT such as {', '.join(ALIASES)}"
+        ) from error
 
 
 def _require_class_token(name: str, tower: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,18 +18,23 @@ from .decoding import DecodedVideo
 FRAMES_PER_VIDEO = 2
 
 
-def choose_calibration_order(records: Sequence[VideoRecord], seed: int) -> list[VideoRecord]:
-    """All videos that calibration may use, in the order it takes them: the training split, by hash of id and seed.
+def group_for_calibration(records: Sequence[VideoRecord], seed: int) -> list[list[VideoRecord]]:
+    """Videos in the order in which calibration takes them, by hash of id and seed: the training split, then the rest.
 
-    Without a training split it takes all videos.
+    The second group serves only where not one video of the first decodes.
     """
-    candidates = [record for record in records if record.split == "train"] or list(records)
-    return sorted(candidates, key=lambda r: hashlib.sha256(f"{seed}:calibration:{r.video_id}".encode()).digest())
+
+    def key(record: VideoRecord) -> bytes:
+        return hashlib.sha256(f"{seed}:calibration:{record.video_id}".encode()).digest()
+
+    training = [record for record in records if record.split == "train"]
+    others = [record for record in records if record.split != "train"]
+    return [sorted(group, key=key) for group in (training, others)]
 
 
 def fit_codec(
     dtype: PatchDtype,
-    videos: Iterator[DecodedVideo],
+    groups: Iterable[Iterator[DecodedVideo]],
     backbone: Backbone,
     layers: Sequence[int],
     *,
@@ -40,36 +45,39 @@ def fit_codec(
 
     Args:
         dtype: Of the codes; float codes need no calibration and no video.
-        videos: Decoded candidates in order; failed ones are skipped.
+        groups: Decoded candidates in order; failed ones are skipped, and the first group with a good one is used.
         backbone: With weights.
         layers: Blocks to tap.
         num_videos: Good videos to use, fewer where there are not so many.
-        batch_size: Frames in one pass; the last batch is padded with zeros.
+        batch_size: Frames in one pass; the last batch is padded with zeros, fewer frames are one batch.
 
     Raises:
         NoGoodVideoError: If not one candidate decodes.
     """
     if dtype != "int8":
         return Codec(dtype=dtype)
-    frames = []
-    reasons = []
-    for video in videos:
-        if video.pixels is None:
-            reasons.append(video.facts["reason"])
-            continue
-        frames.append(video.pixels[0, :, 0])
-        if len(frames) == num_videos:
+    frames: list[np.ndarray] = []
+    reasons: list[str] = []
+    for group in groups:
+        for video in group:
+            if video.pixels is None:
+                reasons.append(video.facts["reason"])
+                continue
+            frames.append(video.pixels[0, :, 0])
+            if len(frames) == num_videos:
+                break
+        if frames:
             break
     if not frames:
         raise NoGoodVideoError(
-            f"not one of {len(reasons)} videos decodes, so there is nothing to store. First reasons: "
+            f"not one of {len(reasons)} videos decodes: nothing was written. First reasons: "
             + "; ".join(sorted(set(reasons))[:3])
         )
     pixels = np.concatenate(frames)
     absmax: torch.Tensor | None = None
     for first in range(0, len(pixels), batch_size):
         batch = pixels[first : first + batch_size]
-        padded = np.zeros((batch_size, *batch.shape[1:]), dtype=np.uint8)
+        padded = np.zeros((min(batch_size, len(pixels)), *batch.shape[1:]), dtype=np.uint8)
         padded[: len(batch)] = batch
         tokens = backbone.encode_frames(torch.from_numpy(padded), layers).patches
         for layer, values in zip(layers, tokens, strict=True):

@@ -12,6 +12,7 @@ from .resizing import RESIZES
 from .sampling import SAMPLINGS
 
 DEFAULT_FRAMES = {"train": 16, "": 8}
+_MAX_TIMEOUT_S = 24 * 3600
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,8 +84,12 @@ class ExtractConfig:
         for name, count in at_least_one.items():
             if count is not None and count < 1:
                 raise ConfigError(f"{name} must be at least 1; found {count}")
-        if self.decode_timeout_s <= 0:
-            raise ConfigError(f"--decode-timeout must be above 0 seconds; found {self.decode_timeout_s:g}")
+        if not 0 < self.decode_timeout_s <= _MAX_TIMEOUT_S:
+            raise ConfigError(
+                f"--decode-timeout takes seconds above 0, at most {_MAX_TIMEOUT_S}; found {self.decode_timeout_s:g}"
+            )
+        if self.dataset != "table" and (self.annotations is not None or self.columns):
+            raise ConfigError(f"--annotations and --column are for --dataset table, not for {self.dataset}")
 
     def frames_of(self, split: str) -> int:
         """Frames that a row of this split caches.

@@ -123,7 +123,8 @@ class _Child:
     def __init__(self) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "s4v.extract._decoder"],
+            # -P: no file in the user's current folder stands in for a library.
+            [sys.executable, "-P", "-m", "s4v.extract._decoder"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -153,7 +154,7 @@ class _Child:
             raise self._death() from error
         budget_s = request.timeout_s
         message = self._read_message(budget_s * _WALL_FACTOR)
-        while message["event"] == "opened":  # twice when PyAV is tried after decord
+        if message["event"] == "opened":
             budget_s = request.timeout_s + message["duration_s"]
             message = self._read_message(budget_s * _WALL_FACTOR)
         if not message["ok"]:

@@ -11,6 +11,7 @@ padded with zeros, and a video that failed leaves its slots zero. So a store doe
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
@@ -36,8 +37,8 @@ from ..store.manifest import ClassList
 from ..store.records import VideoRecord, VideoResult
 from ..store.writer import RowTokens, StoreWriter, create_store, refuse_existing, resume_store
 from .backbone import Backbone, build_backbone, parse_layers, resolve_device
-from .calibration import FRAMES_PER_VIDEO, choose_calibration_order, fit_codec
-from .config import ExtractConfig
+from .calibration import FRAMES_PER_VIDEO, fit_codec, group_for_calibration
+from .config import DEFAULT_FRAMES, ExtractConfig
 from .datasets import read_dataset
 from .decoding import DecodedVideo, DecodeRequest, DecoderPool
 
@@ -45,6 +46,8 @@ ReportProgress = Callable[[str, int, int], None]
 """Called with what is under way, how many videos are done, and how many there are."""
 
 _NUM_VIEWS = 1
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,8 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
     if not _is_store(config.out):
         refuse_existing(config.out, overwrite=config.overwrite)
     num_frames = [config.frames_of(record.split) for record in records]
+    if unused := sorted(set(config.frames) - {""} - {record.split for record in records} - set(DEFAULT_FRAMES)):
+        _log.warning("--frames names %s: no video is in such a split", ", ".join(unused))
     device = resolve_device(config.device)
     num_decoders = config.num_decoders or os.cpu_count() or 1
     with DecoderPool(num_decoders) as pool:
@@ -114,9 +119,9 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
             layout = _plan_layout(config, backbone, len(records), max(num_frames))
             attributes = _describe(config, backbone, records, pool.library_versions())
         job = _Extraction(config, records, num_frames, backbone, layout, pool, clock, report)
-        writer = job.open_store(attributes)
-        num_done = job.run(writer)
-        table = writer.consolidate()
+        with job.open_store(attributes) as writer:
+            num_done = job.run(writer)
+            table = writer.consolidate()
     summary = _summarise(config.out, table, time.perf_counter() - start)
     _write_stats(config.out, clock, num_done, summary.seconds)
     if summary.videos["ok"] == 0 and summary.videos["pending"] == 0:
@@ -173,11 +178,10 @@ class _Extraction:
         self._load_weights()
         self._report("calibrating the codec", 0, len(self._records))
         with self._clock.stage("calibration"):
-            order = choose_calibration_order(self._records, config.seed)
-            requests = (self._request(record, FRAMES_PER_VIDEO) for record in order)
+            groups = group_for_calibration(self._records, config.seed)
             codec = fit_codec(
                 config.dtype,
-                self._decode_ahead(requests),
+                (self._decode_ahead(self._request(r, FRAMES_PER_VIDEO) for r in group) for group in groups),
                 self._backbone,
                 self._layout.layers,
                 num_videos=config.calibration_videos,
@@ -264,7 +268,8 @@ class _Extraction:
             output = self._backbone.encode_frames(torch.from_numpy(pixels), self._layout.layers)
         with self._clock.stage("encoding"):
             codes = self._encode(output.patches)
-            cls = output.cls.to(getattr(torch, self._layout.cls_dtype)).cpu().numpy()
+            cls = self._cast_class_tokens(output.cls)
+            check_finite(output.embedding, output.embedding, self._backbone.info.depth - 1)
             embedding = output.embedding.cpu().numpy()
             for slot, row_tokens, view, frame in filled:
                 row_tokens.patches[view, frame] = codes[slot]
@@ -280,6 +285,13 @@ class _Extraction:
             check_finite(codes, values, self._layout.layers[place])
             coded.append(codes)
         return torch.stack(coded, dim=1).cpu().numpy()
+
+    def _cast_class_tokens(self, tokens: torch.Tensor) -> np.ndarray:
+        """(B, L, D) in the dtype that the store keeps class tokens in."""
+        cast = tokens.to(getattr(torch, self._layout.cls_dtype))
+        for place, block in enumerate(self._layout.layers):
+            check_finite(cast[:, place], tokens[:, place], block)
+        return cast.cpu().numpy()
 
     def _allocate(self, pixels: np.ndarray) -> RowTokens:
         layout = self._layout

@@ -46,7 +46,7 @@ def parse_frames(text: str) -> dict[str, int]:
     frames: dict[str, int] = {}
     for part in text.split(","):
         split, _, count = part.strip().rpartition("=")
-        if not count.isdigit() or int(count) < 1 or split in frames or "=" in split:
+        if not count.isdecimal() or int(count) < 1 or split in frames or "=" in split:
             raise ConfigError(f"--frames takes a number (8) or one for each split (train=16,val=8); found {text!r}")
         frames[split] = int(count)
     return frames

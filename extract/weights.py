@@ -47,7 +47,10 @@ def resolve_weights(name: str, weights: str | None, seed: int) -> WeightsSource:
         known = f"an open_clip tag ({', '.join(tags)}), " if tags else ""
         raise WeightsError(f"{name} has no default weights: give --weights {known}a file, or `random`")
     if weights == "random" or weights.startswith("random:"):
-        seed = int(weights.partition(":")[2] or seed)
+        digits = weights.partition(":")[2]
+        if digits and not digits.isdecimal():
+            raise WeightsError(f"--weights random takes a seed as random:0; found {weights!r}")
+        seed = int(digits or seed)
         recipe = json.dumps([architecture, read_architecture(architecture), seed], sort_keys=True)
         return WeightsSource(f"random:{seed}", hashlib.sha256(recipe.encode()).hexdigest(), None, seed)
     if Path(weights).is_file():
@@ -167,12 +170,15 @@ def open_tensors(source: WeightsSource) -> Mapping[str, torch.Tensor] | None:
         # mmap: tensors are read as they are copied, the file is never held whole. Files from before torch's zip
         # format cannot be mapped.
         state = torch.load(source.file, map_location="cpu", weights_only=True, mmap=_is_zip(source.file))
-    except (SafetensorError, UnpicklingError, RuntimeError, OSError, ValueError, EOFError) as error:
+    except (SafetensorError, UnpicklingError, RuntimeError, OSError, ValueError, EOFError, LookupError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise WeightsError(f"{source.file} is not a safetensors or torch file of plain tensors: {reason}") from error
-    tensors: dict[str, Any] = state if isinstance(state, dict) else {}
-    tensors = tensors.get("state_dict", tensors.get("module", tensors))
-    return {key.removeprefix("module."): value for key, value in tensors.items() if isinstance(value, torch.Tensor)}
+    for wrapper in ("state_dict", "module"):
+        state = state.get(wrapper, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict):
+        raise WeightsError(f"{source.file} holds no tensors by name")
+    named = {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return {name.removeprefix("module."): value for name, value in named.items()}
 
 
 def _is_zip(path: Path) -> bool:

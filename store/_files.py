@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from ..errors import StoreBusyError
+
+_log = logging.getLogger(__name__)
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -35,6 +41,42 @@ def sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+class FolderLock:
+    """A lock on a folder against other processes, until `close` or until this process ends, however it ends.
+
+    It is the kernel's, on the folder itself: there is no file that a killed process could leave behind.
+
+    Args:
+        path: The folder.
+        busy: What to tell the user when another process holds it.
+
+    Raises:
+        StoreBusyError: If another process holds it.
+    """
+
+    def __init__(self, path: Path, busy: str) -> None:
+        self._handle = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise StoreBusyError(busy) from None
+        except OSError as error:  # some network file systems have no locks
+            _log.warning("%s cannot be locked (%s): make sure that nothing else writes there", path, error.strerror)
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let others in; closing twice is fine."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
 
 
 def write_json(path: Path, value: Any) -> None:

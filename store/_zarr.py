@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from ..errors import StoreDamagedError
+from ..errors import EnvironmentFailedError, StoreDamagedError
 from ._files import write_json
 from .layout import ArraySpec
 
@@ -53,11 +53,14 @@ def create_array(root: Path, spec: ArraySpec) -> ts.TensorStore:
     }
     if spec.dimension_names:
         metadata["dimension_names"] = list(spec.dimension_names)
-    return ts.open(
-        {"driver": "zarr3", "kvstore": _kvstore(root / spec.name), "metadata": metadata, **_WRITE},
-        create=True,
-        context=_CONTEXT,
-    ).result()
+    try:
+        return ts.open(
+            {"driver": "zarr3", "kvstore": _kvstore(root / spec.name), "metadata": metadata, **_WRITE},
+            create=True,
+            context=_CONTEXT,
+        ).result()
+    except ValueError as error:
+        raise refused_write(root / spec.name, error) from error
 
 
 def open_array(root: Path, name: str, *, write: bool = False) -> ts.TensorStore:
@@ -80,7 +83,18 @@ def write_small_array(root: Path, name: str, values: np.ndarray) -> None:
     values = np.asarray(values)
     shape = tuple(max(1, size) for size in values.shape)
     array = create_array(root, ArraySpec(name=name, shape=values.shape, dtype=values.dtype.name, shard_shape=shape))
-    array.write(values).result()
+    try:
+        array.write(values).result()
+    except ValueError as error:
+        raise refused_write(root / name, error) from error
+
+
+def refused_write(path: Path, error: ValueError) -> EnvironmentFailedError:
+    """What the file system refused, as tensorstore tells it, in one clear line."""
+    why = "no space left" if "No space left" in str(error) else str(error)
+    return EnvironmentFailedError(
+        f"{path} could not be written: {why}. Finished shards are kept: mend that, and the same command continues."
+    )
 
 
 def read_small_array(root: Path, name: str) -> np.ndarray:
@@ -90,9 +104,12 @@ def read_small_array(root: Path, name: str) -> np.ndarray:
         StoreDamagedError: If its bytes do not match their checksum.
     """
     try:
-        return open_array(root, name).read().result()
+        values = open_array(root, name).read().result()
     except ValueError as error:
         raise StoreDamagedError(f"{root / name} is damaged: {error}. Extract the store anew.") from error
+    if np.isnan(values).any():
+        raise StoreDamagedError(f"{root / name} has lost its chunk. Extract the store anew (--overwrite).")
+    return values
 
 
 def write_group(folder: Path, attributes: dict[str, Any] | None = None) -> None:

@@ -140,5 +140,5 @@ def check_finite(codes: Any, tokens: Any, block: int) -> None:
     if xp.isdtype(codes.dtype, "real floating") and not bool(xp.all(xp.isfinite(codes))):
         raise EnvironmentFailedError(
             f"the tokens of backbone block {block} reach {float(xp.max(xp.abs(tokens))):.3g}, above float16's 65504. "
-            "Store them as int8 or float32 (--dtype)."
+            "Store them as float32 (--dtype float32)."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from ..errors import StoreDamagedError
 from .reader import StoreReader
 
 
@@ -62,6 +63,8 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
 def _folder_bytes(folder: str) -> int:
     """Bytes of all files below a folder."""
     total = 0
+    if not os.path.isdir(folder):  # noqa: PTH112
+        raise StoreDamagedError(f"{folder} is missing. Extract the store anew (--overwrite).")
     with os.scandir(folder) as entries:
         for entry in entries:
             total += _folder_bytes(entry.path) if entry.is_dir() else entry.stat().st_size

@@ -77,8 +77,10 @@ class ClassList:
 
     @classmethod
     def of(cls, records: Iterable[VideoRecord]) -> ClassList:
-        """The classes that occur in a list of records."""
-        return cls(tuple(sorted({r.class_name for r in records if r.class_name is not None})))
+        """The classes that occur in a list of records; where all names are numbers, in the order of the numbers."""
+        names = {r.class_name for r in records if r.class_name is not None}
+        are_numbers = all(name.isdecimal() for name in names)
+        return cls(tuple(sorted(names, key=lambda name: (int(name) if are_numbers else 0, name))))
 
     def label_of(self, class_name: str | None) -> int | None:
         """The place of a class in the list; None stays None."""
@@ -142,7 +144,7 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     """
     try:
         return pq.read_table(path, columns=columns, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise StoreDamagedError(f"{path} is missing or damaged: {error}. Extract the store anew.") from error
 
 

@@ -22,6 +22,8 @@ from .layout import FORMAT_VERSION, StoreLayout
 
 CHECKSUMS_NAME = "checksums.json"
 
+_CLIP_ARRAYS = ("patches", "cls", "pixels")
+
 
 @dataclass(frozen=True, slots=True)
 class Clips:
@@ -61,8 +63,7 @@ class StoreReader:
     @cached_property
     def head(self) -> dict[str, np.ndarray]:
         """The frozen tower's end, by name: final norm, projection, logit scale."""
-        folder = self.path / "head"
-        names = sorted(child.name for child in folder.iterdir() if child.is_dir())
+        names = sorted(child.parent.name for child in (self.path / "head").glob("*/zarr.json"))
         return {name: read_small_array(self.path, f"head/{name}") for name in names}
 
     @property
@@ -72,6 +73,7 @@ class StoreReader:
 
     def read_manifest(self, columns: list[str] | None = None) -> pa.Table:
         """The manifest; while an extraction is under way, with the results of the shards finished so far."""
+        self._require_recorded_hash(manifest.MANIFEST_NAME)
         table = manifest.read_table(self.path / manifest.MANIFEST_NAME, columns=columns)
         if columns is not None and "status" not in columns:
             return table
@@ -91,11 +93,13 @@ class StoreReader:
 
     def input_columns(self) -> pa.Table:
         """The manifest's input columns: which videos, whatever became of them."""
+        self._require_recorded_hash(manifest.MANIFEST_NAME)
         table = manifest.read_table(self.path / manifest.MANIFEST_NAME, columns=manifest.INPUT_SCHEMA.names)
         return table.cast(manifest.INPUT_SCHEMA).combine_chunks()
 
     def read_captions(self) -> pa.Table:
         """Captions: caption_id, video_id, text."""
+        self._require_recorded_hash(manifest.CAPTIONS_NAME)
         return manifest.read_table(self.path / manifest.CAPTIONS_NAME)
 
     def read_clips(
@@ -104,7 +108,7 @@ class StoreReader:
         frames: Sequence[Sequence[int]] | np.ndarray,
         view: int | Sequence[int] | np.ndarray = 0,
         layers: Sequence[int] | None = None,
-        arrays: Sequence[str] = ("patches", "cls", "pixels"),
+        arrays: Sequence[str] = _CLIP_ARRAYS,
     ) -> Clips:
         """Read a batch of clips.
 
@@ -129,9 +133,11 @@ class StoreReader:
                 f"frames must be (B, T) places for {len(rows)} videos; found shape {places.shape} in {self.path}"
             )
         views = np.broadcast_to(np.asarray(view, dtype=np.int64), rows.shape)
+        if unknown := sorted(set(arrays) - set(_CLIP_ARRAYS)):
+            raise StoreMismatchError(f"read_clips reads {', '.join(_CLIP_ARRAYS)}; found {', '.join(unknown)}")
         self._check_rows(rows, places, views)
         layer_places = None if layers is None else self.layer_places(layers)
-        found: dict[str, np.ndarray | None] = {"patches": None, "cls": None, "pixels": None}
+        found: dict[str, np.ndarray | None] = dict.fromkeys(_CLIP_ARRAYS)
         pending = {name: self._start_read(name, rows, views, places, layer_places) for name in arrays}
         for name, future in pending.items():
             try:
@@ -161,9 +167,13 @@ class StoreReader:
             (V, A, F, E) float32, not normalised; NaN where a row has no such frame.
         """
         try:
-            return self._array("embedding").read().result()
+            values = self._array("embedding").read().result()
         except ValueError as error:
             raise self._damage("embedding", np.arange(self.layout.num_rows), str(error)) from error
+        missing = self._row_states[0] & np.isnan(values[:, 0, 0, 0])
+        if missing.any():
+            raise self._damage("embedding", np.flatnonzero(missing), "the chunk is missing")
+        return values
 
     def layer_places(self, layers: Sequence[int]) -> list[int]:
         """Places on the axis L of backbone blocks.
@@ -179,6 +189,22 @@ class StoreReader:
             )
         return [held.index(layer) for layer in layers]
 
+    def _require_recorded_hash(self, name: str) -> None:
+        """Refuse a file without checksums of its own that is not as it was written; looked at once."""
+        if name in self._verified:
+            return
+        file = self.path / name
+        if not file.is_file():
+            raise StoreDamagedError(f"{file} is missing. Extract the store anew (--overwrite).")
+        # Both read now: an extraction under way replaces them.
+        if _recorded_hashes(self.path).get(name) not in (None, hash_file(file)):
+            raise StoreDamagedError(f"{file} does not match its recorded hash. Extract the store anew (--overwrite).")
+        self._verified.add(name)
+
+    @cached_property
+    def _verified(self) -> set[str]:
+        return set()
+
     @cached_property
     def _row_states(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         table = self.read_manifest(["status", "num_cached_frames", "num_views"])
@@ -193,7 +219,8 @@ class StoreReader:
         if not is_ok[rows].all():
             bad = rows[~is_ok[rows]]
             raise StoreMismatchError(f"rows {_join(bad)} of {self.path} are not ok: see their reason in the manifest")
-        beyond = (places < 0).any(axis=1) | (places >= num_frames[rows, None]).any(axis=1) | (views >= num_views[rows])
+        beyond = (places < 0).any(axis=1) | (places >= num_frames[rows, None]).any(axis=1)
+        beyond |= (views < 0) | (views >= num_views[rows])
         if beyond.any():
             first = int(np.flatnonzero(beyond)[0])
             raise StoreMismatchError(
@@ -205,6 +232,7 @@ class StoreReader:
         if name not in self._open_arrays:
             if name not in {spec.name for spec in self.layout.array_specs()}:
                 raise StoreMismatchError(f"{self.path} has no array {name!r}: it was extracted without it")
+            self._require_recorded_hash(f"{name}/zarr.json")
             self._open_arrays[name] = open_array(self.path, name)
         return self._open_arrays[name]
 
@@ -270,20 +298,30 @@ def open_store(path: str | Path) -> StoreReader:
     if not metadata.is_file():
         found = "nothing there" if not path.exists() else "no zarr.json in it"
         raise StoreNotFoundError(f"{path} is not a store: {found}. `s4v extract --out {path}` makes one.")
-    try:
-        attributes = read_json(metadata).get("attributes", {}).get("s4v")
-    except (ValueError, AttributeError) as error:
-        raise StoreDamagedError(f"{metadata} is not readable as JSON: {error}. Extract the store anew.") from error
-    if attributes is None:
+    node = _read_damageable_json(metadata)
+    attributes = node.get("attributes", {}).get("s4v")
+    if not isinstance(attributes, dict) or "format_version" not in attributes:
         raise StoreNotFoundError(f"{path} is a Zarr group, but not a store that s4v wrote: no `s4v` attribute.")
     if attributes["format_version"] > FORMAT_VERSION:
         raise StoreMismatchError(
             f"{path} has format {attributes['format_version']}, this s4v reads up to {FORMAT_VERSION}. Update s4v."
         )
-    checksums = path / CHECKSUMS_NAME
-    if checksums.is_file() and read_json(checksums).get("zarr.json") not in (None, hash_file(metadata)):
+    if _recorded_hashes(path).get("zarr.json") not in (None, hash_file(metadata)):
         raise StoreDamagedError(f"{metadata} does not match its recorded hash. Extract the store anew (--overwrite).")
     return StoreReader(path, attributes)
+
+
+def _recorded_hashes(path: Path) -> dict[str, Any]:
+    file = path / CHECKSUMS_NAME
+    return _read_damageable_json(file) if file.is_file() else {}
+
+
+def _read_damageable_json(path: Path) -> dict[str, Any]:
+    try:
+        value = read_json(path)
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise StoreDamagedError(f"{path} is not readable as JSON: {error}. Extract the store anew.") from error
+    return value if isinstance(value, dict) else {}
 
 
 def _as_tuple(value: Any) -> Any:

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import tensorstore as ts
 
-from ..errors import EnvironmentFailedError, StoreExistsError, StoreMismatchError
+from ..errors import StoreExistsError, StoreMismatchError
 from . import manifest
-from ._files import hash_file, read_json, sync_folder, write_json
-from ._zarr import create_array, open_array, write_group, write_small_array
+from ._files import FolderLock, hash_file, read_json, sync_folder, write_json
+from ._zarr import create_array, open_array, refused_write, write_group, write_small_array
 from .codec import Codec
 from .layout import FORMAT_VERSION, StoreLayout
 from .reader import CHECKSUMS_NAME, StoreReader, open_store
@@ -40,15 +40,29 @@ class RowTokens:
 
 
 class StoreWriter:
-    """Writes shards into a store whose skeleton exists; `create_store` and `resume_store` make one."""
+    """Writes shards into a store whose skeleton exists; `create_store` and `resume_store` make one.
+
+    It is the store's only writer until `close`, or until its process ends however it ends; also a context manager.
+    """
 
     def __init__(self, path: Path, layout: StoreLayout, codec: Codec, inputs: pa.Table) -> None:
+        self._lock = FolderLock(path, f"another process is writing to {path}: wait for it, or choose another --out")
         self.path = path
         self.layout = layout
         self.codec = codec
         self._codec_sha256 = codec.sha256
         self._inputs = inputs
         self._arrays = {spec.name: open_array(path, spec.name, write=True) for spec in layout.array_specs()}
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other writers in."""
+        self._lock.close()
 
     def pending_shards(self) -> list[int]:
         """Shards without a done-marker, ascending."""
@@ -74,12 +88,7 @@ class StoreWriter:
         try:
             self._write_arrays(tokens)
         except ValueError as error:  # tensorstore raises it for whatever the file system refuses
-            size = sum(getattr(row, name).nbytes for row in tokens.values() for name in self._arrays)
-            why = "no space left" if "No space left" in str(error) else str(error)
-            raise EnvironmentFailedError(
-                f"shard {shard} of {self.path} ({size / 1e6:.0f} MB) could not be written: {why}. "
-                "Finished shards are kept: mend that, and the same command continues."
-            ) from error
+            raise refused_write(self.path / f"shard {shard}", error) from error
         for name in self._arrays:
             sync_folder(self.path / name)
         manifest.write_part(self.path, shard, results, self._codec_sha256)
@@ -108,8 +117,10 @@ class StoreWriter:
         path = self.path / manifest.MANIFEST_NAME
         # A finished store stays as it is, times included: "the newest store" means the one written last.
         if not manifest.read_table(path).equals(table):
+            # Killed between the two writes, a store has no hash of its manifest, not a wrong one.
+            _write_checksums(self.path, without=manifest.MANIFEST_NAME)
             manifest.write_table(path, table)
-            _write_checksums(self.path)
+        _write_checksums(self.path)
         return table
 
 
@@ -139,10 +150,35 @@ def create_store(
     Raises:
         StoreExistsError: If something stands at `path`: a store without `overwrite`, or anything else.
     """
-    refuse_existing(path, overwrite=overwrite)
-    partial = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    path = path.resolve()  # what a link points to is replaced, not the link
+    partial, old = (path.with_name(f"{path.name}.{word}") for word in ("partial", "old"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    busy = f"another process is creating a store in {path.parent}: run the command again in a moment"
+    with FolderLock(path.parent, busy):
+        refuse_existing(path, overwrite=overwrite)
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        inputs = _write_skeleton(partial, layout, attributes, records, codec, head)
+        # Renamed away first: a kill leaves the old store, none, or the new one, never a gutted one.
+        if path.exists():
+            FolderLock(path, f"another process is writing to {path}: stop it before replacing its store").close()
+            path.rename(old)
+        partial.rename(path)
+        sync_folder(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    return StoreWriter(path, layout, codec, inputs)
+
+
+def _write_skeleton(
+    partial: Path,
+    layout: StoreLayout,
+    attributes: Mapping[str, Any],
+    records: Sequence[VideoRecord],
+    codec: Codec,
+    head: Mapping[str, np.ndarray],
+) -> pa.Table:
+    """Everything of a store but its shards; returns the manifest's input columns."""
+    partial.mkdir()
     for spec in layout.array_specs():
         create_array(partial, spec)
     _write_named(partial, "codec", codec.parts)
@@ -154,11 +190,7 @@ def create_store(
     manifest.write_table(partial / manifest.CAPTIONS_NAME, manifest.caption_table(records))
     write_group(partial, {"s4v": _full_attributes(attributes, layout, codec)})
     _write_checksums(partial)
-    if path.exists():
-        shutil.rmtree(path)
-    partial.rename(path)
-    sync_folder(path.parent)
-    return StoreWriter(path, layout, codec, inputs)
+    return inputs
 
 
 def resume_store(
@@ -174,6 +206,8 @@ def resume_store(
     inputs = manifest.input_table(records, manifest.ClassList(tuple(attributes["classes"]["names"])))
     wanted = _full_attributes(attributes, layout, store.codec)
     differences = _list_differences(store.attributes, wanted) + _list_video_differences(store, inputs)
+    if not store.read_captions().equals(manifest.caption_table(records)):
+        differences.append("captions differ")
     if differences:
         raise StoreMismatchError(
             f"{path} was begun with other settings: {'; '.join(differences)}. "
@@ -246,15 +280,16 @@ def _write_named(root: Path, group: str, arrays: Mapping[str, np.ndarray]) -> No
         write_small_array(root, f"{group}/{name}", np.asarray(values, dtype=np.float32))
 
 
-def _write_checksums(root: Path) -> None:
-    files = sorted([*root.rglob("zarr.json"), *root.rglob("*.parquet")])
-    known = read_json(root / CHECKSUMS_NAME) if (root / CHECKSUMS_NAME).exists() else {}
-    names = {file: file.relative_to(root).as_posix() for file in files}
-    # Finished parts never change: only their first consolidation reads them.
-    write_json(
-        root / CHECKSUMS_NAME,
-        {
-            name: known[name] if name in known and name.startswith(manifest.PARTS_NAME) else hash_file(file)
-            for file, name in names.items()
-        },
-    )
+def _write_checksums(root: Path, *, without: str | None = None) -> None:
+    """Record the hashes of metadata and Parquet files; a file that is as it was recorded stays as it is."""
+    path = root / CHECKSUMS_NAME
+    known = read_json(path) if path.exists() else {}
+    hashes = {}
+    for file in sorted([*root.rglob("zarr.json"), *root.rglob("*.parquet")]):
+        name = file.relative_to(root).as_posix()
+        # Finished parts never change: only the first consolidation after them reads them.
+        is_known_part = name in known and name.startswith(manifest.PARTS_NAME)
+        if name != without:
+            hashes[name] = known[name] if is_known_part else hash_file(file)
+    if hashes != known:
+        write_json(path, hashes)

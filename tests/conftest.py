@@ -43,13 +43,14 @@ def write_video(
     fps: int = 10,
     seed: int = 0,
     gop: int = 4,
+    options: dict[str, str] | None = None,
 ) -> Path:
     """A video whose frame i shows a bright column at a place that moves with i."""
     width, height = size
     base = np.random.default_rng(seed).integers(0, 90, (height, width, 3))
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=fps)
+        stream = container.add_stream(codec, rate=fps, options=options or {})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.gop_size = gop
         for index in range(num_frames):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -108,6 +109,24 @@ def test_wrong_input_is_one_clear_line(video_folder, tmp_path, monkeypatch):
     fails(1, "is not a store", "info", tmp_path)
     fails(1, "is not a run", "eval", "--run", tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "list.csv"]
+
+
+def test_odd_places_for_a_store_are_one_clear_line(video_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    folder = [*EXTRACT, "--dataset", "folder", "--root", video_folder]
+    fails(1, "file", *folder, "--out", "file/x.zarr")
+    fails(1, "File name too long", *folder, "--out", "x" * 300)
+    fails(1, "--annotations and --column are for --dataset table", *folder, "--column", "path=x")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_library_of_the_same_name_in_the_users_folder_is_not_imported(video_folder, tmp_path):
+    (tmp_path / "av.py").write_text("raise SystemExit('the user's own file was imported')")
+    s4v = Path(sys.executable).with_name("s4v")
+    command = [s4v, *EXTRACT, "--dataset", "folder", "--root", video_folder, "--out", "s.zarr", "--limit", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_usage_errors_exit_with_2():

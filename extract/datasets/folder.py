@@ -46,8 +46,15 @@ def read_folder(root: Path, *, dataset: str = "folder") -> list[VideoRecord]:
             f"{root} holds no video: expected {root}/{{train,val}}/CLASS/VIDEO or CLASS/VIDEO "
             f"with one of the endings {' '.join(sorted(VIDEO_ENDINGS))}."
         )
+    tops = {path.split("/")[0] for path in paths}
+    others = sorted(top for top in tops if top.lower() not in _SPLIT_OF_FOLDER)
+    if {"train", "val"} <= {_SPLIT_OF_FOLDER.get(top.lower()) for top in tops} and others:
+        raise DatasetError(
+            f"{root} holds training and validation folders, and videos beside them in {', '.join(others[:3])}. "
+            "Move those elsewhere, or list the videos in a table (--dataset table)."
+        )
     # All or nothing: with "test" as a class among others, it is a class.
-    has_splits = all(path.split("/")[0].lower() in _SPLIT_OF_FOLDER for path in paths)
+    has_splits = not others
     records = []
     homeless = []
     for path in paths:
@@ -66,9 +73,29 @@ def read_folder(root: Path, *, dataset: str = "folder") -> list[VideoRecord]:
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """Paths of all videos relative to root, with forward slashes; links to folders are followed."""
-    for folder, names, files in os.walk(root, followlinks=True):
-        names[:] = [name for name in names if not name.startswith(".")]
-        for file in files:
-            if not file.startswith(".") and os.path.splitext(file)[1].lower() in VIDEO_ENDINGS:  # noqa: PTH122
-                yield os.path.relpath(os.path.join(folder, file), root).replace(os.sep, "/")  # noqa: PTH118
+    """Paths of all videos relative to root, with forward slashes; links to folders are followed, circles are not."""
+    open_folders = [(os.fspath(root), "", frozenset({_identity(root)}))]
+    while open_folders:
+        folder, prefix, above = open_folders.pop()
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            raise DatasetError(
+                f"the folder {folder} cannot be read: {error.strerror}. Mend it or move it away."
+            ) from error
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                if (identity := _identity(Path(entry.path))) not in above:
+                    open_folders.append((entry.path, f"{prefix}{entry.name}/", above | {identity}))
+            elif os.path.splitext(entry.name)[1].lower() in VIDEO_ENDINGS:  # noqa: PTH122
+                path = f"{prefix}{entry.name}"
+                if not path.isprintable() and any("\ud800" <= c <= "\udfff" for c in path):
+                    raise DatasetError(f"the name of {path!r} below {root} is not valid UTF-8: rename it")
+                yield path
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino

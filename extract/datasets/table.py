@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,8 @@ def read_table_file(table: Path | None, root: Path, columns: dict[str, str]) -> 
     if not root.is_dir():
         raise DataNotFoundError(f"the folder {root} is not there: paths in {table} are relative to it (--root)")
     data = _load(table)
+    if repeated := sorted({name for name in data.column_names if data.column_names.count(name) > 1}):
+        raise DatasetError(f"{table} has more than one column {', '.join(repeated)}: rename or remove all but one")
     found = _match_columns(table, data.column_names, columns)
     names = list(found.values())
     rows = data.select(names).rename_columns(list(found)).to_pylist()
@@ -85,7 +88,8 @@ def _load(table: Path) -> pa.Table:
             as_text = pa.csv.ConvertOptions(
                 column_types={name: pa.string() for name in header}, strings_can_be_null=True, null_values=[""]
             )
-            return pa.csv.read_csv(table, parse_options=parse, convert_options=as_text)
+            data = pa.csv.read_csv(table, parse_options=parse, convert_options=as_text)
+            return data.rename_columns([name.strip() for name in data.column_names])
         if ending in (".jsonl", ".ndjson"):
             return pa.json.read_json(table)
         if ending == ".parquet":
@@ -121,10 +125,10 @@ def _add_row(videos: dict[str, VideoRecord], row: dict[str, Any], root: Path) ->
     if start_s is not None and end_s is not None and end_s <= start_s:
         raise ValueError(f"the segment ends at {end_s:g} s, before or at its start {start_s:g} s")
     is_segment = start_s is not None or end_s is not None
-    segment = f"#t={start_s or 0:g}" + ("" if end_s is None else f",{end_s:g}")
+    segment = f"#t={_shortest(start_s or 0)}" + ("" if end_s is None else f",{_shortest(end_s)}")
     own_id = _text(row.get("id"))
     video_id = own_id or (path + segment if is_segment else path)
-    caption = _text(row.get("caption"))
+    captions = _captions(row.get("caption"))
     record = VideoRecord(
         video_id=video_id,
         source_id=own_id,
@@ -133,10 +137,10 @@ def _add_row(videos: dict[str, VideoRecord], row: dict[str, Any], root: Path) ->
         class_name=_text(row.get("label")),
         start_s=start_s,
         end_s=end_s,
-        captions=() if caption is None else (caption,),
+        captions=captions,
     )
     if (known := videos.get(video_id)) is not None:
-        if caption is None:
+        if not captions:
             raise ValueError(f"id {video_id!r} occurs a second time, without a caption to add")
         if replace(known, captions=()) != replace(record, captions=()):
             raise ValueError(f"id {video_id!r} occurs a second time, with another path, label, split or segment")
@@ -145,20 +149,34 @@ def _add_row(videos: dict[str, VideoRecord], row: dict[str, Any], root: Path) ->
 
 
 def _relative_path(path: str | None, root: Path) -> str:
+    """A path as it lies below the root, links in the root's own name resolved or not."""
     if path is None:
         raise ValueError("the path is empty")
-    if Path(path).is_absolute():
-        if not Path(path).is_relative_to(root.resolve()):
-            raise ValueError(f"expected a path below {root}, found {path}")
-        return Path(path).relative_to(root.resolve()).as_posix()
-    if ".." in Path(path).parts:
-        raise ValueError(f"expected a path below {root}, found {path}")
-    return Path(path).as_posix()
+    absolute = Path(os.path.normpath(path if os.path.isabs(path) else root.absolute() / path))  # noqa: PTH117
+    for base in (root.absolute(), root.resolve()):
+        if absolute.is_relative_to(base) and absolute != base:
+            return absolute.relative_to(base).as_posix()
+    raise ValueError(f"expected a path below {root}, found {path}")
+
+
+def _captions(value: Any) -> tuple[str, ...]:
+    """One caption, or a list of them."""
+    texts = [_text(text) for text in value] if isinstance(value, list) else [_text(value)]
+    return tuple(text for text in texts if text is not None)
 
 
 def _text(value: Any) -> str | None:
+    if isinstance(value, dict | list | bytes):
+        raise ValueError(f"expected text or a number, found {value!r}")
+    if isinstance(value, float):
+        value = _shortest(value)
     text = "" if value is None else str(value).strip()
     return text or None
+
+
+def _shortest(number: float) -> str:
+    """A number as people write it: 10 for 10.0, 20.5 for 20.5."""
+    return str(int(number)) if float(number).is_integer() else repr(float(number))
 
 
 def _seconds(row: dict[str, Any], role: str) -> float | None:

@@ -215,10 +215,11 @@ def test_precision_is_that_of_the_weights():
         ("ViT-B-16-SigLIP", "has no class token"),
         ("RN50", "has no transformer blocks"),
         ("convnext_base", "has no transformer blocks"),
+        ("ViTamin-S", "cannot be built|has no"),
     ],
 )
 def test_towers_without_class_token_or_blocks_are_refused_by_name(name, why):
-    with pytest.raises(BackboneError, match=f"{name} {why}"):
+    with pytest.raises(BackboneError, match=f"{name} .*({why})|{name} ({why})"):
         build_backbone(name, weights="random", device=CPU)
 
 
@@ -272,11 +273,23 @@ def test_pickle_with_code_is_refused(tmp_path):
         build_backbone("small-clip", weights=str(tmp_path / "evil.pt"), device=CPU).load_weights()
 
 
+@pytest.mark.parametrize("content", ["text", {"state_dict": [1]}, {"module": 3}, {5: 6}])
+def test_files_of_other_things_are_not_weights(tmp_path, content):
+    if content == "text":
+        (tmp_path / "w.pt").write_text("hello world")
+    else:
+        torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match=r"w\.pt (is not a safetensors|holds no tensors|does not fit)"):
+        build_backbone("small-clip", weights=str(tmp_path / "w.pt"), device=CPU).load_weights()
+
+
 def test_unknown_weights_name_the_tags():
     with pytest.raises(
         WeightsError, match="no weights 'laion' for vit-b32: no such file, and open_clip knows the tags"
     ):
         build_backbone("vit-b32", weights="laion", device=CPU)
+    with pytest.raises(WeightsError, match="--weights random takes a seed as random:0; found 'random:x'"):
+        build_backbone("vit-b32", weights="random:x", device=CPU)
     with pytest.raises(WeightsError, match="tiny-clip has no default weights"):
         build_backbone("tiny-clip", weights=None, device=CPU)
 
@@ -303,8 +316,9 @@ def test_text_tower_refuses_other_weights_than_the_stores():
 
 
 def test_absent_device_is_refused():
-    with pytest.raises(ConfigError, match="--device nonsense is not available here"):
-        resolve_device("nonsense")
+    for name in ("nonsense", "meta"):
+        with pytest.raises(ConfigError, match=f"--device {name} is not available here"):
+            resolve_device(name)
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="--device cuda is not available here"):
             resolve_device("cuda")

@@ -172,3 +172,67 @@ def test_same_id_for_two_videos_is_refused(tmp_path):
     rows = [{"id": "1", "path": "a.mp4", "caption": "x"}, {"id": "1", "path": "b.mp4", "caption": "y"}]
     with pytest.raises(DatasetError, match="line 3: id '1' occurs a second time, with another path"):
         read_dataset("table", tmp_path, annotations=write_table(tmp_path / "list.csv", rows))
+
+
+def test_videos_beside_train_and_val_are_refused(root):
+    with pytest.raises(DatasetError, match="training and validation folders, and videos beside them in replacement"):
+        read_dataset("folder", root("train/a/1.mp4", "val/a/2.mp4", "replacement/a/3.mp4"))
+
+
+def test_circles_of_links_are_walked_once(root):
+    folder = root("train/a/1.mp4", "val/a/2.mp4")
+    (folder / "train/a/up").symlink_to(folder / "train")
+    (folder / "train/b").symlink_to(folder / "val/a")
+    assert [r.video_id for r in read_dataset("folder", folder)] == ["train/a/1.mp4", "train/b/2.mp4", "val/a/2.mp4"]
+
+
+def test_names_that_are_not_utf8_are_refused(root):
+    folder = root("train/a/1.mp4")
+    (folder / "train/a" / b"caf\xe9.mp4".decode(errors="surrogateescape")).touch()
+    with pytest.raises(DatasetError, match="is not valid UTF-8: rename it"):
+        read_dataset("folder", folder)
+
+
+def test_repeated_columns_are_refused(tmp_path):
+    (tmp_path / "list.csv").write_text("path,label,label\na.mp4,x,y\n")
+    with pytest.raises(DatasetError, match="more than one column label"):
+        read_dataset("table", tmp_path, annotations=tmp_path / "list.csv")
+
+
+def test_blanks_around_column_names_do_not_matter(tmp_path):
+    (tmp_path / "list.csv").write_text("path, label\na.mp4,x\n")
+    (record,) = read_dataset("table", tmp_path, annotations=tmp_path / "list.csv")
+    assert record.class_name == "x"
+
+
+def test_lists_of_captions_are_captions_and_other_nests_are_refused(tmp_path):
+    table = write_table(tmp_path / "list.jsonl", [{"path": "a.mp4", "caption": ["one", "two"]}])
+    (record,) = read_dataset("table", tmp_path, annotations=table)
+    assert record.captions == ("one", "two")
+    table = write_table(tmp_path / "list.jsonl", [{"path": {"x": 1}}])
+    with pytest.raises(DatasetError, match="line 1: expected text or a number, found"):
+        read_dataset("table", tmp_path, annotations=table)
+
+
+def test_absolute_paths_lie_below_the_root_by_either_of_its_names(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    rows = [{"path": str(tmp_path / "link" / "a.mp4")}, {"path": str(tmp_path / "real" / "b.mp4")}]
+    records = read_dataset("table", tmp_path / "link", annotations=write_table(tmp_path / "list.csv", rows))
+    assert [r.path for r in records] == ["a.mp4", "b.mp4"]
+    table = write_table(tmp_path / "out.csv", [{"path": str(tmp_path / "link" / ".." / ".." / "x.mp4")}])
+    with pytest.raises(DatasetError, match="expected a path below"):
+        read_dataset("table", tmp_path / "link", annotations=table)
+
+
+def test_segments_that_differ_by_a_hair_are_two(tmp_path):
+    rows = [
+        {"path": "a.mp4", "start": 0.1234567, "end": 1.00000001},
+        {"path": "a.mp4", "start": 0.1234567, "end": 1.00000002},
+    ]
+    assert len(read_dataset("table", tmp_path, annotations=write_table(tmp_path / "list.csv", rows))) == 2
+
+
+def test_float_labels_of_whole_numbers_are_whole_numbers(tmp_path):
+    table = write_table(tmp_path / "list.parquet", [{"path": "a.mp4", "label": 3.0}])
+    assert read_dataset("table", tmp_path, annotations=table)[0].class_name == "3"

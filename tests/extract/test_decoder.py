@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from s4v.extract import _decoder
-from s4v.extract._decoder import DecodeFailure, decode
+from s4v.extract import _video
+from s4v.extract._decoder import decode
+from s4v.extract._video import DecodeFailure
 from s4v.extract.decoding import DecodeRequest, DecoderPool
 
-needs_decord = pytest.mark.skipif(_decoder.decord is None, reason="decord has no wheel for this system")
+needs_decord = pytest.mark.skipif(_video.decord is None, reason="decord has no wheel for this system")
 
 
 def request(path, **changes):
@@ -69,6 +70,38 @@ def test_avi_without_frame_times_decodes_in_display_order(tmp_path, make_video):
     for frame, index in zip(pixels[0, :, 0, 32, :, 1].astype(int), facts["frame_indices"], strict=True):
         left = index * 5 % 56
         assert frame[left + 2 : left + 6].min() > 150
+
+
+@pytest.mark.parametrize(
+    ("codec", "ending", "options"),
+    [
+        ("libx264", "ts", {}),
+        ("wmv2", "wmv", {}),
+        ("mpeg4", "mov", {"bf": "2"}),
+        ("mpeg2video", "mkv", {"bf": "2"}),
+        ("libx264", "mkv", {"x264-params": "open-gop=1:keyint=24:min-keyint=24:bframes=3:scenecut=0"}),
+        ("libx264", "mp4", {"x264-params": "intra-refresh=1:keyint=24:scenecut=0"}),
+        ("libx265", "mp4", {"x265-params": "open-gop=1:keyint=24:min-keyint=24:bframes=3:log-level=none"}),
+    ],
+)
+def test_streams_in_which_decord_seeks_wrongly_are_decoded_in_order(tmp_path, make_video, codec, ending, options):
+    path = make_video(tmp_path / f"v.{ending}", codec=codec, num_frames=120, gop=24, options=options)
+    facts, pixels = run(path, num_frames=8)
+    assert facts["decoder"] == "pyav"
+    assert facts["timestamps_s"][0] < 1
+    assert np.array_equal(pixels, run(path, num_frames=8, decoder="pyav")[1])
+    assert fail(path, decoder="decord")[0] == "decode-error"
+    for frame, index in zip(pixels[0, :, 0, 32, :, 1].astype(int), facts["frame_indices"], strict=True):
+        left = (index * 5) % 72 - 8  # the crop takes 64 of 80 columns
+        if 2 <= left <= 54:
+            assert frame[left + 2 : left + 6].min() > 130, index
+
+
+def test_times_start_at_the_first_frame_for_both_decoders(tmp_path, make_video):
+    path = make_video(tmp_path / "v.ts", num_frames=40)
+    facts, _ = run(path, start_s=1.0, end_s=2.0)
+    assert facts["frame_indices"] == [11, 13, 16, 18]
+    assert facts["duration_s"] == pytest.approx(4.0, abs=0.2)
 
 
 def test_segment_takes_frames_between_its_times(tmp_path, make_video):

@@ -196,13 +196,55 @@ def test_not_one_good_video_is_an_error(tmp_path, make_config):
         extract_dataset(make_config(tmp_path / "v", tmp_path / "s.zarr"))
 
 
+def test_class_token_that_overflows_float16_stops_the_run(video_folder, tmp_path, make_config):
+    import open_clip
+    from safetensors.torch import save_file
+
+    from s4v.errors import EnvironmentFailedError
+    from s4v.extract.architectures import resolve_model
+
+    resolve_model("tiny-clip")  # makes our configurations known to open_clip
+    state = open_clip.create_model("tiny-clip", pretrained=None).state_dict()
+    state["visual.ln_pre.weight"][5] = 3e7
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "big.safetensors")
+    config = make_config(video_folder, tmp_path / "s.zarr", weights=str(tmp_path / "big.safetensors"), dtype="int8")
+    with pytest.raises(EnvironmentFailedError, match=r"block 0 reach .* above float16's 65504.*--dtype float32"):
+        extract_dataset(config)
+    assert extract_dataset(replace(config, dtype="float32", out=tmp_path / "f.zarr")).videos["ok"] == 10
+
+
+def test_without_a_good_training_video_others_calibrate(tmp_path, make_config, make_video):
+    make_video(tmp_path / "v/val/a/good.mp4")
+    (tmp_path / "v/train/a").mkdir(parents=True)
+    (tmp_path / "v/train/a/bad.mp4").write_text("no video")
+    summary = extract_dataset(make_config(tmp_path / "v", tmp_path / "s.zarr", dtype="int8"))
+    assert summary.videos == {"ok": 1, "failed": 1, "pending": 0}
+
+
+def test_absurd_length_in_a_container_costs_only_its_video(tmp_path, make_config, make_video):
+    import av
+
+    make_video(tmp_path / "v/train/a/good.mp4")
+    with av.open(str(tmp_path / "v/train/a/long.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for tick in (0, 1, 2, 200_000_000):
+            frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+            frame.pts = tick
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    summary = extract_dataset(make_config(tmp_path / "v", tmp_path / "s.zarr"))
+    assert summary.videos["ok"] + summary.videos["failed"] == 2
+    assert summary.videos["ok"] >= 1
+
+
 def test_options_out_of_range_are_refused_before_any_work(video_folder, tmp_path, make_config):
     for changes, message in (
         ({"sampling": "dense"}, "--sampling takes uniform; found 'dense'"),
         ({"resize": "300"}, "--resize takes 256, 224; found '300'"),
         ({"dtype": "int4"}, "--dtype takes int8, float16, float32; found 'int4'"),
         ({"batch_size": 0}, "--batch-size must be at least 1; found 0"),
-        ({"decode_timeout_s": 0.0}, "--decode-timeout must be above 0"),
+        ({"decode_timeout_s": 0.0}, "--decode-timeout takes seconds above 0"),
     ):
         with pytest.raises(ConfigError, match=message):
             make_config(video_folder, tmp_path / "x.zarr", **changes)

@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet
@@ -10,6 +11,7 @@ import zarr
 
 from s4v.errors import (
     EnvironmentFailedError,
+    StoreBusyError,
     StoreDamagedError,
     StoreExistsError,
     StoreMismatchError,
@@ -85,6 +87,23 @@ def create(path, **changes):
     return create_store(path, **{**values, **changes})
 
 
+@pytest.fixture(autouse=True)
+def writers(monkeypatch):
+    """Close every writer at the end of a test: each holds its store's lock."""
+    opened = []
+    for name in ("create_store", "resume_store"):
+        function = globals()[name]
+
+        def remember(*args, function=function, **kwargs):
+            opened.append(function(*args, **kwargs))
+            return opened[-1]
+
+        monkeypatch.setitem(globals(), name, remember)
+    yield opened
+    for writer in opened:
+        writer.close()
+
+
 def write_shard(writer, shard, num_frames=4):
     rows = LAYOUT.shard_rows(shard)
     results = [result_of(row, num_frames) for row in rows]
@@ -95,10 +114,10 @@ def write_shard(writer, shard, num_frames=4):
 @pytest.fixture
 def store_path(tmp_path):
     path = tmp_path / "toy.zarr"
-    writer = create(path)
-    for shard in writer.pending_shards():
-        write_shard(writer, shard, num_frames=4 if shard % 2 else 3)
-    writer.consolidate()
+    with create(path) as writer:
+        for shard in writer.pending_shards():
+            write_shard(writer, shard, num_frames=4 if shard % 2 else 3)
+        writer.consolidate()
     return path
 
 
@@ -219,11 +238,110 @@ def test_missing_shard_is_refused(store_path, name):
         open_store(store_path).read_clips([2], [[0, 1]])
 
 
-def test_truncated_manifest_is_refused(store_path):
+@pytest.mark.parametrize("has_hashes", [True, False])
+def test_truncated_manifest_is_refused(store_path, has_hashes):
     file = store_path / "videos.parquet"
     file.write_bytes(file.read_bytes()[:-40])
-    with pytest.raises(StoreDamagedError, match=r"videos\.parquet is missing or damaged"):
+    if not has_hashes:
+        (store_path / "checksums.json").unlink()
+    with pytest.raises(StoreDamagedError, match=r"videos\.parquet (does not match|is missing or damaged)"):
         open_store(store_path).read_clips([2], [[0]])
+
+
+def test_files_without_checksums_of_their_own_are_held_to_their_hashes(store_path):
+    for name in ("patches/zarr.json", "captions.parquet"):
+        file = store_path / name
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    store = open_store(store_path)
+    with pytest.raises(StoreDamagedError, match=r"patches/zarr\.json does not match its recorded hash"):
+        store.read_clips([2], [[0]])
+    with pytest.raises(StoreDamagedError, match=r"captions\.parquet does not match its recorded hash"):
+        store.read_captions()
+
+
+def test_lost_small_chunks_are_refused(store_path):
+    (store_path / "head/eps/c").unlink()
+    next((store_path / "embedding").glob("c.1.*")).unlink()
+    store = open_store(store_path)
+    with pytest.raises(StoreDamagedError, match="head/eps has lost its chunk"):
+        _ = store.head
+    with pytest.raises(StoreDamagedError, match="embedding, shard 1: the chunk is missing"):
+        store.read_embeddings()
+
+
+@pytest.mark.parametrize("name", ["zarr.json", "checksums.json"])
+def test_garbled_json_is_damage(store_path, name):
+    (store_path / name).write_bytes(b"\xff{")
+    with pytest.raises(StoreDamagedError, match=f"{name} is not readable as JSON"):
+        open_store(store_path)
+
+
+def test_views_and_arrays_that_are_not_there_are_refused(store_path):
+    store = open_store(store_path)
+    with pytest.raises(StoreMismatchError, match="of view -1"):
+        store.read_clips([2], [[0]], view=-1)
+    with pytest.raises(StoreMismatchError, match="read_clips reads patches, cls, pixels; found embedding"):
+        store.read_clips([2], [[0]], arrays=("embedding",))
+
+
+def test_second_writer_is_refused(tmp_path):
+    writer = create(tmp_path / "busy.zarr")
+    with pytest.raises(StoreBusyError, match=r"another process is writing to .*busy\.zarr"):
+        resume_store(tmp_path / "busy.zarr", layout=LAYOUT, attributes=ATTRIBUTES, records=RECORDS)
+    with pytest.raises(StoreBusyError, match="stop it before replacing its store"):
+        create(tmp_path / "busy.zarr", overwrite=True)
+    writer.close()
+    resume_store(tmp_path / "busy.zarr", layout=LAYOUT, attributes=ATTRIBUTES, records=RECORDS)
+
+
+def test_overwrite_replaces_what_a_link_points_to(store_path, tmp_path):
+    (tmp_path / "link.zarr").symlink_to(store_path)
+    create(tmp_path / "link.zarr", overwrite=True)
+    assert (tmp_path / "link.zarr").is_symlink()
+    assert open_store(store_path).read_manifest(["status"])["status"].unique().to_pylist() == ["pending"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link.zarr", "toy.zarr"]
+
+
+def test_kill_between_manifest_and_hashes_is_mended_by_the_next_run(store_path, monkeypatch):
+    recorded = (store_path / "checksums.json").read_bytes()
+    manifest.part_path(store_path, 3).unlink()
+    writer = resume_store(store_path, layout=LAYOUT, attributes=ATTRIBUTES, records=RECORDS)
+    write_shard(writer, 3, num_frames=2)
+    write = manifest.write_table
+
+    def write_and_die(*args):
+        write(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(manifest, "write_table", write_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        writer.consolidate()
+    writer.close()
+    monkeypatch.undo()
+    assert open_store(store_path).read_manifest(["status"]) is not None, "no hash is not a wrong one"
+    with resume_store_outside(store_path) as writer:
+        writer.consolidate()
+    assert (store_path / "checksums.json").read_bytes() != recorded
+    assert "videos.parquet" in json.loads((store_path / "checksums.json").read_text())
+
+
+def resume_store_outside(path):
+    from s4v.store import writer
+
+    return writer.resume_store(path, layout=LAYOUT, attributes=ATTRIBUTES, records=RECORDS)
+
+
+def test_changed_captions_are_a_difference(store_path):
+    records = [replace(RECORDS[1], captions=("y",)) if i == 1 else record for i, record in enumerate(RECORDS)]
+    with pytest.raises(StoreMismatchError, match="captions differ"):
+        resume_store(store_path, layout=LAYOUT, attributes=ATTRIBUTES, records=records)
+
+
+def test_numbers_as_class_names_keep_their_order():
+    records = [VideoRecord(video_id=str(i), path=str(i), split="train", class_name=str(i)) for i in range(12)]
+    assert manifest.ClassList.of(records).names == tuple(str(i) for i in range(12))
 
 
 def test_changed_metadata_is_refused(store_path):
@@ -241,7 +359,7 @@ def test_refused_write_names_the_shard_and_leaves_it_pending(tmp_path, monkeypat
         raise ValueError("RESOURCE_EXHAUSTED: ...: No space left on device [os_error_code='28']")
 
     monkeypatch.setattr(writer, "_write_arrays", refuse)
-    with pytest.raises(EnvironmentFailedError, match=r"shard 2 of .* \(0 MB\) could not be written: no space left"):
+    with pytest.raises(EnvironmentFailedError, match=r"full\.zarr/shard 2 could not be written: no space left"):
         write_shard(writer, 2)
     monkeypatch.undo()
     assert 2 in writer.pending_shards()
@@ -251,7 +369,8 @@ def test_refused_write_names_the_shard_and_leaves_it_pending(tmp_path, monkeypat
 
 def test_finished_store_is_not_written_again(store_path):
     before = {p: p.stat().st_mtime_ns for p in store_path.rglob("*")}
-    resume_store(store_path, layout=LAYOUT, attributes=ATTRIBUTES, records=RECORDS).consolidate()
+    with resume_store(store_path, layout=LAYOUT, attributes=ATTRIBUTES, records=RECORDS) as writer:
+        writer.consolidate()
     assert {p: p.stat().st_mtime_ns for p in store_path.rglob("*")} == before
 
 
@@ -284,9 +403,9 @@ def test_existing_store_and_foreign_folders_are_never_replaced_unasked(store_pat
 
 def test_resume_gives_the_store_that_an_undisturbed_run_gives(store_path, tmp_path):
     path = tmp_path / "resumed.zarr"
-    writer = create(path)
-    for shard in (0, 5, 2):
-        write_shard(writer, shard, num_frames=4 if shard % 2 else 3)
+    with create(path) as writer:
+        for shard in (0, 5, 2):
+            write_shard(writer, shard, num_frames=4 if shard % 2 else 3)
     writer = resume_store(path, layout=LAYOUT, attributes={**ATTRIBUTES, "created": "later"}, records=RECORDS)
     assert writer.pending_shards() == [s for s in range(LAYOUT.num_shards) if s not in (0, 5, 2)]
     for shard in writer.pending_shards():
