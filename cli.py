@@ -50,7 +50,9 @@ def extract(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The store to write. [store/DATASET.zarr]")] = None,
     split: Annotated[list[str] | None, typer.Option(help="Only this split. Repeatable.")] = None,
-    frames: Annotated[str, typer.Option(help="Cached frames: 8, or by split.")] = "train=16,val=8",
+    frames: Annotated[str, typer.Option(help="Cached frames: 8, or by split; a bare number is for the rest.")] = (
+        "train=16,8"
+    ),
     sampling: Annotated[str, typer.Option(help="Which frames: uniform.")] = "uniform",
     resize: Annotated[str, typer.Option(help="256: short side 256, crop 224. 224: the backbone's own.")] = "256",
     layers: Annotated[str, typer.Option(help="paper, all, or 0-based blocks: 1,3,5.")] = "paper",
@@ -74,7 +76,7 @@ def extract(
         from .extract.datasets import default_paths
         from .extract.sampling import parse_frames
 
-        parsed_frames = parse_frames("train=16,val=8,8" if frames == "train=16,val=8" else frames)
+        parsed_frames = parse_frames(frames)
         data_root, store_path = default_paths(dataset, root, out)
         columns = _parse_columns(column or [])
         # Cheap checks are done; what follows imports torch.

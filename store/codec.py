@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import array_api_compat
@@ -24,27 +23,32 @@ from .layout import PATCH_DTYPES, PatchDtype
 INT8_LIMIT = 127
 
 
-@dataclass(frozen=True, kw_only=True)
 class Codec:
     """How a store's patch tokens are coded.
+
+    Not a dataclass: lightning-fabric walks into dataclasses among a module's arguments, and refuses frozen ones.
 
     Args:
         dtype: Type of the codes.
         mean: (L, D) float32, subtracted first, or None.
         basis: (L, K, D) float32 with orthonormal rows, projects D channels to K, or None for K = D.
         scale: (L, K) float32, one int8 step per layer and channel, or None for float codes.
+
+    Raises:
+        ConfigError: If the dtype is unknown, or a scale comes with float codes, or none with int8.
     """
 
-    dtype: PatchDtype
-    mean: Any = None
-    basis: Any = None
-    scale: Any = None
+    __slots__ = ("basis", "dtype", "mean", "scale")
 
-    def __post_init__(self) -> None:
-        if self.dtype not in PATCH_DTYPES:
-            raise ConfigError(f"a codec's dtype is one of {', '.join(PATCH_DTYPES)}; found {self.dtype!r}")
-        if (self.dtype == "int8") != (self.scale is not None):
-            raise ConfigError(f"int8 codes, and no others, have a scale; found dtype {self.dtype}, scale {self.scale}")
+    def __init__(self, *, dtype: PatchDtype, mean: Any = None, basis: Any = None, scale: Any = None) -> None:
+        if dtype not in PATCH_DTYPES:
+            raise ConfigError(f"a codec's dtype is one of {', '.join(PATCH_DTYPES)}; found {dtype!r}")
+        if (dtype == "int8") != (scale is not None):
+            raise ConfigError(f"int8 codes, and no others, have a scale; found dtype {dtype}, scale {scale}")
+        self.dtype = dtype
+        self.mean = mean
+        self.basis = basis
+        self.scale = scale
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -63,7 +67,7 @@ class Codec:
 
     def map_parts(self, convert: Callable[[Any], Any]) -> Codec:
         """The same codec with each array converted, say to another library or device."""
-        return replace(self, **{name: convert(array) for name, array in self.parts.items()})
+        return Codec(dtype=self.dtype, **{name: convert(array) for name, array in self.parts.items()})
 
     def encode(self, tokens: Any, layer: int) -> Any:
         """Code the patch tokens of one layer.

@@ -202,10 +202,13 @@ def _make_fabric(config: TrainConfig) -> Fabric:
     accelerator = {"auto": "auto", "cpu": "cpu", "cuda": "cuda", "mps": "mps"}.get(config.device)
     if accelerator is None:
         raise ConfigError(f"--device takes auto, cpu, cuda, mps; found {config.device!r}")
+    on_gpu = accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
     precision = config.precision
     if precision is None:
-        on_gpu = accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
         precision = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if on_gpu else "fp32"
+    elif precision == "fp16" and not on_gpu:
+        # Fabric would take bf16 instead, with a mere note.
+        raise ConfigError("--precision fp16 needs a CUDA GPU here: use bf16 or fp32")
     try:
         return Fabric(accelerator=accelerator, devices=1, precision=_FABRIC_PRECISION[precision])  # type: ignore[arg-type]
     except RuntimeError as error:

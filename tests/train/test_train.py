@@ -78,6 +78,12 @@ def test_evaluation_gives_the_validation_figures_again(trained):
     assert evaluate_run(out, split="train", num_clips=2)["videos"] == 8
 
 
+def test_mixed_precision_trains(int8_store, tmp_path):
+    summary = train_run(config_for(int8_store, tmp_path / "bf16", precision="bf16"))
+    assert math.isfinite(summary["last"]["train_loss"])
+    assert evaluate_run(tmp_path / "bf16")["videos"] == 2
+
+
 def test_linear_probe_is_blind_to_the_order_of_frames(int8_store, tmp_path):
     train_run(config_for(int8_store, tmp_path / "linear", head="linear", side_width=None))
     head = load_checkpoint(open_run(tmp_path / "linear"))
@@ -150,6 +156,8 @@ def test_wrong_input_is_refused_before_anything_is_written(int8_store, video_fol
         train_run(config_for(tmp_path / "none.zarr", out))
     with pytest.raises(ConfigError, match="--head takes side4video, linear; found 'mlp'"):
         train_run(config_for(int8_store, out, head="mlp"))
+    with pytest.raises(ConfigError, match="--precision fp16 needs a CUDA GPU"):
+        train_run(config_for(int8_store, out, precision="fp16"))
     with pytest.raises(ConfigError, match="--side-width must be a multiple of 64"):
         train_run(config_for(int8_store, out, side_width=65))
     with pytest.raises(ConfigError, match="--side-width has no effect on --head linear"):
