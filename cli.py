@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -145,7 +146,7 @@ def train(
     frames: Annotated[int | None, typer.Option(help="Frames of a clip. [8]")] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training videos.")] = 30,
     batch_size: Annotated[int, typer.Option(help="Clips in a step.")] = 32,
-    learning_rate: Annotated[float, typer.Option(help="At the end of the warm-up.")] = 1e-3,
+    learning_rate: Annotated[float | None, typer.Option(help="[the reference's for the store's backbone]")] = None,
     warmup_epochs: Annotated[float, typer.Option(help="Epochs over which the rate rises.")] = 4.0,
     weight_decay: Annotated[float, typer.Option(help="On all parameters.")] = 0.15,
     label_smoothing: Annotated[float, typer.Option(help="In the cross-entropy.")] = 0.1,
@@ -190,7 +191,9 @@ def train(
         summary = train_run(replace(config, out=out or default_run_path(features, head)), _report_epoch)
         result.update(summary)
         if not as_json:
-            print(f"{summary['run']}: {_percentages(summary['last'])} after {summary['epochs']} epochs")
+            counts = summary["videos"]
+            print(f"{summary['run']}: {_percentages(summary['last'])} after {summary['epochs']} epochs", end="")
+            print(f" ({counts['train']} training videos, {counts['val']} validation videos)")
 
 
 @app.command(name="eval")
@@ -199,7 +202,7 @@ def evaluate(
     features: Annotated[Path | None, typer.Option(help="The store. [the run's own]")] = None,
     split: Annotated[str, typer.Option(help="Which videos.")] = "val",
     clips: Annotated[int | None, typer.Option(help="Clips of a video. [as the store recorded]")] = None,
-    checkpoint: Annotated[str, typer.Option(help="best or last.")] = "best",
+    checkpoint: Annotated[str, typer.Option(help="best (chosen on the validation split) or last.")] = "best",
     as_json: Json = False,
 ) -> None:
     """Evaluate a run on a split; figures and predictions are left in the run's folder."""
@@ -217,7 +220,7 @@ def evaluate(
         figures = evaluate_run(path, features=features, split=split, num_clips=clips, checkpoint=checkpoint)
         result.update(figures)
         if not as_json:
-            print(f"{figures['run']} on {figures['videos']} videos of {split}: {_percentages(figures)}")
+            print(f"{path}, {checkpoint} checkpoint, {figures['videos']} videos of {split}: {_percentages(figures)}")
 
 
 @app.command()
@@ -273,6 +276,10 @@ def _command(name: str, as_json: bool) -> Iterator[dict[str, Any]]:
     except KeyboardInterrupt:
         hint = "; finished shards are kept, the same command continues" if name == "extract" else ""
         _fail(name, as_json, f"interrupted{hint}", "Interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader (`head`, say) has what it wanted: nothing to tell, and nowhere to tell it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
     except OSError as error:
         # What the file system says of a path the user named: full, read-only, no folder, name too long.
         is_machine = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)

@@ -1,8 +1,8 @@
-"""Generated videos in which the class is a motion, and a single frame says nothing about it.
+"""Generated videos in which the class is a motion, and a frame by itself says nothing about it.
 
-Every video has a path, a growth and a turn of its own. The class decides which of the three runs, and which way; the
-other two stand still at a random moment. So every frame of every class comes from one distribution: place, size and
-angle of a shape tell nothing, only how they change.
+Every video has a way across, a way down, a growth and a turn of its own. The class decides which of the four runs, and
+in which direction; the other three stand still at a random moment. So a frame from an unknown moment comes from one
+distribution for all classes: place, size and angle of a shape tell nothing, only how they change.
 """
 
 from __future__ import annotations
@@ -54,17 +54,15 @@ class Scene:
     background: tuple[np.ndarray, np.ndarray]
     """Colours at the top left and the bottom right, (3,) each."""
     centre: tuple[float, float]
-    """Of the path, pixels."""
+    """Of the ways across and down, pixels."""
     reach: float
-    """Half the length of the path, pixels."""
-    is_horizontal: bool
-    """Which way the path runs where the class does not say."""
+    """Half the length of either way, pixels."""
     sizes: tuple[float, float]
     """Smallest and largest radius, pixels."""
     angles: tuple[float, float]
     """First and last angle of a turn to the right, radians."""
-    still: tuple[float, float, float]
-    """Moments in [0, 1] at which path, growth and turn stand still when they do not run."""
+    still: tuple[float, float, float, float]
+    """Moments in [0, 1] at which the ways across and down, growth and turn stand still when they do not run."""
 
 
 def draw_scene(seed: int) -> Scene:
@@ -73,7 +71,7 @@ def draw_scene(seed: int) -> Scene:
     reach = rng.uniform(9, 12)
     smallest = rng.uniform(8, 10)
     first = rng.uniform(0, 2 * math.pi)
-    # The shape stays inside the frame wherever it is on its path and however large it is.
+    # The shape stays inside the frame wherever it is on its ways and however large it is.
     margin = reach + _GROWTH * smallest
     return Scene(
         shape=str(rng.choice(list(_SHAPES))),
@@ -81,10 +79,9 @@ def draw_scene(seed: int) -> Scene:
         background=(rng.uniform(0, 110, 3), rng.uniform(0, 110, 3)),
         centre=(rng.uniform(margin, FRAME_PX - margin), rng.uniform(margin, FRAME_PX - margin)),
         reach=reach,
-        is_horizontal=bool(rng.integers(2)),
         sizes=(smallest, _GROWTH * smallest),
         angles=(first, first + rng.uniform(2.6, 3.4)),
-        still=(rng.uniform(), rng.uniform(), rng.uniform()),
+        still=(rng.uniform(), rng.uniform(), rng.uniform(), rng.uniform()),
     )
 
 
@@ -103,7 +100,7 @@ def render_motion(motion: str, seed: int) -> np.ndarray:
     frames = []
     for step in range(NUM_FRAMES):
         now = step / (NUM_FRAMES - 1)
-        frames.append(_render_frame(scene, motion, 1 - now if is_backwards else now))
+        frames.append(_paint(scene, *place_shape(scene, motion, 1 - now if is_backwards else now)))
     noise = np.random.default_rng(seed + 1).normal(0, 2, (NUM_FRAMES, FRAME_PX, FRAME_PX, 1))
     return np.clip(np.stack(frames) + noise, 0, 255).astype(np.uint8)
 
@@ -137,22 +134,32 @@ def _encode(stream: av.VideoStream, frames: np.ndarray) -> Iterator[av.Packet]:
     yield from stream.encode()
 
 
-def _render_frame(scene: Scene, motion: str, now: float) -> np.ndarray:
-    """One frame at a moment of the running change; the other changes stand still. (H, W, 3) float."""
-    path, growth, turn = scene.still
-    is_horizontal = scene.is_horizontal
-    if motion in ("left", "right", "up", "down"):
-        path, is_horizontal = now, motion in ("left", "right")
+def place_shape(scene: Scene, motion: str, now: float) -> tuple[float, float, float, float]:
+    """Where a shape is at a moment of its motion.
+
+    Args:
+        scene: The video.
+        motion: One of `MOTIONS`: what runs; all else stands still.
+        now: From 0 (leftmost, topmost, smallest, before the turn to the right) to 1.
+
+    Returns:
+        x, y and radius in pixels, angle in radians.
+    """
+    across, down, growth, turn = scene.still
+    if motion in ("left", "right"):
+        across = now
+    elif motion in ("up", "down"):
+        down = now
     elif motion in ("growing", "shrinking"):
         growth = now
     else:
         turn = now
-    offset = (2 * path - 1) * scene.reach
-    x, y = scene.centre
-    x, y = (x + offset, y) if is_horizontal else (x, y + offset)
-    radius = scene.sizes[0] + growth * (scene.sizes[1] - scene.sizes[0])
-    angle = scene.angles[0] + turn * (scene.angles[1] - scene.angles[0])
-    return _paint(scene, x, y, radius, angle)
+    return (
+        scene.centre[0] + (2 * across - 1) * scene.reach,
+        scene.centre[1] + (2 * down - 1) * scene.reach,
+        scene.sizes[0] + growth * (scene.sizes[1] - scene.sizes[0]),
+        scene.angles[0] + turn * (scene.angles[1] - scene.angles[0]),
+    )
 
 
 def _paint(scene: Scene, x: float, y: float, radius: float, angle: float) -> np.ndarray:

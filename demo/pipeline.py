@@ -24,6 +24,7 @@ from .motions import MOTIONS, write_motion_videos
 from .report import write_report
 
 _MARKER = "demo.json"
+_SIGNATURE = "s4v_demo"
 _QUERY = "a red arrow moves left"
 
 Say = Callable[[str], None]
@@ -129,7 +130,7 @@ def run_demo(
         query=_QUERY,
         answers=[asdict(answer) for answer in answers],
     )
-    write_json(out / _MARKER, result)
+    write_json(out / _MARKER, {_SIGNATURE: 1, "finished": True, **result})
     return result
 
 
@@ -150,10 +151,19 @@ class _Timed:
 def _clear(out: Path) -> None:
     """Make room: remove what an earlier demo wrote, refuse anything else."""
     if out.exists() and any(out.iterdir()):
-        if not (out / _MARKER).is_file():
+        if not _is_demo(out):
             raise RunExistsError(f"{out} holds something that is not an earlier demo: choose another --out")
         for name in ("videos", "motions.zarr", "runs"):
             shutil.rmtree(out / name, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     # From here on the folder is a demo's, finished or not.
-    write_json(out / _MARKER, {"finished": False})
+    write_json(out / _MARKER, {_SIGNATURE: 1, "finished": False})
+
+
+def _is_demo(out: Path) -> bool:
+    """Whether the marker in a folder is one that a demo wrote."""
+    try:
+        marker = read_json(out / _MARKER)
+    except (OSError, ValueError):
+        return False
+    return isinstance(marker, dict) and _SIGNATURE in marker

@@ -65,7 +65,8 @@ def write_report(
     sections = [
         "<h1>s4v demo</h1>",
         f"<p class='note'>{result['videos']} generated H.264 videos in {len(side['classes'])} classes; the class is a "
-        "motion, and no single frame tells it. Tokens come from a small ViT with random weights, run once.</p>",
+        "motion, and a frame by itself does not tell it. Tokens come from a small ViT with random weights, run once."
+        "</p>",
         "<div class='pair'>"
         + _big(side["top1"], f"side network, {side['videos']} held-out videos")
         + _big(linear["top1"], "linear probe on mean class tokens: cannot see the order of frames")

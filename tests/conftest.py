@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+# One thread, here and in processes that tests start: tiny tensors gain nothing from more, and on a busy machine threads
+# that wait for each other cost seconds. Set before torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import av
 import numpy as np
@@ -16,7 +21,7 @@ from s4v.extract.pipeline import extract_dataset
 DATA = Path(__file__).parent / "data"
 SHARED = Path(__file__).parents[2] / "shared"
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,8 +29,8 @@ class TrainConfig:
     epochs: int = 30
     batch_size: int = 32
     """Clips in a step."""
-    learning_rate: float = 1e-3
-    """Of AdamW, at the end of the warm-up."""
+    learning_rate: float | None = None
+    """Of AdamW, after the warm-up; None takes the reference's for the store's backbone: 1e-3 for B, else 1e-4."""
     warmup_epochs: float = 4.0
     """The rate rises from 0 over these, then falls as a cosine to 0; at most half of all epochs are used."""
     weight_decay: float = 0.15
@@ -54,12 +55,12 @@ class TrainConfig:
         for option, count in at_least_one.items():
             if count is not None and count < 1:
                 raise ConfigError(f"{option} must be at least 1; found {count}")
-        if self.learning_rate <= 0:
-            raise ConfigError(f"--learning-rate must be above 0; found {self.learning_rate:g}")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"--learning-rate must be a number above 0; found {self.learning_rate:g}")
         not_negative = {"--warmup-epochs": self.warmup_epochs, "--weight-decay": self.weight_decay}
         for option, value in not_negative.items():
-            if value < 0:
-                raise ConfigError(f"{option} must not be negative; found {value:g}")
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"{option} must be a number from 0 up; found {value:g}")
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"--label-smoothing must lie in [0, 1); found {self.label_smoothing:g}")
         if self.precision not in (None, "fp32", "fp16", "bf16"):

@@ -11,11 +11,18 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ..errors import StoreMismatchError
+from ..errors import EnvironmentFailedError, StoreMismatchError, StoreNotFoundError
 from ..store._files import write_json
 from ..store.manifest import write_table
 from ..store.reader import StoreReader, open_store
-from .clips import ClipLoader, LabelledRows, codec_for, find_labelled_rows, plan_evaluation
+from .clips import (
+    ClipLoader,
+    LabelledRows,
+    codec_for,
+    find_labelled_rows,
+    plan_evaluation,
+    resolve_clip_frames,
+)
 from .run import Run, load_checkpoint, open_run, require_matching_store
 
 
@@ -40,8 +47,8 @@ class Evaluation:
     def top(self, k: int) -> float:
         """Share of videos whose label is among the k likeliest; ties count against us."""
         own = np.take_along_axis(self.probabilities, self.labels[:, None], axis=1)
-        others_at_least = (self.probabilities >= own).sum(axis=1) - 1
-        return float((others_at_least < k).mean())
+        not_below = (~(self.probabilities < own)).sum(axis=1)  # itself among them
+        return float((not_below <= k).mean())
 
     def confusion(self) -> np.ndarray:
         """(classes, classes) counts: rows are labels, columns predictions."""
@@ -72,6 +79,9 @@ def evaluate_head(
         batch_size: Clips in a batch.
         device: Where the head is.
         num_clips: Clips of a video; None takes those that the store recorded.
+
+    Raises:
+        EnvironmentFailedError: If a score is not finite.
     """
     was_training = head.training
     head.eval()
@@ -85,6 +95,8 @@ def evaluate_head(
     ]
     head.train(was_training)
     clip_scores = np.concatenate(scores)
+    if not np.isfinite(clip_scores).all():
+        raise EnvironmentFailedError("the head's scores are not finite: its weights or its input hold NaN or infinity")
     sums = np.zeros((len(data), clip_scores.shape[1]), dtype=np.float64)
     np.add.at(sums, owner, clip_scores)
     probabilities = (sums / np.bincount(owner, minlength=len(data))[:, None]).astype(np.float32)
@@ -121,12 +133,24 @@ def evaluate_run(
         StoreMismatchError: If the store does not fit the run, or the split has no good, labelled video.
     """
     run = open_run(run_path)
-    store = open_store(features if features is not None else run.source["store"])
+    try:
+        store = open_store(features if features is not None else run.source["store"])
+    except StoreNotFoundError as error:
+        if features is not None:
+            raise
+        raise StoreNotFoundError(f"the run's own store has gone: {error} Name where it is now: --features.") from error
     require_matching_store(run, store)
     data = _relabel(find_labelled_rows(store, split), store, run)
     if not len(data):
         splits = ", ".join(sorted(set(store.input_columns()["split"].to_pylist())))
         raise StoreMismatchError(f"{store.path} has no good, labelled video in split {split!r}; it has {splits}")
+    resolve_clip_frames(run.frames, data.num_cached_frames, store)
+    fewest = int(data.num_cached_frames.min())
+    if num_clips is not None and num_clips * run.frames > fewest:
+        raise StoreMismatchError(
+            f"{num_clips} clips of {run.frames} frames were asked for, rows of {store.path} hold as few as {fewest} "
+            f"frames: at most --clips {fewest // run.frames}"
+        )
     device = device or torch.device("cpu")
     report("evaluating", 0, len(data))
     head = load_checkpoint(run, checkpoint).to(device)

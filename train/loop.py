@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import LightningEnvironment
 
 from ..errors import ConfigError, EnvironmentFailedError, StoreMismatchError
 from ..store._files import write_json
@@ -25,11 +28,13 @@ from .clips import (
 from .config import TrainConfig
 from .evaluate import accuracy_figures, evaluate_head
 from .heads import HeadConfig, build_head, plan_head
-from .recipe import classification_loss, learning_rate_at, make_optimizer
+from .recipe import classification_loss, learning_rate_at, make_optimizer, reference_learning_rate
 from .run import Run, append_metrics, create_run, refuse_existing_run, save_checkpoint
 
 ReportEpoch = Callable[[dict[str, Any], int], None]
 """Called after each epoch with its metrics and the number of epochs."""
+
+_log = logging.getLogger(__name__)
 
 _FABRIC_PRECISION = {"fp32": "32-true", "fp16": "16-mixed", "bf16": "bf16-mixed"}
 
@@ -60,7 +65,9 @@ def train_run(config: TrainConfig, report: ReportEpoch = lambda *_: None) -> dic
     store = open_store(config.features)
     head_config = plan_head(config.head, store, layers=config.layers, side_width=config.side_width)
     training, validation = (find_labelled_rows(store, split) for split in (config.train_split, config.val_split))
-    _require_training_rows(store, training, config)
+    _require_rows(store, training, config)
+    if config.learning_rate is None:
+        config = replace(config, learning_rate=reference_learning_rate(store.layout.width))
     frames = resolve_clip_frames(
         config.frames, np.concatenate([training.num_cached_frames, validation.num_cached_frames]), store
     )
@@ -105,7 +112,9 @@ class _Training:
         metrics: dict[str, Any] = {}
         board = SummaryWriter(self._run.path)
         for epoch in range(self._config.epochs):
-            metrics = {"epoch": epoch + 1, **self._train_epoch(epoch), **self._validate()}
+            metrics = {"epoch": epoch + 1, **self._train_epoch(epoch)}
+            self._require_finite_weights(epoch)
+            metrics |= self._validate(epoch)
             append_metrics(self._run, metrics)
             for name, value in metrics.items():
                 board.add_scalar(name, value, epoch + 1)
@@ -119,6 +128,7 @@ class _Training:
         summary = {
             "run": str(self._run.path),
             "epochs": self._config.epochs,
+            "videos": {"train": len(self._training), "val": len(self._validation)},
             "steps": self._step,
             "best": best,
             "last": metrics,
@@ -141,7 +151,8 @@ class _Training:
             start = time.perf_counter()
             batch = next(batches)
             self._wait_s += time.perf_counter() - start
-            rate = learning_rate_at(epoch + (place + 1) / len(plans), config)
+            # The middle of the step: at its end, the last step of a run would have a rate of zero.
+            rate = learning_rate_at(epoch + (place + 0.5) / len(plans), config)
             for group in self._optimizer.param_groups:
                 group["lr"] = rate
             loss = classification_loss(
@@ -156,46 +167,63 @@ class _Training:
                 self._require_finite(losses[-50:], epoch, plan.rows)
         return {"train_loss": float(torch.stack(losses).mean()), "learning_rate": rate}
 
-    def _validate(self) -> dict[str, float]:
+    def _validate(self, epoch: int) -> dict[str, float]:
         if not len(self._validation):
             return {}
-        result = evaluate_head(
-            self._module,
-            self._store,
-            self._validation,
-            layers=self._layers,
-            num_frames=self._run.frames,
-            batch_size=self._config.batch_size,
-            device=self._fabric.device,
-        )
+        try:
+            result = evaluate_head(
+                self._module,
+                self._store,
+                self._validation,
+                layers=self._layers,
+                num_frames=self._run.frames,
+                batch_size=self._config.batch_size,
+                device=self._fabric.device,
+            )
+        except EnvironmentFailedError:
+            self._stop_as_diverged("a validation score", epoch, "")
         return {"val_loss": result.loss, **{f"val_{k}": v for k, v in accuracy_figures(result).items()}}
 
     def _require_finite(self, losses: list[torch.Tensor], epoch: int, rows: np.ndarray) -> None:
         """Checked every 50 steps: asking a GPU for each loss would hold it up."""
-        if bool(torch.isfinite(torch.stack(losses)).all()):
-            return
-        ids = self._store.read_manifest(["video_id"])["video_id"].take(rows[:3]).to_pylist()
+        if not bool(torch.isfinite(torch.stack(losses)).all()):
+            ids = self._store.read_manifest(["video_id"])["video_id"].take(rows[:3]).to_pylist()
+            self._stop_as_diverged("the loss", epoch, f" (videos {', '.join(ids)}, ...)")
+
+    def _require_finite_weights(self, epoch: int) -> None:
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in self._module.state_dict().values()):
+            self._stop_as_diverged("a weight", epoch, "")
+
+    def _stop_as_diverged(self, what: str, epoch: int, where: str) -> NoReturn:
+        kept = self._run.path / "last.safetensors"
+        hint = f"{kept} is the last good checkpoint." if kept.exists() else "No epoch was finished."
         raise EnvironmentFailedError(
-            f"the loss became NaN or infinite in epoch {epoch + 1}, at or before step {self._step} "
-            f"(videos {', '.join(ids)}, ...). Lower --learning-rate; {self._run.path / 'last.safetensors'} is the "
-            "last good checkpoint."
+            f"{what} became NaN or infinite in epoch {epoch + 1}, at or before step {self._step}{where}. "
+            f"Lower --learning-rate. {hint}"
         )
 
 
-def _require_training_rows(store: StoreReader, training: LabelledRows, config: TrainConfig) -> None:
-    if len(training):
-        if len(set(training.labels.tolist())) < 2:
-            raise StoreMismatchError(
-                f"the good training videos of {store.path} are all of one class: a classifier needs two or more"
-            )
-        return
+def _require_rows(store: StoreReader, training: LabelledRows, config: TrainConfig) -> None:
+    """Refuse a store without training videos or without the validation split, and warn of an unfinished one."""
     table = store.read_manifest(["split", "status", "label"])
     counts = table.group_by(["split", "status"]).aggregate([("label", "count")]).to_pylist()
     found = ", ".join(f"{c['split']}: {c['label_count']} labelled {c['status']}" for c in counts)
-    raise StoreMismatchError(
-        f"{store.path} has no good, labelled video in split {config.train_split!r}. It has {found}. "
-        "Name another --train-split, or extract a data set with labels."
-    )
+    splits = set(table["split"].to_pylist())
+    if not len(training):
+        raise StoreMismatchError(
+            f"{store.path} has no good, labelled video in split {config.train_split!r}. It has {found}. "
+            "Name another --train-split, or extract a data set with labels."
+        )
+    if len(set(training.labels.tolist())) < 2:
+        raise StoreMismatchError(
+            f"the good training videos of {store.path} are all of one class: a classifier needs two or more"
+        )
+    if config.val_split not in splits and config.val_split != TrainConfig.__dataclass_fields__["val_split"].default:
+        raise StoreMismatchError(
+            f"{store.path} has no split {config.val_split!r} (--val-split); it has {', '.join(sorted(splits))}"
+        )
+    if any(c["status"] == "pending" for c in counts):
+        _log.warning("%s is not finished: %s. Training on what is there.", store.path, found)
 
 
 def _make_fabric(config: TrainConfig) -> Fabric:
@@ -210,6 +238,13 @@ def _make_fabric(config: TrainConfig) -> Fabric:
         # Fabric would take bf16 instead, with a mere note.
         raise ConfigError("--precision fp16 needs a CUDA GPU here: use bf16 or fp32")
     try:
-        return Fabric(accelerator=accelerator, devices=1, precision=_FABRIC_PRECISION[precision])  # type: ignore[arg-type]
+        # One process, whatever a cluster's variables say: inside a job of several tasks Fabric would look for them.
+        return Fabric(
+            accelerator=accelerator,
+            devices=1,
+            precision=_FABRIC_PRECISION[precision],  # type: ignore[arg-type]
+            plugins=[LightningEnvironment()],
+        )
     except RuntimeError as error:
-        raise ConfigError(f"--device {config.device} is not available here. Use --device auto.") from error
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device {config.device} is not available here ({reason}). Use --device auto.") from error

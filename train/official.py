@@ -81,13 +81,9 @@ def load_official_checkpoint(path: str | Path, frames: int) -> SideNetwork:
     """
     if frames < 1:
         raise WeightsError(f"frames must be at least 1; found {frames}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (UnpicklingError, RuntimeError, OSError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise WeightsError(f"{path} is not a checkpoint of plain tensors: {reason}. Nothing in it was run.") from error
-    state = rename_official(checkpoint.get("model_state_dict", checkpoint))
-    _require_variant(path, checkpoint.get("model_state_dict", checkpoint), state)
+    tensors = _load_tensors(Path(path))
+    state = rename_official(tensors)
+    _require_variant(path, tensors, state)
     num_layers = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     num_patches, side_width = state["position"].shape
     network = SideNetwork(
@@ -98,8 +94,25 @@ def load_official_checkpoint(path: str | Path, frames: int) -> SideNetwork:
         patch_px=round((state["stem.weight"].shape[2] / 3) ** 0.5),
         num_classes=len(state["classifier.bias"]),
     )
-    network.load_state_dict(state)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise WeightsError(f"{path} is not a whole CLIP recognition checkpoint of Side4Video: {reason}") from error
     return network.eval()
+
+
+def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with path.open("rb") as file:
+            is_zip = file.read(2) == b"PK"  # older files cannot be memory-mapped
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except (UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(f"{path} is not a checkpoint of plain tensors: {reason}. Nothing in it was run.") from error
+    state = checkpoint.get("model_state_dict", checkpoint) if isinstance(checkpoint, dict) else {}
+    named = state.items() if isinstance(state, dict) else ()
+    return {str(name): value for name, value in named if isinstance(value, torch.Tensor)}
 
 
 def _require_variant(path: str | Path, names: Iterable[str], state: Mapping[str, torch.Tensor]) -> None:

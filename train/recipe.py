@@ -11,8 +11,14 @@ from torch import nn
 from .config import TrainConfig
 
 
+def reference_learning_rate(backbone_width: int) -> float:
+    """The rate that the reference trains recognition with: 1e-3 beside B (width 768), 1e-4 beside L and E."""
+    return 1e-3 if backbone_width <= 768 else 1e-4
+
+
 def make_optimizer(head: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW with one weight decay on all parameters, as the reference trains recognition."""
+    assert config.learning_rate is not None
     return torch.optim.AdamW(
         head.parameters(), lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay
     )
@@ -23,6 +29,7 @@ def learning_rate_at(epoch: float, config: TrainConfig) -> float:
 
     The warm-up takes at most half of all epochs, so that a short run reaches its rate.
     """
+    assert config.learning_rate is not None
     warmup = min(config.warmup_epochs, config.epochs / 2)
     if epoch < warmup:
         return config.learning_rate * epoch / warmup

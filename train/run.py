@@ -81,21 +81,24 @@ def open_run(path: str | Path) -> Run:
     if not (path / CONFIG_NAME).is_file():
         found = "nothing there" if not path.exists() else f"no {CONFIG_NAME} in it"
         raise RunNotFoundError(f"{path} is not a run: {found}. `s4v train --features STORE --out {path}` makes one.")
-    saved = read_json(path / CONFIG_NAME)
-    head = HeadConfig(**{**saved["head"], "layers": tuple(saved["head"]["layers"])})
-    return Run(path, saved["train"], head, tuple(saved["classes"]), saved["source"])
+    try:
+        saved = read_json(path / CONFIG_NAME)
+        head = HeadConfig(**{**saved["head"], "layers": tuple(saved["head"]["layers"])})
+        return Run(path, saved["train"], head, tuple(saved["classes"]), saved["source"])
+    except (ValueError, TypeError, LookupError) as error:
+        raise RunNotFoundError(f"{path / CONFIG_NAME} is not a run's configuration: {error!r}") from error
 
 
 def find_newest_run(folder: Path = Path("runs")) -> Path:
-    """The run whose configuration was written last.
+    """The run whose best checkpoint was written last.
 
     Raises:
         RunNotFoundError: If there is none.
     """
-    configs = sorted(folder.glob(f"*/{CONFIG_NAME}"), key=lambda p: p.stat().st_mtime)
-    if not configs:
+    checkpoints = sorted(folder.glob("*/best.json"), key=lambda p: p.stat().st_mtime)
+    if not checkpoints:
         raise RunNotFoundError(f"no run in {folder.resolve()}: name one with --run, or train one first")
-    return configs[-1].parent
+    return checkpoints[-1].parent
 
 
 def describe_source(store: StoreReader) -> dict[str, Any]:
@@ -158,13 +161,16 @@ def load_checkpoint(run: Run, name: str = "best") -> torch.nn.Module:
         StoreDamagedError: If the file is not a whole checkpoint of this head.
     """
     path = run.path / f"{name}.safetensors"
-    if not path.is_file():
-        raise RunNotFoundError(f"{run.path} has no checkpoint {name!r}: training has not finished an epoch")
+    if not path.is_file() or not path.with_suffix(".json").is_file():
+        found = ", ".join(sorted(p.stem for p in run.path.glob("*.safetensors"))) or "none"
+        raise RunNotFoundError(f"{run.path} has no checkpoint {name!r}; it has {found}")
+    if read_json(path.with_suffix(".json")).get("sha256") != hash_file(path):
+        raise StoreDamagedError(f"{path} is damaged: it does not match the hash in {name}.json")
     head = build_head(run.head)
     try:
         head.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as error:
-        raise StoreDamagedError(f"{path} is damaged or of another head: {str(error).splitlines()[0]}") from error
+        raise StoreDamagedError(f"{path} is not a checkpoint of this head: {str(error).splitlines()[0]}") from error
     return head.eval()
 
 

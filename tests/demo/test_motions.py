@@ -1,7 +1,9 @@
+import math
+
 import numpy as np
 import pytest
 
-from s4v.demo.motions import FRAME_PX, MOTIONS, NUM_FRAMES, draw_scene, render_motion, write_motion_videos
+from s4v.demo.motions import FRAME_PX, MOTIONS, NUM_FRAMES, draw_scene, place_shape, render_motion, write_motion_videos
 from s4v.errors import RunExistsError
 from s4v.extract._decoder import decode
 
@@ -29,13 +31,27 @@ def test_the_shape_stays_inside_the_frame():
             assert scene.reach + scene.sizes[1] <= min(place, FRAME_PX - place) + 1e-9
 
 
-def test_single_frames_of_all_classes_come_from_one_distribution():
-    """The mean brightness of a frame, over many videos, is the same for every class within its error."""
-    means = {m: [render_motion(m, seed)[seed % NUM_FRAMES].mean() for seed in range(60)] for m in MOTIONS}
-    overall = np.concatenate(list(means.values()))
-    for motion, values in means.items():
-        error = np.std(overall) / np.sqrt(len(values))
-        assert abs(np.mean(values) - overall.mean()) < 4 * error, motion
+def test_a_frame_from_an_unknown_moment_looks_alike_in_all_classes():
+    """Place, size and angle of the shape, and what sets one axis apart from the other, have one distribution."""
+    rng = np.random.default_rng(0)
+
+    def features(motion):
+        rows = []
+        for _ in range(1500):
+            scene = draw_scene(int(rng.integers(2**40)))
+            x, y, radius, angle = place_shape(scene, motion, rng.integers(NUM_FRAMES) / (NUM_FRAMES - 1))
+            dx, dy = x - FRAME_PX / 2, y - FRAME_PX / 2
+            rows.append([dx, dy, abs(dx), abs(dy), abs(dx) - abs(dy), radius, math.cos(angle), math.sin(angle)])
+        return np.array(rows)
+
+    of_class = {motion: features(motion) for motion in MOTIONS}
+    everything = np.concatenate(list(of_class.values()))
+    for motion, rows in of_class.items():
+        for moment in (1, 2):
+            error = (everything**moment).std(axis=0) / np.sqrt(len(rows))
+            distance = np.abs((rows**moment).mean(axis=0) - (everything**moment).mean(axis=0)) / error
+            # A grid of 16 moments is a little wider than the interval it stands for: 0.14 of its variance.
+            assert distance.max() < (4 if moment == 1 else 6), (motion, moment, distance.round(1))
 
 
 def test_files_are_real_h264_in_the_layout_of_the_folder_reader(tmp_path):
@@ -60,6 +76,7 @@ def test_small_demo_writes_a_report_and_never_clears_a_foreign_folder(tmp_path):
     assert run_demo(out, train_per_class=2, val_per_class=1, epochs=1)["report"] == result["report"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("x")
+    (tmp_path / "mine/demo.json").write_text('{"my": 1}')
     with pytest.raises(RunExistsError, match="not an earlier demo"):
         run_demo(tmp_path / "mine")
     assert (tmp_path / "mine/thesis.tex").read_text() == "x"

@@ -64,6 +64,8 @@ def test_gradients_equal_the_reference(golden):
     # The golden files hold no gradient of the stem's and of the MLP's weights: take ours for their scale.
     for layer in ("stem", "blocks.0.mlp.0", "blocks.0.mlp.2"):
         scale[layer] = found[f"{layer}.weight"].abs().max().item()
+    # The position embedding is a bias too: it is added to what the attention's norm takes.
+    scale[""] = scale["blocks.0.attention_norm"]
     for name, tensor in expected.items():
         error = (found[name] - tensor).abs().max().item() / scale[name.rpartition(".")[0]]
         assert error < 1e-5, (name, error)
@@ -101,5 +103,22 @@ def test_checkpoints_that_are_not_ours_to_read_are_refused(tmp_path):
     torch.save({"model_state_dict": {"visual.proj": torch.zeros(2)}}, tmp_path / "other.pt")
     with pytest.raises(WeightsError, match="not a CLIP recognition checkpoint of Side4Video: no tensor for position"):
         load_official_checkpoint(tmp_path / "other.pt", frames=4)
+    for content in ([torch.zeros(2)], torch.zeros(2), {5: torch.zeros(2)}):
+        torch.save(content, tmp_path / "odd.pt")
+        with pytest.raises(WeightsError, match="not a CLIP recognition checkpoint"):
+            load_official_checkpoint(tmp_path / "odd.pt", frames=4)
+    for content in (b"", b"hello world"):
+        (tmp_path / "text.pt").write_bytes(content)
+        with pytest.raises(WeightsError, match="not a checkpoint of plain tensors"):
+            load_official_checkpoint(tmp_path / "text.pt", frames=4)
     with pytest.raises(WeightsError, match="not a checkpoint of plain tensors"):
         load_official_checkpoint(tmp_path / "none.pt", frames=4)
+
+
+def test_checkpoint_that_lacks_a_tensor_is_refused(golden, tmp_path):
+    folder, *_ = golden
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)["model_state_dict"]
+    del state["visual.transformer.side_transformer.0.bn_1.weight"]
+    torch.save({"model_state_dict": state}, tmp_path / "part.pt")
+    with pytest.raises(WeightsError, match="not a whole CLIP recognition checkpoint"):
+        load_official_checkpoint(tmp_path / "part.pt", frames=4)

@@ -22,10 +22,12 @@ from s4v.errors import (
 from s4v.extract.pipeline import extract_dataset
 from s4v.store import manifest
 from s4v.store.reader import open_store
+from s4v.train.clips import find_labelled_rows
 from s4v.train.config import TrainConfig
 from s4v.train.evaluate import Evaluation, evaluate_run
+from s4v.train.heads import build_head
 from s4v.train.loop import default_run_path, train_run
-from s4v.train.recipe import learning_rate_at
+from s4v.train.recipe import learning_rate_at, reference_learning_rate
 from s4v.train.run import find_newest_run, load_checkpoint, open_run, read_metrics
 
 
@@ -75,7 +77,7 @@ def test_evaluation_gives_the_validation_figures_again(trained):
     assert figures["videos"] == 2
     assert np.sum(figures["confusion"]) == 2
     assert (out / "eval_val.json").exists()
-    assert evaluate_run(out, split="train", num_clips=2)["videos"] == 8
+    assert evaluate_run(out, split="train", num_clips=1)["videos"] == 8
 
 
 def test_mixed_precision_trains(int8_store, tmp_path):
@@ -118,7 +120,10 @@ def test_class_order_of_another_store_does_not_matter(trained, tmp_path, float_s
     swapped_labels = table.set_column(column, table.schema.field(column), pa.array(labels, pa.int32()))
     manifest.write_table(swapped / "videos.parquet", swapped_labels)
     found = evaluate_run(out, features=swapped)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6), "a label under another name would cost more"
     assert found["confusion"] == expected["confusion"]
+    mistaken = find_labelled_rows(open_store(swapped), "val")
+    assert not np.array_equal(mistaken.labels, find_labelled_rows(open_store(float_store), "val").labels)
 
 
 def test_store_of_another_backbone_or_class_list_is_refused_with_all_differences(
@@ -166,6 +171,10 @@ def test_wrong_input_is_refused_before_anything_is_written(int8_store, video_fol
         train_run(config_for(int8_store, out, layers=(1, 9)))
     with pytest.raises(StoreMismatchError, match="no good, labelled video in split 'dev'. It has train: 8 labelled ok"):
         train_run(config_for(int8_store, out, train_split="dev"))
+    with pytest.raises(StoreMismatchError, match="has no split 'vla' .--val-split.; it has train, val"):
+        train_run(config_for(int8_store, out, val_split="vla"))
+    with pytest.raises(ConfigError, match="--learning-rate must be a number above 0; found nan"):
+        config_for(int8_store, out, learning_rate=math.nan)
     with pytest.raises(ConfigError, match="--epochs must be at least 1"):
         config_for(int8_store, out, epochs=0)
     bare = tmp_path / "bare.zarr"
@@ -191,6 +200,87 @@ def test_damaged_checkpoint_is_refused(trained, tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(StoreDamagedError, match=r"best\.safetensors is damaged"):
         load_checkpoint(open_run(copied))
+
+
+def test_a_flipped_byte_in_a_checkpoint_is_refused(trained, tmp_path):
+    out, _ = trained
+    copied = tmp_path / "copy"
+    shutil.copytree(out, copied)
+    file = copied / "best.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-10] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(StoreDamagedError, match=r"best\.safetensors is damaged: it does not match the hash"):
+        load_checkpoint(open_run(copied))
+    with pytest.raises(RunNotFoundError, match="has no checkpoint 'middle'; it has best, last"):
+        load_checkpoint(open_run(copied), "middle")
+
+
+def test_garbled_configuration_is_no_run(trained, tmp_path):
+    out, _ = trained
+    for content in ((out / "config.json").read_text()[:-60], "[]", "{}"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(RunNotFoundError, match=r"config\.json is not a run's configuration"):
+            open_run(tmp_path)
+
+
+def test_a_single_step_changes_the_weights(int8_store, tmp_path):
+    summary = train_run(config_for(int8_store, tmp_path / "one", epochs=1, batch_size=32))
+    assert summary["steps"] == 1
+    assert summary["last"]["learning_rate"] > 0
+    torch.manual_seed(0)
+    initial = build_head(open_run(tmp_path / "one").head).state_dict()
+    trained_weights = load_checkpoint(open_run(tmp_path / "one"), "last").state_dict()
+    assert not torch.equal(initial["classifier.weight"], trained_weights["classifier.weight"])
+
+
+def test_learning_rate_follows_the_reference_by_backbone(int8_store, tmp_path):
+    train_run(config_for(int8_store, tmp_path / "r", epochs=1))
+    assert open_run(tmp_path / "r").config["learning_rate"] == 1e-3
+    assert [reference_learning_rate(width) for width in (192, 768, 1024, 1792)] == [1e-3, 1e-3, 1e-4, 1e-4]
+
+
+def test_evaluation_refuses_clips_that_the_store_cannot_give(trained, video_folder, tmp_path, make_config):
+    out, _ = trained
+    extract_dataset(make_config(video_folder, tmp_path / "two.zarr", frames={"": 2}))
+    with pytest.raises(StoreMismatchError, match="a clip of 4 frames was asked for, rows of .* hold as few as 2"):
+        evaluate_run(out, features=tmp_path / "two.zarr")
+    with pytest.raises(StoreMismatchError, match="9 clips of 4 frames were asked for.*at most --clips 1"):
+        evaluate_run(out, num_clips=9)
+
+
+def test_moved_store_says_what_to_do(trained, tmp_path):
+    out, _ = trained
+    copied = tmp_path / "copy"
+    shutil.copytree(out, copied)
+    config = json.loads((copied / "config.json").read_text())
+    config["source"]["store"] = str(tmp_path / "gone.zarr")
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StoreNotFoundError, match="the run's own store has gone.*Name where it is now: --features"):
+        evaluate_run(copied)
+
+
+def test_unfinished_store_trains_with_a_warning(video_folder, tmp_path, make_config, caplog):
+    extract_dataset(make_config(video_folder, tmp_path / "half.zarr", limit=7))
+    train_run(config_for(tmp_path / "half.zarr", tmp_path / "run", epochs=1))
+    assert "half.zarr is not finished: " in caplog.text
+
+
+def test_a_clusters_variables_do_not_matter(int8_store, tmp_path, monkeypatch):
+    for name, value in (("SLURM_NTASKS", "4"), ("SLURM_JOB_NAME", "x"), ("SLURM_JOB_ID", "1")):
+        monkeypatch.setenv(name, value)
+    train_run(config_for(int8_store, tmp_path / "run", epochs=1))
+
+
+def test_scores_that_are_not_finite_are_never_an_accuracy():
+    result = Evaluation(np.arange(2), np.array([0, 1]), np.full((2, 3), np.nan, np.float32), math.nan)
+    assert result.top(1) == 0.0
+
+
+def test_weights_that_are_not_finite_are_never_a_checkpoint(int8_store, tmp_path):
+    with pytest.raises(EnvironmentFailedError, match="became NaN or infinite in epoch 1.*No epoch was finished"):
+        train_run(config_for(int8_store, tmp_path / "w", learning_rate=1e30, epochs=1))
+    assert not list((tmp_path / "w").glob("*.safetensors"))
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_names_the_step(int8_store, tmp_path):
