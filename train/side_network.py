@@ -82,7 +82,9 @@ class SideNetwork(nn.Module):
             tokens = tokens.to(cls.dtype) if codec is None else codec.decode(tokens, layer)
             x = 0.5 * x + 0.5 * tap(tokens)
             x = block(x, tap(cls[:, :, layer]), self.position)
-        x = normalise_tokens(self.norm, x).mean(dim=(1, 2))  # (B, T, N, S) -> (B, S)
+        # Channel-major, this once: the mean makes gradients that all but cancel in the batch norm, and torch's kernel
+        # for this layout sums them in double precision.
+        x = self.norm(x.permute(0, 3, 1, 2).contiguous()).mean(dim=(2, 3))  # (B, T, N, S) -> (B, S)
         return self.classifier(x)
 
 
