@@ -26,6 +26,9 @@ INT8_LIMIT = 127
 class Codec:
     """How a store's patch tokens are coded.
 
+    Arrays may be numpy's or any other library's: they follow the tokens, at the price of a copy for each call where
+    they are elsewhere (see `map_parts`).
+
     Not a dataclass: lightning-fabric walks into dataclasses among a module's arguments, and refuses frozen ones.
 
     Args:
@@ -73,7 +76,7 @@ class Codec:
         """Code the patch tokens of one layer.
 
         Args:
-            tokens: (..., N, D) floats, on the device and of the library of this codec's arrays.
+            tokens: (..., N, D) floats.
             layer: Place of the layer on the axis L (not the backbone's block number).
 
         Returns:
@@ -83,13 +86,14 @@ class Codec:
         dtype = getattr(xp, self.dtype)
         if not self.parts:
             return xp.astype(tokens, dtype)
+        mean, basis, scale = self._parts_of(layer, tokens)
         values = xp.astype(tokens, xp.float32)
-        if self.mean is not None:
-            values = values - self.mean[layer]
-        if self.basis is not None:
-            values = values @ self.basis[layer].T
-        if self.scale is not None:
-            values = xp.clip(xp.round(values / self.scale[layer]), -INT8_LIMIT, INT8_LIMIT)
+        if mean is not None:
+            values = values - mean
+        if basis is not None:
+            values = values @ basis.T
+        if scale is not None:
+            values = xp.clip(xp.round(values / scale), -INT8_LIMIT, INT8_LIMIT)
         return xp.astype(values, dtype)
 
     def decode(self, codes: Any, layer: int) -> Any:
@@ -103,14 +107,23 @@ class Codec:
             (..., N, D) float32.
         """
         xp = array_api_compat.array_namespace(codes)
+        mean, basis, scale = self._parts_of(layer, codes)
         values = xp.astype(codes, xp.float32)
-        if self.scale is not None:
-            values = values * self.scale[layer]
-        if self.basis is not None:
-            values = values @ self.basis[layer]
-        if self.mean is not None:
-            values = values + self.mean[layer]
+        if scale is not None:
+            values = values * scale
+        if basis is not None:
+            values = values @ basis
+        if mean is not None:
+            values = values + mean
         return values
+
+    def _parts_of(self, layer: int, like: Any) -> tuple[Any, Any, Any]:
+        """Mean, basis and scale of one layer, in the library and on the device of `like`; no copy if they are there."""
+        xp = array_api_compat.array_namespace(like)
+        device = array_api_compat.device(like)
+        parts = (self.mean, self.basis, self.scale)
+        mean, basis, scale = (None if part is None else xp.asarray(part[layer], device=device) for part in parts)
+        return mean, basis, scale
 
 
 def fit_absmax_scale(absmax: np.ndarray) -> np.ndarray:

@@ -34,11 +34,13 @@ def test_every_parameter_gets_a_gradient(network):
 def test_codes_give_what_their_decoded_tokens_give(network):
     pixels, patches, cls = clips()
     scale = fit_absmax_scale(patches.abs().amax(dim=(0, 1, 3)).numpy())
-    codec = Codec(dtype="int8", scale=scale).map_parts(torch.from_numpy)
+    from_store = Codec(dtype="int8", scale=scale)
+    codec = from_store.map_parts(torch.from_numpy)
     codes = torch.stack([codec.encode(patches[:, :, layer], layer) for layer in range(2)], dim=2)
     decoded = torch.stack([codec.decode(codes[:, :, layer], layer) for layer in range(2)], dim=2)
     network.eval()
     assert torch.equal(network(pixels, codes, cls, codec=codec), network(pixels, decoded, cls))
+    assert torch.equal(network(pixels, codes, cls, codec=from_store), network(pixels, decoded, cls)), "numpy arrays too"
 
 
 def test_any_number_of_frames_is_taken(network):
