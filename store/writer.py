@@ -21,8 +21,9 @@ from .layout import FORMAT_VERSION, StoreLayout
 from .reader import CHECKSUMS_NAME, StoreReader, open_store
 from .records import VideoRecord, VideoResult
 
-# Differ between two runs of one command without making their stores differ.
-_VOLATILE_ATTRIBUTES = ("created", "codec")
+# May differ between two runs without making their stores differ: data and weights may lie elsewhere by now, what they
+# are is told by paths below the root and by the weights' hash.
+_VOLATILE_ATTRIBUTES = ("created", "codec", "dataset.root", "backbone.weights")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
