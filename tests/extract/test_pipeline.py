@@ -168,9 +168,14 @@ def test_other_settings_on_an_existing_store_are_refused_with_the_differences(fl
         assert part in message
 
 
-def test_more_videos_than_the_store_was_begun_with_are_refused(
-    float_store, video_folder, tmp_path, make_config, make_video
-):
+def test_data_that_moved_is_the_same_data(float_store, video_folder, tmp_path, make_config):
+    shutil.copytree(video_folder, tmp_path / "elsewhere")
+    shutil.copytree(float_store, tmp_path / "copy.zarr")
+    summary = extract_dataset(make_config(tmp_path / "elsewhere", tmp_path / "copy.zarr"))
+    assert summary.videos == {"ok": 10, "failed": 1, "pending": 0}
+
+
+def test_new_videos_are_refused(float_store, video_folder, tmp_path, make_config, make_video):
     root = tmp_path / "videos"
     shutil.copytree(video_folder, root)
     make_video(root / "val/run/new.mp4")
