@@ -137,7 +137,10 @@ def _die_with_parent() -> None:
 def main() -> None:
     """Entry of the decoder process."""
     _die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
+    # Ctrl-C, a closed terminal and a scheduler's preemption reach the whole group. The parent decides: a decoder that
+    # died first would make a good video a failed row. It ends with its parent in any case.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     # Libraries print to descriptors 1 and 2: answers go through a private copy of 1, the rest nowhere.
     answers = os.fdopen(os.dup(1), "wb")
     nowhere = os.open(os.devnull, os.O_WRONLY)

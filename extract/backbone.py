@@ -249,7 +249,7 @@ def load_text_tower(
 
     Args:
         name: An alias, or an open_clip architecture.
-        weights: As for `load_backbone`.
+        weights: As for `build_backbone`.
         device: Where it runs.
         seed: Of random weights.
         expected_sha256: Refuse weights with another hash.

@@ -221,6 +221,15 @@ def test_pool_decodes_and_survives_a_killed_process(tmp_path, make_video):
         assert pool.submit(pool_request(path)).result().pixels is not None, "the next video has a new process"
 
 
+def test_signals_to_the_whole_group_are_the_parents_business(tmp_path, make_video):
+    path = make_video(tmp_path / "v.mp4")
+    with DecoderPool(1) as pool:
+        pool.submit(pool_request(path)).result()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(pool._children[0]._process.pid, number)
+            assert pool.submit(pool_request(path)).result().pixels is not None, number
+
+
 def test_hanging_decoder_costs_only_its_video(tmp_path, make_video):
     path = make_video(tmp_path / "v.mp4")
     with DecoderPool(1) as pool:
