@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from ..errors import ConfigError
+
+Inputs = Literal["all", "tokens", "pixels"]
+"""What a side network sees."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +27,8 @@ class TrainConfig:
     """Backbone blocks to use; None takes all that the store holds."""
     side_width: int | None = None
     """S; None takes the paper's for the store's backbone."""
+    inputs: Inputs = "all"
+    """What the side network sees: `tokens` leaves out its pixel stem, `pixels` makes every token zero."""
     frames: int | None = None
     """T, frames of a clip; None takes 8, fewer where rows hold fewer."""
     epochs: int = 30
@@ -61,6 +66,8 @@ class TrainConfig:
         for option, value in not_negative.items():
             if not 0 <= value < math.inf:
                 raise ConfigError(f"{option} must be a number from 0 up; found {value:g}")
+        if self.inputs not in get_args(Inputs):
+            raise ConfigError(f"--inputs takes {', '.join(get_args(Inputs))}; found {self.inputs!r}")
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"--label-smoothing must lie in [0, 1); found {self.label_smoothing:g}")
         if self.precision not in (None, "fp32", "fp16", "bf16"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ def evaluate_head(
     batch_size: int,
     device: torch.device,
     num_clips: int | None = None,
+    is_backwards: bool = False,
 ) -> Evaluation:
     """Score videos with a head that sits on `device`; it is put into evaluation mode for the time.
 
@@ -79,6 +80,7 @@ def evaluate_head(
         batch_size: Clips in a batch.
         device: Where the head is.
         num_clips: Clips of a video; None takes those that the store recorded.
+        is_backwards: Show the head every clip from its last frame to its first.
 
     Raises:
         EnvironmentFailedError: If a score is not finite.
@@ -87,6 +89,8 @@ def evaluate_head(
     head.eval()
     arrays: tuple[str, ...] = head.arrays  # type: ignore[assignment]
     plans, owner = plan_evaluation(data, num_frames=num_frames, batch_size=batch_size, num_clips=num_clips)
+    if is_backwards:
+        plans = [replace(plan, places=plan.places[:, ::-1]) for plan in plans]
     codec = codec_for(store, layers, device) if "patches" in arrays else None
     loader = ClipLoader(store, arrays=arrays, layers=layers, device=device)
     scores = [
@@ -112,6 +116,7 @@ def evaluate_run(
     split: str = "val",
     num_clips: int | None = None,
     checkpoint: str = "best",
+    is_backwards: bool = False,
     device: torch.device | None = None,
     report: Callable[[str, int, int], None] = lambda *_: None,
 ) -> dict[str, Any]:
@@ -123,6 +128,7 @@ def evaluate_run(
         split: Which videos.
         num_clips: Clips of a video; None takes those that the store recorded.
         checkpoint: `best` or `last`.
+        is_backwards: Play every clip backwards; files are named eval_SPLIT_backwards and so on.
         device: Where to compute; None takes the CPU.
         report: Told about progress.
 
@@ -163,6 +169,7 @@ def evaluate_run(
         batch_size=run.config["batch_size"],
         device=device,
         num_clips=num_clips,
+        is_backwards=is_backwards,
     )
     confusion = result.confusion()
     present = confusion.sum(axis=1) > 0
@@ -171,6 +178,7 @@ def evaluate_run(
         "run": str(run.path),
         "store": str(store.path),
         "split": split,
+        "is_backwards": is_backwards,
         "checkpoint": checkpoint,
         "videos": len(data),
         "clips_per_video": num_clips if num_clips is not None else "as recorded",
@@ -180,8 +188,9 @@ def evaluate_run(
         "classes": list(run.classes),
         "confusion": confusion.tolist(),
     }
-    write_json(run.path / f"eval_{split}.json", figures)
-    write_table(run.path / f"predictions_{split}.parquet", _prediction_table(result, store, run))
+    name = f"{split}_backwards" if is_backwards else split
+    write_json(run.path / f"eval_{name}.json", figures)
+    write_table(run.path / f"predictions_{name}.parquet", _prediction_table(result, store, run))
     return figures
 
 

@@ -11,7 +11,8 @@ from torch import nn
 from ..errors import ConfigError, StoreMismatchError
 from ..store.codec import Codec
 from ..store.reader import StoreReader
-from .side_network import SideNetwork
+from .config import Inputs
+from .side_network import ARRAYS, SideNetwork
 
 _SIDE_WIDTHS = {768: 320, 1024: 512, 1792: 576}
 """The paper's side widths, by the backbone's."""
@@ -46,6 +47,8 @@ class HeadConfig:
     patch_px: int
     side_width: int | None = None
     """S; None for heads without one."""
+    inputs: Inputs = "all"
+    """What the side network sees; other heads always see all that they read."""
 
 
 class LinearProbe(nn.Module):
@@ -76,7 +79,12 @@ HEADS = ("side4video", "linear")
 
 
 def plan_head(
-    name: str, store: StoreReader, *, layers: tuple[int, ...] | None = None, side_width: int | None = None
+    name: str,
+    store: StoreReader,
+    *,
+    layers: tuple[int, ...] | None = None,
+    side_width: int | None = None,
+    inputs: Inputs = "all",
 ) -> HeadConfig:
     """Fit a head to a store.
 
@@ -85,6 +93,7 @@ def plan_head(
         store: Whose tokens it will read.
         layers: Backbone blocks to use; None takes all that the store holds.
         side_width: S; None takes the paper's for this backbone, about 0.4 D for others.
+        inputs: What the side network sees.
 
     Raises:
         ConfigError: If there is no such head, or the side width does not fit it.
@@ -96,16 +105,18 @@ def plan_head(
     chosen = tuple(sorted(layers)) if layers else layout.layers
     store.layer_places(chosen)
     if name == "side4video":
-        if not layout.with_pixels:
+        if "pixels" in ARRAYS[inputs] and not layout.with_pixels:
             raise StoreMismatchError(
                 f"{store.path} was extracted with --no-pixels, and the side network's stem reads pixels. "
-                "Train --head linear, or extract with pixels."
+                "Train with --inputs tokens or --head linear, or extract with pixels."
             )
         side_width = side_width or _SIDE_WIDTHS.get(layout.width) or max(64, round(0.4 * layout.width / 64) * 64)
         if side_width % 64:
             raise ConfigError(f"--side-width must be a multiple of 64 (one attention head); found {side_width}")
     elif side_width is not None:
         raise ConfigError(f"--side-width has no effect on --head {name}")
+    elif inputs != "all":
+        raise ConfigError(f"--inputs has no effect on --head {name}")
     return HeadConfig(
         name=name,
         num_classes=len(store.classes.names),
@@ -114,6 +125,7 @@ def plan_head(
         num_patches=layout.num_patches,
         patch_px=store.attributes["backbone"]["patch_size"][0],
         side_width=side_width,
+        inputs=inputs,
     )
 
 
@@ -129,4 +141,5 @@ def build_head(config: HeadConfig) -> Any:
         num_patches=config.num_patches,
         patch_px=config.patch_px,
         num_classes=config.num_classes,
+        inputs=config.inputs,
     )

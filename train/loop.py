@@ -63,7 +63,9 @@ def train_run(config: TrainConfig, report: ReportEpoch = lambda *_: None) -> dic
     """
     refuse_existing_run(config.out)
     store = open_store(config.features)
-    head_config = plan_head(config.head, store, layers=config.layers, side_width=config.side_width)
+    head_config = plan_head(
+        config.head, store, layers=config.layers, side_width=config.side_width, inputs=config.inputs
+    )
     training, validation = (find_labelled_rows(store, split) for split in (config.train_split, config.val_split))
     _require_rows(store, training, config)
     if config.learning_rate is None:

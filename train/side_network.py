@@ -19,11 +19,20 @@ from torch import nn
 
 from ..errors import StoreMismatchError
 from ..store.codec import Codec
+from .config import Inputs
 
 _HEAD_WIDTH = 64
 
 # The reference's initialisation counts 12 blocks whatever the depth.
 _INIT_DEPTH = 12
+
+
+ARRAYS: dict[str, tuple[str, ...]] = {
+    "all": ("patches", "cls", "pixels"),
+    "tokens": ("patches", "cls"),
+    "pixels": ("pixels",),
+}
+"""The arrays of a store that each needs."""
 
 
 class SideNetwork(nn.Module):
@@ -36,17 +45,25 @@ class SideNetwork(nn.Module):
         num_patches: N, patches of a frame.
         patch_px: Side of a patch, as in the backbone.
         num_classes: Classes to tell apart.
+        inputs: `all`, or for ablations `pixels` (every token is zero) or `tokens` (the stem's output is zero).
     """
 
-    arrays = ("patches", "cls", "pixels")
-    """What it reads from a store."""
-
     def __init__(
-        self, *, num_layers: int, width: int, side_width: int, num_patches: int, patch_px: int, num_classes: int
+        self,
+        *,
+        num_layers: int,
+        width: int,
+        side_width: int,
+        num_patches: int,
+        patch_px: int,
+        num_classes: int,
+        inputs: Inputs = "all",
     ) -> None:
         super().__init__()
+        self.arrays = ARRAYS[inputs]
+        self.width = width
         self.num_patches = num_patches
-        self.stem = PixelStem(side_width, patch_px)
+        self.stem = PixelStem(side_width, patch_px) if "pixels" in self.arrays else None
         self.position = nn.Parameter(torch.empty(num_patches, side_width))
         self.taps = nn.ModuleList(Tap(width, side_width) for _ in range(num_layers))
         self.blocks = nn.ModuleList(SideBlock(side_width) for _ in range(num_layers))
@@ -55,14 +72,18 @@ class SideNetwork(nn.Module):
         nn.init.normal_(self.position, std=0.01)
 
     def forward(
-        self, pixels: torch.Tensor, patches: torch.Tensor, cls: torch.Tensor, codec: Codec | None = None
+        self,
+        pixels: torch.Tensor | None,
+        patches: torch.Tensor | None,
+        cls: torch.Tensor | None,
+        codec: Codec | None = None,
     ) -> torch.Tensor:
         """Score clips.
 
         Args:
-            pixels: (B, T, 3, H, W), normalised as for the backbone.
-            patches: (B, T, L, N, D) patch tokens or, with a codec, (B, T, L, N, K) codes.
-            cls: (B, T, L, D) class tokens of the same layers.
+            pixels: (B, T, 3, H, W), normalised as for the backbone; None where `inputs` leaves them out.
+            patches: (B, T, L, N, D) patch tokens or, with a codec, (B, T, L, N, K) codes; None as above.
+            cls: (B, T, L, D) class tokens of the same layers; None as above.
             codec: Decodes the codes of each layer when its tap needs them; arrays on the same device.
 
         Returns:
@@ -71,12 +92,22 @@ class SideNetwork(nn.Module):
         Raises:
             StoreMismatchError: If the number of layers or patches is not this network's.
         """
-        if patches.shape[2:4] != (len(self.taps), self.num_patches):
+        if "patches" not in self.arrays:
+            assert pixels is not None
+            # Of zeros one patch serves for all: a tap makes the same of each.
+            patches = pixels.new_zeros(1, 1, len(self.taps), 1, self.width)
+            cls = pixels.new_zeros(*pixels.shape[:2], len(self.taps), self.width)
+            codec = None
+        assert patches is not None and cls is not None
+        if "patches" in self.arrays and patches.shape[2:4] != (len(self.taps), self.num_patches):
             raise StoreMismatchError(
                 f"this network takes {len(self.taps)} layers of {self.num_patches} patches; "
                 f"found {patches.shape[2]} layers of {patches.shape[3]}"
             )
-        x = self.stem(pixels)  # (B, T, N, S)
+        if self.stem is None:
+            x = cls.new_zeros(*cls.shape[:2], self.num_patches, self.position.shape[1])
+        else:
+            x = self.stem(pixels)  # (B, T, N, S)
         for layer, (tap, block) in enumerate(zip(self.taps, self.blocks, strict=True)):
             tokens = patches[:, :, layer]
             tokens = tokens.to(cls.dtype) if codec is None else codec.decode(tokens, layer)

@@ -108,3 +108,31 @@ def test_initial_weights_follow_the_reference():
     ):
         assert tensor.std().item() == pytest.approx(std, rel=0.05)
     assert np.isclose(network.stem.weight.abs().max().item(), (3 * 3 * 8 * 8) ** -0.5, rtol=0.02)
+
+
+@pytest.mark.parametrize(("inputs", "left_out"), [("pixels", {"patches", "cls"}), ("tokens", {"pixels"})])
+def test_ablations_are_the_whole_network_without_its_other_input(inputs, left_out):
+    torch.manual_seed(0)
+    ablated = SideNetwork(**SIZES, inputs=inputs).eval()
+    whole = SideNetwork(**SIZES).eval()
+    state = ablated.state_dict()
+    whole.load_state_dict(state, strict=False)
+    arrays = dict(zip(("pixels", "patches", "cls"), clips(), strict=True))
+    assert set(ablated.arrays) == set(arrays) - left_out
+    seen = ablated(*(None if name in left_out else value for name, value in arrays.items()))
+    assert torch.equal(ablated(*arrays.values()), seen), "what is left out is not looked at"
+    if inputs == "pixels":
+        expected = whole(arrays["pixels"], *(torch.zeros_like(arrays[name]) for name in ("patches", "cls")))
+    else:
+        # The whole network's stem silenced: whatever it sees, it says zero.
+        for parameter in whole.stem.parameters():
+            parameter.data.zero_()
+        expected = whole(*arrays.values())
+    torch.testing.assert_close(seen, expected)
+
+
+def test_a_network_without_a_stem_gives_every_parameter_a_gradient():
+    network = SideNetwork(**SIZES, inputs="tokens")
+    _, patches, cls = clips()
+    network(None, patches, cls).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())

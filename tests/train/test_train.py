@@ -22,7 +22,7 @@ from s4v.errors import (
 from s4v.extract.pipeline import extract_dataset
 from s4v.store import manifest
 from s4v.store.reader import open_store
-from s4v.train.clips import find_labelled_rows
+from s4v.train.clips import ClipLoader, find_labelled_rows
 from s4v.train.config import TrainConfig
 from s4v.train.evaluate import Evaluation, evaluate_run
 from s4v.train.heads import build_head
@@ -66,6 +66,47 @@ def test_the_same_seed_gives_the_same_run(trained, int8_store, tmp_path):
     assert (tmp_path / "again/last.safetensors").read_bytes() == (out / "last.safetensors").read_bytes()
     train_run(config_for(int8_store, tmp_path / "other", seed=1))
     assert (tmp_path / "other/metrics.jsonl").read_text() != (out / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("inputs", ["pixels", "tokens"])
+def test_ablations_train_and_evaluate_from_their_saved_configuration(int8_store, tmp_path, inputs):
+    train_run(config_for(int8_store, tmp_path / "run", inputs=inputs))
+    assert open_run(tmp_path / "run").head.inputs == inputs
+    assert evaluate_run(tmp_path / "run", checkpoint="last")["videos"] == 2
+
+
+def test_tokens_suffice_where_a_store_has_no_pixels(video_folder, make_config, tmp_path):
+    extract_dataset(make_config(video_folder, tmp_path / "s.zarr", with_pixels=False))
+    with pytest.raises(
+        StoreMismatchError, match="extracted with --no-pixels.*Train with --inputs tokens or --head linear"
+    ):
+        train_run(config_for(tmp_path / "s.zarr", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    assert train_run(config_for(tmp_path / "s.zarr", tmp_path / "run", inputs="tokens"))["epochs"] == 2
+
+
+def test_inputs_are_checked(int8_store, tmp_path):
+    with pytest.raises(ConfigError, match="--inputs takes all, tokens, pixels; found 'sound'"):
+        config_for(int8_store, tmp_path / "run", inputs="sound")
+    with pytest.raises(ConfigError, match="--inputs has no effect on --head linear"):
+        train_run(config_for(int8_store, tmp_path / "run", head="linear", inputs="pixels", side_width=None))
+
+
+def test_backwards_shows_every_clip_from_its_end(trained, int8_store, monkeypatch):
+    out, _ = trained
+    shown = []
+    load = ClipLoader.load
+
+    def watch(loader, plans):
+        shown.append(np.concatenate([plan.places for plan in plans]))
+        return load(loader, plans)
+
+    monkeypatch.setattr(ClipLoader, "load", watch)
+    forwards = evaluate_run(out, checkpoint="last")
+    backwards = evaluate_run(out, checkpoint="last", is_backwards=True)
+    assert np.array_equal(shown[0], shown[1][:, ::-1])
+    assert forwards["loss"] != backwards["loss"]
+    assert {"eval_val_backwards.json", "predictions_val_backwards.parquet"} <= {p.name for p in out.iterdir()}
 
 
 def test_evaluation_gives_the_validation_figures_again(trained):
@@ -155,7 +196,7 @@ def test_existing_run_is_never_overwritten(trained, int8_store):
     assert (out / "config.json").read_bytes() == before
 
 
-def test_wrong_input_is_refused_before_anything_is_written(int8_store, video_folder, tmp_path, make_config):
+def test_wrong_input_is_refused_before_anything_is_written(int8_store, tmp_path):
     out = tmp_path / "run"
     with pytest.raises(StoreNotFoundError, match="is not a store: nothing there"):
         train_run(config_for(tmp_path / "none.zarr", out))
@@ -177,10 +218,6 @@ def test_wrong_input_is_refused_before_anything_is_written(int8_store, video_fol
         config_for(int8_store, out, learning_rate=math.nan)
     with pytest.raises(ConfigError, match="--epochs must be at least 1"):
         config_for(int8_store, out, epochs=0)
-    bare = tmp_path / "bare.zarr"
-    extract_dataset(make_config(video_folder, bare, with_pixels=False))
-    with pytest.raises(StoreMismatchError, match="extracted with --no-pixels.*Train --head linear"):
-        train_run(config_for(bare, out))
     assert not out.exists()
 
 
