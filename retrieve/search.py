@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..errors import ConfigError, StoreMismatchError, StoreNotFoundError
-from ..extract.backbone import load_text_tower
+from ..extract.backbone import TextTower, load_text_tower
 from ..store.reader import StoreReader, open_store
 
 
@@ -102,14 +102,24 @@ def embed_query(
     store: StoreReader, query: str, *, weights: str | None = None, device: torch.device | None = None
 ) -> np.ndarray:
     """The L2-normalised embedding (E,) of a text, by the text tower of the store's backbone."""
+    return normalise_rows(load_store_text_tower(store, weights=weights, device=device).encode([query]))[0]
+
+
+def load_store_text_tower(
+    store: StoreReader, *, weights: str | None = None, device: torch.device | None = None
+) -> TextTower:
+    """The text tower that belongs to a store's embeddings.
+
+    Raises:
+        WeightsError: If the weights cannot be had, or are not those that the store was made with.
+    """
     backbone = store.attributes["backbone"]
-    tower = load_text_tower(
+    return load_text_tower(
         backbone["name"],
         weights=weights or backbone["weights"],
         device=device or torch.device("cpu"),
         expected_sha256=backbone["weights_sha256"],
     )
-    return normalise_rows(tower.encode([query]))[0]
 
 
 def score_videos(embeddings: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -123,10 +133,22 @@ def score_videos(embeddings: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, 
         Cosine of each video, place on F of its best frame, that frame's cosine; (V,) each.
     """
     frames = normalise_rows(embeddings)
-    videos = normalise_rows(np.nanmean(frames, axis=(1, 2)))
+    videos = pool_frames(frames)
     by_frame = np.nan_to_num(frames @ text, nan=-np.inf).max(axis=1)  # (V, F), best view of each frame
     best = by_frame.argmax(axis=1)
     return videos @ text, best, by_frame[np.arange(len(best)), best]
+
+
+def pool_frames(frames: np.ndarray) -> np.ndarray:
+    """A video's embedding, the mean of its frames' over all views, normalised again.
+
+    Args:
+        frames: (V, A, F, E) L2-normalised; NaN where a row has no such frame, at least one frame a row.
+
+    Returns:
+        (V, E) L2-normalised.
+    """
+    return normalise_rows(np.nanmean(frames, axis=(1, 2)))
 
 
 def normalise_rows(vectors: np.ndarray) -> np.ndarray:

@@ -1,0 +1,80 @@
+"""Classify videos without training: class names as texts, beside the frames' stored embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..errors import ConfigError, StoreMismatchError
+from ..extract.backbone import TextTower
+from ..store.reader import StoreReader
+from .search import load_store_text_tower, normalise_rows, pool_frames
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroShot:
+    """How well each text fits each video of a split."""
+
+    rows: np.ndarray
+    """(n,) rows of the store."""
+    names: tuple[str, ...]
+    """Of the classes that were asked for."""
+    scores: np.ndarray
+    """(n, classes) cosine of a video's embedding and a class's."""
+    frame_scores: list[np.ndarray]
+    """For each video (frames, classes): the same for each cached frame of its first view."""
+
+    @property
+    def answers(self) -> list[str]:
+        """The likeliest class of each video; of equal ones the first."""
+        return [self.names[place] for place in self.scores.argmax(axis=1)]
+
+
+def classify_zero_shot(
+    store: StoreReader,
+    prompts: Mapping[str, Sequence[str]],
+    *,
+    split: str = "val",
+    weights: str | None = None,
+    device: torch.device | None = None,
+) -> ZeroShot:
+    """Score the good videos of a split against classes described in words.
+
+    A class's embedding is the mean of its prompts' normalised embeddings, normalised again; a video's is that of its
+    frames, as in `search_store`.
+
+    Args:
+        store: With embeddings, as every store has them.
+        prompts: Texts of each class, one or more.
+        split: Which videos.
+        weights: Where the backbone's weights are now; None takes what the store recorded.
+        device: Where the text tower runs; None takes the CPU.
+
+    Raises:
+        ConfigError: If a class has no prompt.
+        StoreMismatchError: If the split has no good video.
+        WeightsError: If the weights cannot be had, or are not those that the store was made with.
+    """
+    if not prompts or not all(prompts.values()):
+        without = [name for name, texts in prompts.items() if not texts]
+        raise ConfigError(f"every class needs a prompt; found none for {', '.join(without) or 'any'}")
+    table = store.read_manifest(["split", "status"])
+    wanted = [s == split and status == "ok" for s, status in zip(*table.to_pydict().values(), strict=True)]
+    rows = np.flatnonzero(wanted)
+    if not len(rows):
+        raise StoreMismatchError(f"{store.path} has no good video in split {split!r}")
+    classes = embed_classes(load_store_text_tower(store, weights=weights, device=device), prompts)
+    frames = normalise_rows(store.read_embeddings()[rows])  # (n, A, F, E)
+    scores = pool_frames(frames) @ classes.T
+    own = [video[0][~np.isnan(video[0, :, 0])] @ classes.T for video in frames]
+    return ZeroShot(rows, tuple(prompts), scores, own)
+
+
+def embed_classes(tower: TextTower, prompts: Mapping[str, Sequence[str]]) -> np.ndarray:
+    """The mean of each class's prompts' normalised embeddings, normalised again: (classes, E)."""
+    texts = normalise_rows(tower.encode([text for one in prompts.values() for text in one]))
+    ends = np.cumsum([len(one) for one in prompts.values()])
+    return normalise_rows(np.stack([one.mean(axis=0) for one in np.split(texts, ends[:-1])]))
