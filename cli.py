@@ -143,6 +143,7 @@ def train(
     out: Annotated[Path | None, typer.Option(help="The run's folder. [runs/STORE-HEAD]")] = None,
     layers: Annotated[str | None, typer.Option(help="Backbone blocks to use: 1,3,5. [all in the store]")] = None,
     side_width: Annotated[int | None, typer.Option(help="Width of the side network. [the paper's]")] = None,
+    inputs: Annotated[str, typer.Option(help="What the side network sees: all, tokens, pixels.")] = "all",
     frames: Annotated[int | None, typer.Option(help="Frames of a clip. [8]")] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training videos.")] = 30,
     batch_size: Annotated[int, typer.Option(help="Clips in a step.")] = 32,
@@ -168,6 +169,7 @@ def train(
             head=head,
             layers=chosen,
             side_width=side_width,
+            inputs=inputs,  # type: ignore[arg-type]
             frames=frames,
             epochs=epochs,
             batch_size=batch_size,
@@ -203,6 +205,9 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Which videos.")] = "val",
     clips: Annotated[int | None, typer.Option(help="Clips of a video. [as the store recorded]")] = None,
     checkpoint: Annotated[str, typer.Option(help="best (chosen on the validation split) or last.")] = "best",
+    backwards: Annotated[
+        bool, typer.Option("--backwards", help="Play every clip backwards: what is order worth?")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Evaluate a run on a split; figures and predictions are left in the run's folder."""
@@ -217,10 +222,14 @@ def evaluate(
             raise ConfigError(f"--clips must be at least 1; found {clips}")
         from .train.evaluate import evaluate_run
 
-        figures = evaluate_run(path, features=features, split=split, num_clips=clips, checkpoint=checkpoint)
+        figures = evaluate_run(
+            path, features=features, split=split, num_clips=clips, checkpoint=checkpoint, is_backwards=backwards
+        )
         result.update(figures)
         if not as_json:
-            print(f"{path}, {checkpoint} checkpoint, {figures['videos']} videos of {split}: {_percentages(figures)}")
+            order = ", played backwards and compared with their labels forwards" if backwards else ""
+            print(f"{path}, {checkpoint} checkpoint, {figures['videos']} videos of {split}{order}: ", end="")
+            print(_percentages(figures))
 
 
 @app.command()
