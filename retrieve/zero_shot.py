@@ -65,7 +65,8 @@ def classify_zero_shot(
     wanted = [s == split and status == "ok" for s, status in zip(*table.to_pydict().values(), strict=True)]
     rows = np.flatnonzero(wanted)
     if not len(rows):
-        raise StoreMismatchError(f"{store.path} has no good video in split {split!r}")
+        splits = ", ".join(sorted(set(table["split"].to_pylist())))
+        raise StoreMismatchError(f"{store.path} has no good video in split {split!r}; it has {splits}")
     classes = embed_classes(load_store_text_tower(store, weights=weights, device=device), prompts)
     frames = normalise_rows(store.read_embeddings()[rows])  # (n, A, F, E)
     scores = pool_frames(frames) @ classes.T

@@ -96,7 +96,7 @@ def plan_head(
         inputs: What the side network sees.
 
     Raises:
-        ConfigError: If there is no such head, or the side width does not fit it.
+        ConfigError: If there is no such head, or the side width or the inputs do not fit it.
         StoreMismatchError: If the store lacks a layer or the pixels.
     """
     if name not in HEADS:
@@ -113,10 +113,9 @@ def plan_head(
         side_width = side_width or _SIDE_WIDTHS.get(layout.width) or max(64, round(0.4 * layout.width / 64) * 64)
         if side_width % 64:
             raise ConfigError(f"--side-width must be a multiple of 64 (one attention head); found {side_width}")
-    elif side_width is not None:
-        raise ConfigError(f"--side-width has no effect on --head {name}")
-    elif inputs != "all":
-        raise ConfigError(f"--inputs has no effect on --head {name}")
+    elif idle := [o for o, given in (("--side-width", side_width), ("--inputs", inputs != "all")) if given]:
+        verb = "has" if len(idle) == 1 else "have"
+        raise ConfigError(f"{' and '.join(idle)} {verb} no effect on --head {name}: leave out, or train side4video")
     return HeadConfig(
         name=name,
         num_classes=len(store.classes.names),

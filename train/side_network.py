@@ -26,13 +26,12 @@ _HEAD_WIDTH = 64
 # The reference's initialisation counts 12 blocks whatever the depth.
 _INIT_DEPTH = 12
 
-
 ARRAYS: dict[str, tuple[str, ...]] = {
     "all": ("patches", "cls", "pixels"),
     "tokens": ("patches", "cls"),
     "pixels": ("pixels",),
 }
-"""The arrays of a store that each needs."""
+"""By what a side network sees: the arrays of a store that it reads."""
 
 
 class SideNetwork(nn.Module):

@@ -43,5 +43,5 @@ def test_bad_requests_are_refused(int8_store):
         classify_zero_shot(store, {"run": ["x"], "walk": []})
     with pytest.raises(ConfigError, match="every class needs a prompt; found none for any"):
         classify_zero_shot(store, {})
-    with pytest.raises(StoreMismatchError, match="no good video in split 'test'"):
+    with pytest.raises(StoreMismatchError, match="no good video in split 'test'; it has train, val"):
         classify_zero_shot(store, PROMPTS, split="test")

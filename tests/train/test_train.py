@@ -88,8 +88,10 @@ def test_tokens_suffice_where_a_store_has_no_pixels(video_folder, make_config, t
 def test_inputs_are_checked(int8_store, tmp_path):
     with pytest.raises(ConfigError, match="--inputs takes all, tokens, pixels; found 'sound'"):
         config_for(int8_store, tmp_path / "run", inputs="sound")
-    with pytest.raises(ConfigError, match="--inputs has no effect on --head linear"):
+    with pytest.raises(ConfigError, match="^--inputs has no effect on --head linear"):
         train_run(config_for(int8_store, tmp_path / "run", head="linear", inputs="pixels", side_width=None))
+    with pytest.raises(ConfigError, match="--side-width and --inputs have no effect on --head linear"):
+        train_run(config_for(int8_store, tmp_path / "run", head="linear", inputs="pixels"))
 
 
 def test_backwards_shows_every_clip_from_its_end(trained, int8_store, monkeypatch):
