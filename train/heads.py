@@ -114,8 +114,10 @@ def plan_head(
         if side_width % 64:
             raise ConfigError(f"--side-width must be a multiple of 64 (one attention head); found {side_width}")
     elif idle := [o for o, given in (("--side-width", side_width), ("--inputs", inputs != "all")) if given]:
-        verb = "has" if len(idle) == 1 else "have"
-        raise ConfigError(f"{' and '.join(idle)} {verb} no effect on --head {name}: leave out, or train side4video")
+        verb, them = ("has", "it") if len(idle) == 1 else ("have", "them")
+        raise ConfigError(
+            f"{' and '.join(idle)} {verb} no effect on --head {name}: leave {them} out, or train --head side4video"
+        )
     return HeadConfig(
         name=name,
         num_classes=len(store.classes.names),
