@@ -170,7 +170,15 @@ def test_ctrl_c_keeps_finished_shards_and_exits_with_130(tmp_path, make_video):
     # Seconds of work: on a busy machine the signal must still arrive in the middle of it.
     command = [sys.executable, "-m", "s4v", *EXTRACT, "--frames", "24"]
     command += ["--dataset", "folder", "--root", "v", "--out", "s.zarr", "--json"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Shells start what they put into the background, these tests perhaps, with Ctrl-C ignored; children inherit that.
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("s.zarr/_parts/*.parquet")) and time.monotonic() < deadline:
         time.sleep(0.005)
