@@ -10,17 +10,21 @@ tokens for all layers ever exists at once.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import array_api_compat
 import numpy as np
+from numcodecs import BitRound
 
 from ..errors import ConfigError, EnvironmentFailedError
 from .layout import PATCH_DTYPES, PatchDtype
 
 # -128 is the fill value of int8 stores: a code never takes it.
 INT8_LIMIT = 127
+
+# Of 1 to 1.3 the factor with the smallest worst error on tokens as giant ViTs have them (tests/store/test_codec.py).
+_HEADROOM = np.float32(1.2)
 
 
 class Codec:
@@ -127,35 +131,75 @@ class Codec:
 
 
 def fit_absmax_scale(absmax: np.ndarray) -> np.ndarray:
-    """The int8 step per layer and channel that maps the largest absolute value seen to 127.
+    """The int8 step per layer and channel that maps a fifth more than the largest absolute value seen to 127.
 
-    Values beyond it (in videos that the sample did not hold) are clipped. No percentile: giant ViTs have a few
+    Values beyond it are clipped: other videos reach further than the sample. No percentile: giant ViTs have a few
     enormous tokens and channels, and clipping those makes them wrong by more than their own size.
 
     Args:
         absmax: (L, K) largest absolute value of each channel in the calibration sample.
 
     Returns:
-        (L, K) float32, positive; 1 where the channel was zero throughout.
+        (L, K) float32, positive. A channel that was all but constant gets a hundredth of the layer's median step: it
+        may move in a video that the sample does not hold.
     """
-    scale = np.asarray(absmax, dtype=np.float32) / INT8_LIMIT
-    return np.where(scale > 0, scale, np.float32(1))
+    scale = _HEADROOM * np.asarray(absmax, dtype=np.float32) / INT8_LIMIT
+    floor = np.median(scale, axis=1, keepdims=True) / 100
+    return np.maximum(scale, np.where(floor > 0, floor, np.float32(1)))
 
 
-def check_finite(codes: Any, tokens: Any, block: int) -> None:
+def fit_basis(covariance: np.ndarray, channels: int) -> np.ndarray:
+    """The directions of most variance of one layer's patch tokens.
+
+    Args:
+        covariance: (D, D) of the tokens.
+        channels: K, at most D.
+
+    Returns:
+        (K, D) float32, orthonormal rows, most variance first; the largest entry of each is positive, so that one
+        covariance has one basis.
+    """
+    _, directions = np.linalg.eigh(np.asarray(covariance, dtype=np.float64))  # columns, ascending
+    basis = directions.T[::-1][:channels]
+    signs = np.sign(np.take_along_axis(basis, np.abs(basis).argmax(axis=1, keepdims=True), axis=1))
+    return (basis * signs).astype(np.float32)
+
+
+def round_mantissas(codes: np.ndarray, keep_bits: int | None) -> np.ndarray:
+    """Float16 codes rounded to some bits of their mantissa, so that they compress; None keeps all ten."""
+    if keep_bits is None:
+        return codes
+    return BitRound(keepbits=keep_bits).encode(codes).view(codes.dtype).reshape(codes.shape)
+
+
+def check_finite(codes: Any, tokens: Any, block: int, video_ids: Sequence[str] = ()) -> None:
     """Stop when a layer's tokens or its codes hold NaN or infinity.
 
+    Args:
+        codes: (B, ...).
+        tokens: (B, ...).
+        block: Of the backbone.
+        video_ids: Of each of the B frames, to be named.
+
     Raises:
-        EnvironmentFailedError: With the backbone block named, and whether the cast to the store's dtype did it.
+        EnvironmentFailedError: With block and video named, and whether the cast to the store's dtype did it.
     """
     xp = array_api_compat.array_namespace(tokens)
     if not bool(xp.all(xp.isfinite(tokens))):
         raise EnvironmentFailedError(
-            f"the backbone's block {block} produced NaN or infinity. "
+            f"the backbone's block {block} produced NaN or infinity{_first_bad_video(tokens, video_ids)}. "
             "Run it in float32 (--precision fp32), or check its weights."
         )
     if xp.isdtype(codes.dtype, "real floating") and not bool(xp.all(xp.isfinite(codes))):
         raise EnvironmentFailedError(
-            f"the tokens of backbone block {block} reach {float(xp.max(xp.abs(tokens))):.3g}, above float16's 65504. "
-            "Store them as float32 (--dtype float32)."
+            f"the tokens of backbone block {block} reach {float(xp.max(xp.abs(tokens))):.3g}"
+            f"{_first_bad_video(codes, video_ids)}, above float16's 65504. Store them as float32 (--dtype float32)."
         )
+
+
+def _first_bad_video(values: Any, video_ids: Sequence[str]) -> str:
+    if not video_ids:
+        return ""
+    xp = array_api_compat.array_namespace(values)
+    bad = (name for value, name in zip(values, video_ids, strict=False) if not bool(xp.all(xp.isfinite(value))))
+    return f" on {name}" if (name := next(bad, None)) else ""  # a batch may end with padding, which has no video

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from ..errors import StoreDamagedError
+from .fidelity import read_fidelity
 from .reader import StoreReader
 
 
@@ -14,7 +15,8 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
 
     Returns:
         rows by status and by split, failures by reason code, arrays with shape, dtype and bytes on disk, bytes of one
-        cached frame, backbone, codec, layers, frames, sampling, resize, classes, captions.
+        cached frame, backbone, codec and what it costs (fidelity; None where that is not known), layers, frames,
+        sampling, resize, classes, captions.
     """
     table = store.read_manifest(["split", "status", "reason", "num_cached_frames", "num_views"])
     attributes = store.attributes
@@ -53,7 +55,13 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
         "frames": attributes["frames"],
         "sampling": attributes["sampling"],
         "resize": attributes["resize"],
-        "codec": {**attributes["codec"], "channels": store.layout.channels, "width": store.layout.width},
+        "codec": {
+            **attributes["codec"],
+            "channels": store.layout.channels,
+            "width": store.layout.width,
+            "keep_bits": store.layout.keep_bits,
+        },
+        "fidelity": read_fidelity(store.path),
         "classes": len(store.classes.names),
         "captions": len(store.read_captions()),
         "libraries": attributes["libraries"],

@@ -16,7 +16,7 @@ V, A and F are maxima: what a row does not use is absent from its shard and cost
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -44,6 +44,7 @@ class ArraySpec:
     chunk_shape: tuple[int, ...] | None = None
     """Shape of an inner chunk; None for a file that is one chunk."""
     dimension_names: tuple[str, ...] = ()
+    is_compressed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +71,8 @@ class StoreLayout:
     """H, W of the frames that the backbone sees."""
     patch_dtype: PatchDtype
     with_pixels: bool = True
+    keep_bits: int | None = None
+    """Mantissa bits kept of float16 patches, which are then compressed; None keeps all and compresses nothing."""
     pixel_offsets: tuple[int, ...] = (0,)
     """Which frames around each cached one `pixels` holds; O is their number."""
 
@@ -80,7 +83,7 @@ class StoreLayout:
 
     @property
     def bytes_per_frame(self) -> dict[str, int]:
-        """Bytes that one cached frame of one view takes, by array, checksums aside."""
+        """Bytes that one cached frame of one view takes, by array, checksums and compression aside."""
         return {
             spec.name: math.prod(spec.shape[3:]) * np.dtype(spec.dtype).itemsize
             for spec in self._unsharded_specs()
@@ -112,17 +115,7 @@ class StoreLayout:
         """Every array that holds frames, with its shards and chunks."""
         rows = self.rows_per_shard
         views = 1 if self.bytes_per_row > _SPLIT_VIEWS_ABOVE_BYTES else self.num_views
-        return tuple(
-            ArraySpec(
-                name=spec.name,
-                shape=spec.shape,
-                dtype=spec.dtype,
-                shard_shape=(rows, views, *spec.shape[2:]),
-                chunk_shape=spec.chunk_shape,
-                dimension_names=spec.dimension_names,
-            )
-            for spec in self._unsharded_specs()
-        )
+        return tuple(replace(spec, shard_shape=(rows, views, *spec.shape[2:])) for spec in self._unsharded_specs())
 
     def _unsharded_specs(self) -> list[ArraySpec]:
         v, a, f = self.num_rows, self.num_views, self.num_frames
@@ -137,6 +130,7 @@ class StoreLayout:
                 shard_shape=(),
                 chunk_shape=(1, 1, 1, *tokens),
                 dimension_names=(*place, "layer", "patch", "channel"),
+                is_compressed=self.keep_bits is not None,
             ),
             ArraySpec(
                 name="cls",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +18,7 @@ import tensorstore as ts
 from ..errors import StoreDamagedError, StoreMismatchError, StoreNotFoundError
 from . import manifest
 from ._files import hash_file, read_json
+from ._shards import DamagedChunkError, ShardedArray
 from ._zarr import fill_value_of, open_array, read_small_array
 from .codec import Codec
 from .layout import FORMAT_VERSION, StoreLayout
@@ -23,6 +26,7 @@ from .layout import FORMAT_VERSION, StoreLayout
 CHECKSUMS_NAME = "checksums.json"
 
 _CLIP_ARRAYS = ("patches", "cls", "pixels")
+_MAX_THREADS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,8 @@ class StoreReader:
         self.path = path
         self.attributes = attributes
         recorded = attributes["layout"]
-        sizes: dict[str, Any] = {f.name: _as_tuple(recorded[f.name]) for f in fields(StoreLayout)}
+        # A store that is older than a field has its default.
+        sizes: dict[str, Any] = {f.name: _as_tuple(recorded[f.name]) for f in fields(StoreLayout) if f.name in recorded}
         self.layout = StoreLayout(**sizes)
         self.classes = manifest.ClassList(tuple(attributes["classes"]["names"]))
 
@@ -109,6 +114,7 @@ class StoreReader:
         view: int | Sequence[int] | np.ndarray = 0,
         layers: Sequence[int] | None = None,
         arrays: Sequence[str] = _CLIP_ARRAYS,
+        allocate: Callable[[tuple[int, ...], np.dtype], np.ndarray] = np.empty,
     ) -> Clips:
         """Read a batch of clips.
 
@@ -118,6 +124,7 @@ class StoreReader:
             view: One view for all clips, or (B,) views.
             layers: Backbone blocks to return, all cached ones by default.
             arrays: Which arrays to read.
+            allocate: Makes room for each array, from its shape and dtype; say in pinned memory.
 
         Returns:
             Codes, class tokens and pixels in the order asked for.
@@ -138,13 +145,16 @@ class StoreReader:
         self._check_rows(rows, places, views)
         layer_places = None if layers is None else self.layer_places(layers)
         found: dict[str, np.ndarray | None] = dict.fromkeys(_CLIP_ARRAYS)
-        pending = {name: self._start_read(name, rows, views, places, layer_places) for name in arrays}
-        for name, future in pending.items():
+        for name in arrays:
+            chosen = layer_places if name in ("patches", "cls") else None
+            sharded = self._sharded(name)
+            if sharded is None:
+                found[name] = self._read_with_tensorstore(name, rows, views, places, chosen)
+                continue
             try:
-                found[name] = future.result()
-            except ValueError as error:
-                raise self._damage(name, rows, str(error)) from error
-            self._check_present(name, found[name], rows, views)
+                found[name] = sharded.read(rows, views, places, chosen, self._threads, allocate)
+            except DamagedChunkError as error:
+                raise self._damage(name, np.array([error.row]), str(error)) from error
         return Clips(**found)
 
     def decode_patches(self, codes: np.ndarray, layers: Sequence[int] | None = None) -> np.ndarray:
@@ -197,7 +207,7 @@ class StoreReader:
         if not file.is_file():
             raise StoreDamagedError(f"{file} is missing. Extract the store anew (--overwrite).")
         # Both read now: an extraction under way replaces them.
-        if _recorded_hashes(self.path).get(name) not in (None, hash_file(file)):
+        if read_recorded_hashes(self.path).get(name) not in (None, hash_file(file)):
             raise StoreDamagedError(f"{file} does not match its recorded hash. Extract the store anew (--overwrite).")
         self._verified.add(name)
 
@@ -240,19 +250,38 @@ class StoreReader:
     def _open_arrays(self) -> dict[str, ts.TensorStore]:
         return {}
 
-    def _start_read(
+    def _sharded(self, name: str) -> ShardedArray | None:
+        """The array as our own reader has it, or None where that cannot read its layout."""
+        if name not in self._sharded_arrays:
+            self._array(name)  # there, and with the metadata it was written with
+            self._sharded_arrays[name] = ShardedArray.open(self.path / name)
+        return self._sharded_arrays[name]
+
+    @cached_property
+    def _sharded_arrays(self) -> dict[str, ShardedArray | None]:
+        return {}
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="s4v-preadv")
+
+    def _read_with_tensorstore(
         self, name: str, rows: np.ndarray, views: np.ndarray, places: np.ndarray, layer_places: list[int] | None
-    ) -> ts.Future:
+    ) -> np.ndarray:
         shape = places.shape
         index = (np.broadcast_to(rows[:, None], shape), np.broadcast_to(views[:, None], shape), places)
         selected = self._array(name).vindex[index]
-        if layer_places is not None and name in ("patches", "cls"):
+        if layer_places is not None:
             selected = selected[:, :, layer_places]
-        return selected.read()
+        try:
+            values = selected.read().result()
+        except ValueError as error:
+            raise self._damage(name, rows, str(error)) from error
+        self._check_present(name, values, rows, views)
+        return values
 
-    def _check_present(self, name: str, values: np.ndarray | None, rows: np.ndarray, views: np.ndarray) -> None:
+    def _check_present(self, name: str, values: np.ndarray, rows: np.ndarray, views: np.ndarray) -> None:
         """A missing chunk reads as the fill value, which no written token has; a black pixel has it."""
-        assert values is not None
         if values.size == 0:
             return
         if name == "pixels":
@@ -306,12 +335,17 @@ def open_store(path: str | Path) -> StoreReader:
         raise StoreMismatchError(
             f"{path} has format {attributes['format_version']}, this s4v reads up to {FORMAT_VERSION}. Update s4v."
         )
-    if _recorded_hashes(path).get("zarr.json") not in (None, hash_file(metadata)):
+    if read_recorded_hashes(path).get("zarr.json") not in (None, hash_file(metadata)):
         raise StoreDamagedError(f"{metadata} does not match its recorded hash. Extract the store anew (--overwrite).")
     return StoreReader(path, attributes)
 
 
-def _recorded_hashes(path: Path) -> dict[str, Any]:
+def read_recorded_hashes(path: Path) -> dict[str, Any]:
+    """The sha256 of every file of a store that Zarr does not checksum, by its name in the store.
+
+    Raises:
+        StoreDamagedError: If the list is not readable.
+    """
     file = path / CHECKSUMS_NAME
     return _read_damageable_json(file) if file.is_file() else {}
 

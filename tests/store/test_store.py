@@ -3,11 +3,14 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from s4v.errors import (
     EnvironmentFailedError,
@@ -18,7 +21,7 @@ from s4v.errors import (
     StoreNotFoundError,
 )
 from s4v.store import manifest
-from s4v.store.codec import Codec
+from s4v.store.codec import Codec, round_mantissas
 from s4v.store.info import describe_store
 from s4v.store.layout import StoreLayout
 from s4v.store.reader import open_store
@@ -136,6 +139,73 @@ def test_what_is_written_is_read(store_path):
     assert np.array_equal(decoded, clips.patches.astype(np.float32))
 
 
+rows_and_places = st.lists(
+    st.tuples(st.sampled_from([0, 1, 2, 5, 6, 19]), st.integers(0, 1), st.tuples(*[st.integers(0, 2)] * 3)),
+    min_size=1,
+    max_size=9,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@given(clips=rows_and_places, layers=st.sampled_from([None, (1,), (3,), (3, 1)]))
+def test_our_reader_reads_what_tensorstore_reads(store_path, clips, layers):
+    """Any rows, views, places and layers, twice the same ones too."""
+    rows, views, places = zip(*clips, strict=True)
+    ours, theirs = open_store(store_path), open_store(store_path)
+    for name in ("patches", "cls", "pixels"):
+        theirs._sharded_arrays[name] = None
+    found, expected = (store.read_clips(rows, places, view=views, layers=layers) for store in (ours, theirs))
+    assert all(ours._sharded_arrays.values())
+    for name in ("patches", "cls", "pixels"):
+        assert np.array_equal(getattr(found, name), getattr(expected, name)), name
+
+
+def test_many_shards_do_not_keep_many_files_open(tmp_path, monkeypatch):
+    monkeypatch.setattr("s4v.store._shards._OPEN_SHARDS", 3)
+    path = tmp_path / "many.zarr"
+    writer = create(path)
+    for shard in writer.pending_shards():
+        write_shard(writer, shard)
+    writer.consolidate()
+    store = open_store(path)
+    folder = Path("/dev/fd")
+    before = len(list(folder.iterdir()))
+    good = [row for row in range(20) if row % 7 != 3]
+    for _ in range(2):
+        for row in good:
+            assert np.array_equal(store.read_clips([row], [[1]], arrays=["cls"]).cls[0, 0], make_tokens(row).cls[0, 1])
+    assert len(list(folder.iterdir())) <= before + 4
+
+
+def test_a_store_from_before_the_codec_was_fitted_still_opens(data_path):
+    store = open_store(data_path / "format1.zarr")
+    rng = np.random.default_rng(2)
+    patches = rng.integers(-127, 128, (1, 2, 2, 4, 8), dtype=np.int8)
+    cls = rng.normal(size=(1, 2, 2, 8)).astype(np.float16)
+    clips = store.read_clips([2], [[0, 1]])
+    assert np.array_equal(clips.patches, patches) and np.array_equal(clips.cls, cls)
+    scale = np.linspace(0.1, 0.9, 16, dtype=np.float32).reshape(2, 1, 8)
+    assert np.array_equal(store.decode_patches(clips.patches), patches * scale)
+    facts = describe_store(store)
+    assert (facts["fidelity"], facts["codec"]["keep_bits"]) == (None, None)
+
+
+def test_kept_bits_compress_and_read_back(tmp_path):
+    path = tmp_path / "rounded.zarr"
+    layout = replace(LAYOUT, keep_bits=3, num_patches=400)
+    with create(path, layout=layout) as writer:
+        tokens = make_tokens(0)
+        patches = np.random.default_rng(0).normal(size=(2, 4, 2, 400, 8)).astype(np.float16)
+        tokens = replace(tokens, patches=round_mantissas(patches, 3))
+        writer.write_shard(
+            0, {0: tokens, 1: replace(make_tokens(1), patches=tokens.patches)}, [result_of(0), result_of(1)]
+        )
+    store = open_store(path)
+    assert np.array_equal(store.read_clips([0], [[3, 0]]).patches[0], tokens.patches[0, [3, 0]])
+    assert np.array_equal(zarr.open_group(path, mode="r")["patches"][1], tokens.patches)
+    assert (path / "patches/c.0.0.0.0.0.0").stat().st_size < 0.75 * 2 * patches.nbytes
+
+
 def test_layers_are_chosen_by_block_number(store_path):
     store = open_store(store_path)
     both = store.read_clips([2], [[0, 1]])
@@ -234,8 +304,22 @@ def test_flipped_byte_is_refused_with_shard_and_video_named(store_path, name):
 @pytest.mark.parametrize("name", ["patches", "cls", "pixels"])
 def test_missing_shard_is_refused(store_path, name):
     next((store_path / name).glob("c.1.*")).unlink()
-    with pytest.raises(StoreDamagedError, match=rf"{name}, shard 1: the (chunk|file .*) is missing"):
+    with pytest.raises(StoreDamagedError, match=rf"{name}, shard 1: the file .* is missing"):
         open_store(store_path).read_clips([2], [[0, 1]])
+
+
+@pytest.mark.parametrize(("cut", "why"), [(3, "index at the end .* cut short or damaged"), (10**6, "cut short")])
+def test_truncated_shard_is_refused(store_path, cut, why):
+    file = next((store_path / "patches").glob("c.1.*"))
+    file.write_bytes(file.read_bytes()[:-cut])
+    with pytest.raises(StoreDamagedError, match=rf"patches, shard 1: .*{why}.*002\.mp4"):
+        open_store(store_path).read_clips([2], [[0]])
+
+
+def test_missing_array_is_refused(store_path):
+    shutil.rmtree(store_path / "patches")
+    with pytest.raises(StoreDamagedError, match=r"patches/zarr\.json is missing"):
+        open_store(store_path).read_clips([2], [[0]])
 
 
 @pytest.mark.parametrize("has_hashes", [True, False])

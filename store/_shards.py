@@ -1,0 +1,261 @@
+"""Frames from local, uncompressed shards: a `preadv` for each chunk, straight into the batch, its checksum verified.
+
+tensorstore reads any Zarr array, at about a third of what the page cache gives. This reads one layout, the one that
+s4v writes by default, at nearly all of it. What it does not know (compression, another chunking) is tensorstore's.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from crc32c import crc32c
+
+from ._files import read_json
+
+_ABSENT = 2**64 - 1
+"""Offset of a chunk that the shard does not hold, by Zarr's sharding codec."""
+_CHECKSUM_BYTES = 4
+_OPEN_SHARDS = 64
+"""For each array: three arrays of a process stay below the 256 files that macOS lets it open."""
+
+
+class DamagedChunkError(Exception):
+    """A chunk is missing or is not as it was written."""
+
+    def __init__(self, row: int, why: str) -> None:
+        super().__init__(why)
+        self.row = row
+
+
+@dataclass(frozen=True, slots=True)
+class _Geometry:
+    """Chunks are (1, 1, f, ...) in shards of (rows, views, F, ...): only the first three axes are divided."""
+
+    tail: tuple[int, ...]
+    """Axes behind row, view and frame."""
+    dtype: np.dtype
+    rows_per_shard: int
+    views_per_shard: int
+    frames: int
+    """F."""
+    frames_per_chunk: int
+
+    @property
+    def chunks_per_view(self) -> int:
+        return self.frames // self.frames_per_chunk
+
+    @property
+    def chunks_per_shard(self) -> int:
+        return self.rows_per_shard * self.views_per_shard * self.chunks_per_view
+
+
+class ShardedArray:
+    """A sharded array with the axes row, view, frame, and whatever comes behind; safe to read from several threads."""
+
+    def __init__(self, folder: Path, geometry: _Geometry) -> None:
+        self._folder = folder
+        self._geometry = geometry
+        self._shards: OrderedDict[str, _Shard] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, folder: Path) -> ShardedArray | None:
+        """The array in a folder, or None where its layout is another than this module reads."""
+        geometry = _parse_geometry(read_json(folder / "zarr.json"))
+        return None if geometry is None or not hasattr(os, "preadv") else cls(folder, geometry)
+
+    def read(
+        self,
+        rows: np.ndarray,
+        views: np.ndarray,
+        places: np.ndarray,
+        layers: Sequence[int] | None,
+        threads: ThreadPoolExecutor,
+        allocate: Callable[[tuple[int, ...], np.dtype], np.ndarray] = np.empty,
+    ) -> np.ndarray:
+        """Read clips, one task for each.
+
+        Args:
+            rows: (B,).
+            views: (B,).
+            places: (B, T) on the axis F.
+            layers: Places on the first axis behind the frame's; None takes all.
+            threads: What reads.
+            allocate: Makes room for the clips.
+
+        Returns:
+            (B, T, ...), the axes behind the frame's.
+
+        Raises:
+            DamagedChunkError: For the first clip of the batch that has one.
+        """
+        tail = self._geometry.tail
+        if layers is not None:
+            tail = (len(layers), *tail[1:])
+        clips = allocate((*places.shape, *tail), self._geometry.dtype)
+        tasks = [
+            threads.submit(self._read_clip, int(row), int(view), steps, layers, clip)
+            for row, view, steps, clip in zip(rows, views, places, clips, strict=True)
+        ]
+        try:
+            for task in tasks:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+        return clips
+
+    def _read_clip(
+        self, row: int, view: int, places: np.ndarray, layers: Sequence[int] | None, clip: np.ndarray
+    ) -> None:
+        """Read the frames of one clip, (T, ...), each chunk once."""
+        geometry = self._geometry
+        size = geometry.frames_per_chunk
+        shard = self._shard(row, view)
+        in_shard = row % geometry.rows_per_shard * geometry.views_per_shard + view % geometry.views_per_shard
+        first_chunk = in_shard * geometry.chunks_per_view
+        if size == 1 and layers is None:
+            for place, frame in zip(places.tolist(), clip, strict=True):
+                shard.read_chunk(first_chunk + place, frame, row)
+            return
+        chunk = np.empty((size, *geometry.tail), dtype=geometry.dtype)
+        for number in np.unique(places // size).tolist():
+            shard.read_chunk(first_chunk + number, chunk, row)
+            wanted = np.flatnonzero(places // size == number)
+            frames = chunk[places[wanted] % size]
+            clip[wanted] = frames if layers is None else frames[:, layers]
+
+    def _shard(self, row: int, view: int) -> _Shard:
+        geometry = self._geometry
+        place = (row // geometry.rows_per_shard, view // geometry.views_per_shard)
+        key = ".".join(["c", *map(str, place), *["0"] * (1 + len(geometry.tail))])
+        with self._lock:
+            if (shard := self._shards.get(key)) is not None:
+                self._shards.move_to_end(key)
+                return shard
+        shard = _Shard(self._folder / key, geometry.chunks_per_shard, row)
+        with self._lock:
+            self._shards[key] = shard
+            if len(self._shards) > _OPEN_SHARDS:
+                self._shards.popitem(last=False)  # its file closes when the last thread lets go of it
+        return shard
+
+
+def verify_shard(path: Path, num_chunks: int) -> tuple[np.ndarray, dict[int, str]]:
+    """Read all of a shard and check it, whatever codecs its chunks went through before their checksum.
+
+    Args:
+        path: The shard; chunks and index end with a crc32c.
+        num_chunks: Places in its index.
+
+    Returns:
+        (num_chunks,) bool, which chunks the shard holds; and what is wrong with which of them.
+
+    Raises:
+        DamagedChunkError: If there is no reading the index.
+    """
+    shard = _Shard(path, num_chunks, row=-1)
+    problems: dict[int, str] = {}
+    is_there = shard.index[:, 0] != _ABSENT
+    for number in np.flatnonzero(is_there).tolist():
+        try:
+            shard.read_chunk(number, np.empty(max(0, int(shard.index[number, 1]) - _CHECKSUM_BYTES), np.uint8), row=-1)
+        except DamagedChunkError as error:
+            problems[number] = str(error)
+    return is_there, problems
+
+
+def verify_chunk_file(path: Path) -> str | None:
+    """What is wrong with a file that is one chunk with a crc32c behind it; None if nothing is."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return f"the file {path.name} is missing"
+    except OSError as error:
+        return f"{path.name}: {error.strerror}"
+    is_right = len(data) > _CHECKSUM_BYTES and crc32c(data[:-_CHECKSUM_BYTES]) == int.from_bytes(data[-4:], "little")
+    return None if is_right else f"{path.name} does not match its checksum"
+
+
+class _Shard:
+    """An open shard and its index."""
+
+    def __init__(self, path: Path, num_chunks: int, row: int) -> None:
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise DamagedChunkError(row, f"the file {path.name} is missing") from None
+        size = 16 * num_chunks
+        start = os.fstat(self._descriptor).st_size - size - _CHECKSUM_BYTES
+        found = os.pread(self._descriptor, size + _CHECKSUM_BYTES, start) if start >= 0 else b""
+        index, checksum = found[:size], found[size:]
+        if len(checksum) != _CHECKSUM_BYTES or crc32c(index) != int.from_bytes(checksum, "little"):
+            raise DamagedChunkError(row, f"the index at the end of {path.name} is cut short or damaged")
+        self._name = path.name
+        self.index = np.frombuffer(index, dtype="<u8").reshape(num_chunks, 2)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def read_chunk(self, number: int, out: np.ndarray, row: int) -> None:
+        """Fill a contiguous array with a chunk.
+
+        Raises:
+            DamagedChunkError: If the chunk is missing, is cut short, or does not match its checksum.
+        """
+        offset, length = self.index[number].tolist()
+        if offset == _ABSENT:
+            raise DamagedChunkError(row, f"chunk {number} of {self._name} is missing")
+        target, checksum = out.data.cast("B"), bytearray(_CHECKSUM_BYTES)
+        wanted = out.nbytes + _CHECKSUM_BYTES
+        try:
+            is_whole = length == wanted and os.preadv(self._descriptor, [target, checksum], offset) == wanted
+        except OSError as error:
+            raise DamagedChunkError(row, f"chunk {number} of {self._name}: {error.strerror}") from error
+        if not is_whole:
+            raise DamagedChunkError(row, f"chunk {number} of {self._name} is cut short")
+        if crc32c(target) != int.from_bytes(checksum, "little"):
+            raise DamagedChunkError(row, f"chunk {number} of {self._name} does not match its checksum")
+
+
+def _parse_geometry(metadata: dict[str, Any]) -> _Geometry | None:
+    """What a Zarr array's metadata say, if it is laid out as this module reads it."""
+    codecs = metadata["codecs"]
+    keys = {"name": "default", "configuration": {"separator": "."}}
+    if sys.byteorder != "little" or metadata["chunk_key_encoding"] != keys or codecs[0]["name"] != "sharding_indexed":
+        return None
+    sharding = codecs[0]["configuration"]
+    if len(codecs) != 1 or sharding.get("index_location", "end") != "end":
+        return None
+    if not all(_is_plain_with_checksum(sharding[name]) for name in ("codecs", "index_codecs")):
+        return None
+    shape, chunk = metadata["shape"], sharding["chunk_shape"]
+    shard = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    if chunk[:2] != [1, 1] or chunk[3:] != shape[3:] or shard[2:] != shape[2:] or shape[2] % chunk[2]:
+        return None
+    return _Geometry(
+        tail=tuple(shape[3:]),
+        dtype=np.dtype(metadata["data_type"]),
+        rows_per_shard=shard[0],
+        views_per_shard=shard[1],
+        frames=shape[2],
+        frames_per_chunk=chunk[2],
+    )
+
+
+def _is_plain_with_checksum(codecs: list[dict[str, Any]]) -> bool:
+    if len(codecs) != 2:
+        return False
+    plain, checksum = codecs
+    endian = plain.get("configuration", {}).get("endian", "little")
+    return plain["name"] == "bytes" and endian == "little" and checksum["name"] == "crc32c"

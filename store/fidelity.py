@@ -1,0 +1,139 @@
+"""What a codec costs: decoded patch tokens beside the live ones, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ._files import read_json, write_json
+
+FIDELITY_NAME = "fidelity.json"
+NOTABLE_LOSS = 0.05
+"""Share of a layer's variance: above it, `s4v info` warns."""
+
+_NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFidelity:
+    """What is left of one layer's patch tokens x after coding and decoding them to y.
+
+    Errors are |x - y| / |x - m| of each token, m the mean token of the sample; `normed` after a layer norm of both, as
+    a tap of the side network sees them.
+    """
+
+    layer: int
+    """Backbone block."""
+    variance_kept: float
+    """1 - sum |x - y|^2 / sum |x - m|^2."""
+    error_median: float
+    error_worst: float
+    normed_error_median: float
+    normed_error_worst: float
+    cosine_median: float
+    """Of x - m and y - m."""
+    cosine_worst: float
+
+
+class FidelityMeter:
+    """Compares one layer batch by batch: all tokens once for their mean, then once more beside what became of them.
+
+    Args:
+        layer: Backbone block.
+    """
+
+    def __init__(self, layer: int) -> None:
+        self._layer = layer
+        self._count = 0
+        self._sum: Any = 0.0
+        self._normed_sum: Any = 0.0
+        # For each token: |x - y|, |x - m|, cosine, and the first two after the norm.
+        self._measured: list[np.ndarray] = []
+
+    def count_mean(self, tokens: np.ndarray) -> None:
+        """First, (..., D) live tokens."""
+        x = _as_rows(tokens)
+        self._count += len(x)
+        self._sum = self._sum + x.sum(axis=0)
+        self._normed_sum = self._normed_sum + _normalise(x).sum(axis=0)
+
+    def compare(self, tokens: np.ndarray, decoded: np.ndarray) -> None:
+        """When all were counted: (..., D) live tokens, and the same after coding and decoding."""
+        live, found = _as_rows(tokens), _as_rows(decoded)
+        mean = self._sum / self._count
+        x, y = live - mean, found - mean
+        size = np.linalg.norm(x, axis=1)
+        product = size * np.linalg.norm(y, axis=1)
+        cosine = (x * y).sum(axis=1) / np.where(product > 0, product, 1)
+        normed = _normalise(live)
+        normed_size = np.linalg.norm(normed - self._normed_sum / self._count, axis=1)
+        normed_difference = np.linalg.norm(normed - _normalise(found), axis=1)
+        self._measured.append(np.stack([np.linalg.norm(x - y, axis=1), size, cosine, normed_difference, normed_size]))
+
+    def summarise(self) -> LayerFidelity:
+        """What all tokens together came to."""
+        difference, size, cosine, normed_difference, normed_size = np.concatenate(self._measured, axis=1)
+        errors, normed_errors = _relative(difference, size), _relative(normed_difference, normed_size)
+        total = float((size**2).sum())
+        return LayerFidelity(
+            layer=self._layer,
+            variance_kept=1 - float((difference**2).sum()) / total if total else float(not difference.any()),
+            error_median=float(np.median(errors)),
+            error_worst=float(errors.max()),
+            normed_error_median=float(np.median(normed_errors)),
+            normed_error_worst=float(normed_errors.max()),
+            cosine_median=float(np.median(cosine)),
+            cosine_worst=float(cosine.min()),
+        )
+
+
+def measure_fidelity(tokens: np.ndarray, decoded: np.ndarray, layer: int) -> LayerFidelity:
+    """Compare one layer whose tokens are all there.
+
+    Args:
+        tokens: (..., D) live.
+        decoded: (..., D) the same tokens after coding and decoding.
+        layer: Backbone block.
+    """
+    meter = FidelityMeter(layer)
+    meter.count_mean(tokens)
+    meter.compare(tokens, decoded)
+    return meter.summarise()
+
+
+def write_fidelity(store: Path, layers: list[LayerFidelity], *, videos: int, is_held_out: bool) -> None:
+    """Leave in a store what its codec costs.
+
+    Args:
+        store: The store's folder.
+        layers: One for each layer.
+        videos: That were measured.
+        is_held_out: Whether none of them was in the calibration sample.
+    """
+    write_json(
+        store / FIDELITY_NAME,
+        {"videos": videos, "is_held_out": is_held_out, "layers": [asdict(one) for one in layers]},
+    )
+
+
+def read_fidelity(store: Path) -> dict[str, Any] | None:
+    """What `write_fidelity` left; None in a store that is not finished or is older than that."""
+    path = store / FIDELITY_NAME
+    return read_json(path) if path.is_file() else None
+
+
+def _as_rows(tokens: np.ndarray) -> np.ndarray:
+    return tokens.reshape(-1, tokens.shape[-1]).astype(np.float64)
+
+
+def _relative(differences: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Each difference by its token's size; a token at the mean itself, with no error, has none."""
+    return differences / np.maximum(sizes, max(float(sizes.max()) * 1e-12, np.finfo(np.float64).tiny))
+
+
+def _normalise(tokens: np.ndarray) -> np.ndarray:
+    centred = tokens - tokens.mean(axis=1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + _NORM_EPS)
