@@ -25,6 +25,8 @@ class ClipPlan:
 
     rows: np.ndarray
     """(B,) rows of the store."""
+    views: np.ndarray
+    """(B,) on the axis A."""
     places: np.ndarray
     """(B, T) places on the axis F."""
     labels: np.ndarray
@@ -52,6 +54,7 @@ class LabelledRows:
     rows: np.ndarray
     labels: np.ndarray
     num_cached_frames: np.ndarray
+    num_views: np.ndarray
     eval_clips: list[list[list[int]]]
 
     def __len__(self) -> int:
@@ -60,7 +63,7 @@ class LabelledRows:
 
 def find_labelled_rows(store: StoreReader, split: str) -> LabelledRows:
     """The rows of a split that decoded and have a label; none is no error here."""
-    table = store.read_manifest(["split", "status", "label", "num_cached_frames", "eval_clips"])
+    table = store.read_manifest(["split", "status", "label", "num_cached_frames", "num_views", "eval_clips"])
     wanted = pyarrow.compute.and_(
         pyarrow.compute.and_(
             pyarrow.compute.equal(table["split"], split), pyarrow.compute.equal(table["status"], "ok")
@@ -73,6 +76,7 @@ def find_labelled_rows(store: StoreReader, split: str) -> LabelledRows:
         rows,
         chosen["label"].to_numpy().astype(np.int64),
         chosen["num_cached_frames"].to_numpy().astype(np.int64),
+        chosen["num_views"].to_numpy().astype(np.int64),
         chosen["eval_clips"].to_pylist(),
     )
 
@@ -95,26 +99,54 @@ def resolve_clip_frames(wanted: int | None, available: np.ndarray, store: StoreR
 
 
 def plan_training_epoch(
-    data: LabelledRows, *, num_frames: int, batch_size: int, seed: int, epoch: int
+    data: LabelledRows,
+    *,
+    num_frames: int,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    views_per_video: int = 1,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> list[ClipPlan]:
-    """The batches of one epoch: a pure function of rows, seed and epoch.
+    """The batches of one epoch: a pure function of rows, seed and epoch. A run that goes on skips those it had.
 
-    A clip takes one random frame of each of T equal parts of the cached ones. What does not fill a batch is left
-    out of this epoch, unless there is no full batch.
+    A clip takes one random frame of each of T equal parts of the cached ones. What does not fill a step is left out of
+    this epoch, unless there is no full step.
+
+    Args:
+        data: Which videos.
+        num_frames: T.
+        batch_size: Clips in a step of one rank.
+        seed: Of the run.
+        epoch: From 0.
+        views_per_video: Different views of a video that stand side by side in a step, each with frames of its own;
+            all where a row has fewer.
+        rank: Of this process: in each step every rank takes clips of its own.
+        num_ranks: Processes that train together.
     """
     generator = np.random.default_rng([seed, epoch])
     order = generator.permutation(len(data))
-    bounds = np.arange(num_frames + 1)[None] * data.num_cached_frames[:, None] // num_frames
-    places = generator.integers(bounds[:, :-1], bounds[:, 1:])
-    size = min(batch_size, len(order))
-    batches = [order[first : first + size] for first in range(0, len(order) - size + 1, size)]
-    return [ClipPlan(data.rows[b], places[b], data.labels[b]) for b in batches]
+    bounds = np.arange(num_frames + 1) * data.num_cached_frames[:, None] // num_frames
+    places = np.stack([generator.integers(bounds[:, :-1], bounds[:, 1:]) for _ in range(views_per_video)], axis=1)
+    # A random order of each row's views, those it does not have last.
+    chances = generator.random((len(data), int(data.num_views.max(initial=1))))
+    chances[np.arange(chances.shape[1]) >= data.num_views[:, None]] = 2
+    views = chances.argsort(axis=1)[:, :views_per_video]
+    size = max(1, min(batch_size // views_per_video, len(order) // num_ranks))
+    plans = []
+    for first in range(0, len(order) - size * num_ranks + 1, size * num_ranks):
+        videos = order[first + rank * size :][:size]
+        which, view = np.nonzero(np.arange(views.shape[1]) < data.num_views[videos, None])
+        clips = videos[which]
+        plans.append(ClipPlan(data.rows[clips], views[clips, view], places[clips, view], data.labels[clips]))
+    return plans
 
 
 def plan_evaluation(
     data: LabelledRows, *, num_frames: int, batch_size: int, num_clips: int | None = None
 ) -> tuple[list[ClipPlan], np.ndarray]:
-    """The batches of an evaluation, and for each of their clips the place of its video in `data`.
+    """The batches of an evaluation, all views of each clip, and for each of them the place of its video in `data`.
 
     Args:
         data: Which videos.
@@ -124,21 +156,20 @@ def plan_evaluation(
             recorded, each thinned to T frames.
     """
     owners: list[int] = []
+    views: list[int] = []
     places: list[list[int]] = []
     for video, count in enumerate(data.num_cached_frames):
         if num_clips is None:
             clips = [thin(clip, num_frames) for clip in data.eval_clips[video]]
         else:
             clips = spread_clips(int(count), num_frames, num_clips)
-        owners += [video] * len(clips)
-        places += clips
-    owner, place = np.asarray(owners), np.asarray(places)
-    plans = [
-        ClipPlan(
-            data.rows[owner[i : i + batch_size]], place[i : i + batch_size], data.labels[owner[i : i + batch_size]]
-        )
-        for i in range(0, len(owner), batch_size)
-    ]
+        for view in range(data.num_views[video]):
+            owners += [video] * len(clips)
+            views += [view] * len(clips)
+            places += clips
+    owner, every_view, place = np.asarray(owners), np.asarray(views), np.asarray(places)
+    parts = [slice(first, first + batch_size) for first in range(0, len(owner), batch_size)]
+    plans = [ClipPlan(data.rows[owner[p]], every_view[p], place[p], data.labels[owner[p]]) for p in parts]
     return plans, owner
 
 
@@ -187,19 +218,30 @@ class ClipLoader:
                     future.cancel()
 
     def _read(self, plan: ClipPlan) -> Clips:
-        return self._store.read_clips(plan.rows, plan.places, layers=self._layers, arrays=self._arrays)
+        return self._store.read_clips(
+            plan.rows, plan.places, view=plan.views, layers=self._layers, arrays=self._arrays, allocate=self._allocate
+        )
+
+    def _allocate(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Room for an array; for a GPU pinned, so that its copy runs beside the step."""
+        if self._device.type != "cuda":
+            return np.empty(shape, dtype)
+        return torch.empty(shape, dtype=getattr(torch, dtype.name), pin_memory=True).numpy()
+
+    def _copy(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(self._device, non_blocking=True)
 
     def _hand_over(self, plan: ClipPlan, future: Future[Clips]) -> ClipBatch:
         clips = future.result()
         pixels = None
         if clips.pixels is not None:
-            raw = torch.from_numpy(np.ascontiguousarray(clips.pixels[:, :, self._shown])).to(self._device)
+            raw = self._copy(clips.pixels)[:, :, self._shown]
             pixels = (raw.permute(0, 1, 4, 2, 3).float() / 255 - self._mean) / self._std
         return ClipBatch(
             pixels,
-            None if clips.patches is None else torch.from_numpy(clips.patches).to(self._device),
-            None if clips.cls is None else torch.from_numpy(clips.cls).to(self._device).float(),
-            torch.from_numpy(plan.labels).to(self._device),
+            None if clips.patches is None else self._copy(clips.patches),
+            None if clips.cls is None else self._copy(clips.cls).float(),
+            self._copy(plan.labels),
         )
 
 

@@ -207,7 +207,7 @@ def _relabel(data: LabelledRows, store: StoreReader, run: Run) -> LabelledRows:
     if store.classes.names == run.classes or not len(data):
         return data
     place = np.asarray([run.classes.index(name) for name in store.classes.names])
-    return LabelledRows(data.rows, place[data.labels], data.num_cached_frames, data.eval_clips)
+    return replace(data, labels=place[data.labels])
 
 
 def _prediction_table(result: Evaluation, store: StoreReader, run: Run) -> pa.Table:

@@ -105,6 +105,7 @@ class _Training:
         self._loader = ClipLoader(store, arrays=self._module.arrays, layers=head_config.layers, device=fabric.device)
         self._step = 0
         self._wait_s = 0.0
+        self._wait_share = 0.0
 
     def fit(self, report: ReportEpoch) -> dict[str, Any]:
         from torch.utils.tensorboard import SummaryWriter
@@ -124,7 +125,8 @@ class _Training:
             if best is None or metrics.get("val_top1", 0.0) >= best.get("val_top1", 0.0):
                 best = metrics
                 save_checkpoint(self._run, "best", self._module, metrics)
-            report(metrics, self._config.epochs)
+            # Times differ from run to run: they are told, and not kept among the metrics.
+            report({**metrics, "data_wait_share": round(self._wait_share, 4)}, self._config.epochs)
         board.close()
         seconds = time.perf_counter() - start
         summary = {
@@ -144,11 +146,18 @@ class _Training:
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         config = self._config
         plans = plan_training_epoch(
-            self._training, num_frames=self._run.frames, batch_size=config.batch_size, seed=config.seed, epoch=epoch
+            self._training,
+            num_frames=self._run.frames,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            epoch=epoch,
+            rank=self._fabric.global_rank,
+            num_ranks=self._fabric.world_size,
         )
         self._head.train()
         batches = self._loader.load(plans)
         losses = []
+        began, waited = time.perf_counter(), self._wait_s
         for place, plan in enumerate(plans):
             start = time.perf_counter()
             batch = next(batches)
@@ -167,7 +176,9 @@ class _Training:
             losses.append(loss.detach())
             if place % 50 == 49 or place + 1 == len(plans):
                 self._require_finite(losses[-50:], epoch, plan.rows)
-        return {"train_loss": float(torch.stack(losses).mean()), "learning_rate": rate}
+        train_loss = float(torch.stack(losses).mean())
+        self._wait_share = (self._wait_s - waited) / (time.perf_counter() - began)
+        return {"train_loss": train_loss, "learning_rate": rate}
 
     def _validate(self, epoch: int) -> dict[str, float]:
         if not len(self._validation):

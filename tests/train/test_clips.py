@@ -18,9 +18,10 @@ from s4v.train.clips import (
 )
 
 
-def rows(count, cached=16):
+def rows(count, cached=16, views=1):
     places = np.arange(count)
-    return LabelledRows(places, places % 3, np.full(count, cached), [[list(range(cached))]] * count)
+    one = np.ones(count, dtype=int)
+    return LabelledRows(places, places % 3, cached * one, views * one, [[list(range(cached))]] * count)
 
 
 @given(count=st.integers(1, 60), batch=st.integers(1, 20), frames=st.integers(1, 8), epoch=st.integers(0, 5))
@@ -48,6 +49,43 @@ def test_an_epoch_is_a_function_of_seed_and_epoch():
     assert not same(plan(0, 3), plan(1, 3))
 
 
+@given(count=st.integers(4, 60), batch=st.integers(1, 9), num_ranks=st.integers(1, 4), views=st.integers(1, 3))
+def test_ranks_share_an_epoch_in_equal_parts(count, batch, num_ranks, views):
+    plans = [
+        plan_training_epoch(
+            rows(count, views=views), num_frames=4, batch_size=batch, seed=1, epoch=2, rank=rank, num_ranks=num_ranks
+        )
+        for rank in range(num_ranks)
+    ]
+    assert len({len(mine) for mine in plans}) == 1
+    taken = np.concatenate([plan.rows for mine in plans for plan in mine])
+    assert len(set(taken)) == len(taken)
+    assert len({len(plan.rows) for mine in plans for plan in mine}) == 1
+    assert all((plan.views < views).all() for mine in plans for plan in mine)
+
+
+def test_several_views_of_a_video_stand_in_one_step():
+    data = rows(10, views=3)
+    data.num_views[7] = 1
+    plans = plan_training_epoch(data, num_frames=4, batch_size=6, seed=0, epoch=0, views_per_video=2)
+    seen = {}
+    for plan in plans:
+        for row, view in zip(plan.rows, plan.views, strict=True):
+            seen.setdefault(row, []).append((view, id(plan)))
+    assert len(plans) == 3
+    for row, found in seen.items():
+        views, steps = zip(*found, strict=True)
+        assert len(set(steps)) == 1
+        assert len(set(views)) == len(views) == (1 if row == 7 else 2)
+        assert row != 7 or views == (0,)
+
+
+def test_evaluation_takes_every_view():
+    plans, owner = plan_evaluation(rows(2, views=3), num_frames=4, batch_size=4)
+    assert owner.tolist() == [0, 0, 0, 1, 1, 1]
+    assert np.concatenate([plan.views for plan in plans]).tolist() == [0, 1, 2, 0, 1, 2]
+
+
 @given(cached=st.integers(1, 40), frames=st.integers(1, 16), clips=st.integers(1, 5))
 def test_spread_clips_lie_in_range_and_in_order(cached, frames, clips):
     found = spread_clips(cached, frames, clips)
@@ -64,7 +102,8 @@ def test_one_spread_clip_is_the_thinned_video():
 
 
 def test_evaluation_takes_recorded_clips_and_knows_whose_they_are():
-    data = LabelledRows(np.array([4, 9]), np.array([0, 1]), np.array([8, 8]), [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 2]]])
+    clips = [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 2]]]
+    data = LabelledRows(np.array([4, 9]), np.array([0, 1]), np.array([8, 8]), np.array([1, 1]), clips)
     plans, owner = plan_evaluation(data, num_frames=2, batch_size=2)
     assert owner.tolist() == [0, 0, 1]
     assert [plan.rows.tolist() for plan in plans] == [[4, 4], [9]]
