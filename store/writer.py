@@ -12,14 +12,15 @@ import numpy as np
 import pyarrow as pa
 import tensorstore as ts
 
-from ..errors import StoreExistsError, StoreMismatchError
+from ..errors import StoreDamagedError, StoreExistsError, StoreMismatchError
 from . import manifest
 from ._files import FolderLock, hash_file, read_json, sync_folder, write_json
 from ._zarr import create_array, open_array, refused_write, write_group, write_small_array
 from .codec import Codec
 from .layout import FORMAT_VERSION, StoreLayout
-from .reader import CHECKSUMS_NAME, StoreReader, open_store
+from .reader import CHECKSUMS_NAME, StoreReader, open_store, read_recorded_hashes
 from .records import VideoRecord, VideoResult
+from .verify import Damage
 
 # May differ between two runs without making their stores differ: data and weights may lie elsewhere by now, what they
 # are is told by paths below the root and by the weights' hash.
@@ -44,10 +45,14 @@ class StoreWriter:
     """Writes shards into a store whose skeleton exists; `create_store` and `resume_store` make one.
 
     It is the store's only writer until `close`, or until its process ends however it ends; also a context manager.
+    A worker of the one that is takes no lock: it is told which shards are its own.
     """
 
-    def __init__(self, path: Path, layout: StoreLayout, codec: Codec, inputs: pa.Table) -> None:
-        self._lock = FolderLock(path, f"another process is writing to {path}: wait for it, or choose another --out")
+    def __init__(
+        self, path: Path, layout: StoreLayout, codec: Codec, inputs: pa.Table, *, is_worker: bool = False
+    ) -> None:
+        busy = f"another process is writing to {path}: wait for it, or choose another --out"
+        self._lock = None if is_worker else FolderLock(path, busy)
         self.path = path
         self.layout = layout
         self.codec = codec
@@ -63,11 +68,21 @@ class StoreWriter:
 
     def close(self) -> None:
         """Let other writers in."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def pending_shards(self) -> list[int]:
         """Shards without a done-marker, ascending."""
         return [s for s in range(self.layout.num_shards) if not manifest.part_path(self.path, s).exists()]
+
+    def failed_shards(self) -> list[int]:
+        """Finished shards with a row that failed, ascending."""
+        found = []
+        for shard in range(self.layout.num_shards):
+            part = manifest.read_part(self.path, shard, self._codec_sha256)
+            if part is not None and "failed" in part["status"].to_pylist():
+                found.append(shard)
+        return found
 
     def write_shard(self, shard: int, tokens: Mapping[int, RowTokens], results: Sequence[VideoResult]) -> None:
         """Write one shard of every array whole, make it durable, then mark it done.
@@ -83,6 +98,9 @@ class StoreWriter:
         rows = self.layout.shard_rows(shard)
         assert [r.video_id for r in results] == self._inputs["video_id"].slice(rows.start, len(rows)).to_pylist()
         assert set(tokens) == {row for row, r in zip(rows, results, strict=True) if r.status == "ok"}
+        # Done before: until the new one is whole, it is not done.
+        manifest.part_path(self.path, shard).unlink(missing_ok=True)
+        sync_folder(self.path / manifest.PARTS_NAME)
         for name in self._arrays:
             for stale in [*(self.path / name).glob(f"c.{shard}.*"), *(self.path / name).glob(f"c.{shard}__lock")]:
                 stale.unlink()
@@ -195,9 +213,21 @@ def _write_skeleton(
 
 
 def resume_store(
-    path: Path, *, layout: StoreLayout, attributes: Mapping[str, Any], records: Sequence[VideoRecord]
+    path: Path,
+    *,
+    layout: StoreLayout,
+    attributes: Mapping[str, Any],
+    records: Sequence[VideoRecord],
+    is_worker: bool = False,
 ) -> StoreWriter:
     """Go on with a store that the same command began.
+
+    Args:
+        path: The store.
+        layout: As for `create_store`.
+        attributes: As for `create_store`.
+        records: As for `create_store`.
+        is_worker: Whether another process holds the store and hands out its shards.
 
     Raises:
         StoreMismatchError: If the store was begun with other settings or other videos; all differences listed.
@@ -206,7 +236,7 @@ def resume_store(
     store = open_store(path)
     inputs = manifest.input_table(records, manifest.ClassList(tuple(attributes["classes"]["names"])))
     wanted = _full_attributes(attributes, layout, store.codec)
-    differences = _list_differences(store.attributes, wanted) + _list_video_differences(store, inputs)
+    differences = list_differences(store.attributes, wanted) + _list_video_differences(store, inputs)
     if not store.read_captions().equals(manifest.caption_table(records)):
         differences.append("captions differ")
     if differences:
@@ -214,7 +244,58 @@ def resume_store(
             f"{path} was begun with other settings: {'; '.join(differences)}. "
             "Run the command that began it, choose another --out, or replace the store with --overwrite."
         )
-    return StoreWriter(path, layout, store.codec, inputs)
+    return StoreWriter(path, layout, store.codec, inputs, is_worker=is_worker)
+
+
+def repair_store(
+    path: Path,
+    damage: Sequence[Damage],
+    *,
+    layout: StoreLayout,
+    attributes: Mapping[str, Any],
+    records: Sequence[VideoRecord],
+    codec: Codec,
+    head: Mapping[str, np.ndarray],
+) -> None:
+    """Put damaged files of the whole store back as they were written, and mark damaged shards undone.
+
+    Args:
+        path: The store; its own metadata (`zarr.json`) must be whole.
+        damage: As `verify_store` found it.
+        layout: As for `create_store`, all of it must be what the store was begun with: files that come out otherwise
+            are not replaced.
+        attributes: As for `create_store`.
+        records: As for `create_store`.
+        codec: As for `create_store`.
+        head: As for `create_store`.
+
+    Raises:
+        StoreDamagedError: If a file cannot be had back; nothing was changed.
+    """
+    whole_store = sorted({one.where for one in damage if one.shard is None})
+    hashes = read_recorded_hashes(path)
+    fresh = path.with_name(f"{path.name}.partial")
+    with FolderLock(path, f"another process is writing to {path}: wait for it before repairing its store"):
+        shutil.rmtree(fresh, ignore_errors=True)
+        try:
+            _write_skeleton(fresh, layout, attributes, records, codec, head)
+            for name in whole_store:
+                # The manifest is joined from its parts again; the others are what they always were.
+                is_same = name == manifest.MANIFEST_NAME or hashes.get(name) in (None, hash_file(fresh / name))
+                if not (fresh / name).is_file() or not is_same:
+                    raise StoreDamagedError(
+                        f"{path / name} is damaged and this command does not give the same file. Nothing was changed. "
+                        "Run the command that began the store, or extract it anew (--overwrite)."
+                    )
+            for name in whole_store:
+                (fresh / name).replace(path / name)
+                sync_folder((path / name).parent)
+            for shard in {one.shard for one in damage if one.shard is not None}:
+                manifest.part_path(path, shard).unlink(missing_ok=True)
+            sync_folder(path / manifest.PARTS_NAME)
+            _write_checksums(path)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
@@ -241,14 +322,15 @@ def _full_attributes(attributes: Mapping[str, Any], layout: StoreLayout, codec: 
     }
 
 
-def _list_differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+def list_differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two stores' attributes, beside what may."""
     differences = []
     for key in sorted({*found, *wanted}):
         old, new = found.get(key), wanted.get(key)
         if old == new or prefix + key in _VOLATILE_ATTRIBUTES:
             continue
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            differences += _list_differences(old, new, f"{prefix}{key}.")
+            differences += list_differences(old, new, f"{prefix}{key}.")
         else:
             differences.append(f"{prefix}{key} {_shorten(old)} there, {_shorten(new)} here")
     return differences

@@ -1,0 +1,174 @@
+"""Read a whole store back: is every byte the one that was written, and does the manifest tell the truth?"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ..errors import StoreDamagedError
+from . import manifest
+from ._files import hash_file
+from ._shards import DamagedChunkError, verify_chunk_file, verify_shard
+from .layout import ArraySpec
+from .reader import StoreReader, read_recorded_hashes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Damage:
+    """One thing that is not as it was written."""
+
+    where: str
+    """A file, relative to the store."""
+    what: str
+    shard: int | None = None
+    """The shard that mends it when it is done anew; None for what belongs to the whole store."""
+    video_id: str | None = None
+    """The first video that it costs."""
+
+
+def verify_store(store: StoreReader, report: Callable[[str, int, int], None] = lambda *_: None) -> list[Damage]:
+    """Check every finished shard, every small array, the manifest and all recorded hashes.
+
+    Args:
+        store: It may be unfinished: pending shards are nobody's damage.
+        report: Told about progress.
+
+    Returns:
+        All damage found, that of the whole store first, then shard by shard.
+    """
+    found = [*_check_hashes(store), *_check_small_arrays(store)]
+    finished = [s for s in range(store.layout.num_shards) if manifest.part_path(store.path, s).exists()]
+    sha256 = store.attributes["codec"]["sha256"]
+    video_ids = _read_ids(store)
+    parts: dict[range, pa.Table] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        checks = threads.map(partial(_check_shard, store, sha256, video_ids), finished)
+        for done, (shard, (part, damage)) in enumerate(zip(finished, checks, strict=True), start=1):
+            found += damage
+            if part is not None:
+                parts[store.layout.shard_rows(shard)] = part
+            report("verifying", done, len(finished))
+    return found + _check_manifest(store, parts)
+
+
+def _check_hashes(store: StoreReader) -> Iterator[Damage]:
+    """Files that Zarr does not checksum."""
+    try:
+        hashes = read_recorded_hashes(store.path)
+    except StoreDamagedError as error:
+        yield Damage(where="checksums.json", what=str(error))
+        return
+    for name, wanted in sorted(hashes.items()):
+        file = store.path / name
+        shard = int(file.stem) if name.startswith(f"{manifest.PARTS_NAME}/") else None
+        if not file.is_file():
+            yield Damage(where=name, what="the file is missing", shard=shard)
+        elif hash_file(file) != wanted:
+            yield Damage(where=name, what="it does not match its recorded hash", shard=shard)
+
+
+def _check_small_arrays(store: StoreReader) -> Iterator[Damage]:
+    """Codec and head: one chunk each."""
+    for metadata in sorted([*store.path.glob("codec/*/zarr.json"), *store.path.glob("head/*/zarr.json")]):
+        try:
+            num_axes = len(json.loads(metadata.read_bytes())["shape"])
+        except (ValueError, KeyError):
+            continue  # its hash tells
+        chunk = metadata.parent / ".".join(["c", *["0"] * num_axes])
+        if (what := verify_chunk_file(chunk)) is not None:
+            yield Damage(where=str(chunk.relative_to(store.path)), what=what)
+
+
+def _read_ids(store: StoreReader) -> list[str] | None:
+    try:
+        return manifest.read_table(store.path / manifest.MANIFEST_NAME, ["video_id"])["video_id"].to_pylist()
+    except StoreDamagedError:
+        return None  # its hash tells
+
+
+def _check_shard(
+    store: StoreReader, sha256: str, video_ids: list[str] | None, shard: int
+) -> tuple[pa.Table | None, list[Damage]]:
+    """A finished shard of every array; returns its results too, where they can be read."""
+    rows = store.layout.shard_rows(shard)
+    marker = manifest.part_path(store.path, shard)
+    try:
+        part = manifest.read_part(store.path, shard, sha256)
+    except StoreDamagedError as error:
+        return None, [Damage(where=str(marker.relative_to(store.path)), what=str(error), shard=shard)]
+    assert part is not None
+    if video_ids is not None and part["video_id"].to_pylist() != video_ids[rows.start : rows.stop]:
+        what = "it holds other videos than the manifest has in these rows"
+        return None, [Damage(where=str(marker.relative_to(store.path)), what=what, shard=shard)]
+    counts = np.zeros((len(rows), 2), dtype=np.int64)  # views and frames of each row
+    for place, row in enumerate(part.select(["status", "num_views", "num_cached_frames"]).to_pylist()):
+        if row["status"] == "ok":
+            counts[place] = row["num_views"], row["num_cached_frames"]
+    damage = []
+    for spec in store.layout.array_specs():
+        for first_view in range(0, store.layout.num_views, spec.shard_shape[1]):
+            wanted = _wanted_chunks(spec, counts, first_view)
+            if wanted.any():
+                damage += _check_file(store, spec, shard, first_view, wanted, part["video_id"].to_pylist())
+    return part, damage
+
+
+def _wanted_chunks(spec: ArraySpec, counts: np.ndarray, first_view: int) -> np.ndarray:
+    """(rows, views, chunks along F) bool: which chunks the manifest says the shard holds."""
+    rows, views, frames = spec.shard_shape[:3]
+    size = frames if spec.chunk_shape is None else spec.chunk_shape[2]
+    wanted = np.zeros((rows, views, frames // size), dtype=bool)
+    for place, (num_views, num_frames) in enumerate(counts):
+        wanted[place, : max(0, num_views - first_view), : -(-num_frames // size)] = num_frames > 0
+    return wanted
+
+
+def _check_file(
+    store: StoreReader, spec: ArraySpec, shard: int, first_view: int, wanted: np.ndarray, video_ids: list[str]
+) -> list[Damage]:
+    key = ".".join(["c", str(shard), str(first_view // spec.shard_shape[1]), *["0"] * (len(spec.shape) - 2)])
+    file = store.path / spec.name / key
+    where = f"{spec.name}/{key}"
+
+    def damage(what: str, place: int | None = None) -> Damage:
+        row = int(np.flatnonzero(wanted.any(axis=(1, 2)))[0]) if place is None else place
+        return Damage(where=where, what=what, shard=shard, video_id=video_ids[row])
+
+    if spec.chunk_shape is None:
+        what = verify_chunk_file(file)
+        return [] if what is None else [damage(what)]
+    try:
+        is_there, problems = verify_shard(file, wanted.size)
+    except DamagedChunkError as error:
+        return [damage(str(error))]
+    per_row = wanted[0].size
+    found = [damage(what, number // per_row) for number, what in problems.items()]
+    for number in np.flatnonzero(is_there != wanted.ravel()).tolist():
+        what = "has no chunk" if wanted.flat[number] else "has a chunk that the manifest does not know of"
+        found.append(damage(f"{what} {number}", min(number // per_row, len(video_ids) - 1)))
+    return found
+
+
+def _check_manifest(store: StoreReader, parts: dict[range, pa.Table]) -> list[Damage]:
+    """Whether a finished manifest says what the done-markers say."""
+    try:
+        table = manifest.read_table(store.path / manifest.MANIFEST_NAME)
+    except StoreDamagedError as error:
+        return [Damage(where=manifest.MANIFEST_NAME, what=str(error))]
+    found = []
+    for rows, part in parts.items():
+        told: Any = table.slice(rows.start, len(rows)).select(manifest.RESULT_SCHEMA.names)
+        is_pending = set(told["status"].to_pylist()) == {"pending"}  # not consolidated since
+        if not is_pending and told.to_pylist() != part.select(manifest.RESULT_SCHEMA.names).to_pylist():
+            shard = rows.start // store.layout.rows_per_shard
+            what = f"rows {rows.start} to {rows.stop - 1} are not what the done-marker of shard {shard} says"
+            found.append(Damage(where=manifest.MANIFEST_NAME, what=what, shard=shard))
+    return found
