@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,8 +30,11 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 
 EXIT_STRICT = 3
+EXIT_DAMAGE = 4
 EXIT_ENVIRONMENT = 5
 EXIT_INTERRUPTED = 130
+
+_SHOWN_DAMAGE = 50
 
 
 def main() -> None:
@@ -58,6 +62,16 @@ def extract(
     resize: Annotated[str, typer.Option(help="256: short side 256, crop 224. 224: the backbone's own.")] = "256",
     layers: Annotated[str, typer.Option(help="paper, all, or 0-based blocks: 1,3,5.")] = "paper",
     dtype: Annotated[str, typer.Option(help="Of stored patch tokens: int8, float16, float32.")] = "int8",
+    channels: Annotated[
+        int | None, typer.Option(help="Stored channels of a token. [int8: at most 256; else all]")
+    ] = None,
+    keep_bits: Annotated[
+        int | None, typer.Option(help="Mantissa bits (1 to 9) of float16 to keep, then compressed. [all, uncompressed]")
+    ] = None,
+    codec_from: Annotated[
+        Path | None, typer.Option(help="Take the codec of this store instead of fitting one.")
+    ] = None,
+    calibration_videos: Annotated[int, typer.Option(help="Training videos to fit the codec on.")] = 64,
     no_pixels: Annotated[bool, typer.Option("--no-pixels", help="Do not store frames.")] = False,
     weights: Annotated[str | None, typer.Option(help="An open_clip tag, a file, or random. [the model's own]")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
@@ -67,7 +81,13 @@ def extract(
     decoders: Annotated[int | None, typer.Option(help="Decoder processes. [one for each core]")] = None,
     decode_timeout: Annotated[float, typer.Option(help="CPU seconds beyond a video's own length.")] = 60.0,
     seed: Annotated[int, typer.Option(help="Of split, calibration and random weights.")] = 0,
+    workers: Annotated[int | None, typer.Option(help="Processes on this machine that share the work.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Dask scheduler whose workers share it: tcp://...")] = None,
+    prepare: Annotated[bool, typer.Option("--prepare", help="Write the empty store with its codec, and stop.")] = False,
+    part: Annotated[str | None, typer.Option(help="I/N: only the I-th of N equal parts; then s4v merge.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N pending rows this time.")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Decode failed videos anew.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Verify the store first; do anew what is damaged.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the store.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when a video failed.")] = False,
     as_json: Json = False,
@@ -97,6 +117,10 @@ def extract(
             resize=resize,
             layers=layers,
             dtype=dtype,  # type: ignore[arg-type]
+            channels=channels,
+            keep_bits=keep_bits,
+            codec_from=codec_from,
+            calibration_videos=calibration_videos,
             with_pixels=not no_pixels,
             weights=weights,
             device=device,
@@ -106,7 +130,13 @@ def extract(
             decoder=decoder,  # type: ignore[arg-type]
             decode_timeout_s=decode_timeout,
             seed=seed,
+            num_workers=workers,
+            scheduler=scheduler,
+            prepare=prepare,
+            part=_parse_part(part),
             limit=limit,
+            retry_failed=retry_failed,
+            repair=repair,
             overwrite=overwrite,
         )
         with _progress() as report:
@@ -124,6 +154,124 @@ def extract(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="As for extract.")],
+    videos: Annotated[int | None, typer.Option(help="How many, all for training; or name a --dataset.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="A data set that is there: its videos are counted.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder below which its videos lie. [data/DATASET]")] = None,
+    annotations: Annotated[Path | None, typer.Option(help="For table.")] = None,
+    column: Annotated[list[str] | None, typer.Option(help="For table: ROLE=NAME. Repeatable.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the store would lie. [store/DATASET.zarr]")] = None,
+    frames: Annotated[str, typer.Option(help="As for extract.")] = "train=16,8",
+    layers: Annotated[str, typer.Option(help="As for extract.")] = "paper",
+    dtype: Annotated[str, typer.Option(help="As for extract.")] = "int8",
+    channels: Annotated[int | None, typer.Option(help="As for extract.")] = None,
+    no_pixels: Annotated[bool, typer.Option("--no-pixels", help="As for extract.")] = False,
+    rate: Annotated[float | None, typer.Option(help="Frames per second of the backbone on one device.")] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Measure that rate here, with random weights.")] = False,
+    device: Annotated[str, typer.Option(help="Of the probe: auto, cpu, cuda, mps.")] = "auto",
+    precision: Annotated[str | None, typer.Option(help="Of the probe: fp32, fp16, bf16.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Of the probe.")] = 16,
+    price: Annotated[float | None, typer.Option(help="Of the device, per hour.")] = None,
+    clip_frames: Annotated[int, typer.Option(help="Frames of a training clip.")] = 8,
+    epochs: Annotated[int, typer.Option(help="Epochs you mean to train.")] = 30,
+    read_rate: Annotated[float, typer.Option(help="MB/s that the disk gives in training.")] = 500.0,
+    as_json: Json = False,
+) -> None:
+    """Say what an extraction takes in bytes, hours and money, and after how many epochs it pays."""
+    with _command("plan", as_json) as result:
+        from .errors import ConfigError
+        from .extract.sampling import parse_frames
+
+        parsed_frames = parse_frames(frames)
+        if (videos is None) == (dataset is None):
+            raise ConfigError("plan wants one of --videos N and --dataset NAME")
+        above_zero = {"--videos": videos, "--rate": rate, "--clip-frames": clip_frames, "--read-rate": read_rate}
+        for option, value in {**above_zero, "--batch-size": batch_size}.items():
+            if value is not None and value <= 0:
+                raise ConfigError(f"{option} must be above 0; found {value:g}")
+        from .extract.planning import plan_command
+
+        facts = plan_command(
+            model=model,
+            videos=videos,
+            dataset=dataset,
+            root=root,
+            annotations=annotations,
+            columns=_parse_columns(column or []),
+            out=out,
+            frames=parsed_frames,
+            layers=layers,
+            dtype=dtype,
+            channels=channels,
+            with_pixels=not no_pixels,
+            rate=rate,
+            with_probe=probe,
+            device=device,
+            precision=precision,
+            batch_size=batch_size,
+            price=price,
+            clip_frames=clip_frames,
+            read_bytes_per_s=read_rate * 1e6,
+        )
+        result.update(asdict(facts), total_bytes=facts.total_bytes, fits=facts.fits)
+        if not as_json:
+            _print_plan(facts, epochs)
+
+
+@app.command()
+def scan(
+    dataset: Annotated[str, typer.Option(help="As for extract.")],
+    root: Annotated[Path | None, typer.Option(help="Folder below which the videos lie. [data/DATASET]")] = None,
+    annotations: Annotated[Path | None, typer.Option(help="For table.")] = None,
+    column: Annotated[list[str] | None, typer.Option(help="For table: ROLE=NAME. Repeatable.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Table of all videos. [scan-DATASET.parquet]")] = None,
+    frames: Annotated[str, typer.Option(help="As for extract: these frames are decoded.")] = "train=16,8",
+    decoder: Annotated[str, typer.Option(help="As for extract.")] = "auto",
+    decoders: Annotated[int | None, typer.Option(help="Decoder processes. [one for each core]")] = None,
+    decode_timeout: Annotated[float, typer.Option(help="CPU seconds beyond a video's own length.")] = 60.0,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when a video failed.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Decode what an extraction would decode, and say which files it would lose."""
+    with _command("scan", as_json) as result:
+        from .extract.datasets import default_paths
+        from .extract.sampling import parse_frames
+
+        parsed_frames = parse_frames(frames)
+        data_root, _ = default_paths(dataset, root, None)
+        from .extract.config import ExtractConfig
+        from .extract.scanning import scan_dataset
+
+        config = ExtractConfig(
+            model="none",
+            dataset=dataset,
+            root=data_root,
+            out=Path(),
+            annotations=annotations,
+            columns=_parse_columns(column or []),
+            frames=parsed_frames,
+            decoder=decoder,  # type: ignore[arg-type]
+            num_decoders=decoders,
+            decode_timeout_s=decode_timeout,
+        )
+        path = out or Path(f"scan-{data_root.resolve().name}.parquet")
+        with _progress() as report:
+            summary = scan_dataset(config, path, report)
+        result.update(summary)
+        if not as_json:
+            print(f"{path}: {summary['videos']['ok']} videos decode, {summary['videos']['failed']} do not")
+            for code, count in summary["reasons"].items():
+                print(f"  {count} {code}")
+            for row in summary["failed"][:20]:
+                print(f"  {row['video_id']}: {row['reason']}")
+            if len(summary["failed"]) > 20:
+                print(f"  and {len(summary['failed']) - 20} more: see {path}")
+    if strict and summary["failed"]:
+        raise typer.Exit(EXIT_STRICT)
+
+
+@app.command()
 def info(store: Annotated[Path, typer.Argument(help="The store.")], as_json: Json = False) -> None:
     """Say what a store holds."""
     with _command("info", as_json) as result:
@@ -134,6 +282,45 @@ def info(store: Annotated[Path, typer.Argument(help="The store.")], as_json: Jso
         result.update(facts)
         if not as_json:
             _print_info(facts)
+
+
+@app.command()
+def merge(
+    stores: Annotated[list[Path], typer.Argument(help="Stores that were made with --part from one skeleton.")],
+    out: Annotated[Path, typer.Option(help="The store to write.")],
+    as_json: Json = False,
+) -> None:
+    """Join the parts that machines made of one store."""
+    with _command("merge", as_json) as result:
+        from .store.merge import merge_stores
+
+        with _progress() as report:
+            videos = merge_stores(stores, out, report)
+        result.update(store=str(out), videos=videos)
+        if not as_json:
+            print(f"{out}: {videos['ok']} videos ok, {videos['failed']} failed, {videos['pending']} pending")
+
+
+@app.command()
+def verify(store: Annotated[Path, typer.Argument(help="The store.")], as_json: Json = False) -> None:
+    """Read a whole store back against its checksums and its manifest; exits with 4 when damage is found."""
+    with _command("verify", as_json) as result:
+        from .store.reader import open_store
+        from .store.verify import verify_store
+
+        with _progress() as report:
+            damage = verify_store(open_store(store), report)
+        result.update(store=str(store), damage=[asdict(one) for one in damage])
+        if not as_json:
+            for one in damage[:_SHOWN_DAMAGE]:
+                video = "" if one.video_id is None else f" (video {one.video_id})"
+                print(f"{one.where}: {one.what}{video}")
+            if len(damage) > _SHOWN_DAMAGE:
+                print(f"and {len(damage) - _SHOWN_DAMAGE} more: see --json")
+            shards = sorted({one.shard for one in damage if one.shard is not None})
+            print(f"{store}: {f'{len(damage)} damages in shards {shards}' if damage else 'no damage'}")
+    if damage:
+        raise typer.Exit(EXIT_DAMAGE)
 
 
 @app.command()
@@ -337,7 +524,8 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _report_epoch(metrics: dict[str, Any], epochs: int) -> None:
-    _say(f"epoch {metrics['epoch']}/{epochs}: loss {metrics['train_loss']:.4f}, {_percentages(metrics)}")
+    wait = f"{metrics['data_wait_share']:.1%} waiting for data"
+    _say(f"epoch {metrics['epoch']}/{epochs}: loss {metrics['train_loss']:.4f}, {_percentages(metrics)}, {wait}")
 
 
 def _percentages(metrics: dict[str, Any]) -> str:
@@ -357,6 +545,17 @@ def _parse_columns(pairs: list[str]) -> dict[str, str]:
     return columns
 
 
+def _parse_part(text: str | None) -> tuple[int, int] | None:
+    from .errors import ConfigError
+
+    if text is None:
+        return None
+    part, slash, count = text.partition("/")
+    if not (slash and part.isdecimal() and count.isdecimal()):
+        raise ConfigError(f"--part takes I/N such as 2/8; found {text!r}")
+    return int(part), int(count)
+
+
 def _parse_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     from .errors import ConfigError
 
@@ -366,6 +565,28 @@ def _parse_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
         return tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
         raise ConfigError(f"{option} takes numbers such as 1,3,5; found {text!r}") from None
+
+
+def _print_plan(plan: Any, epochs: int) -> None:
+    print(f"{'videos':13} {plan.videos:,}, {plan.frames:,} cached frames")
+    for name, size in plan.bytes_by_array.items():
+        print(f"  {name:11} {_bytes(size)}")
+    free = "" if plan.free_bytes is None else f"; {_bytes(plan.free_bytes)} free there"
+    print(f"{'in all':13} {_bytes(plan.total_bytes)}{free}{'' if plan.fits is not False else ': IT DOES NOT FIT'}")
+    if plan.hours is None:
+        print(f"{'time':13} not known: state --rate FRAMES_PER_SECOND, or measure it here with --probe")
+        return
+    price = "" if plan.price is None else f", {plan.price:,.2f} at that price"
+    print(f"{'time':13} {plan.hours:,.1f} hours on one device at {plan.frames_per_second:,.1f} frames/s{price}")
+    read, forward = plan.read_seconds_per_epoch / 3600, plan.forward_seconds_per_epoch / 3600
+    print(f"{'each epoch':13} {read:,.2f} hours of reading, or {forward:,.2f} hours of running the backbone")
+    if plan.break_even_epochs == float("inf"):
+        print(f"{'the cache':13} does not pay: reading its tokens takes longer than making them. Store fewer bytes")
+    else:
+        verdict = (
+            "it pays" if plan.break_even_epochs < epochs else f"it does not pay for {epochs} epochs in one training"
+        )
+        print(f"{'the cache':13} breaks even after {plan.break_even_epochs:.1f} epochs: {verdict}")
 
 
 def _print_info(facts: dict[str, Any]) -> None:
@@ -383,7 +604,7 @@ def _print_info(facts: dict[str, Any]) -> None:
         "backbone": f"{backbone['name']} ({backbone['architecture']}), weights {backbone['weights']}, "
         f"{backbone['precision']} on {backbone['device_type']}",
         "layers": f"{','.join(map(str, facts['layers']))} of {backbone['depth']}, width {backbone['width']}",
-        "codec": f"{codec['dtype']}, {codec['channels']} of {codec['width']} channels, sha256 {codec['sha256'][:12]}",
+        "codec": _describe_codec(codec),
         "frames": f"{facts['cached_frames']} cached, {facts['sampling']} sampling, resize {facts['resize']}",
         "a frame": ", ".join(f"{name} {_bytes(size)}" for name, size in facts["bytes_per_frame"].items()),
         "on disk": _bytes(facts["bytes"]),
@@ -392,6 +613,37 @@ def _print_info(facts: dict[str, Any]) -> None:
         print(f"{name:9} {text}")
     for name, array in facts["arrays"].items():
         print(f"  {name:10} {array['dtype']:8} {tuple(array['shape'])}  {_bytes(array['bytes'])}")
+    if facts["fidelity"] is not None:
+        _print_fidelity(facts["fidelity"])
+
+
+def _describe_codec(codec: dict[str, Any]) -> str:
+    bits = f", {codec['keep_bits']} mantissa bits" if codec["keep_bits"] else ""
+    return f"{codec['dtype']}{bits}, {codec['channels']} of {codec['width']} channels, sha256 {codec['sha256'][:12]}"
+
+
+def _print_fidelity(fidelity: dict[str, Any]) -> None:
+    """What coding cost, layer by layer; those that lost much named."""
+    from .store.fidelity import NOTABLE_LOSS
+
+    kind = (
+        "that the codec was not fitted on"
+        if fidelity["is_held_out"]
+        else "that the codec was fitted on: there are no others"
+    )
+    print(f"after decoding, on {fidelity['videos']} videos {kind}:")
+    heads = ("layer", "variance", "error: median", "worst", "normed: median", "worst", "cosine")
+    print("  " + "  ".join(heads))
+    for one in fidelity["layers"]:
+        errors = f"{one['error_median']:13.2%}  {one['error_worst']:5.1%}"
+        normed = f"{one['normed_error_median']:14.2%}  {one['normed_error_worst']:5.1%}"
+        print(f"  {one['layer']:5}  {one['variance_kept']:8.2%}  {errors}  {normed}  {one['cosine_median']:6.4f}")
+    poor = [one["layer"] for one in fidelity["layers"] if 1 - one["variance_kept"] > NOTABLE_LOSS]
+    if poor:
+        _say(
+            f"layers {','.join(map(str, poor))} lost more than {NOTABLE_LOSS:.0%} of their variance: "
+            "keep more --channels if accuracy suffers"
+        )
 
 
 def _print_answers(rows: list[dict[str, Any]]) -> None:

@@ -43,6 +43,12 @@ class ExtractConfig:
     """`paper`, `all`, or 0-based backbone blocks: `1,3,5`."""
     dtype: PatchDtype = "int8"
     """Of the stored patch tokens."""
+    channels: int | None = None
+    """K, stored channels of a patch token; None takes at most 256 for int8 and all for floats."""
+    codec_from: Path | None = None
+    """A store whose codec to take instead of fitting one."""
+    keep_bits: int | None = None
+    """Mantissa bits, 1 to 9, to keep of float16 tokens, which are then compressed; None keeps all ten."""
     with_pixels: bool = True
     """Store the frames too; the side network's pixel stem needs them."""
     weights: str | None = None
@@ -60,11 +66,23 @@ class ExtractConfig:
     decode_timeout_s: float = 60.0
     """CPU seconds that decoding may take beyond the video's own length."""
     calibration_videos: int = 64
-    """Training videos whose tokens fix the int8 scale."""
+    """Training videos whose tokens the codec is fitted on."""
     seed: int = 0
     """Of the split, the calibration sample and random weights."""
+    num_workers: int | None = None
+    """Processes of a local Dask cluster that share the shards; None works in this process."""
+    scheduler: str | None = None
+    """Address of a Dask scheduler whose workers share the shards."""
+    prepare: bool = False
+    """Write the store's skeleton with its codec, and stop."""
+    part: tuple[int, int] | None = None
+    """(i, n): only the i-th of n equal parts of all shards, i from 1."""
     limit: int | None = None
     """Work on the first so many pending rows this time (whole shards); None takes all."""
+    retry_failed: bool = False
+    """Do shards with failed rows anew; what decodes by now is then in them."""
+    repair: bool = False
+    """Verify the store at `out` first, and do anew what is damaged."""
     overwrite: bool = False
     """Replace a store that stands at `out`."""
 
@@ -79,15 +97,26 @@ class ExtractConfig:
             "--batch-size": self.batch_size,
             "--decoders": self.num_decoders,
             "--limit": self.limit,
-            "calibration_videos": self.calibration_videos,
+            "--workers": self.num_workers,
+            "--calibration-videos": self.calibration_videos,
+            "--channels": self.channels,
         }
         for name, count in at_least_one.items():
             if count is not None and count < 1:
                 raise ConfigError(f"{name} must be at least 1; found {count}")
+        if self.keep_bits is not None and (self.dtype != "float16" or not 1 <= self.keep_bits <= 9):
+            raise ConfigError(
+                f"--keep-bits takes 1 to 9 of the ten mantissa bits of --dtype float16; found {self.keep_bits} "
+                f"with --dtype {self.dtype}"
+            )
         if not 0 < self.decode_timeout_s <= _MAX_TIMEOUT_S:
             raise ConfigError(
                 f"--decode-timeout takes seconds above 0, at most {_MAX_TIMEOUT_S}; found {self.decode_timeout_s:g}"
             )
+        if self.num_workers is not None and self.scheduler is not None:
+            raise ConfigError("--workers starts a cluster here, --scheduler joins one that is there: take one of them")
+        if self.part is not None and not 1 <= self.part[0] <= self.part[1]:
+            raise ConfigError(f"--part takes I/N with I from 1 to N; found {self.part[0]}/{self.part[1]}")
         if self.dataset != "table" and (self.annotations is not None or self.columns):
             raise ConfigError(f"--annotations and --column are for --dataset table, not for {self.dataset}")
 

@@ -4,6 +4,7 @@
     backbone               tokens, in batches across the videos of a shard
     codec                  codes, on the backbone's device
     writer thread          one shard behind
+    at the end             what the codec costs, measured on videos that it was not fitted on
 
 What is batched together depends on row numbers alone: batches restart at each shard, have a fixed size, the last is
 padded with zeros, and a video that failed leaves its slots zero. So a store does not depend on timing or on resumes.
@@ -18,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -29,23 +30,34 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ..errors import NoGoodVideoError
+from ..errors import NoGoodVideoError, StoreDamagedError
 from ..store._files import hash_text, write_json
-from ..store.codec import Codec, check_finite
+from ..store.codec import Codec, check_finite, round_mantissas
+from ..store.fidelity import FIDELITY_NAME, write_fidelity
 from ..store.layout import StoreLayout
 from ..store.manifest import ClassList
+from ..store.reader import open_store
 from ..store.records import VideoRecord, VideoResult
-from ..store.writer import RowTokens, StoreWriter, create_store, refuse_existing, resume_store
-from .backbone import Backbone, build_backbone, parse_layers, resolve_device
-from .calibration import FRAMES_PER_VIDEO, fit_codec, group_for_calibration
+from ..store.verify import verify_store
+from ..store.writer import RowTokens, StoreWriter, create_store, refuse_existing, repair_store, resume_store
+from .backbone import Backbone, build_backbone, resolve_device
+from .calibration import (
+    fit_codec,
+    frames_per_video,
+    gather_sample,
+    group_for_calibration,
+    measure_codec,
+)
+from .cluster import run_on_workers
 from .config import DEFAULT_FRAMES, ExtractConfig
 from .datasets import read_dataset
 from .decoding import DecodedVideo, DecodeRequest, DecoderPool
+from .planning import NUM_VIEWS, plan_layout, require_space
 
 ReportProgress = Callable[[str, int, int], None]
 """Called with what is under way, how many videos are done, and how many there are."""
 
-_NUM_VIEWS = 1
+_MEASURED_VIDEOS = 16
 
 _log = logging.getLogger(__name__)
 
@@ -95,7 +107,31 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
     """
     start = time.perf_counter()
     clock = StageClock()
-    records = read_dataset(
+    records = _read_records(config)
+    if not _is_store(config.out):
+        refuse_existing(config.out, overwrite=config.overwrite)
+    with DecoderPool(config.num_decoders or os.cpu_count() or 1) as pool:
+        report("building the backbone", 0, len(records))
+        job, attributes = _set_up(config, records, pool, clock, report)
+        with job.open_store(attributes) as writer:
+            shards = [] if config.prepare else job.undone_shards(writer)
+            if config.num_workers is None and config.scheduler is None:
+                num_done = job.run(writer, shards)
+            else:
+                num_done = _run_on_workers(config, shards, job.layout, clock, report)
+            table = writer.consolidate()
+        if job.wants_measuring(table):
+            job.measure(table)
+    summary = _summarise(config.out, table, time.perf_counter() - start)
+    _write_stats(config.out, clock, num_done, summary.seconds)
+    if summary.videos["ok"] == 0 and summary.videos["pending"] == 0:
+        reasons = "; ".join(sorted({row["reason"] for row in summary.failed})[:3])
+        raise NoGoodVideoError(f"not one of {len(records)} videos decodes. First reasons: {reasons}")
+    return summary
+
+
+def _read_records(config: ExtractConfig) -> list[VideoRecord]:
+    return read_dataset(
         config.dataset,
         config.root,
         annotations=config.annotations,
@@ -103,31 +139,73 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
         splits=config.splits,
         seed=config.seed,
     )
-    if not _is_store(config.out):
-        refuse_existing(config.out, overwrite=config.overwrite)
+
+
+def _set_up(
+    config: ExtractConfig, records: Sequence[VideoRecord], pool: DecoderPool, clock: StageClock, report: ReportProgress
+) -> tuple[_Extraction, dict[str, Any]]:
+    """An extraction without its weights as yet, and what its store records of it."""
     num_frames = [config.frames_of(record.split) for record in records]
     if unused := sorted(set(config.frames) - {""} - {record.split for record in records} - set(DEFAULT_FRAMES)):
         _log.warning("--frames names %s: no video is in such a split", ", ".join(unused))
-    device = resolve_device(config.device)
-    num_decoders = config.num_decoders or os.cpu_count() or 1
-    with DecoderPool(num_decoders) as pool:
-        report("building the backbone", 0, len(records))
-        with clock.stage("start"):
-            backbone = build_backbone(
-                config.model, weights=config.weights, device=device, precision=config.precision, seed=config.seed
-            )
-            layout = _plan_layout(config, backbone, len(records), max(num_frames))
-            attributes = _describe(config, backbone, records, pool.library_versions())
-        job = _Extraction(config, records, num_frames, backbone, layout, pool, clock, report)
-        with job.open_store(attributes) as writer:
-            num_done = job.run(writer)
-            table = writer.consolidate()
-    summary = _summarise(config.out, table, time.perf_counter() - start)
-    _write_stats(config.out, clock, num_done, summary.seconds)
-    if summary.videos["ok"] == 0 and summary.videos["pending"] == 0:
-        reasons = "; ".join(sorted({row["reason"] for row in summary.failed})[:3])
-        raise NoGoodVideoError(f"not one of {len(records)} videos decodes. First reasons: {reasons}")
-    return summary
+    with clock.stage("start"):
+        backbone = build_backbone(
+            config.model,
+            weights=config.weights,
+            device=resolve_device(config.device),
+            precision=config.precision,
+            seed=config.seed,
+        )
+        layout = plan_layout(config, backbone, len(records), max(num_frames))
+        attributes = _describe(config, backbone, records, pool.library_versions())
+    return _Extraction(config, records, num_frames, backbone, layout, pool, clock, report), attributes
+
+
+def _run_on_workers(
+    config: ExtractConfig, shards: Sequence[int], layout: StoreLayout, clock: StageClock, report: ReportProgress
+) -> int:
+    """Have shards done by Dask's workers; the seconds of all of them are counted together."""
+    done, total = 0, sum(len(layout.shard_rows(shard)) for shard in shards)
+
+    def count(rows: int, seconds: dict[str, float]) -> None:
+        nonlocal done
+        done += rows
+        for name, value in seconds.items():
+            clock.seconds[name] = clock.seconds.get(name, 0.0) + value
+        report("extracting", done, total)
+
+    if shards:
+        run_on_workers(config, shards, count)
+    return done
+
+
+class WorkerJob:
+    """An extraction in a worker of a cluster, one shard after another; a context manager."""
+
+    def __init__(self, config: ExtractConfig) -> None:
+        self._config = config
+        self._open = ExitStack()
+
+    def __enter__(self) -> WorkerJob:
+        config, records = self._config, _read_records(self._config)
+        pool = self._open.enter_context(DecoderPool(config.num_decoders or os.cpu_count() or 1))
+        self._clock = StageClock()
+        self._job, attributes = _set_up(config, records, pool, self._clock, lambda *_: None)
+        writer = resume_store(
+            config.out, layout=self._job.layout, attributes=attributes, records=records, is_worker=True
+        )
+        self._writer = self._open.enter_context(writer)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def process(self, shard: int) -> tuple[int, dict[str, float]]:
+        """Do one shard; its number of rows, and seconds by stage."""
+        rows = self._job.run(self._writer, [shard])
+        seconds = dict(self._clock.seconds)
+        self._clock.seconds.clear()
+        return rows, seconds
 
 
 def batch_slots(num_frames: Sequence[int], num_views: int, batch_size: int) -> list[list[tuple[int, int, int]]]:
@@ -163,7 +241,7 @@ class _Extraction:
         self._records = records
         self._num_frames = num_frames
         self._backbone = backbone
-        self._layout = layout
+        self.layout = layout
         self._pool = pool
         self._clock = clock
         self._report = report
@@ -174,22 +252,18 @@ class _Extraction:
         """Go on with the store that is there, or calibrate and create one."""
         config = self._config
         if _is_store(config.out) and not config.overwrite:
-            return resume_store(config.out, layout=self._layout, attributes=attributes, records=self._records)
+            if config.repair:
+                self._repair(attributes)
+            return resume_store(config.out, layout=self.layout, attributes=attributes, records=self._records)
+        if not (config.overwrite or config.prepare):  # what is overwritten makes room first
+            self._require_space(self._limit(list(range(self.layout.num_shards))))
         self._load_weights()
         self._report("calibrating the codec", 0, len(self._records))
         with self._clock.stage("calibration"):
-            groups = group_for_calibration(self._records, config.seed)
-            codec = fit_codec(
-                config.dtype,
-                (self._decode_ahead(self._request(r, FRAMES_PER_VIDEO) for r in group) for group in groups),
-                self._backbone,
-                self._layout.layers,
-                num_videos=config.calibration_videos,
-                batch_size=config.batch_size,
-            )
+            codec = self._make_codec()
         return create_store(
             config.out,
-            layout=self._layout,
+            layout=self.layout,
             attributes=attributes,
             records=self._records,
             codec=codec,
@@ -197,10 +271,100 @@ class _Extraction:
             overwrite=config.overwrite,
         )
 
-    def run(self, writer: StoreWriter) -> int:
-        """Work through the pending shards; returns the number of videos done."""
-        shards = self._limit(writer.pending_shards())
-        rows = [row for shard in shards for row in self._layout.shard_rows(shard)]
+    def _repair(self, attributes: dict[str, Any]) -> None:
+        """Put back what is damaged of the whole store, and mark damaged shards undone."""
+        store = open_store(self._config.out)
+        damage = verify_store(store, self._report)
+        if not damage:
+            return
+        self._load_weights()
+        try:
+            codec = store.codec
+        except StoreDamagedError:
+            with self._clock.stage("calibration"):
+                codec = self._make_codec()
+        repair_store(
+            store.path,
+            damage,
+            layout=self.layout,
+            attributes={**attributes, "created": store.attributes["created"]},
+            records=self._records,
+            codec=codec,
+            head=self._backbone.read_head(),
+        )
+        shards = sorted({one.shard for one in damage if one.shard is not None})
+        _log.warning("%s: %d damages; doing %d shards anew", store.path, len(damage), len(shards))
+
+    def _make_codec(self) -> Codec:
+        config, layout = self._config, self.layout
+        if config.codec_from is not None:
+            return open_store(config.codec_from).codec
+        if not self._is_fitted_here:
+            return Codec(dtype=config.dtype)
+        groups = group_for_calibration(self._records, config.seed)
+        num_frames = frames_per_video(len(groups[0]) or len(self._records))
+        decoded = (self._decode_records(group, num_frames) for group in groups)
+        return fit_codec(
+            config.dtype,
+            gather_sample(decoded, config.calibration_videos),
+            self._backbone,
+            layout.layers,
+            channels=layout.channels,
+            batch_size=config.batch_size,
+        )
+
+    def wants_measuring(self, table: pa.Table) -> bool:
+        """Whether the store is complete, its codec loses anything, and no one has said how much."""
+        statuses = set(table["status"].to_pylist())
+        is_exact = self.layout.patch_dtype == "float32" and self.layout.channels == self.layout.width
+        return not is_exact and "ok" in statuses and "pending" not in statuses and not self._fidelity_path.exists()
+
+    @property
+    def _fidelity_path(self) -> Path:
+        return self._config.out / FIDELITY_NAME
+
+    def measure(self, table: pa.Table) -> None:
+        """Code and decode videos that calibration did not see, and leave in the store what that cost."""
+        self._load_weights()
+        self._report("measuring the codec", 0, len(self._records))
+        with self._clock.stage("measuring"):
+            good = set(table.filter(pa.compute.equal(table["status"], "ok"))["video_id"].to_pylist())
+            ordered = [
+                [record for record in group if record.video_id in good]
+                for group in group_for_calibration(self._records, self._config.seed)
+            ]
+            first = next(group for group in ordered if group)
+            num_fitted = self._config.calibration_videos if self._is_fitted_here else 0
+            unseen = [record for group in ordered for record in (group[num_fitted:] if group is first else group)]
+            chosen = (unseen or first)[:_MEASURED_VIDEOS]
+            num_frames = frames_per_video(len(chosen))
+            sample = gather_sample([self._decode_records(chosen, num_frames)], len(chosen))
+            store = open_store(self._config.out)
+            layers = measure_codec(
+                store.codec,
+                self.layout.keep_bits,
+                sample,
+                self._backbone,
+                self.layout.layers,
+                batch_size=self._config.batch_size,
+            )
+        write_fidelity(store.path, layers, videos=len(set(sample.video_ids)), is_held_out=bool(unseen))
+
+    @property
+    def _is_fitted_here(self) -> bool:
+        is_identity = self.layout.patch_dtype != "int8" and self.layout.channels == self.layout.width
+        return self._config.codec_from is None and not is_identity
+
+    def undone_shards(self, writer: StoreWriter) -> list[int]:
+        """What this run has to do; there is room for it on the disk."""
+        undone = {*writer.pending_shards(), *(writer.failed_shards() if self._config.retry_failed else ())}
+        shards = self._limit(sorted(undone))
+        self._require_space(shards)
+        return shards
+
+    def run(self, writer: StoreWriter, shards: Sequence[int]) -> int:
+        """Work through some shards; returns the number of videos done."""
+        rows = [row for shard in shards for row in self.layout.shard_rows(shard)]
         if not rows:
             return 0
         self._load_weights()
@@ -212,7 +376,7 @@ class _Extraction:
         with ThreadPoolExecutor(1, thread_name_prefix="s4v-write") as thread:
             writing: Future[None] | None = None
             for shard in shards:
-                tokens, results = self._process_shard(self._layout.shard_rows(shard), videos)
+                tokens, results = self._process_shard(self.layout.shard_rows(shard), videos)
                 with self._clock.stage("waiting for the writer"):
                     if writing is not None:
                         writing.result()
@@ -230,7 +394,7 @@ class _Extraction:
         """Decode, forward and encode the rows of one shard."""
         decoded: list[DecodedVideo] = []
         tokens: dict[int, RowTokens] = {}
-        batches = batch_slots([self._num_frames[row] for row in rows], _NUM_VIEWS, self._config.batch_size)
+        batches = batch_slots([self._num_frames[row] for row in rows], NUM_VIEWS, self._config.batch_size)
         # A shard smaller than a batch is one batch of its own size.
         batch_size = min(self._config.batch_size, len(batches[0]))
         for batch in batches:
@@ -253,8 +417,8 @@ class _Extraction:
         tokens: dict[int, RowTokens],
     ) -> None:
         """Forward one padded batch and put codes, class tokens and embeddings where they belong."""
-        height, width = self._layout.image_size
-        shown = self._layout.pixel_offsets.index(0)
+        height, width = self.layout.image_size
+        shown = self.layout.pixel_offsets.index(0)
         pixels = np.zeros((batch_size, height, width, 3), dtype=np.uint8)
         filled = []
         for slot, (place, view, frame) in enumerate(batch):
@@ -265,36 +429,37 @@ class _Extraction:
         if not filled:
             return
         with self._clock.stage("backbone"):
-            output = self._backbone.encode_frames(torch.from_numpy(pixels), self._layout.layers)
+            output = self._backbone.encode_frames(torch.from_numpy(pixels), self.layout.layers)
         with self._clock.stage("encoding"):
-            codes = self._encode(output.patches)
-            cls = self._cast_class_tokens(output.cls)
-            check_finite(output.embedding, output.embedding, self._backbone.info.depth - 1)
+            ids = [self._records[rows[place]].video_id for place, _, _ in batch]
+            codes = self._encode(output.patches, ids)
+            cls = self._cast_class_tokens(output.cls, ids)
+            check_finite(output.embedding, output.embedding, self._backbone.info.depth - 1, ids)
             embedding = output.embedding.cpu().numpy()
             for slot, row_tokens, view, frame in filled:
                 row_tokens.patches[view, frame] = codes[slot]
                 row_tokens.cls[view, frame] = cls[slot]
                 row_tokens.embedding[view, frame] = embedding[slot]
 
-    def _encode(self, patches: Sequence[torch.Tensor]) -> np.ndarray:
+    def _encode(self, patches: Sequence[torch.Tensor], video_ids: Sequence[str]) -> np.ndarray:
         """(B, L, N, K) codes from one (B, N, D) for each layer."""
         assert self._codec is not None
         coded = []
         for place, values in enumerate(patches):
             codes = self._codec.encode(values, place)
-            check_finite(codes, values, self._layout.layers[place])
+            check_finite(codes, values, self.layout.layers[place], video_ids)
             coded.append(codes)
-        return torch.stack(coded, dim=1).cpu().numpy()
+        return round_mantissas(torch.stack(coded, dim=1).cpu().numpy(), self.layout.keep_bits)
 
-    def _cast_class_tokens(self, tokens: torch.Tensor) -> np.ndarray:
+    def _cast_class_tokens(self, tokens: torch.Tensor, video_ids: Sequence[str]) -> np.ndarray:
         """(B, L, D) in the dtype that the store keeps class tokens in."""
-        cast = tokens.to(getattr(torch, self._layout.cls_dtype))
-        for place, block in enumerate(self._layout.layers):
-            check_finite(cast[:, place], tokens[:, place], block)
+        cast = tokens.to(getattr(torch, self.layout.cls_dtype))
+        for place, block in enumerate(self.layout.layers):
+            check_finite(cast[:, place], tokens[:, place], block, video_ids)
         return cast.cpu().numpy()
 
     def _allocate(self, pixels: np.ndarray) -> RowTokens:
-        layout = self._layout
+        layout = self.layout
         place = pixels.shape[:2]
         num_layers = len(layout.layers)
         return RowTokens(
@@ -315,6 +480,11 @@ class _Extraction:
         while futures:
             yield futures.popleft().result()
 
+    def _decode_records(
+        self, records: Sequence[VideoRecord], num_frames: int
+    ) -> Iterator[tuple[VideoRecord, DecodedVideo]]:
+        yield from zip(records, self._decode_ahead(self._request(r, num_frames) for r in records), strict=True)
+
     def _request(self, record: VideoRecord, num_frames: int) -> DecodeRequest:
         config = self._config
         return DecodeRequest(
@@ -322,15 +492,23 @@ class _Extraction:
             num_frames=num_frames,
             sampling=config.sampling,
             resize=config.resize,
-            crop_px=self._layout.image_size[0],
+            crop_px=self.layout.image_size[0],
             start_s=record.start_s,
             end_s=record.end_s,
             decoder=config.decoder,
             timeout_s=config.decode_timeout_s,
         )
 
+    def _require_space(self, shards: Sequence[int]) -> None:
+        frames = sum(self._num_frames[row] for shard in shards for row in self.layout.shard_rows(shard))
+        require_space(self.layout, NUM_VIEWS * frames, self._config.out)
+
     def _limit(self, shards: list[int]) -> list[int]:
-        """The first shards that hold `limit` rows together, the last one whole."""
+        """Those of this machine's part, of them the first that hold `limit` rows together, the last one whole."""
+        if self._config.part is not None:
+            part, num_parts = self._config.part
+            bounds = [place * self.layout.num_shards // num_parts for place in (part - 1, part)]
+            shards = [shard for shard in shards if bounds[0] <= shard < bounds[1]]
         if self._config.limit is None:
             return shards
         taken, num_rows = [], 0
@@ -338,7 +516,7 @@ class _Extraction:
             if num_rows >= self._config.limit:
                 break
             taken.append(shard)
-            num_rows += len(self._layout.shard_rows(shard))
+            num_rows += len(self.layout.shard_rows(shard))
         return taken
 
     def _load_weights(self) -> None:
@@ -351,23 +529,6 @@ class _Extraction:
 
 def _is_store(path: Path) -> bool:
     return (path / "zarr.json").is_file()
-
-
-def _plan_layout(config: ExtractConfig, backbone: Backbone, num_rows: int, num_frames: int) -> StoreLayout:
-    info = backbone.info
-    return StoreLayout(
-        num_rows=num_rows,
-        num_views=_NUM_VIEWS,
-        num_frames=num_frames,
-        layers=parse_layers(config.layers, info.depth),
-        num_patches=info.num_patches,
-        width=info.width,
-        channels=info.width,
-        embed_dim=info.embed_dim,
-        image_size=info.image_size,
-        patch_dtype=config.dtype,
-        with_pixels=config.with_pixels,
-    )
 
 
 def _describe(
@@ -388,6 +549,7 @@ def _describe(
         "decoder": config.decoder,
         "seed": config.seed,
         "calibration_videos": config.calibration_videos,
+        "codec_from": None if config.codec_from is None else str(config.codec_from.resolve()),
         "libraries": dict(sorted({**libraries, **decoder_versions}.items())),
     }
 

@@ -14,6 +14,9 @@ from hypothesis import strategies as st
 from s4v.errors import ConfigError, NoGoodVideoError, StoreExistsError, StoreMismatchError
 from s4v.extract.backbone import build_backbone
 from s4v.extract.pipeline import batch_slots, extract_dataset
+from s4v.store.codec import round_mantissas
+from s4v.store.fidelity import measure_fidelity
+from s4v.store.info import describe_store
 from s4v.store.reader import open_store
 
 
@@ -275,3 +278,86 @@ def test_real_files_make_a_store(real_videos, tmp_path, make_config):
         "path": "real/corrupted.mp4",
         "reason": "truncated: 28 of 50 frames decode",
     }
+
+
+@pytest.fixture(scope="module")
+def projected_store(video_folder, tmp_path_factory, make_config):
+    out = tmp_path_factory.mktemp("projected") / "k24.zarr"
+    extract_dataset(make_config(video_folder, out, dtype="int8", channels=24))
+    return out
+
+
+def test_projected_tokens_lose_what_the_store_says_they_lose(projected_store, float_store):
+    coded, exact = open_store(projected_store), open_store(float_store)
+    fidelity = describe_store(coded)["fidelity"]
+    clips = coded.read_clips([0, 5], [[0, 2, 3]] * 2)
+    assert clips.patches.shape[-1] == 24
+    tokens, decoded = exact.read_clips([0, 5], [[0, 2, 3]] * 2).patches, coded.decode_patches(clips.patches)
+    assert len(fidelity["layers"]) == len(coded.layout.layers)
+    for place, told in enumerate(fidelity["layers"]):
+        assert told["layer"] == coded.layout.layers[place]
+        found = measure_fidelity(tokens[:, :, place], decoded[:, :, place], told["layer"])
+        assert found.variance_kept == pytest.approx(told["variance_kept"], abs=0.05)
+        assert 0.3 < told["variance_kept"] < 1
+
+
+def test_the_codecs_cost_is_measured_on_videos_it_was_not_fitted_on(int8_store, video_folder, tmp_path, make_config):
+    told = describe_store(open_store(int8_store))["fidelity"]
+    assert told["is_held_out"] and told["videos"] == 2, "the 8 good training videos are calibration's"
+    assert all(one["error_median"] < 0.02 for one in told["layers"])
+    extract_dataset(make_config(video_folder, tmp_path / "train.zarr", dtype="int8", splits=("train",)))
+    told = describe_store(open_store(tmp_path / "train.zarr"))["fidelity"]
+    assert not told["is_held_out"]
+
+
+def test_float_codes_need_no_calibration_and_exact_ones_no_measuring(float_store):
+    assert describe_store(open_store(float_store))["fidelity"] is None
+
+
+def test_a_codec_can_be_shared(projected_store, video_folder, tmp_path, make_config):
+    config = make_config(video_folder, tmp_path / "again.zarr", dtype="int8", codec_from=projected_store, seed=0)
+    extract_dataset(config)
+    ours, theirs = open_store(config.out), open_store(projected_store)
+    assert ours.codec.sha256 == theirs.codec.sha256
+    assert np.array_equal(ours.read_clips([0], [[0, 1]]).patches, theirs.read_clips([0], [[0, 1]]).patches)
+
+
+def test_a_codec_for_other_tokens_is_refused(projected_store, video_folder, tmp_path, make_config):
+    config = make_config(
+        video_folder, tmp_path / "other.zarr", dtype="float16", codec_from=projected_store, layers="1,3", channels=12
+    )
+    with pytest.raises(StoreMismatchError) as caught:
+        extract_dataset(config)
+    for part in ("dtype int8 there, float16 here", "there, (1, 3, 5) here", "channels 24 there, 12 here"):
+        assert part in str(caught.value)
+    assert not config.out.exists()
+
+
+def test_kept_bits_make_a_smaller_store(video_folder, tmp_path, make_config, float_store):
+    config = make_config(video_folder, tmp_path / "rounded.zarr", dtype="float16", keep_bits=3)
+    extract_dataset(config)
+    facts = describe_store(open_store(config.out))
+    whole = describe_store(open_store(float_store))["arrays"]["patches"]["bytes"] / 2
+    assert facts["arrays"]["patches"]["bytes"] < 0.7 * whole
+    tokens = open_store(float_store).read_clips([0], [[0, 3]]).patches.astype(np.float16)
+    assert np.array_equal(open_store(config.out).read_clips([0], [[0, 3]]).patches, round_mantissas(tokens, 3))
+    assert [one["layer"] for one in facts["fidelity"]["layers"]] == facts["layers"]
+
+
+def test_impossible_codecs_are_refused_before_anything_is_written(video_folder, tmp_path, make_config):
+    out = tmp_path / "none.zarr"
+    with pytest.raises(ConfigError, match="--channels 193 is more than the 192 channels of tiny-clip"):
+        extract_dataset(make_config(video_folder, out, channels=193))
+    with pytest.raises(ConfigError, match=r"--channels 0|--channels must be at least 1"):
+        make_config(video_folder, out, channels=0)
+    with pytest.raises(ConfigError, match="--keep-bits takes 1 to 9 .* found 3 with --dtype int8"):
+        make_config(video_folder, out, dtype="int8", keep_bits=3)
+    assert not out.exists()
+
+
+def test_too_few_tokens_for_a_projection_are_refused(make_video, tmp_path, make_config):
+    make_video(tmp_path / "videos/a/0.mp4", num_frames=2)
+    config = make_config(tmp_path / "videos", tmp_path / "few.zarr", dtype="int8", channels=150, calibration_videos=1)
+    with pytest.raises(ConfigError, match=r"--channels 150 wants more than 150 tokens .* 1 videos have"):
+        extract_dataset(config)
+    assert not config.out.exists()

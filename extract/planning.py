@@ -1,0 +1,272 @@
+"""`s4v plan`: what an extraction will take in bytes, hours and money, and whether the cache pays."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..errors import ConfigError, StoreMismatchError
+from ..store.layout import StoreLayout
+from ..store.reader import StoreReader, open_store
+from .backbone import Backbone, build_backbone, parse_layers, resolve_device
+from .config import ExtractConfig
+from .datasets import default_paths, read_dataset
+
+NUM_VIEWS = 1
+_DEFAULT_INT8_CHANNELS = 256
+_READ_BYTES_PER_S = 500e6
+"""What a cheap solid-state disk reads at random; the default where the user states none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """An extraction before it is paid for."""
+
+    videos: int
+    frames: int
+    """Cached, of all videos and views."""
+    bytes_by_array: dict[str, int]
+    free_bytes: int | None
+    """Where the store would lie; None where that is not known."""
+    frames_per_second: float | None
+    """Of the backbone on one device; None where nobody said."""
+    hours: float | None
+    """On one device."""
+    price: float | None
+    read_seconds_per_epoch: float
+    """Of one training epoch's clips from disk."""
+    forward_seconds_per_epoch: float | None
+    """Of the backbone, if it ran on the clips of every epoch instead."""
+    break_even_epochs: float | None
+    """Epochs after which the cache has cost less time than running the backbone in each of them; infinite where
+    reading takes longer than running it. None where the backbone's rate is not known."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all arrays."""
+        return sum(self.bytes_by_array.values())
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the store fits on the disk; None where the free space is not known."""
+        return None if self.free_bytes is None else self.total_bytes <= self.free_bytes
+
+
+def plan_layout(config: ExtractConfig, backbone: Backbone, num_rows: int, num_frames: int) -> StoreLayout:
+    """The sizes of the store that an extraction makes.
+
+    Raises:
+        ConfigError: If `--channels` or `--layers` ask for what the backbone does not have.
+        StoreMismatchError: If the codec to be taken over does not fit.
+    """
+    info = backbone.info
+    channels = config.channels or (min(info.width, _DEFAULT_INT8_CHANNELS) if config.dtype == "int8" else info.width)
+    if config.codec_from is not None:
+        channels = _check_codec_source(config, backbone, open_store(config.codec_from))
+    if channels > info.width:
+        raise ConfigError(f"--channels {channels} is more than the {info.width} channels of {config.model}")
+    return StoreLayout(
+        num_rows=num_rows,
+        num_views=NUM_VIEWS,
+        num_frames=num_frames,
+        layers=parse_layers(config.layers, info.depth),
+        num_patches=info.num_patches,
+        width=info.width,
+        channels=channels,
+        embed_dim=info.embed_dim,
+        image_size=info.image_size,
+        patch_dtype=config.dtype,
+        keep_bits=config.keep_bits,
+        with_pixels=config.with_pixels,
+    )
+
+
+def _check_codec_source(config: ExtractConfig, backbone: Backbone, source: StoreReader) -> int:
+    """K of a store whose codec is to be taken.
+
+    Raises:
+        StoreMismatchError: If that codec was fitted on other tokens than this extraction makes; all differences listed.
+    """
+    info, theirs = asdict(backbone.info), source.attributes["backbone"]
+    wanted = {name: info[name] for name in ("architecture", "weights_sha256", "width", "image_size", "mean", "std")}
+    wanted |= {"layers": parse_layers(config.layers, backbone.info.depth), "dtype": config.dtype}
+    there = {**theirs, "layers": source.layout.layers, "dtype": source.layout.patch_dtype}
+    if config.channels is not None:
+        wanted["channels"], there["channels"] = config.channels, source.layout.channels
+    differences = [
+        f"{name} {there[name]} there, {value} here"
+        for name, value in wanted.items()
+        if (list(value) if isinstance(value, tuple) else value)
+        != (list(there[name]) if isinstance(there[name], tuple) else there[name])
+    ]
+    if differences:
+        raise StoreMismatchError(f"the codec of {source.path} (--codec-from) does not fit: {'; '.join(differences)}")
+    return source.layout.channels
+
+
+def plan_extraction(
+    layout: StoreLayout,
+    frames_by_split: Mapping[str, tuple[int, int]],
+    *,
+    clip_frames: int = 8,
+    frames_per_second: float | None = None,
+    price_per_hour: float | None = None,
+    read_bytes_per_s: float = _READ_BYTES_PER_S,
+    folder: Path | None = None,
+) -> Plan:
+    """Work out what an extraction takes.
+
+    Args:
+        layout: Of the store; its number of rows does not matter.
+        frames_by_split: Videos and cached frames of each video, by split.
+        clip_frames: T, frames of a training clip.
+        frames_per_second: Of the backbone on one device: stated, or from `probe_backbone`.
+        price_per_hour: Of that device.
+        read_bytes_per_s: Of the disk in training.
+        folder: Where the store would lie.
+    """
+    videos = sum(count for count, _ in frames_by_split.values())
+    frames = layout.num_views * sum(count * cached for count, cached in frames_by_split.values())
+    num_training, cached_in_training = frames_by_split.get(
+        "train", (videos, max(c for _, c in frames_by_split.values()))
+    )
+    clips = num_training * min(clip_frames, cached_in_training)
+    frame_bytes = layout.bytes_per_frame
+    read_s = clips * sum(size for name, size in frame_bytes.items() if name != "embedding") / read_bytes_per_s
+    extract_s = forward_s = break_even = None
+    if frames_per_second is not None:
+        extract_s, forward_s = frames / frames_per_second, clips / frames_per_second
+        saved = forward_s - read_s
+        break_even = extract_s / saved if saved > 0 else float("inf")
+    hours = None if extract_s is None else extract_s / 3600
+    return Plan(
+        videos=videos,
+        frames=frames,
+        bytes_by_array={name: size * frames for name, size in frame_bytes.items()},
+        free_bytes=None if folder is None else _free_bytes(folder),
+        frames_per_second=frames_per_second,
+        hours=hours,
+        price=None if hours is None or price_per_hour is None else hours * price_per_hour,
+        read_seconds_per_epoch=read_s,
+        forward_seconds_per_epoch=forward_s,
+        break_even_epochs=break_even,
+    )
+
+
+def plan_command(
+    *,
+    model: str,
+    videos: int | None,
+    dataset: str | None,
+    root: Path | None,
+    annotations: Path | None,
+    columns: dict[str, str],
+    out: Path | None,
+    frames: dict[str, int],
+    layers: str,
+    dtype: str,
+    channels: int | None,
+    with_pixels: bool,
+    rate: float | None,
+    with_probe: bool,
+    device: str,
+    precision: str | None,
+    batch_size: int,
+    price: float | None,
+    clip_frames: int,
+    read_bytes_per_s: float,
+) -> Plan:
+    """The plan of an extraction as the command line describes it: a number of videos, or a data set that is there.
+
+    Raises:
+        S4vError: If the model, the data set or an option is not one that an extraction could have.
+    """
+    counts = {"train": videos or 0}
+    if dataset is not None:
+        root, out = default_paths(dataset, root, out)
+        records = read_dataset(dataset, root, annotations=annotations, columns=columns)
+        counts = dict(Counter(record.split for record in records))
+    config = ExtractConfig(
+        model=model,
+        dataset="folder",
+        root=root or Path(),
+        out=out or Path("store"),
+        frames=frames,
+        layers=layers,
+        dtype=dtype,  # type: ignore[arg-type]
+        channels=channels,
+        with_pixels=with_pixels,
+        precision=precision,  # type: ignore[arg-type]
+    )
+    backbone = build_backbone(model, weights="random", device=resolve_device(device), precision=config.precision)
+    by_split = {split: (count, config.frames_of(split)) for split, count in counts.items()}
+    num_rows, num_frames = sum(counts.values()), max(cached for _, cached in by_split.values())
+    layout = plan_layout(config, backbone, num_rows, num_frames)
+    if with_probe:
+        rate = probe_backbone(backbone.load_weights(), layout, batch_size)
+    return plan_extraction(
+        layout,
+        by_split,
+        clip_frames=clip_frames,
+        frames_per_second=rate,
+        price_per_hour=price,
+        read_bytes_per_s=read_bytes_per_s,
+        folder=config.out,
+    )
+
+
+def probe_backbone(backbone: Backbone, layout: StoreLayout, batch_size: int, seconds: float = 20.0) -> float:
+    """Frames per second of the backbone on the machine at hand, with random weights and random frames.
+
+    Args:
+        backbone: Weights loaded.
+        layout: Which layers, and the size of the frames.
+        batch_size: Frames in one pass.
+        seconds: To measure for, at least two passes after a first one that does not count.
+    """
+    height, width = layout.image_size
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (batch_size, height, width, 3), dtype=np.uint8))
+
+    def run() -> None:
+        backbone.encode_frames(pixels, layout.layers).embedding.cpu()
+
+    run()
+    start, passes = time.perf_counter(), 0
+    while passes < 2 or time.perf_counter() - start < seconds:
+        run()
+        passes += 1
+    return passes * batch_size / (time.perf_counter() - start)
+
+
+def require_space(layout: StoreLayout, frames: int, out: Path) -> None:
+    """Refuse an extraction whose store cannot fit.
+
+    Args:
+        layout: Of the store.
+        frames: Cached frames that are still to be written, of all rows and views.
+        out: The store.
+
+    Raises:
+        ConfigError: With what is needed and what is free.
+    """
+    needed, free = frames * sum(layout.bytes_per_frame.values()), _free_bytes(out)
+    # Compressed patches need less, nobody knows how much.
+    if layout.keep_bits is None and needed > free:
+        raise ConfigError(
+            f"{out} needs {needed / 1e9:.1f} GB more and its disk has {free / 1e9:.1f} GB free. What is finished is "
+            "kept. Take fewer --layers, --channels or --frames, another --out, or a part of the work (--limit)."
+        )
+
+
+def _free_bytes(path: Path) -> int:
+    """Of the disk that a file would be on; its folders need not exist."""
+    existing = next(parent for parent in [path, *path.absolute().parents] if os.path.lexists(parent))
+    return shutil.disk_usage(existing).free

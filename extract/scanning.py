@@ -1,0 +1,87 @@
+"""`s4v scan`: decode what an extraction would decode, without a backbone."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..store._files import write_atomic
+from .config import ExtractConfig
+from .datasets import read_dataset
+from .decoding import DecodedVideo, DecodeRequest, DecoderPool
+
+_FACTS = ("decoder", "num_frames", "fps", "duration_s", "width", "height")
+_SMALLEST_PX = 32
+"""Side of the crop that decoders are asked for: resizing is not what is looked at."""
+
+
+def scan_dataset(
+    config: ExtractConfig, out: Path, report: Callable[[str, int, int], None] = lambda *_: None
+) -> dict[str, Any]:
+    """Decode the frames of every video that an extraction would take.
+
+    Args:
+        config: The extraction; its model and store play no part.
+        out: Parquet file to write: video_id, path, split, class_name, bytes, status, reason, decoder, num_frames, fps,
+            duration_s, width, height.
+        report: Told about progress.
+
+    Returns:
+        out, videos (ok, failed), reasons (videos by code), failed (video_id, path, reason of each).
+    """
+    records = read_dataset(
+        config.dataset, config.root, annotations=config.annotations, columns=config.columns, seed=config.seed
+    )
+    rows: list[dict[str, Any]] = []
+    num_decoders = config.num_decoders or os.cpu_count() or 1
+    with DecoderPool(num_decoders) as pool:
+        pending: deque[Future[DecodedVideo]] = deque()
+        upcoming = iter(records)
+        for record in records:
+            while len(pending) <= 2 * num_decoders and (following := next(upcoming, None)) is not None:
+                path = config.root.resolve() / following.path
+                request = DecodeRequest(
+                    path=str(path),
+                    num_frames=config.frames_of(following.split),
+                    sampling=config.sampling,
+                    resize=config.resize,
+                    crop_px=_SMALLEST_PX,
+                    start_s=following.start_s,
+                    end_s=following.end_s,
+                    decoder=config.decoder,
+                    timeout_s=config.decode_timeout_s,
+                )
+                pending.append(pool.submit(request))
+            video = pending.popleft().result()
+            path = config.root / record.path
+            rows.append(
+                {
+                    "video_id": record.video_id,
+                    "path": record.path,
+                    "split": record.split,
+                    "class_name": record.class_name,
+                    "bytes": path.stat().st_size if path.is_file() else None,
+                    "status": "ok" if video.pixels is not None else "failed",
+                    "reason": video.facts.get("reason"),
+                    **{name: video.facts.get(name) for name in _FACTS},
+                }
+            )
+            report("scanning", len(rows), len(records))
+    table = pa.Table.from_pylist(rows)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, lambda temporary: pq.write_table(table, temporary))
+    failed = [{n: row[n] for n in ("video_id", "path", "reason")} for row in rows if row["status"] == "failed"]
+    reasons = Counter(row["reason"].partition(":")[0] for row in failed)
+    return {
+        "out": str(out),
+        "videos": {"ok": len(rows) - len(failed), "failed": len(failed)},
+        "reasons": dict(reasons.most_common()),
+        "failed": failed,
+    }

@@ -1,0 +1,78 @@
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from s4v.cli import app
+from s4v.errors import ConfigError
+from s4v.extract.planning import plan_extraction, require_space
+from s4v.store.layout import StoreLayout
+
+VIT_E = StoreLayout(
+    num_rows=240_436,
+    num_views=1,
+    num_frames=8,
+    layers=tuple(range(1, 64, 2)),
+    num_patches=256,
+    width=1792,
+    channels=1792,
+    embed_dim=1024,
+    image_size=(224, 224),
+    patch_dtype="float16",
+)
+K400 = {"train": (240_436, 8)}
+
+
+def told(*options):
+    result = CliRunner().invoke(app, ["plan", *options, "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_kinetics_with_the_giant():
+    found = told("--model", "vit-e", "--videos", "240436", "--frames", "8", "--dtype", "float16")
+    sizes = found["bytes_by_array"]
+    assert round((sizes["patches"] + sizes["cls"]) / 1e12, 1) == 56.7
+    assert round((sizes["patches"] + sizes["cls"] + sizes["pixels"]) / 1e12, 1) == 57.0
+    small = told("--model", "vit-e", "--videos", "240436", "--frames", "8", "--dtype", "int8", "--channels", "256")
+    assert 4.4 < small["total_bytes"] / 1e12 < 4.6
+
+
+def test_the_cache_breaks_even_when_it_cost_less_than_running_the_backbone():
+    plan = plan_extraction(VIT_E, K400, frames_per_second=20, price_per_hour=2.0, read_bytes_per_s=1e12)
+    assert plan.hours == pytest.approx(240_436 * 8 / 20 / 3600)
+    assert plan.price == pytest.approx(2 * plan.hours)
+    assert plan.break_even_epochs == pytest.approx(1, abs=0.01), "what is cached once is what one epoch would run"
+    jittered = plan_extraction(
+        VIT_E, {"train": (1000, 16), "val": (100, 8)}, frames_per_second=20, read_bytes_per_s=1e12
+    )
+    assert jittered.break_even_epochs == pytest.approx((16_000 + 800) / 8000, rel=0.01)
+
+
+def test_a_cache_that_is_slower_than_the_backbone_never_pays():
+    plan = plan_extraction(VIT_E, K400, frames_per_second=1000, read_bytes_per_s=500e6)
+    assert plan.read_seconds_per_epoch > plan.forward_seconds_per_epoch
+    assert math.isinf(plan.break_even_epochs)
+
+
+def test_the_command_says_so_in_words(tmp_path, video_folder):
+    common = ["plan", "--model", "tiny-clip", "--dataset", "folder", "--root", str(video_folder)]
+    result = CliRunner().invoke(app, [*common, "--out", str(tmp_path / "new" / "x.zarr")])
+    assert result.exit_code == 0, result.output
+    assert "11, 160 cached frames" in result.stdout and "free there" in result.stdout
+    assert "not known: state --rate" in result.stdout
+    result = CliRunner().invoke(app, [*common, "--rate", "50", "--epochs", "2"])
+    assert "breaks even after" in result.stdout and "it does not pay for 2 epochs" in result.stdout
+    result = CliRunner().invoke(app, [*common, "--rate", "1e9"])
+    assert "does not pay: reading its tokens takes longer" in result.stdout
+    result = CliRunner().invoke(app, ["plan", "--model", "tiny-clip"])
+    assert result.exit_code == 1 and "one of --videos N and --dataset NAME" in result.stderr
+
+
+def test_an_extraction_that_cannot_fit_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"needs 5699\d\.\d GB more and its disk has .* free"):
+        require_space(VIT_E, 240_436 * 8, tmp_path / "k400.zarr")
+    require_space(VIT_E, 1, tmp_path / "one.zarr")
+    require_space(replace(VIT_E, keep_bits=3), 240_436 * 8, tmp_path / "unknown.zarr")
