@@ -12,6 +12,12 @@ from ..errors import ConfigError
 Inputs = Literal["all", "tokens", "pixels"]
 """What a side network sees."""
 
+Family = Literal["clip", "eva"]
+"""Which of the reference's side blocks: the one that it puts beside CLIP, or the one beside EVA."""
+
+Task = Literal["recognition", "retrieval"]
+"""Clips to class scores, or frames to embeddings that are compared with texts."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:

@@ -11,8 +11,8 @@ from torch import nn
 from ..errors import ConfigError, StoreMismatchError
 from ..store.codec import Codec
 from ..store.reader import StoreReader
-from .config import Inputs
-from .side_network import ARRAYS, SideNetwork
+from .config import Family, Inputs, Task
+from .side_network import ARRAYS, RetrievalSideNetwork, SideNetwork
 
 _SIDE_WIDTHS = {768: 320, 1024: 512, 1792: 576}
 """The paper's side widths, by the backbone's."""
@@ -39,6 +39,7 @@ class HeadConfig:
 
     name: str
     num_classes: int
+    """0 for retrieval."""
     layers: tuple[int, ...]
     """Backbone blocks that it reads, ascending."""
     width: int
@@ -49,6 +50,15 @@ class HeadConfig:
     """S; None for heads without one."""
     inputs: Inputs = "all"
     """What the side network sees; other heads always see all that they read."""
+    family: Family = "clip"
+    """The side network's blocks; runs from before there was a choice have CLIP's, whatever their backbone."""
+    task: Task = "recognition"
+    embed_dim: int | None = None
+    """E, of retrieval."""
+    norm_eps: float | None = None
+    """Of the tower's final norm, of retrieval."""
+    has_projection_bias: bool = False
+    """Whether the tower's projection has a bias, of retrieval."""
 
 
 class LinearProbe(nn.Module):
@@ -127,7 +137,13 @@ def plan_head(
         patch_px=store.attributes["backbone"]["patch_size"][0],
         side_width=side_width,
         inputs=inputs,
+        family=side_family(store) if name == "side4video" else "clip",
     )
+
+
+def side_family(store: StoreReader) -> Family:
+    """Which side blocks the reference puts beside a store's backbone: EVA's beside EVA, else CLIP's."""
+    return "eva" if store.attributes["backbone"]["architecture"].startswith("EVA") else "clip"
 
 
 def build_head(config: HeadConfig) -> Any:
@@ -135,6 +151,19 @@ def build_head(config: HeadConfig) -> Any:
     if config.name == "linear":
         return LinearProbe(config.width, config.num_classes)
     assert config.side_width is not None
+    if config.task == "retrieval":
+        assert config.embed_dim is not None and config.norm_eps is not None
+        return RetrievalSideNetwork(
+            num_layers=len(config.layers),
+            width=config.width,
+            side_width=config.side_width,
+            num_patches=config.num_patches,
+            patch_px=config.patch_px,
+            embed_dim=config.embed_dim,
+            norm_eps=config.norm_eps,
+            has_projection_bias=config.has_projection_bias,
+            family=config.family,
+        )
     return SideNetwork(
         num_layers=len(config.layers),
         width=config.width,
@@ -142,5 +171,6 @@ def build_head(config: HeadConfig) -> Any:
         num_patches=config.num_patches,
         patch_px=config.patch_px,
         num_classes=config.num_classes,
+        family=config.family,
         inputs=config.inputs,
     )

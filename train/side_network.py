@@ -1,30 +1,38 @@
 """The side network: a light spatial-temporal ladder beside the frozen backbone's tapped layers.
 
+Four variants from the same parts: for recognition (`SideNetwork`) or retrieval (`RetrievalSideNetwork`), beside CLIP or
+EVA. The two families differ in where a block and a tap normalise; docs/side_network.md has all of it as formulas.
 Token-major throughout: activations are (B, T, N, S), so every projection is one matrix product over the last axis.
 
 Source:
     Side4Video, https://arxiv.org/abs/2311.15769; reference code HJYao00/Side4Video at 5d72352,
-    Recognition/clip/model.py. Ours differs in layout (the reference permutes between five of them in each block), in
-    computing the stem and the temporal convolution as matrix products and shifted sums, and in taking cached tokens
-    or their codes instead of running the backbone. Outputs and gradients agree: tests/train/test_parity.py.
+    Recognition/clip/model.py, Recognition/eva_clip/eva_vit_model.py, Retrieval/modules/module_clip.py and
+    Retrieval/eva_clip/eva_vit_model.py. Ours differs in layout (the reference permutes between five of them in each
+    block), in computing the stem and the temporal convolution as matrix products and shifted sums, in one product for
+    queries, keys and values, and in taking cached tokens or their codes instead of running the backbone. Outputs and
+    gradients agree: tests/train/test_parity.py.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..errors import StoreMismatchError
 from ..store.codec import Codec
-from .config import Inputs
+from .config import Family, Inputs
 
 _HEAD_WIDTH = 64
 
 # The reference's initialisation counts 12 blocks whatever the depth.
 _INIT_DEPTH = 12
+
+_POSITION_STD: dict[Family, float] = {"clip": 0.01, "eva": 0.02}
 
 ARRAYS: dict[str, tuple[str, ...]] = {
     "all": ("patches", "cls", "pixels"),
@@ -34,8 +42,8 @@ ARRAYS: dict[str, tuple[str, ...]] = {
 """By what a side network sees: the arrays of a store that it reads."""
 
 
-class SideNetwork(nn.Module):
-    """Recognition from the tapped layers of a CLIP backbone and from the pixels themselves.
+class SideLadder(nn.Module):
+    """What all variants share: the stem on the pixels, then a tap and a block for each layer.
 
     Args:
         num_layers: L, tapped layers; one block each.
@@ -43,8 +51,9 @@ class SideNetwork(nn.Module):
         side_width: S, a multiple of 64.
         num_patches: N, patches of a frame.
         patch_px: Side of a patch, as in the backbone.
-        num_classes: Classes to tell apart.
+        family: `clip` has pre-norm blocks and taps Linear(LN(h)), `eva` post-norm blocks and taps LN(Linear(h)).
         inputs: `all`, or for ablations `pixels` (every token is zero) or `tokens` (the stem's output is zero).
+        has_class_position: Whether the class token has a position embedding too, before those of the patches.
     """
 
     def __init__(
@@ -55,29 +64,29 @@ class SideNetwork(nn.Module):
         side_width: int,
         num_patches: int,
         patch_px: int,
-        num_classes: int,
+        family: Family = "clip",
         inputs: Inputs = "all",
+        has_class_position: bool = False,
     ) -> None:
         super().__init__()
         self.arrays = ARRAYS[inputs]
         self.width = width
         self.num_patches = num_patches
+        is_post_norm = family == "eva"
         self.stem = PixelStem(side_width, patch_px) if "pixels" in self.arrays else None
-        self.position = nn.Parameter(torch.empty(num_patches, side_width))
-        self.taps = nn.ModuleList(Tap(width, side_width) for _ in range(num_layers))
-        self.blocks = nn.ModuleList(SideBlock(side_width) for _ in range(num_layers))
-        self.norm = nn.BatchNorm2d(side_width)
-        self.classifier = nn.Linear(side_width, num_classes)
-        nn.init.normal_(self.position, std=0.01)
+        self.position = nn.Parameter(torch.empty(num_patches + has_class_position, side_width))
+        self.taps = nn.ModuleList(Tap(width, side_width, is_post_norm) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(SideBlock(side_width, is_post_norm) for _ in range(num_layers))
+        nn.init.normal_(self.position, std=_POSITION_STD[family])
 
-    def forward(
+    def climb(
         self,
         pixels: torch.Tensor | None,
         patches: torch.Tensor | None,
         cls: torch.Tensor | None,
         codec: Codec | None = None,
     ) -> torch.Tensor:
-        """Score clips.
+        """Side tokens after the last block.
 
         Args:
             pixels: (B, T, 3, H, W), normalised as for the backbone; None where `inputs` leaves them out.
@@ -86,7 +95,7 @@ class SideNetwork(nn.Module):
             codec: Decodes the codes of each layer when its tap needs them; arrays on the same device.
 
         Returns:
-            (B, num_classes) logits.
+            (B, T, N, S).
 
         Raises:
             StoreMismatchError: If the number of layers or patches is not this network's.
@@ -112,10 +121,173 @@ class SideNetwork(nn.Module):
             tokens = tokens.to(cls.dtype) if codec is None else codec.decode(tokens, layer)
             x = 0.5 * x + 0.5 * tap(tokens)
             x = block(x, tap(cls[:, :, layer]), self.position)
-        # Channel-major, this once: the mean makes gradients that all but cancel in the batch norm, and torch's kernel
-        # for this layout sums them in double precision.
-        x = self.norm(x.permute(0, 3, 1, 2).contiguous()).mean(dim=(2, 3))  # (B, T, N, S) -> (B, S)
-        return self.classifier(x)
+        return x
+
+
+class SideNetwork(SideLadder):
+    """Recognition: the mean over time and space, then a classifier.
+
+    Beside CLIP a batch norm comes before the mean, beside EVA none.
+
+    Args:
+        num_layers: L, tapped layers; one block each.
+        width: D, the backbone's.
+        side_width: S, a multiple of 64.
+        num_patches: N, patches of a frame.
+        patch_px: Side of a patch, as in the backbone.
+        num_classes: Classes to tell apart.
+        family: As in `SideLadder`.
+        inputs: As in `SideLadder`.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        width: int,
+        side_width: int,
+        num_patches: int,
+        patch_px: int,
+        num_classes: int,
+        family: Family = "clip",
+        inputs: Inputs = "all",
+    ) -> None:
+        super().__init__(
+            num_layers=num_layers,
+            width=width,
+            side_width=side_width,
+            num_patches=num_patches,
+            patch_px=patch_px,
+            family=family,
+            inputs=inputs,
+        )
+        self.norm = nn.BatchNorm2d(side_width) if family == "clip" else nn.Identity()
+        self.classifier = nn.Linear(side_width, num_classes)
+
+    def forward(
+        self,
+        pixels: torch.Tensor | None,
+        patches: torch.Tensor | None,
+        cls: torch.Tensor | None,
+        codec: Codec | None = None,
+    ) -> torch.Tensor:
+        """Score clips.
+
+        Args:
+            pixels: As in `SideLadder.climb`.
+            patches: As there.
+            cls: As there.
+            codec: As there.
+
+        Returns:
+            (B, num_classes) logits.
+
+        Raises:
+            StoreMismatchError: If the number of layers or patches is not this network's.
+        """
+        x = self.climb(pixels, patches, cls, codec)
+        return self.classifier(_normalise_out(self.norm, x).mean(dim=(2, 3)))
+
+
+class RetrievalSideNetwork(SideLadder):
+    """Retrieval: the mean over space, added to the backbone's last class token, through the frozen tower's own end.
+
+    The last tapped layer must be the backbone's last block: its class token is the one that is added to.
+
+    Args:
+        num_layers: L, tapped layers; one block each.
+        width: D, the backbone's.
+        side_width: S, a multiple of 64.
+        num_patches: N, patches of a frame.
+        patch_px: Side of a patch, as in the backbone.
+        embed_dim: E, the backbone's.
+        norm_eps: Of the tower's final norm: 1e-5 for CLIP, 1e-6 for EVA.
+        has_projection_bias: Whether the tower's projection has a bias: EVA's has.
+        family: As in `SideLadder`.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        width: int,
+        side_width: int,
+        num_patches: int,
+        patch_px: int,
+        embed_dim: int,
+        norm_eps: float,
+        has_projection_bias: bool,
+        family: Family = "clip",
+    ) -> None:
+        super().__init__(
+            num_layers=num_layers,
+            width=width,
+            side_width=side_width,
+            num_patches=num_patches,
+            patch_px=patch_px,
+            family=family,
+            has_class_position=family == "clip",
+        )
+        self.norm = nn.BatchNorm2d(side_width)
+        self.widen = nn.Linear(side_width, width, bias=False)
+        self.end = TowerEnd(width, embed_dim, norm_eps, has_projection_bias)
+        nn.init.normal_(self.widen.weight, std=side_width**-0.5)
+        # The reference trains the end of EVA's tower along, at a thousandth of the rate, and leaves CLIP's frozen.
+        self.end.requires_grad_(family == "eva")
+
+    def forward(
+        self,
+        pixels: torch.Tensor | None,
+        patches: torch.Tensor | None,
+        cls: torch.Tensor,
+        codec: Codec | None = None,
+    ) -> torch.Tensor:
+        """Embed the frames of clips.
+
+        Args:
+            pixels: As in `SideLadder.climb`.
+            patches: As there.
+            cls: (B, T, L, D) class tokens of the tapped layers, the last one the backbone's last.
+            codec: As there.
+
+        Returns:
+            (B, T, E), not normalised.
+
+        Raises:
+            StoreMismatchError: If the number of layers or patches is not this network's.
+        """
+        x = self.climb(pixels, patches, cls, codec)
+        x = _normalise_out(self.norm, x).mean(dim=3).transpose(1, 2)  # (B, S, T, N) -> (B, T, S)
+        return self.end(self.widen(x) + cls[:, :, -1])
+
+
+class TowerEnd(nn.Module):
+    """The end of a backbone's tower: its final norm and the projection to the space that it shares with texts."""
+
+    def __init__(self, width: int, embed_dim: int, norm_eps: float, has_bias: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
+        self.project = nn.Linear(width, embed_dim, bias=has_bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., E)."""
+        return self.project(self.norm(x))
+
+    def load_arrays(self, head: Mapping[str, np.ndarray]) -> None:
+        """Take the weights of a store's `head`: norm_weight, norm_bias, norm_eps, proj_weight and, for EVA, proj_bias.
+
+        Raises:
+            StoreMismatchError: If they are of another size, or a bias is there or missing.
+        """
+        names = {"norm_weight": "norm.weight", "norm_bias": "norm.bias"}
+        names |= {"proj_weight": "project.weight", "proj_bias": "project.bias"}
+        state = {ours: torch.from_numpy(np.array(head[name])) for name, ours in names.items() if name in head}
+        expected = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if found != expected:
+            raise StoreMismatchError(f"the network's end takes {expected}; the store's head holds {found}")
+        self.load_state_dict(state)
+        self.norm.eps = float(head["norm_eps"])
 
 
 class PixelStem(nn.Module):
@@ -143,24 +315,29 @@ class PixelStem(nn.Module):
 
 
 class Tap(nn.Module):
-    """Reads one backbone layer: LayerNorm over D, then a projection to S."""
+    """Reads one backbone layer: LayerNorm over D, then a projection to S; post-norm, projection, then LayerNorm."""
 
-    def __init__(self, width: int, side_width: int) -> None:
+    def __init__(self, width: int, side_width: int, is_post_norm: bool = False) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
+        self.is_post_norm = is_post_norm
+        self.norm = nn.LayerNorm(side_width if is_post_norm else width)
         self.project = nn.Linear(width, side_width)
         nn.init.normal_(self.project.weight, std=(2 * side_width) ** -0.5)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., S)."""
-        return self.project(self.norm(tokens))
+        return self.norm(self.project(tokens)) if self.is_post_norm else self.project(self.norm(tokens))
 
 
 class SideBlock(nn.Module):
-    """Temporal convolution, attention inside each frame with the shifted class token, MLP; all residual."""
+    """Temporal convolution, attention inside each frame with the shifted class token, MLP; all residual.
 
-    def __init__(self, side_width: int) -> None:
+    Pre-norm each branch is x + f(norm(x)), post-norm x + norm(f(x)): the sum itself is never normalised.
+    """
+
+    def __init__(self, side_width: int, is_post_norm: bool = False) -> None:
         super().__init__()
+        self.is_post_norm = is_post_norm
         self.temporal_norm = nn.BatchNorm2d(side_width)
         self.temporal = TemporalConv(side_width)
         self.attention_norm = nn.LayerNorm(side_width)
@@ -172,10 +349,13 @@ class SideBlock(nn.Module):
         self.mlp = nn.Sequential(widen, nn.GELU(), narrow)
 
     def forward(self, x: torch.Tensor, cls: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """Side tokens (B, T, N, S), the tap's class tokens (B, T, S), position embedding (N, S) -> (B, T, N, S)."""
+        """Side tokens (B, T, N, S), the tap's class tokens (B, T, S), position (N or 1+N, S) -> (B, T, N, S)."""
+        if self.is_post_norm:
+            x = x + normalise_tokens(self.temporal_norm, self.temporal(x))
+            x = x + self.attention_norm(self.attention(prepend_class_token(x, cls, position)))
+            return x + normalise_tokens(self.mlp_norm, self.mlp(x))
         x = x + self.temporal(normalise_tokens(self.temporal_norm, x))
-        keys = torch.cat([shift_class_token(cls)[:, :, None], x + position], dim=2)  # (B, T, 1+N, S)
-        x = x + self.attention(self.attention_norm(keys))
+        x = x + self.attention(self.attention_norm(prepend_class_token(x, cls, position)))
         return x + self.mlp(normalise_tokens(self.mlp_norm, x))
 
 
@@ -238,6 +418,25 @@ def shift_class_token(cls: torch.Tensor) -> torch.Tensor:
     """First half of the channels from frame t+1, second half from t-1, zeros at the ends: (B, T, S) -> (B, T, S)."""
     later, earlier = cls.split(cls.shape[-1] // 2, dim=-1)
     return torch.cat([F.pad(later[:, 1:], (0, 0, 0, 1)), F.pad(earlier[:, :-1], (0, 0, 1, 0))], dim=-1)
+
+
+def prepend_class_token(x: torch.Tensor, cls: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """What the patches of a frame attend to: (B, T, N, S), class tokens (B, T, S) -> (B, T, 1+N, S).
+
+    The class token comes first, shifted in time; position embeddings (N, S) are the patches', (1+N, S) also its own,
+    added after the shift.
+    """
+    first = shift_class_token(cls)[:, :, None]
+    if len(position) > x.shape[2]:
+        first, position = first + position[:1], position[1:]
+    return torch.cat([first, x + position], dim=2)
+
+
+def _normalise_out(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The norm before the mean: (B, T, N, S) -> (B, S, T, N)."""
+    # Channel-major, this once: the mean makes gradients that all but cancel in the batch norm, and torch's kernel
+    # for this layout sums them in double precision.
+    return norm(x.permute(0, 3, 1, 2).contiguous())
 
 
 def _residual_std(side_width: int) -> float:

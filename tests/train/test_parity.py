@@ -1,62 +1,103 @@
-"""Our side network against the reference's own modules: golden files made by running HJYao00/Side4Video at 5d72352."""
+"""Our side networks against the reference's own modules: golden files made by running HJYao00/Side4Video at 5d72352."""
 
 import json
+import logging
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from s4v.errors import WeightsError
-from s4v.train.official import load_official_checkpoint, rename_official
+from s4v.train.official import (
+    describe_unused,
+    load_official_checkpoint,
+    read_official_checkpoint,
+    rename_official,
+)
+from s4v.train.side_network import RetrievalSideNetwork, SideNetwork
+
+VARIANTS = ("recognition_clip", "recognition_eva", "retrieval_clip", "retrieval_eva")
+
+# A bias directly before a batch norm changes nothing: its gradient is zero but for rounding. After the depthwise
+# convolution, too, where only a linear layer lies between.
+NO_GRADIENT = {
+    "clip": {"stem.bias"},
+    "eva": {"stem.bias", "blocks.0.temporal.bias", "blocks.0.temporal.project.bias", "blocks.0.mlp.2.bias"},
+}
 
 
-@pytest.fixture(scope="module")
-def golden(data_path):
-    folder = data_path / "recognition_clip"
+class Golden(NamedTuple):
+    folder: Path
+    config: dict
+    inputs: tuple
+    io: dict
+    grads: dict
+
+    @property
+    def family(self):
+        return self.config["variant"].partition("_")[2]
+
+    def state(self):
+        checkpoint = torch.load(self.folder / "checkpoint.pt", weights_only=True)
+        return dict(checkpoint.get("model_state_dict", checkpoint))
+
+
+def read_golden(folder):
     config = json.loads((folder / "config.json").read_text())
     io = load_file(folder / "io.safetensors")
     batch, frames = config["batch"], config["frames"]
     tokens = io["tokens"].view(batch, frames, *io["tokens"].shape[1:])
     inputs = (io["pixels"].view(batch, frames, *io["pixels"].shape[1:]), tokens[:, :, :, 1:], tokens[:, :, :, 0])
-    return folder, config, inputs, io, load_file(folder / "grads.safetensors")
+    return Golden(folder, config, inputs, io, load_file(folder / "grads.safetensors"))
 
 
-def load(folder, config, dtype=torch.float32):
-    return load_official_checkpoint(folder / "checkpoint.pt", frames=config["frames"]).to(dtype)
+@pytest.fixture(scope="module", params=VARIANTS)
+def golden(request, data_path):
+    return read_golden(data_path / request.param)
+
+
+@pytest.fixture(scope="module")
+def recognition_clip(data_path):
+    return read_golden(data_path / "recognition_clip")
+
+
+def load(golden, dtype=torch.float32):
+    path = golden.folder / "checkpoint.pt"
+    return load_official_checkpoint(path, frames=golden.config["frames"]).to(dtype)
 
 
 def relative(found, expected):
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
-def gradients(folder, config, inputs, io, dtype):
-    network = load(folder, config, dtype).train()
-    output = network(*(tensor.to(dtype) for tensor in inputs))
-    (output * io["train_cotangent"].to(dtype)).sum().backward()
-    return output, {name: parameter.grad for name, parameter in network.named_parameters()}
+def gradients(golden, dtype):
+    network = load(golden, dtype).train()
+    output = network(*(tensor.to(dtype) for tensor in golden.inputs))
+    (output * golden.io["train_cotangent"].to(dtype)).sum().backward()
+    return {name: parameter.grad for name, parameter in network.named_parameters()}
 
 
 def test_evaluation_output_equals_the_reference(golden):
-    folder, config, inputs, io, _ = golden
     with torch.inference_mode():
-        assert relative(load(folder, config)(*inputs), io["eval_output"]) < 1e-5
+        assert relative(load(golden)(*golden.inputs), golden.io["eval_output"]) < 1e-5
 
 
 def test_training_output_equals_the_reference(golden):
-    folder, config, inputs, io, _ = golden
-    assert relative(load(folder, config).train()(*inputs), io["train_output"]) < 1e-5
+    assert relative(load(golden).train()(*golden.inputs), golden.io["train_output"]) < 1e-5
 
 
 def test_gradients_equal_the_reference(golden):
     """Relative to the largest gradient of the same layer, weight and bias together.
 
-    Batch norm makes the gradients of biases before it sums that nearly cancel (that of stem.bias is zero): relative
-    to their own size both sides are rounding. The next test compares them without that rounding on our side.
+    Batch norm makes the gradients of biases before it sums that nearly cancel (some are zero): relative to their own
+    size both sides are rounding. The next test compares them without that rounding on our side.
     """
-    folder, config, inputs, io, grads = golden
-    expected = rename_official(grads)
-    assert len(expected) == len(grads) == 26, "every golden gradient has a place in our network"
-    _, found = gradients(folder, config, inputs, io, torch.float32)
+    expected = rename_official(golden.grads)
+    joined = sum("attn.q_proj" in name for name in golden.grads)
+    assert len(expected) == len(golden.grads) - 2 * joined > 20, "every golden gradient has a place in our network"
+    found = gradients(golden, torch.float32)
     scale: dict[str, float] = {}
     for name, tensor in expected.items():
         layer = name.rpartition(".")[0]
@@ -71,23 +112,71 @@ def test_gradients_equal_the_reference(golden):
 
 def test_gradients_equal_the_reference_in_double_precision(golden):
     """Each tensor relative to its own size; what is left is the rounding of the golden file itself (1.1e-5)."""
-    folder, config, inputs, io, grads = golden
-    _, found = gradients(folder, config, inputs, io, torch.float64)
-    for name, tensor in rename_official(grads).items():
-        if name == "stem.bias":  # zero but for rounding
-            assert found[name].abs().max() < 1e-12
+    found = gradients(golden, torch.float64)
+    for name, tensor in rename_official(golden.grads).items():
+        if name in NO_GRADIENT[golden.family]:
+            assert found[name].abs().max() < 1e-12, name
             continue
         assert relative(tensor.double(), found[name]) < 2e-5, name
 
 
-def test_module_prefix_makes_no_difference(golden, tmp_path):
-    folder, _, inputs, io, _ = golden
-    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    state = {f"module.{name}": tensor for name, tensor in checkpoint["model_state_dict"].items()}
-    torch.save({"model_state_dict": state}, tmp_path / "prefixed.pt")
+def test_the_variant_is_told_from_the_names(golden):
+    official = read_official_checkpoint(golden.folder / "checkpoint.pt")
+    head, config = official.head, golden.config
+    assert f"{head.task}_{head.family}" == config["variant"]
+    assert head.layers == tuple(config["tapped_layers"])
+    assert (head.width, head.side_width, head.patch_px) == (config["width"], config["side_dim"], config["patch"])
+    assert head.num_patches == (config["resolution"] // config["patch"]) ** 2
+    assert official.depth == config["layers"]
+    is_retrieval = head.task == "retrieval"
+    assert type(official.build()) is (RetrievalSideNetwork if is_retrieval else SideNetwork)
+    assert head.embed_dim == (config["embed_dim"] if is_retrieval else None)
+    assert head.num_classes == (0 if is_retrieval else config["classes"])
+
+
+def test_the_backbone_is_left_out_and_reported(golden, caplog):
+    official = read_official_checkpoint(golden.folder / "checkpoint.pt")
+    place = "transformer.resblocks" if golden.family == "clip" else "blocks"
+    told = [name for name in official.unused if name.endswith(place)]
+    assert len(told) == 1
+    kept = sum(t.numel() for t in official.build().state_dict().values())
+    assert kept + 1 < sum(t.numel() for t in golden.state().values())
+    with caplog.at_level(logging.INFO):
+        load(golden)
+    assert f"not used: {describe_unused(official.unused)}" in caplog.text
+    assert f"{place} (" in caplog.text
+
+
+@pytest.mark.parametrize("is_wrapped", [True, False])
+def test_module_prefix_and_wrapping_make_no_difference(golden, tmp_path, is_wrapped):
+    state = {f"module.{name}": tensor for name, tensor in golden.state().items()}
+    torch.save({"model_state_dict": state} if is_wrapped else state, tmp_path / "prefixed.pt")
     network = load_official_checkpoint(tmp_path / "prefixed.pt", frames=4)
     with torch.inference_mode():
-        assert relative(network(*inputs), io["eval_output"]) < 1e-5
+        assert relative(network(*golden.inputs), golden.io["eval_output"]) < 1e-5
+
+
+def test_what_retrieval_trained_beside_the_vision_tower_is_kept(data_path, tmp_path):
+    golden = read_golden(data_path / "retrieval_eva")
+    state = golden.state() | {"clip.text.proj": torch.ones(2, 3), "video_weight_fc.0.weight": torch.ones(4)}
+    torch.save(state, tmp_path / "with_text.pt")
+    official = read_official_checkpoint(tmp_path / "with_text.pt")
+    assert set(official.text) == {"clip.text.proj", "video_weight_fc.0.weight"}
+    assert not set(official.text) & set(official.unused)
+
+
+def test_layers_are_asked_for_where_the_names_leave_them_open(recognition_clip, tmp_path):
+    state = {name: t for name, t in recognition_clip.state().items() if ".resblocks." not in name}
+    torch.save({"model_state_dict": state}, tmp_path / "alone.pt")
+    with pytest.raises(
+        WeightsError, match="holds 2 side blocks and no backbone: which it reads is left open.*--layers"
+    ):
+        load_official_checkpoint(tmp_path / "alone.pt", frames=4)
+    assert read_official_checkpoint(tmp_path / "alone.pt", layers=(7, 3)).head.layers == (3, 7)
+    with pytest.raises(WeightsError, match="--layers must name 2 backbone blocks; found 3"):
+        read_official_checkpoint(tmp_path / "alone.pt", layers=(1, 2, 3))
+    with pytest.raises(WeightsError, match="a backbone of 2 blocks: --layers 1,2 are not all among them"):
+        read_official_checkpoint(recognition_clip.folder / "checkpoint.pt", layers=(1, 2))
 
 
 def test_checkpoints_that_are_not_ours_to_read_are_refused(tmp_path):
@@ -96,27 +185,53 @@ def test_checkpoints_that_are_not_ours_to_read_are_refused(tmp_path):
             return (print, ("owned",))
 
     torch.save({"model_state_dict": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(WeightsError, match="not a checkpoint of plain tensors"):
+    with pytest.raises(WeightsError, match="not a whole checkpoint of plain tensors"):
         load_official_checkpoint(tmp_path / "evil.pt", frames=4)
-    torch.save({"model_state_dict": {"visual.proj": torch.zeros(2)}}, tmp_path / "other.pt")
-    with pytest.raises(WeightsError, match="not a CLIP recognition checkpoint of Side4Video: no tensor for position"):
+    torch.save({"model_state_dict": {"visual.proj": torch.zeros(2, 2)}}, tmp_path / "other.pt")
+    with pytest.raises(WeightsError, match="not a checkpoint of Side4Video that s4v knows: no position"):
         load_official_checkpoint(tmp_path / "other.pt", frames=4)
     for content in ([torch.zeros(2)], torch.zeros(2), {5: torch.zeros(2)}):
         torch.save(content, tmp_path / "odd.pt")
-        with pytest.raises(WeightsError, match="not a CLIP recognition checkpoint"):
+        with pytest.raises(WeightsError, match="not a checkpoint of Side4Video"):
             load_official_checkpoint(tmp_path / "odd.pt", frames=4)
     for content in (b"", b"hello world"):
         (tmp_path / "text.pt").write_bytes(content)
-        with pytest.raises(WeightsError, match="not a checkpoint of plain tensors"):
+        with pytest.raises(WeightsError, match="not a whole checkpoint of plain tensors"):
             load_official_checkpoint(tmp_path / "text.pt", frames=4)
-    with pytest.raises(WeightsError, match="not a checkpoint of plain tensors"):
+    with pytest.raises(WeightsError, match="not a whole checkpoint of plain tensors"):
         load_official_checkpoint(tmp_path / "none.pt", frames=4)
 
 
-def test_checkpoint_that_lacks_a_tensor_is_refused(golden, tmp_path):
-    folder, *_ = golden
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)["model_state_dict"]
-    del state["visual.transformer.side_transformer.0.bn_1.weight"]
-    torch.save({"model_state_dict": state}, tmp_path / "part.pt")
-    with pytest.raises(WeightsError, match="not a whole CLIP recognition checkpoint"):
+@pytest.mark.parametrize("share", [0.2, 0.9, 0.999])
+def test_truncated_checkpoint_is_refused_in_one_line(golden, tmp_path, share):
+    whole = (golden.folder / "checkpoint.pt").read_bytes()
+    (tmp_path / "part.pt").write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(WeightsError, match="not a whole checkpoint of plain tensors") as caught:
         load_official_checkpoint(tmp_path / "part.pt", frames=4)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variant", "lost"),
+    [
+        ("recognition_clip", "visual.transformer.side_transformer.0.bn_1.weight"),
+        ("recognition_eva", "visual.side_blocks.1.attn.k_proj.bias"),
+        ("retrieval_clip", "clip.visual.ln_post.bias"),
+        ("retrieval_eva", "clip.visual.side_post_bn.running_var"),
+    ],
+)
+def test_checkpoint_that_lacks_a_tensor_is_refused(data_path, tmp_path, variant, lost):
+    state = read_golden(data_path / variant).state()
+    del state[lost]
+    torch.save(state, tmp_path / "part.pt")
+    task, family = variant.split("_")
+    with pytest.raises(WeightsError, match=f"not a whole {family.upper()} {task} checkpoint") as caught:
+        load_official_checkpoint(tmp_path / "part.pt", frames=4)
+    assert "\n" not in str(caught.value)
+
+
+def test_side_blocks_without_their_head_are_refused(recognition_clip, tmp_path):
+    state = {name: t for name, t in recognition_clip.state().items() if not name.startswith("fc.")}
+    torch.save(state, tmp_path / "headless.pt")
+    with pytest.raises(WeightsError, match=r"neither a classifier fc \(recognition\) nor visual.side_proj"):
+        load_official_checkpoint(tmp_path / "headless.pt", frames=4)

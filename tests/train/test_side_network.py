@@ -4,15 +4,22 @@ import torch
 
 from s4v.errors import StoreMismatchError
 from s4v.store.codec import Codec, fit_absmax_scale
-from s4v.train.side_network import SideNetwork, shift_class_token, sum_shifted
+from s4v.train.side_network import RetrievalSideNetwork, SideNetwork, shift_class_token, sum_shifted
 
-SIZES = dict(num_layers=2, width=24, side_width=64, num_patches=9, patch_px=4, num_classes=5)
+LADDER = dict(num_layers=2, width=24, side_width=64, num_patches=9, patch_px=4)
+SIZES = dict(**LADDER, num_classes=5)
 
 
-@pytest.fixture
-def network():
+@pytest.fixture(params=["clip", "eva"])
+def network(request):
     torch.manual_seed(0)
-    return SideNetwork(**SIZES)
+    return SideNetwork(**SIZES, family=request.param)
+
+
+def retrieval_network(family):
+    torch.manual_seed(0)
+    end = dict(embed_dim=7, norm_eps=1e-5 if family == "clip" else 1e-6, has_projection_bias=family == "eva")
+    return RetrievalSideNetwork(**LADDER, **end, family=family)
 
 
 def clips(batch=2, frames=4):
@@ -29,6 +36,41 @@ def test_every_parameter_gets_a_gradient(network):
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("family", ["clip", "eva"])
+def test_every_parameter_of_retrieval_gets_a_gradient_but_the_frozen_end_of_clip(family):
+    network = retrieval_network(family)
+    network(*clips()).square().sum().backward()
+    without = {name for name, parameter in network.named_parameters() if parameter.grad is None}
+    frozen = {"end.norm.weight", "end.norm.bias", "end.project.weight"} if family == "clip" else set()
+    assert without == frozen
+
+
+@pytest.mark.parametrize("family", ["clip", "eva"])
+def test_a_silent_side_network_leaves_the_backbones_own_embedding(family):
+    """With its last projection at zero, retrieval is the frozen tower's end, as the store's head holds it."""
+    network = retrieval_network(family).eval()
+    generator = np.random.default_rng(0)
+    shapes = {"norm_weight": 24, "norm_bias": 24, "proj_weight": (7, 24)} | (
+        {"proj_bias": 7} if family == "eva" else {}
+    )
+    head = {name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    network.end.load_arrays({**head, "norm_eps": np.float32(0.25), "logit_scale": np.float32(1)})
+    torch.nn.init.zeros_(network.widen.weight)
+    pixels, patches, cls = clips()
+    last = cls[:, :, -1].numpy()
+    centred = (last - last.mean(-1, keepdims=True)) / np.sqrt(last.var(-1, keepdims=True) + 0.25)
+    expected = (centred * head["norm_weight"] + head["norm_bias"]) @ head["proj_weight"].T + head.get("proj_bias", 0)
+    found = network(pixels, patches, cls)
+    assert found.shape == (2, 4, 7)
+    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_end_of_another_tower_is_refused_with_both_sizes():
+    head = {"norm_weight": np.ones(8), "norm_bias": np.ones(8), "proj_weight": np.ones((7, 8)), "norm_eps": 1e-5}
+    with pytest.raises(StoreMismatchError, match=r"takes .*\(7, 24\).*holds .*\(7, 8\)"):
+        retrieval_network("clip").end.load_arrays(head)
 
 
 def test_codes_give_what_their_decoded_tokens_give(network):
@@ -84,12 +126,15 @@ def test_shifted_sum_is_a_convolution_over_time():
 
 def test_sizes_of_the_paper():
     """Tunable parameters that the paper states, in millions; with its K400 head of 400 classes."""
-    for sizes, stated in (
-        (dict(num_layers=12, width=768, side_width=320, num_patches=196, patch_px=16), 21),
-        (dict(num_layers=6, width=768, side_width=192, num_patches=196, patch_px=16), 4.5),
-        (dict(num_layers=24, width=1024, side_width=512, num_patches=256, patch_px=14), 102),
+    for family, sizes, stated in (
+        ("clip", dict(num_layers=12, width=768, side_width=320, num_patches=196, patch_px=16), 21),
+        ("clip", dict(num_layers=6, width=768, side_width=192, num_patches=196, patch_px=16), 4.5),
+        ("clip", dict(num_layers=24, width=1024, side_width=512, num_patches=256, patch_px=14), 102),
+        ("clip", dict(num_layers=12, width=1024, side_width=320, num_patches=256, patch_px=14), 22),
+        ("eva", dict(num_layers=32, width=1792, side_width=576, num_patches=256, patch_px=14), 183),
     ):
-        network = SideNetwork(**sizes, num_classes=400)
+        with torch.device("meta"):
+            network = SideNetwork(**sizes, num_classes=400, family=family)
         count = sum(p.numel() for p in network.parameters()) / 1e6
         assert count == pytest.approx(stated, rel=0.06), (sizes, count)
 
@@ -107,14 +152,17 @@ def test_initial_weights_follow_the_reference():
         (network.position, 0.01),
     ):
         assert tensor.std().item() == pytest.approx(std, rel=0.05)
+    eva = SideNetwork(num_layers=1, width=64, side_width=256, num_patches=64, patch_px=8, num_classes=3, family="eva")
+    assert eva.position.std().item() == pytest.approx(0.02, rel=0.05)
     assert np.isclose(network.stem.weight.abs().max().item(), (3 * 3 * 8 * 8) ** -0.5, rtol=0.02)
 
 
+@pytest.mark.parametrize("family", ["clip", "eva"])
 @pytest.mark.parametrize(("inputs", "left_out"), [("pixels", {"patches", "cls"}), ("tokens", {"pixels"})])
-def test_ablations_are_the_whole_network_without_its_other_input(inputs, left_out):
+def test_ablations_are_the_whole_network_without_its_other_input(inputs, left_out, family):
     torch.manual_seed(0)
-    ablated = SideNetwork(**SIZES, inputs=inputs).eval()
-    whole = SideNetwork(**SIZES).eval()
+    ablated = SideNetwork(**SIZES, inputs=inputs, family=family).eval()
+    whole = SideNetwork(**SIZES, family=family).eval()
     state = ablated.state_dict()
     whole.load_state_dict(state, strict=False)
     arrays = dict(zip(("pixels", "patches", "cls"), clips(), strict=True))
