@@ -419,6 +419,30 @@ def evaluate(
             print(_percentages(figures))
 
 
+@app.command(name="import")
+def import_official(
+    checkpoint: Annotated[Path, typer.Argument(help="A released checkpoint of Side4Video (.pt).")],
+    out: Annotated[Path, typer.Option(help="The run's folder.")],
+    layers: Annotated[str | None, typer.Option(help="Backbone blocks it reads: 1,3,5. [as the file tells]")] = None,
+    frames: Annotated[int, typer.Option(help="Frames of a clip; the file does not say.")] = 8,
+    features: Annotated[Path | None, typer.Option(help="A store of its backbone, to check it against.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a run from a checkpoint that the paper's authors released."""
+    with _command("import", as_json) as result:
+        chosen = _parse_numbers("--layers", layers)
+        from .train.importing import import_checkpoint
+        from .train.official import describe_unused
+
+        summary = import_checkpoint(checkpoint, out, layers=chosen, frames=frames, features=features)
+        result.update(summary)
+        if not as_json:
+            variant, checked = summary["variant"], ", ".join(summary["checked"]) or "nothing: no --features"
+            print(f"{out}: {variant['task']} beside {variant['family'].upper()}, layers {summary['layers']}")
+            print(f"checked against the store: {checked}")
+            print(f"not used: {describe_unused(summary['unused'])}")
+
+
 @app.command()
 def retrieve(
     query: Annotated[str, typer.Option(help="What to look for, in words.")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ..errors import EnvironmentFailedError, StoreMismatchError, StoreNotFoundError
+from ..errors import ConfigError, EnvironmentFailedError, StoreMismatchError, StoreNotFoundError
 from ..store._files import write_json
 from ..store.manifest import write_table
 from ..store.reader import StoreReader, open_store
@@ -24,6 +25,8 @@ from .clips import (
     resolve_clip_frames,
 )
 from .run import Run, load_checkpoint, open_run, require_matching_store
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +140,16 @@ def evaluate_run(
 
     Raises:
         StoreMismatchError: If the store does not fit the run, or the split has no good, labelled video.
+        ConfigError: If the run is of retrieval, or was imported without a store and none is named.
     """
     run = open_run(run_path)
+    if run.head.task == "retrieval":
+        raise ConfigError(
+            f"{run.path} is a retrieval run: it embeds frames and knows no classes. s4v eval cannot evaluate retrieval "
+            "yet; s4v.train.run.load_checkpoint gives its network."
+        )
+    if features is None and run.source["store"] is None:
+        raise ConfigError(f"{run.path} was imported without a store: name the one to evaluate on with --features")
     try:
         store = open_store(features if features is not None else run.source["store"])
     except StoreNotFoundError as error:
@@ -146,6 +157,9 @@ def evaluate_run(
             raise
         raise StoreNotFoundError(f"the run's own store has gone: {error} Name where it is now: --features.") from error
     require_matching_store(run, store)
+    if not run.classes:
+        _log.warning("%s names no classes: taken in the order in which %s lists them", run.path, store.path)
+        run = replace(run, classes=store.classes.names)
     data = _relabel(find_labelled_rows(store, split), store, run)
     if not len(data):
         splits = ", ".join(sorted(set(store.input_columns()["split"].to_pylist())))

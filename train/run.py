@@ -21,8 +21,8 @@ from .heads import HeadConfig, build_head
 CONFIG_NAME = "config.json"
 METRICS_NAME = "metrics.jsonl"
 
-# What a run's tokens must agree in with those of a store that it is evaluated on.
-_BACKBONE_IDENTITY = ("architecture", "weights_sha256", "width", "image_size", "mean", "std")
+BACKBONE_IDENTITY = ("architecture", "weights_sha256", "width", "image_size", "mean", "std")
+"""What a run's tokens must agree in with those of a store that it is evaluated on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +34,9 @@ class Run:
     """The resolved training configuration."""
     head: HeadConfig
     classes: tuple[str, ...]
-    """Class names in label order."""
+    """Class names in label order; none where an imported checkpoint came without a store."""
     source: dict[str, Any]
-    """What the tokens were: store, backbone, layers, sampling, resize."""
+    """What the tokens were: store, backbone, layers, sampling, resize; None for what an imported run cannot know."""
 
     @property
     def frames(self) -> int:
@@ -54,11 +54,16 @@ def create_run(config: TrainConfig, frames: int, head: HeadConfig, store: StoreR
     config.out.mkdir(parents=True, exist_ok=True)
     resolved = {**asdict(config), "features": str(config.features), "out": str(config.out), "frames": frames}
     run = Run(config.out, resolved, head, store.classes.names, describe_source(store))
-    write_json(
-        config.out / CONFIG_NAME,
-        {"train": resolved, "head": asdict(head), "classes": run.classes, "source": run.source},
-    )
+    write_run_config(run)
     return run
+
+
+def write_run_config(run: Run) -> None:
+    """Write a run's configuration into its folder, which must be there."""
+    write_json(
+        run.path / CONFIG_NAME,
+        {"train": run.config, "head": asdict(run.head), "classes": run.classes, "source": run.source},
+    )
 
 
 def refuse_existing_run(path: Path) -> None:
@@ -106,7 +111,7 @@ def describe_source(store: StoreReader) -> dict[str, Any]:
     backbone = store.attributes["backbone"]
     return {
         "store": str(store.path.resolve()),
-        "backbone": {name: backbone[name] for name in _BACKBONE_IDENTITY},
+        "backbone": {name: backbone[name] for name in BACKBONE_IDENTITY},
         "sampling": store.attributes["sampling"],
         "resize": store.attributes["resize"],
         "codec": store.attributes["codec"],
@@ -116,7 +121,8 @@ def describe_source(store: StoreReader) -> dict[str, Any]:
 def require_matching_store(run: Run, store: StoreReader) -> None:
     """Refuse a store whose tokens or classes are not what a run was trained on; all differences in one message.
 
-    The codec may differ: codes are decoded before the head sees them.
+    The codec may differ: codes are decoded before the head sees them. What an imported run does not know of its
+    tokens is not compared; of unknown classes only the number is.
 
     Raises:
         StoreMismatchError: With the differences.
@@ -124,24 +130,27 @@ def require_matching_store(run: Run, store: StoreReader) -> None:
     here, there = describe_source(store), run.source
     differences = [
         f"backbone {name}: {here['backbone'][name]} in the store, {there['backbone'][name]} in the run"
-        for name in _BACKBONE_IDENTITY
-        if here["backbone"][name] != there["backbone"][name]
+        for name in BACKBONE_IDENTITY
+        if there["backbone"][name] not in (None, here["backbone"][name])
     ]
     differences += [
         f"{name}: {here[name]} in the store, {there[name]} in the run"
         for name in ("sampling", "resize")
-        if here[name] != there[name]
+        if there[name] not in (None, here[name])
     ]
     if missing := sorted(set(run.head.layers) - set(store.layout.layers)):
         differences.append(f"layers {missing} are not in the store")
-    if set(store.classes.names) != set(run.classes):
+    if not run.classes and len(store.classes.names) != run.head.num_classes:
+        differences.append(f"classes: {len(store.classes.names)} in the store, {run.head.num_classes} in the run")
+    elif run.classes and set(store.classes.names) != set(run.classes):
         only_store = sorted(set(store.classes.names) - set(run.classes))
         only_run = sorted(set(run.classes) - set(store.classes.names))
         differences.append(f"classes: only in the store {only_store[:3]}, only in the run {only_run[:3]}")
     if differences:
+        like = run.source["store"] or "the one it was trained on"
         raise StoreMismatchError(
             f"{store.path} does not fit the run {run.path}: {'; '.join(differences)}. "
-            f"Evaluate on a store like {run.source['store']}, or train a run on this one."
+            f"Evaluate on a store like {like}, or train a run on this one."
         )
 
 
