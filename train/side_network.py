@@ -77,6 +77,9 @@ class SideLadder(nn.Module):
         self.position = nn.Parameter(torch.empty(num_patches + has_class_position, side_width))
         self.taps = nn.ModuleList(Tap(width, side_width, is_post_norm) for _ in range(num_layers))
         self.blocks = nn.ModuleList(SideBlock(side_width, is_post_norm) for _ in range(num_layers))
+
+    def draw_position(self, family: Family) -> None:
+        """Initialise the position embedding: last of all, so that a seed gives the weights that it always gave."""
         nn.init.normal_(self.position, std=_POSITION_STD[family])
 
     def climb(
@@ -163,6 +166,7 @@ class SideNetwork(SideLadder):
         )
         self.norm = nn.BatchNorm2d(side_width) if family == "clip" else nn.Identity()
         self.classifier = nn.Linear(side_width, num_classes)
+        self.draw_position(family)
 
     def forward(
         self,
@@ -234,6 +238,7 @@ class RetrievalSideNetwork(SideLadder):
         nn.init.normal_(self.widen.weight, std=side_width**-0.5)
         # The reference trains the end of EVA's tower along, at a thousandth of the rate, and leaves CLIP's frozen.
         self.end.requires_grad_(family == "eva")
+        self.draw_position(family)
 
     def forward(
         self,
