@@ -174,7 +174,8 @@ def read_official_checkpoint(path: str | Path, layers: tuple[int, ...] | None = 
 
 def describe_unused(unused: Mapping[str, int]) -> str:
     """What was not used, in a line: `visual.transformer.resblocks (24 tensors), epoch`."""
-    return ", ".join(f"{name} ({count} tensors)" if count else name for name, count in unused.items()) or "nothing"
+    counts = {name: f" ({count} tensor{'s' * (count > 1)})" if count else "" for name, count in unused.items()}
+    return ", ".join(name + count for name, count in counts.items()) or "nothing"
 
 
 def rename_official(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -165,7 +165,7 @@ def test_the_command_says_what_it_found(trained, int8_store, tmp_path):
     for place in (
         "not used: ",
         "visual.transformer.resblocks (6 tensors)",
-        "visual.ln_post.weight (1 tensors)",
+        "visual.ln_post.weight (1 tensor)",
         "epoch",
     ):
         assert place in result.stdout

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -163,6 +165,20 @@ def test_what_retrieval_trained_beside_the_vision_tower_is_kept(data_path, tmp_p
     official = read_official_checkpoint(tmp_path / "with_text.pt")
     assert set(official.text) == {"clip.text.proj", "video_weight_fc.0.weight"}
     assert not set(official.text) & set(official.unused)
+
+
+def test_a_large_backbone_is_not_read(recognition_clip, tmp_path):
+    """Memory grows by what the side network holds (2 MB), not by the 256 MB beside it."""
+    state = recognition_clip.state() | {"visual.transformer.resblocks.0.mlp.c_fc.weight": torch.ones(2**26)}
+    torch.save({"model_state_dict": state}, tmp_path / "large.pt")
+    code = (
+        "import resource\nfrom s4v.train.official import load_official_checkpoint as load\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"load({str(recognition_clip.folder / 'checkpoint.pt')!r}, frames=4)\nbefore = peak()\n"
+        f"load({str(tmp_path / 'large.pt')!r}, frames=4)\nprint(peak() - before)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(out.stdout) < 32 * 1024, "kB"
 
 
 def test_layers_are_asked_for_where_the_names_leave_them_open(recognition_clip, tmp_path):
