@@ -29,24 +29,30 @@ class TrainConfig:
     """Folder of the run; it must not exist."""
     head: str = "side4video"
     """What to train, by name."""
+    preset: str = "auto"
+    """A name of train/presets.py, `none`, or `auto`: by the store's backbone and data set. What is given here wins."""
     layers: tuple[int, ...] | None = None
-    """Backbone blocks to use; None takes all that the store holds."""
+    """Backbone blocks to use; None takes the preset's, else all that the store holds."""
     side_width: int | None = None
-    """S; None takes the paper's for the store's backbone."""
+    """S; None takes the preset's, else the paper's for the store's backbone."""
     inputs: Inputs = "all"
     """What the side network sees: `tokens` leaves out its pixel stem, `pixels` makes every token zero."""
     frames: int | None = None
     """T, frames of a clip; None takes 8, fewer where rows hold fewer."""
-    epochs: int = 30
+    epochs: int | None = None
+    """None takes the preset's, else 30."""
     batch_size: int = 32
     """Clips in a step."""
     learning_rate: float | None = None
-    """Of AdamW, after the warm-up; None takes the reference's for the store's backbone: 1e-3 for B, else 1e-4."""
-    warmup_epochs: float = 4.0
-    """The rate rises from 0 over these, then falls as a cosine to 0; at most half of all epochs are used."""
-    weight_decay: float = 0.15
-    """On all parameters, as the reference has it."""
-    label_smoothing: float = 0.1
+    """Of AdamW, after the warm-up; None takes the preset's, else the reference's for the store's backbone: 1e-3 for B,
+    else 1e-4."""
+    warmup_epochs: float | None = None
+    """The rate rises from 0 over these, then falls as a cosine to 0; at most half of all epochs are used. None takes
+    the preset's, else 4."""
+    weight_decay: float | None = None
+    """On all parameters, as the reference has it; None takes the preset's, else 0.15."""
+    label_smoothing: float | None = None
+    """None takes the preset's, else 0.1."""
     precision: Literal["fp32", "fp16", "bf16"] | None = None
     """Mixed precision of the step; None takes bf16 (or fp16) on a GPU that has it, fp32 on a CPU."""
     device: str = "auto"
@@ -70,11 +76,11 @@ class TrainConfig:
             raise ConfigError(f"--learning-rate must be a number above 0; found {self.learning_rate:g}")
         not_negative = {"--warmup-epochs": self.warmup_epochs, "--weight-decay": self.weight_decay}
         for option, value in not_negative.items():
-            if not 0 <= value < math.inf:
+            if value is not None and not 0 <= value < math.inf:
                 raise ConfigError(f"{option} must be a number from 0 up; found {value:g}")
         if self.inputs not in get_args(Inputs):
             raise ConfigError(f"--inputs takes {', '.join(get_args(Inputs))}; found {self.inputs!r}")
-        if not 0 <= self.label_smoothing < 1:
+        if self.label_smoothing is not None and not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"--label-smoothing must lie in [0, 1); found {self.label_smoothing:g}")
         if self.precision not in (None, "fp32", "fp16", "bf16"):
             raise ConfigError(f"--precision takes fp32, fp16, bf16; found {self.precision!r}")

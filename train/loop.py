@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,7 +27,8 @@ from .clips import (
 from .config import TrainConfig
 from .evaluate import accuracy_figures, evaluate_head
 from .heads import HeadConfig, build_head, plan_head
-from .recipe import classification_loss, learning_rate_at, make_optimizer, reference_learning_rate
+from .presets import resolve_preset
+from .recipe import classification_loss, learning_rate_at, make_optimizer
 from .run import Run, append_metrics, create_run, refuse_existing_run, save_checkpoint
 
 ReportEpoch = Callable[[dict[str, Any], int], None]
@@ -54,7 +54,7 @@ def train_run(config: TrainConfig, report: ReportEpoch = lambda *_: None) -> dic
         report: Told about each epoch.
 
     Returns:
-        run, epochs, best (metrics of the best epoch), last, parameters, seconds, data_wait_share.
+        run, preset, epochs, best (metrics of the best epoch), last, parameters, seconds, data_wait_share.
 
     Raises:
         StoreMismatchError: If the store lacks what the head reads, or has no labelled training video.
@@ -63,13 +63,12 @@ def train_run(config: TrainConfig, report: ReportEpoch = lambda *_: None) -> dic
     """
     refuse_existing_run(config.out)
     store = open_store(config.features)
+    config = resolve_preset(config, store)
     head_config = plan_head(
         config.head, store, layers=config.layers, side_width=config.side_width, inputs=config.inputs
     )
     training, validation = (find_labelled_rows(store, split) for split in (config.train_split, config.val_split))
     _require_rows(store, training, config)
-    if config.learning_rate is None:
-        config = replace(config, learning_rate=reference_learning_rate(store.layout.width))
     frames = resolve_clip_frames(
         config.frames, np.concatenate([training.num_cached_frames, validation.num_cached_frames]), store
     )
@@ -114,6 +113,7 @@ class _Training:
         best: dict[str, Any] | None = None
         metrics: dict[str, Any] = {}
         board = SummaryWriter(self._run.path)
+        assert self._config.epochs is not None
         for epoch in range(self._config.epochs):
             metrics = {"epoch": epoch + 1, **self._train_epoch(epoch)}
             self._require_finite_weights(epoch)
@@ -131,6 +131,7 @@ class _Training:
         seconds = time.perf_counter() - start
         summary = {
             "run": str(self._run.path),
+            "preset": self._config.preset,
             "epochs": self._config.epochs,
             "videos": {"train": len(self._training), "val": len(self._validation)},
             "steps": self._step,

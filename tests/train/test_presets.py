@@ -1,0 +1,124 @@
+"""The paper's sizes and recipes, by the store's backbone and data set."""
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from s4v.errors import ConfigError, StoreMismatchError
+from s4v.store.reader import StoreReader, open_store
+from s4v.train.config import TrainConfig
+from s4v.train.loop import train_run
+from s4v.train.presets import DATASETS, PRESETS, SIZES, resolve_preset
+
+BACKBONES = {
+    "b16": dict(architecture="ViT-B-16-quickgelu", width=768, depth=12, patch_size=[16, 16]),
+    "l14": dict(architecture="ViT-L-14-quickgelu", width=1024, depth=24, patch_size=[14, 14]),
+    "e14": dict(architecture="EVA02-E-14", width=1792, depth=64, patch_size=[14, 14]),
+}
+
+
+@pytest.fixture
+def make_store(int8_store):
+    """A store's reader with another backbone, data set and layers in its attributes; no tokens are read here."""
+
+    def make(backbone, dataset, layers):
+        attributes = copy.deepcopy(open_store(int8_store).attributes)
+        attributes["backbone"] |= BACKBONES[backbone]
+        attributes["dataset"]["name"] = dataset
+        attributes["layout"] |= {"layers": list(layers), "width": BACKBONES[backbone]["width"]}
+        return StoreReader(Path("store/x.zarr"), attributes)
+
+    return make
+
+
+def config(**options):
+    return TrainConfig(features=Path("store/x.zarr"), out=Path("runs/x"), **options)
+
+
+def every_second(depth):
+    return tuple(range(1, depth, 2))
+
+
+def test_the_table_holds_the_papers_sizes():
+    """Tapped layers x S."""
+    found = {name: f"{len(size.layers)}x{size.side_width}" for name, size in SIZES.items()}
+    assert found == {"b16": "12x320", "b16-light": "6x192", "l14": "24x512", "l14-light": "12x320", "e14": "32x576"}
+    assert all(size.layers[-1] == size.depth - 1 for size in SIZES.values()), "the last block is always tapped"
+    assert len(PRESETS) == len(SIZES) * len(DATASETS) == 15
+
+
+@pytest.mark.parametrize(
+    ("backbone", "layers", "dataset", "name", "expected"),
+    [
+        ("b16", range(12), "k400", "b16-k400", (320, 30, 1e-3, 4.0)),
+        ("b16", range(12), "ssv1", "b16-ssv1", (320, 40, 1e-3, 4.0)),
+        ("b16", every_second(12), "ssv2", "b16-light-ssv2", (192, 30, 1e-3, 4.0)),
+        ("l14", range(24), "ssv1", "l14-ssv1", (512, 30, 1e-4, 4.0)),
+        ("l14", every_second(24), "k400", "l14-light-k400", (320, 30, 1e-4, 4.0)),
+        ("e14", every_second(64), "k400", "e14-k400", (576, 20, 1e-4, 4.0)),
+        ("e14", every_second(64), "ssv1", "e14-ssv1", (576, 30, 1e-4, 6.0)),
+        ("e14", every_second(64), "ssv2", "e14-ssv2", (576, 25, 1e-4, 6.0)),
+    ],
+)
+def test_auto_goes_by_backbone_layers_and_data_set(make_store, backbone, layers, dataset, name, expected):
+    found = resolve_preset(config(), make_store(backbone, dataset, layers))
+    assert found.preset == name
+    assert (found.side_width, found.epochs, found.learning_rate, found.warmup_epochs) == expected
+    assert (found.weight_decay, found.label_smoothing) == (0.15, 0.1)
+    assert found.layers == tuple(layers)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "layers", "dataset", "options"),
+    [
+        ("b16", range(12), "folder", {}),
+        ("b16", (3, 7, 11), "k400", {}),
+        ("b16", range(12), "k400", {"layers": (3, 7, 11)}),
+        ("b16", range(12), "k400", {"preset": "none"}),
+        ("b16", range(12), "k400", {"head": "linear"}),
+    ],
+)
+def test_where_no_preset_fits_the_defaults_hold(make_store, backbone, layers, dataset, options):
+    found = resolve_preset(config(**options), make_store(backbone, dataset, layers))
+    assert found == config(
+        **{**options, "preset": "none"},
+        epochs=30,
+        learning_rate=1e-3,
+        warmup_epochs=4.0,
+        weight_decay=0.15,
+        label_smoothing=0.1,
+    )
+
+
+def test_given_options_win(make_store):
+    given = dict(epochs=3, learning_rate=0.5, warmup_epochs=0.0, weight_decay=0.0, label_smoothing=0.0, side_width=64)
+    store = make_store("b16", "ssv1", range(12))
+    assert resolve_preset(config(**given), store) == config(**given, preset="b16-ssv1", layers=tuple(range(12)))
+    light = resolve_preset(config(layers=every_second(12)), store)
+    assert light.preset == "b16-light-ssv1", "the layers that were asked for are the light network's"
+    assert resolve_preset(config(preset="b16-light-k400"), store).layers == every_second(12)
+
+
+def test_presets_that_do_not_fit_are_refused(make_store):
+    store = make_store("l14", "k400", every_second(24))
+    with pytest.raises(ConfigError, match="--preset takes auto, none, b16-k400, .*; found 'b16'"):
+        resolve_preset(config(preset="b16"), store)
+    with pytest.raises(ConfigError, match="--preset has no effect on --head linear"):
+        resolve_preset(config(preset="l14-k400", head="linear"), store)
+    with pytest.raises(StoreMismatchError, match="b16-k400 is for a CLIP backbone of width 768, 12 blocks.*width 1024"):
+        resolve_preset(config(preset="b16-k400"), store)
+    with pytest.raises(StoreMismatchError, match="missing 0,2,4"):
+        resolve_preset(config(preset="l14-k400"), store)
+
+
+def test_a_run_records_what_its_preset_came_to(int8_store, tmp_path):
+    options = TrainConfig(features=int8_store, out=tmp_path / "run", epochs=1, side_width=64, device="cpu")
+    assert train_run(options)["preset"] == "none"
+    saved = json.loads((tmp_path / "run/config.json").read_text())["train"]
+    assert (saved["preset"], saved["epochs"], saved["warmup_epochs"], saved["weight_decay"]) == ("none", 1, 4.0, 0.15)
+    with pytest.raises(StoreMismatchError, match="is for a CLIP backbone"):
+        train_run(replace(options, out=tmp_path / "other", preset="b16-k400"))
+    assert not (tmp_path / "other").exists()
