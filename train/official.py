@@ -143,32 +143,52 @@ def read_official_checkpoint(path: str | Path, layers: tuple[int, ...] | None = 
     """
     path = Path(path)
     tensors, others = _load_tensors(path)
-    ours = rename_official(tensors)
-    task, family = _recognise_variant(path, tensors, ours)
+    try:
+        ours = rename_official(tensors)
+        task, family = _recognise_variant(path, tensors, ours)
+        depth = _count_backbone_blocks(tensors)
+        head = _read_head_config(path, ours, task, family, depth, layers)
+    except (RuntimeError, IndexError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise WeightsError(f"{path} holds tensors of other shapes than Side4Video's: {reason}") from error
     end = {name.removeprefix("end."): tensor for name, tensor in ours.items() if name.startswith("end.")}
     state = {name: tensor for name, tensor in ours.items() if task == "retrieval" or not name.startswith("end.")}
-    depth = _count_backbone_blocks(tensors)
-    num_blocks = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    num_positions, side_width = state["position"].shape
-    has_end = task == "retrieval"
-    head = HeadConfig(
-        name="side4video",
-        num_classes=0 if has_end else len(state["classifier.bias"]),
-        layers=_resolve_layers(path, num_blocks, depth, layers),
-        width=state["taps.0.project.weight"].shape[1],
-        num_patches=num_positions - (has_end and family == "clip"),
-        patch_px=round((state["stem.weight"].shape[2] / 3) ** 0.5),
-        side_width=side_width,
-        family=family,
-        task=task,
-        embed_dim=len(end["project.weight"]) if has_end else None,
-        norm_eps=_FINAL_NORM_EPS[family] if has_end else None,
-        has_projection_bias="project.bias" in end,
-    )
-    text = {name: t for name, t in tensors.items() if has_end and not _VISION_TOWER.match(name)}
+    text = {name: t for name, t in tensors.items() if task == "retrieval" and not _VISION_TOWER.match(name)}
     taken = {name for name in tensors if _belongs_to_network(name, task)} | set(text)
     return OfficialCheckpoint(
         path, head, state, end, depth, text, _group([n for n in tensors if n not in taken], others)
+    )
+
+
+def _read_head_config(
+    path: Path,
+    ours: Mapping[str, torch.Tensor],
+    task: Task,
+    family: Family,
+    depth: int | None,
+    layers: tuple[int, ...] | None,
+) -> HeadConfig:
+    num_blocks = len({name.split(".")[1] for name in ours if name.startswith("blocks.")})
+    num_positions, side_width = len(ours["position"]), ours["position"].shape[1]
+    if side_width % 64:
+        raise WeightsError(f"{path} has side blocks of width {side_width}: Side4Video's are a multiple of 64")
+    is_retrieval = task == "retrieval"
+    chosen = _resolve_layers(path, num_blocks, depth, layers)
+    if is_retrieval and depth is not None and chosen[-1] != depth - 1:
+        raise WeightsError(f"{path} is of retrieval, which reads the last block, {depth - 1}: --layers must hold it")
+    return HeadConfig(
+        name="side4video",
+        num_classes=0 if is_retrieval else len(ours["classifier.bias"]),
+        layers=chosen,
+        width=ours["taps.0.project.weight"].shape[1],
+        num_patches=num_positions - (is_retrieval and family == "clip"),
+        patch_px=round((ours["stem.weight"].shape[2] / 3) ** 0.5),
+        side_width=side_width,
+        family=family,
+        task=task,
+        embed_dim=len(ours["end.project.weight"]) if is_retrieval else None,
+        norm_eps=_FINAL_NORM_EPS[family] if is_retrieval else None,
+        has_projection_bias=is_retrieval and "end.project.bias" in ours,
     )
 
 

@@ -246,6 +246,29 @@ def test_checkpoint_that_lacks_a_tensor_is_refused(data_path, tmp_path, variant,
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("visual.side_conv1.weight", (128, 3, 8, 8), "tensors of other shapes"),
+        ("visual.transformer.side_spatial_position_embeddings", (9,), "tensors of other shapes"),
+        ("visual.transformer.side_spatial_position_embeddings", (9, 100), "side blocks of width 100"),
+        ("visual.transformer.side_linears.0.weight", (128,), "tensors of other shapes"),
+        ("visual.transformer.side_linears.0.weight", (128, 32), "not a whole CLIP recognition checkpoint.*mismatch"),
+        ("fc.bias", (), "tensors of other shapes"),
+    ],
+)
+def test_odd_shapes_are_one_clear_line(recognition_clip, tmp_path, name, shape, message):
+    torch.save(recognition_clip.state() | {name: torch.zeros(shape)}, tmp_path / "odd.pt")
+    with pytest.raises(WeightsError, match=message) as caught:
+        load_official_checkpoint(tmp_path / "odd.pt", frames=4)
+    assert "\n" not in str(caught.value)
+
+
+def test_retrieval_must_tap_the_last_block(data_path):
+    with pytest.raises(WeightsError, match="reads the last block, 3: --layers must hold it"):
+        read_official_checkpoint(data_path / "retrieval_eva/checkpoint.pt", layers=(0, 1))
+
+
 def test_side_blocks_without_their_head_are_refused(recognition_clip, tmp_path):
     state = {name: t for name, t in recognition_clip.state().items() if not name.startswith("fc.")}
     torch.save(state, tmp_path / "headless.pt")

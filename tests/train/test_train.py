@@ -356,13 +356,16 @@ def test_accuracy_counts_ties_against_us():
     assert result.confusion().sum() == 4
 
 
-def test_training_loads_no_backbone_and_nothing_of_extract(int8_store, tmp_path):
+def test_training_loads_no_backbone_and_nothing_of_extract(int8_store, tmp_path, data_path):
+    checkpoint = data_path / "recognition_clip/checkpoint.pt"
     code = (
         "import sys\nfrom pathlib import Path\nfrom s4v.train.config import TrainConfig\n"
         "from s4v.train.loop import train_run\nfrom s4v.train.evaluate import evaluate_run\n"
         f"train_run(TrainConfig(features=Path({str(int8_store)!r}), out=Path({str(tmp_path / 'run')!r}), epochs=1,"
         " side_width=64, device='cpu'))\n"
         f"evaluate_run({str(tmp_path / 'run')!r})\n"
+        "from s4v.train.importing import import_checkpoint\n"
+        f"import_checkpoint(Path({str(checkpoint)!r}), Path({str(tmp_path / 'imported')!r}))\n"
         "print(sorted(m for m in sys.modules if m.startswith(('open_clip', 'timm', 's4v.extract', 'decord'))))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
