@@ -33,7 +33,7 @@ def decode(request: dict[str, Any], announce: Callable[[float], None]) -> tuple[
     """Decode, resize and crop the wanted frames of one video.
 
     Args:
-        request: path, num_frames, sampling, start_s, end_s, resize, crop_px, decoder.
+        request: path, num_frames, sampling, start_s, end_s, resize, crop_px, decoder; frame_fps for folders of JPEGs.
         announce: Called with the video's length in seconds as soon as it is known.
 
     Returns:
@@ -43,12 +43,12 @@ def decode(request: dict[str, Any], announce: Callable[[float], None]) -> tuple[
         DecodeFailure: With the reason.
     """
     path = Path(request["path"])
-    if not path.is_file():
+    if not (path.is_file() or path.is_dir()):
         raise DecodeFailure("missing-file", "")
-    if path.stat().st_size == 0:
+    if path.is_file() and path.stat().st_size == 0:
         raise DecodeFailure("empty-file", "")
-    timeline = read_timeline(path)
-    announce(timeline.duration_s)
+    timeline = read_timeline(path, request.get("frame_fps"))
+    announce(timeline.duration_s or 0.0)
     decoded = decode_video(request["decoder"], path, timeline, lambda times_s: _choose_frames(times_s, request))
     height, width = next(iter(decoded.frames.values())).shape[:2]
     view = centre_view(width, height, request["resize"], request["crop_px"])
@@ -72,6 +72,8 @@ def decode(request: dict[str, Any], announce: Callable[[float], None]) -> tuple[
 def _choose_frames(times_s: np.ndarray, request: dict[str, Any]) -> list[int]:
     """Sample among the frames of the wanted segment; a whole video is one segment."""
     start_s, end_s = request["start_s"], request["end_s"]
+    if np.isnan(times_s).any() and (start_s, end_s) != (None, None):
+        raise DecodeFailure("no-frames", "a segment was asked for, and the rate of the frames is not known")
     first = 0 if start_s is None else int(np.searchsorted(times_s, start_s))
     last = len(times_s) if end_s is None else int(np.searchsorted(times_s, end_s))
     if last <= first:

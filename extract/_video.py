@@ -1,7 +1,8 @@
-"""Frames of one video file: which there are, and the wanted ones decoded, by decord or PyAV. Imports no torch.
+"""Frames of one video: which there are, and the wanted ones decoded. Imports no torch. Folders of JPEGs go to Pillow.
 
-PyAV reads the packets first: they tell how many frames there are and when, the same for both decoders. decord then
-seeks to the wanted frames, but only in streams where its seeking is right; everywhere else PyAV decodes in order.
+Of a file PyAV reads the packets first: they tell how many frames there are and when, the same for both decoders.
+decord then seeks to the wanted frames, but only in streams where its seeking is right; everywhere else PyAV decodes in
+order.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from typing import Any
 
 import av
 import numpy as np
+from PIL import Image
 
 try:  # wheels exist for Linux on x86-64 and for Windows
     import decord
 except ImportError:
     decord = None
+
+from ._frames import list_frames
 
 _ALLOWED_LOSS_FRAMES = 2
 _ALLOWED_LOSS_SHARE = 0.02
@@ -46,18 +50,20 @@ class DecodeFailure(Exception):
 
 @dataclass(frozen=True)
 class Timeline:
-    """What the packets of a video tell, before anything is decoded."""
+    """What the packets of a video tell, or the names of its frames, before anything is decoded."""
 
     times_s: np.ndarray
-    """(n,) of every announced frame, rising from 0, the first frame's time."""
+    """(n,) of every announced frame, rising from 0, the first frame's time; NaN where the rate is not known."""
     index_of_tick: dict[int, int]
     """Frame index by the stream's own timestamp."""
-    fps: float
-    duration_s: float
+    fps: float | None
+    duration_s: float | None
     is_seekable: bool
     """Whether decord finds the right frames in it."""
     is_counted: bool
     """Whether frames must be counted as they come out: AVI stores no display times."""
+    frame_files: tuple[Path, ...] = ()
+    """The frames of a folder of JPEGs; empty for a file."""
 
 
 @dataclass(frozen=True)
@@ -84,14 +90,16 @@ def decode_video(decoder: str, path: Path, timeline: Timeline, choose: Choose) -
 
     Args:
         decoder: `auto` (decord where its seeking is right, PyAV after an error and elsewhere), `decord` or `pyav`.
-        path: The file.
-        timeline: Of the same file.
+        path: The file, or a folder of numbered JPEGs.
+        timeline: Of the same.
         choose: Which frames.
 
     Raises:
         DecodeFailure: With the reason.
     """
     indices = choose(timeline.times_s)
+    if timeline.frame_files:
+        return _decode_frame_files(timeline, indices)
     is_possible = decord is not None and timeline.is_seekable
     if decoder == "decord" and not is_possible:
         why = "has no wheel for this system" if decord is None else "seeks to wrong frames in this kind of stream"
@@ -105,12 +113,18 @@ def decode_video(decoder: str, path: Path, timeline: Timeline, choose: Choose) -
     return _decode_pyav(path, timeline, indices, choose)
 
 
-def read_timeline(path: Path) -> Timeline:
-    """Read the packets of a file's first video stream.
+def read_timeline(path: Path, frame_fps: float | None = None) -> Timeline:
+    """Read the packets of a file's first video stream, or the names in a folder of numbered JPEGs.
+
+    Args:
+        path: The file or folder.
+        frame_fps: Rate of frames in folders; None where it is not known.
 
     Raises:
         DecodeFailure: If there is no container, no video stream or no frame.
     """
+    if path.is_dir():
+        return _read_folder_timeline(path, frame_fps)
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
@@ -141,6 +155,40 @@ def read_timeline(path: Path) -> Timeline:
             )
     except av.FFmpegError as error:
         raise DecodeFailure("unreadable", scrub_message(error, path)) from error
+
+
+def _read_folder_timeline(folder: Path, fps: float | None) -> Timeline:
+    try:
+        files = list_frames(folder)
+    except ValueError as error:
+        raise DecodeFailure("unreadable", str(error)) from error
+    if not files:
+        raise DecodeFailure("no-frames", "the folder holds no numbered JPEG")
+    return Timeline(
+        times_s=np.arange(len(files)) / fps if fps else np.full(len(files), np.nan),
+        index_of_tick={},
+        fps=fps,
+        duration_s=len(files) / fps if fps else None,
+        is_seekable=False,
+        is_counted=False,
+        frame_files=tuple(files),
+    )
+
+
+def _decode_frame_files(timeline: Timeline, indices: list[int]) -> Decoded:
+    frames: dict[int, np.ndarray] = {}
+    for index in sorted(set(indices)):
+        file = timeline.frame_files[index]
+        try:
+            with Image.open(file, formats=("JPEG",)) as image:
+                frames[index] = np.asarray(image.convert("RGB"))
+        except OSError as error:
+            raise DecodeFailure("decode-error", f"{file.name}: {scrub_message(error, file)}") from error
+    shapes = {frame.shape for frame in frames.values()}
+    if len(shapes) > 1:
+        sizes = ", ".join(sorted(f"{width}x{height}" for height, width, _ in shapes))
+        raise DecodeFailure("decode-error", f"expected frames of one size, found {sizes}")
+    return Decoded("pillow", len(timeline.frame_files), indices, frames)
 
 
 def _key_frame_check(container: Any, stream: Any) -> Callable[[bytes], bool] | None:

@@ -37,6 +37,8 @@ class DecodeRequest:
     crop_px: int
     start_s: float | None = None
     end_s: float | None = None
+    frame_fps: float | None = None
+    """Rate of frames, where `path` is a folder of JPEGs; None where it is not known."""
     decoder: Literal["auto", "decord", "pyav"] = "auto"
     timeout_s: float = 60.0
 
