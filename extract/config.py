@@ -8,6 +8,7 @@ from typing import Literal
 
 from ..errors import ConfigError
 from ..store.layout import PATCH_DTYPES, PatchDtype
+from .datasets import resolve_protocol
 from .resizing import RESIZES
 from .sampling import SAMPLINGS
 
@@ -22,15 +23,17 @@ class ExtractConfig:
     model: str
     """An alias (`vit-e`), or any open_clip ViT with a class token."""
     dataset: str
-    """A data set's name, `folder` or `table`."""
+    """A data set's name, `folder`, `lists` or `table`."""
     out: Path
     """Folder of the store."""
     root: Path
     """Folder below which the videos lie."""
     annotations: Path | None = None
-    """File that lists the videos, for data sets that have one."""
+    """File that lists the videos, or folder of the data set's annotation files; None looks below the root."""
     columns: dict[str, str] = field(default_factory=dict)
     """For `table`: which column holds path, label, caption, split, id, start, end."""
+    protocol: str | None = None
+    """How the data set is divided, for those that papers divide in several ways; None takes its first."""
     splits: tuple[str, ...] | None = None
     """Only these splits; None takes all."""
     frames: dict[str, int] = field(default_factory=lambda: dict(DEFAULT_FRAMES))
@@ -117,8 +120,11 @@ class ExtractConfig:
             raise ConfigError("--workers starts a cluster here, --scheduler joins one that is there: take one of them")
         if self.part is not None and not 1 <= self.part[0] <= self.part[1]:
             raise ConfigError(f"--part takes I/N with I from 1 to N; found {self.part[0]}/{self.part[1]}")
-        if self.dataset != "table" and (self.annotations is not None or self.columns):
-            raise ConfigError(f"--annotations and --column are for --dataset table, not for {self.dataset}")
+        if self.dataset != "table" and self.columns:
+            raise ConfigError(f"--column is for --dataset table, not for {self.dataset}")
+        if self.dataset == "folder" and self.annotations is not None:
+            raise ConfigError("--annotations has no effect on --dataset folder: use table or lists")
+        resolve_protocol(self.dataset, self.protocol)
 
     def frames_of(self, split: str) -> int:
         """Frames that a row of this split caches.

@@ -50,7 +50,7 @@ from .calibration import (
 )
 from .cluster import run_on_workers
 from .config import DEFAULT_FRAMES, ExtractConfig
-from .datasets import read_dataset
+from .datasets import frame_rate, read_dataset, resolve_protocol
 from .decoding import DecodedVideo, DecodeRequest, DecoderPool
 from .planning import NUM_VIEWS, plan_layout, require_space
 
@@ -136,6 +136,7 @@ def _read_records(config: ExtractConfig) -> list[VideoRecord]:
         config.root,
         annotations=config.annotations,
         columns=config.columns,
+        protocol=config.protocol,
         splits=config.splits,
         seed=config.seed,
     )
@@ -495,6 +496,7 @@ class _Extraction:
             crop_px=self.layout.image_size[0],
             start_s=record.start_s,
             end_s=record.end_s,
+            frame_fps=frame_rate(config.dataset),
             decoder=config.decoder,
             timeout_s=config.decode_timeout_s,
         )
@@ -540,7 +542,11 @@ def _describe(
     libraries = {name: version(name) for name in ("numpy", "open_clip_torch", "timm", "torch")}
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "dataset": {"name": config.dataset, "root": str(config.root.resolve())},
+        "dataset": {
+            "name": config.dataset,
+            "protocol": resolve_protocol(config.dataset, config.protocol),
+            "root": str(config.root.resolve()),
+        },
         "classes": {"names": list(classes), "sha256": hash_text("\n".join(classes))},
         "backbone": {**info, "batch_size": config.batch_size},
         "frames": dict(sorted(config.frames.items())),

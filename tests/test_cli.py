@@ -117,7 +117,7 @@ def test_odd_places_for_a_store_are_one_clear_line(video_folder, tmp_path, monke
     folder = [*EXTRACT, "--dataset", "folder", "--root", video_folder]
     fails(1, "file", *folder, "--out", "file/x.zarr")
     fails(1, "File name too long", *folder, "--out", "x" * 300)
-    fails(1, "--annotations and --column are for --dataset table", *folder, "--column", "path=x")
+    fails(1, "--column is for --dataset table, not for folder", *folder, "--column", "path=x")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 

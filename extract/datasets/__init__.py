@@ -7,22 +7,60 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ...errors import ConfigError, DatasetError
 from ...store.records import VideoRecord
+from ._files import DatasetFiles
+from .facts import FACTS, DatasetFacts, frame_rate, resolve_protocol
 from .folder import read_folder
+from .hmdb51 import read_hmdb51
+from .kinetics import read_kinetics, read_kinetics_folder
+from .lists import read_lists
+from .msrvtt import read_msrvtt
+from .msvd import read_msvd
+from .something import read_something_v1, read_something_v2
 from .table import COLUMN_ROLES, read_table_file
+from .ucf101 import read_ucf101
+from .vatex import read_vatex
 
-__all__ = ["COLUMN_ROLES", "NAMED_DATASETS", "check_dataset_name", "default_paths", "read_dataset"]
+__all__ = [
+    "COLUMN_ROLES",
+    "FACTS",
+    "DatasetFacts",
+    "check_dataset_name",
+    "check_folder",
+    "default_paths",
+    "frame_rate",
+    "read_dataset",
+    "resolve_protocol",
+]
 
-NAMED_DATASETS = ("hmdb51", "k400", "msrvtt", "msvd", "ssv1", "ssv2", "ucf101", "vatex")
-"""Public data sets by name. Until each has its own reader they are read as folders: data/NAME/{train,val}/CLASS/."""
+_GENERIC = ("folder", "lists", "table")
+
+_READERS: dict[str, Callable[[DatasetFiles, str | None], list[VideoRecord] | None]] = {
+    "hmdb51": read_hmdb51,
+    "k400": read_kinetics,
+    "k600": read_kinetics,
+    "k700": read_kinetics,
+    "msrvtt": read_msrvtt,
+    "msvd": read_msvd,
+    "ssv1": read_something_v1,
+    "ssv2": read_something_v2,
+    "ucf101": read_ucf101,
+    "vatex": read_vatex,
+}
+"""Readers of official annotation files, by data set; None from one means that there are no such files."""
 
 _VALIDATION_SHARE = 0.2
+_MAX_SHOWN_MISSING = 5
+
+_log = logging.getLogger(__name__)
 
 
 def check_dataset_name(name: str) -> None:
@@ -31,7 +69,7 @@ def check_dataset_name(name: str) -> None:
     Raises:
         ConfigError: With the closest names.
     """
-    known = ("folder", "table", *NAMED_DATASETS)
+    known = (*_GENERIC, *FACTS)
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3)
         hint = f"Closest: {', '.join(close)}. " if close else ""
@@ -42,14 +80,14 @@ def default_paths(name: str, root: Path | None, out: Path | None) -> tuple[Path,
     """Where a data set's videos lie and where its store goes, if the user does not say.
 
     Raises:
-        ConfigError: If `folder` or `table` is asked for without a root.
+        ConfigError: If `folder`, `lists` or `table` is asked for without a root.
     """
     check_dataset_name(name)
     if root is None:
-        if name in ("folder", "table"):
+        if name in _GENERIC:
             raise ConfigError(f"--dataset {name} needs --root, the folder below which the videos lie")
         root = Path("data") / name
-    stem = root.resolve().name if name in ("folder", "table") else name
+    stem = root.resolve().name if name in _GENERIC else name
     return root, out if out is not None else Path("store") / f"{stem}.zarr"
 
 
@@ -59,16 +97,21 @@ def read_dataset(
     *,
     annotations: Path | None = None,
     columns: dict[str, str] | None = None,
+    protocol: str | None = None,
     splits: Sequence[str] | None = None,
     seed: int = 0,
 ) -> list[VideoRecord]:
-    """List a data set's videos.
+    """List a data set's videos. Those that are not on the disk are listed too, and a warning counts them.
+
+    A named data set is read by its official annotation files; by list files where `annotations` names some; and,
+    where there are neither, as a folder for each class.
 
     Args:
-        name: A data set's name, `folder` or `table`.
+        name: A data set's name, `folder`, `lists` or `table`.
         root: Folder below which the videos lie.
-        annotations: The table, for `table`.
+        annotations: The table, the list, or the folder of the annotation files; None looks below the root.
         columns: For `table`: role (`path`, `label`, ...) -> column name.
+        protocol: Which of the data set's protocols; None takes its first.
         splits: Only these; None takes all.
         seed: Of the split, where the data set has none.
 
@@ -76,11 +119,102 @@ def read_dataset(
         Records sorted by the bytes of their video_id, with unique ids and a split each.
 
     Raises:
-        DatasetError: If something is missing, malformed or ambiguous.
+        ConfigError: If there is no such data set or protocol.
+        DatasetError: If annotations are missing, malformed or ambiguous.
     """
     check_dataset_name(name)
-    is_table = name == "table"
-    found = read_table_file(annotations, root, columns or {}) if is_table else read_folder(root, dataset=name)
+    files = _locate(name, root, annotations if name != "table" else None)
+    protocol = resolve_protocol(name, protocol)
+    found = read_table_file(annotations, root, columns or {}) if name == "table" else _read(name, files, protocol)
+    records = _finish(found, root, splits, seed)
+    if missing := [record for record in records if not files.tree.holds(record.path)]:
+        _warn_of_missing(missing, len(records), root)
+    return records
+
+
+def check_folder(
+    name: str, root: Path, *, annotations: Path | None = None, protocol: str | None = None
+) -> dict[str, Any]:
+    """Compare a folder with what is known of a data set.
+
+    Args:
+        name: The data set.
+        root: Folder below which its videos lie.
+        annotations: The list, or the folder of the annotation files; None looks below the root.
+        protocol: Which of its protocols; None takes its first.
+
+    Returns:
+        `splits`: for each split how many rows are `listed`, `expected` (None where that is not known) and `missing`;
+        `missing`: the paths of the missing videos; `unlisted`: how many videos no row names; `classes` and
+        `expected_classes`.
+
+    Raises:
+        ConfigError: If there is no such data set or protocol.
+        DatasetError: If annotations are missing, malformed or ambiguous.
+    """
+    if name not in FACTS:
+        raise ConfigError(f"the data sets with known files are {', '.join(FACTS)}; found {name!r}")
+    protocol = resolve_protocol(name, protocol)
+    files = _locate(name, root, annotations)
+    records = _finish(_read(name, files, protocol), root, None, 0)
+    listed = Counter(record.split for record in records)
+    missing = [record for record in records if not files.tree.holds(record.path)]
+    missing_by_split = Counter(record.split for record in missing)
+    expected = FACTS[name].counts.get(protocol or "", {})
+    return {
+        "dataset": name,
+        "root": str(root),
+        "protocol": protocol,
+        "splits": {
+            split: {
+                "listed": listed[split],
+                "expected": expected.get(split),
+                "missing": missing_by_split[split],
+            }
+            for split in sorted({*listed, *expected})
+        },
+        "missing": [record.path for record in missing],
+        "unlisted": len(set(files.tree.paths) - {record.path for record in records}),
+        "classes": len({record.class_name for record in records} - {None}),
+        "expected_classes": FACTS[name].num_classes,
+    }
+
+
+def _locate(name: str, root: Path, annotations: Path | None) -> DatasetFiles:
+    return DatasetFiles(root, annotations, folders=FACTS[name].annotation_folders if name in FACTS else ())
+
+
+def _read(name: str, files: DatasetFiles, protocol: str | None) -> list[VideoRecord]:
+    if name == "folder":
+        return read_folder(files.root)
+    if name == "lists":
+        return read_lists(files)
+    if not files.root.is_dir():
+        return read_folder(files.root, dataset=name)  # says where the videos were expected
+    records = _READERS[name](files, protocol)
+    if records is not None:
+        return records
+    return read_lists(files) if files.annotations is not None else _read_named_folder(name, files)
+
+
+def _read_named_folder(name: str, files: DatasetFiles) -> list[VideoRecord]:
+    """A data set without annotation files: folders by class, above them folders by split or at least two classes."""
+    facts = FACTS[name]
+    hint = f"Or add the annotations: {facts.layout[0]}. `s4v datasets {name}` says where they come from."
+    try:
+        is_kinetics = _READERS[name] is read_kinetics
+        records = read_kinetics_folder(files, name) if is_kinetics else read_folder(files.root, dataset=name)
+    except DatasetError as error:
+        raise type(error)(f"{error} {hint}") from error
+    if not all(r.split for r in records) and (facts.num_classes is None or len({r.class_name for r in records}) < 2):
+        raise DatasetError(
+            f"{files.root} holds {len(records)} videos of {name} and nothing that tells their splits"
+            f"{' and classes' if facts.num_classes else ' and captions'}: expected {{train,val}}/CLASS/VIDEO. {hint}"
+        )
+    return records
+
+
+def _finish(found: Sequence[VideoRecord], root: Path, splits: Sequence[str] | None, seed: int) -> list[VideoRecord]:
     records = sorted((_with_split(record, seed) for record in found), key=lambda r: r.video_id.encode())
     _refuse_repeated(records)
     if splits is not None:
@@ -89,6 +223,21 @@ def read_dataset(
             raise DatasetError(f"{root} has the splits {', '.join(known)}; wanted {', '.join(missing)} too (--split)")
         records = [record for record in records if record.split in splits]
     return records
+
+
+def _warn_of_missing(missing: Sequence[VideoRecord], num_records: int, root: Path) -> None:
+    counts = Counter(record.split for record in missing)
+    shown = ", ".join(record.path for record in missing[:_MAX_SHOWN_MISSING])
+    _log.warning(
+        "%d of %d videos are not below %s (%s): %s%s. They become rows with the status failed; --split leaves out "
+        "splits you do not have.",
+        len(missing),
+        num_records,
+        root,
+        ", ".join(f"{split} {count}" for split, count in sorted(counts.items())),
+        shown,
+        ", ..." if len(missing) > _MAX_SHOWN_MISSING else "",
+    )
 
 
 def _with_split(record: VideoRecord, seed: int) -> VideoRecord:

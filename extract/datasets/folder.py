@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import DataNotFoundError, DatasetError
 from ...store.records import VideoRecord
-
-VIDEO_ENDINGS = frozenset(
-    ".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split()  # noqa: SIM905
-)
+from ._files import VIDEO_ENDINGS, walk_videos
+from ._rows import SPLIT_NAMES
 
 _SPLIT_OF_FOLDER = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validate": "val",
-    "validation": "val",
-    "test": "test",
+    **SPLIT_NAMES,
+    # As mmaction2 names them.
+    **{f"{kind}_{split}": split for kind in ("videos", "rawframes") for split in ("train", "val", "test")},
 }
 
 
@@ -28,7 +20,8 @@ def read_folder(root: Path, *, dataset: str = "folder") -> list[VideoRecord]:
     """List the videos below `root`: SPLIT/CLASS/.../VIDEO, or CLASS/.../VIDEO with the split left open.
 
     Args:
-        root: The folder. Hidden files and files without a video's ending are ignored.
+        root: The folder. Hidden files and files without a video's ending are ignored; a folder of numbered JPEGs is
+            a video.
         dataset: Name for messages.
 
     Raises:
@@ -40,7 +33,7 @@ def read_folder(root: Path, *, dataset: str = "folder") -> list[VideoRecord]:
             f"the videos of {dataset!r} were expected in {root}: no such folder. "
             f"Put them there as {root}/{{train,val}}/CLASS/VIDEO.mp4 or CLASS/VIDEO.mp4, or name another --root."
         )
-    paths = sorted(_walk(root))
+    paths = sorted(walk_videos(root))
     if not paths:
         raise DatasetError(
             f"{root} holds no video: expected {root}/{{train,val}}/CLASS/VIDEO or CLASS/VIDEO "
@@ -70,32 +63,3 @@ def read_folder(root: Path, *, dataset: str = "folder") -> list[VideoRecord]:
             "Put each into a folder named after its class, or list them in a table (--dataset table)."
         )
     return records
-
-
-def _walk(root: Path) -> Iterator[str]:
-    """Paths of all videos relative to root, with forward slashes; links to folders are followed, circles are not."""
-    open_folders = [(os.fspath(root), "", frozenset({_identity(root)}))]
-    while open_folders:
-        folder, prefix, above = open_folders.pop()
-        try:
-            entries = list(os.scandir(folder))
-        except OSError as error:
-            raise DatasetError(
-                f"the folder {folder} cannot be read: {error.strerror}. Mend it or move it away."
-            ) from error
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                if (identity := _identity(Path(entry.path))) not in above:
-                    open_folders.append((entry.path, f"{prefix}{entry.name}/", above | {identity}))
-            elif os.path.splitext(entry.name)[1].lower() in VIDEO_ENDINGS:  # noqa: PTH122
-                path = f"{prefix}{entry.name}"
-                if not path.isprintable() and any("\ud800" <= c <= "\udfff" for c in path):
-                    raise DatasetError(f"the name of {path!r} below {root} is not valid UTF-8: rename it")
-                yield path
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
-    return status.st_dev, status.st_ino

@@ -15,6 +15,7 @@ import pyarrow.parquet
 
 from ...errors import ConfigError, DataNotFoundError, DatasetError
 from ...store.records import VideoRecord
+from ._rows import MalformedRows
 
 COLUMN_ROLES: dict[str, tuple[str, ...]] = {
     "path": ("path", "video_path", "video", "file", "filename", "filepath"),
@@ -26,8 +27,6 @@ COLUMN_ROLES: dict[str, tuple[str, ...]] = {
     "end": ("end_s", "end", "end_time", "time_end"),
 }
 """What a column can be for, and the names looked for when the user names none."""
-
-_MAX_SHOWN_ERRORS = 20
 
 
 def read_table_file(table: Path | None, root: Path, columns: dict[str, str]) -> list[VideoRecord]:
@@ -61,16 +60,13 @@ def read_table_file(table: Path | None, root: Path, columns: dict[str, str]) -> 
     # The header is line 1 of CSV and TSV; JSON lines have none, Parquet counts rows.
     first_line = 2 if table.suffix.lower() in (".csv", ".tsv") else 1
     videos: dict[str, VideoRecord] = {}
-    problems = []
+    malformed = MalformedRows()
     for line, row in enumerate(rows, start=first_line):
         try:
             _add_row(videos, row, root)
         except ValueError as error:
-            problems.append(f"line {line}: {error}")
-    if problems:
-        more = f"\n  and {len(problems) - _MAX_SHOWN_ERRORS} more" if len(problems) > _MAX_SHOWN_ERRORS else ""
-        shown = "\n  ".join(problems[:_MAX_SHOWN_ERRORS])
-        raise DatasetError(f"{len(problems)} rows of {table} are malformed:\n  {shown}{more}")
+            malformed.add(table, line, error)
+    malformed.refuse()
     if not videos:
         raise DatasetError(f"{table} has a header and no rows: expected one row per video")
     return list(videos.values())
