@@ -46,12 +46,18 @@ def main() -> None:
 @app.command()
 def extract(
     model: Annotated[str, typer.Option(help="vit-e, vit-e-plus, vit-l, vit-b16, vit-b32, or any open_clip ViT.")],
-    dataset: Annotated[str, typer.Option(help="A data set's name (k400, ssv2, ...), folder or table.")],
+    dataset: Annotated[str, typer.Option(help="A data set's name (k400, ssv2, ...), folder, lists or table.")],
     root: Annotated[Path | None, typer.Option(help="Folder below which the videos lie. [data/DATASET]")] = None,
-    annotations: Annotated[Path | None, typer.Option(help="For table: .csv, .tsv, .jsonl or .parquet.")] = None,
+    annotations: Annotated[
+        Path | None,
+        typer.Option(help="A table, a list, or the folder of the annotation files. [below the root]"),
+    ] = None,
     column: Annotated[
         list[str] | None,
         typer.Option(help="For table: ROLE=NAME; roles are path, label, caption, split, id, start, end. Repeatable."),
+    ] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="split1 to split3, 1k-A-9k, ...: see s4v datasets. [the data set's first]")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The store to write. [store/DATASET.zarr]")] = None,
     split: Annotated[list[str] | None, typer.Option(help="Only this split. Repeatable.")] = None,
@@ -111,6 +117,7 @@ def extract(
             root=data_root,
             annotations=annotations,
             columns=columns,
+            protocol=protocol,
             splits=tuple(split) if split else None,
             frames=parsed_frames,
             sampling=sampling,
@@ -269,6 +276,41 @@ def scan(
                 print(f"  and {len(summary['failed']) - 20} more: see {path}")
     if strict and summary["failed"]:
         raise typer.Exit(EXIT_STRICT)
+
+
+@app.command()
+def datasets(
+    name: Annotated[str | None, typer.Argument(help="One data set. [a list of all]")] = None,
+    root: Annotated[Path | None, typer.Option(help="Check this folder against what is known.")] = None,
+    annotations: Annotated[
+        Path | None, typer.Option(help="A list, or the folder of the annotation files. [below the root]")
+    ] = None,
+    protocol: Annotated[str | None, typer.Option(help="Which protocol to check. [the data set's first]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what is known of each data set, or what of one is in a folder and what is missing."""
+    with _command("datasets", as_json) as result:
+        from dataclasses import asdict
+
+        from .extract.datasets import FACTS, check_dataset_name, check_folder
+
+        if name is None:
+            result.update(datasets=[asdict(facts) for facts in FACTS.values()])
+            if not as_json:
+                for facts in FACTS.values():
+                    print(f"{facts.name:8} {facts.title:24} {', '.join(facts.protocols)}".rstrip())
+            return
+        check_dataset_name(name)
+        if root is not None:
+            result.update(check_folder(name, root, annotations=annotations, protocol=protocol))
+        elif name in FACTS:
+            result.update(asdict(FACTS[name]))
+        else:
+            from .errors import ConfigError
+
+            raise ConfigError(f"{name} is no public data set: s4v datasets knows {', '.join(FACTS)}")
+        if not as_json:
+            _print_check(result) if root is not None else _print_dataset(result)
 
 
 @app.command()
@@ -615,6 +657,37 @@ def _print_plan(plan: Any, epochs: int) -> None:
             "it pays" if plan.break_even_epochs < epochs else f"it does not pay for {epochs} epochs in one training"
         )
         print(f"{'the cache':13} breaks even after {plan.break_even_epochs:.1f} epochs: {verdict}")
+
+
+def _print_dataset(facts: dict[str, Any]) -> None:
+    print(f"{facts['name']}: {facts['title']}\nsource     {facts['source']}")
+    print("layout     " + "\n           ".join(facts["layout"]))
+    for protocol, counts in facts["counts"].items():
+        print(f"expected   {protocol + ': ' if protocol else ''}{_counts(counts)}")
+    if facts["num_classes"]:
+        print(f"classes    {facts['num_classes']}")
+    if facts["protocols"]:
+        print(f"protocols  {', '.join(facts['protocols'])} (--protocol; the first is the default)")
+    print(f"clips      {facts['clip_settings']}")
+
+
+def _print_check(found: dict[str, Any]) -> None:
+    print(f"{found['dataset']} in {found['root']}" + (f", {found['protocol']}" if found["protocol"] else ""))
+    for split, counts in found["splits"].items():
+        expected = "" if counts["expected"] is None else f", {counts['expected']} expected"
+        print(f"{split:8} {counts['listed']} listed{expected}, {counts['missing']} not on the disk")
+    if found["expected_classes"]:
+        print(f"classes  {found['classes']} found, {found['expected_classes']} expected")
+    if found["unlisted"]:
+        print(f"{found['unlisted']} videos below the root are in no row")
+    for path in found["missing"][:20]:
+        print(f"  missing: {path}")
+    if len(found["missing"]) > 20:
+        print(f"  and {len(found['missing']) - 20} more: --json lists them all")
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{split} {count}" for split, count in counts.items())
 
 
 def _print_info(facts: dict[str, Any]) -> None:
