@@ -10,9 +10,7 @@ from ...errors import ConfigError
 _KINETICS_CLIPS = "Side4Video: 8 or 16 frames, short side 256, test with 3 crops x 4 clips"
 _SOMETHING_CLIPS = "Side4Video: 8 or 16 frames, frames resized to 256 x 320, test with 3 crops x 2 clips"
 _RETRIEVAL_CLIPS = "Side4Video: 12 frames, 32 words, one centre crop"
-_SMALL_CLIPS = (
-    "Text4Vis: 8 or 16 frames, short side 256, test with one centre crop; report the mean of the three splits"
-)
+_SMALL_CLIPS = "top-1 on each of the three splits, and their mean; clips as for Kinetics"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -54,6 +54,16 @@ def test_videos_are_found_in_every_layout(place, path, name):
     assert (record.path, record.class_name) == (path, "air drumming")
 
 
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [("val.csv", ",val"), ("val.csv", ",validate"), ("validate.csv", ",validate"), ("kinetics-400_val.csv", None)],
+)
+def test_validation_is_val_however_it_is_written(place, name, column):
+    header = OLD if column else OLD.replace(",split", "")
+    root = place({name: f"{header}abseiling,-3B32lodo2M,59,69{column or ''}\n"})
+    assert [r.split for r in read_dataset("k400", root)] == ["val"]
+
+
 def test_folders_of_frames_are_videos(place, make_frames):
     root = place({"train.csv": NEW + "abseiling,-3B32lodo2M,59,69,train,0\n"})
     make_frames(root / "rawframes_train/abseiling/-3B32lodo2M_000059_000069", name="img_{:05d}.jpg")

@@ -1,4 +1,6 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from s4v.errors import ConfigError, DatasetError
 from s4v.extract.datasets import read_dataset
@@ -49,6 +51,16 @@ def test_delimiter_and_number_of_columns_are_sniffed():
     assert sniff_delimiter(["dir/x 12 163 3"]) == (" ", 3)
     assert sniff_delimiter(["a b.mp4", "c.mp4"]) == (" ", 0)
     assert sniff_delimiter([]) == (" ", 0)
+
+
+@given(
+    paths=st.lists(st.from_regex(r"[a-z ]{1,8}/[a-z,0-9 ]{0,8}[a-z]\.mp4", fullmatch=True), min_size=1, max_size=6),
+    delimiter=st.sampled_from([" ", "\t", ",", "::"]),
+    columns=st.integers(1, 3),
+)
+def test_what_is_sniffed_is_how_the_list_was_written(paths, delimiter, columns):
+    lines = [delimiter.join([path, *["7"] * columns]) for path in paths]
+    assert sniff_delimiter(lines) == (delimiter, columns)
 
 
 def test_names_come_from_a_class_file_beside_the_list(place):

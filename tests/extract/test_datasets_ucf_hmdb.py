@@ -1,5 +1,9 @@
-import pytest
+import json
 
+import pytest
+from typer.testing import CliRunner
+
+from s4v.cli import app
 from s4v.errors import ConfigError, DataNotFoundError, DatasetError
 from s4v.extract.datasets import read_dataset
 
@@ -99,6 +103,45 @@ def test_ucf_from_annotations_to_store(place, extract_rows):
         ("v_ApplyEyeMakeup_g08_c01", "val", "ApplyEyeMakeup", "ok"),
     ]
     assert store.attributes["dataset"]["protocol"] == "split2"
+
+
+def test_command_takes_a_protocol_and_goes_on_only_with_the_same(place, tmp_path, one_video):
+    root = place({f"lists/{name}": text for name, text in UCF.items()})
+    (root / "v_ApplyEyeMakeup_g08_c01.mp4").write_bytes(one_video.read_bytes())
+
+    def run(protocol):
+        command = [
+            "extract",
+            "--model",
+            "tiny-clip",
+            "--weights",
+            "random",
+            "--device",
+            "cpu",
+            "--frames",
+            "2",
+            "--json",
+        ]
+        command += [
+            "--dataset",
+            "ucf101",
+            "--root",
+            root,
+            "--annotations",
+            root / "lists",
+            "--out",
+            tmp_path / "s.zarr",
+        ]
+        return CliRunner().invoke(app, [str(a) for a in [*command, "--protocol", protocol]], catch_exceptions=False)
+
+    first = run("split2")
+    assert first.exit_code == 0, first.output
+    answer = json.loads(first.stdout.strip().splitlines()[-1])
+    assert answer["videos"] == {"ok": 1, "failed": 1, "pending": 0}
+    assert answer["failed"][0]["reason"] == "missing-file"
+    other = run("split1")
+    assert other.exit_code == 1
+    assert "dataset.protocol split2 there, split1 here" in other.stderr
 
 
 def test_hmdb_from_annotations_to_store(place, extract_rows):
