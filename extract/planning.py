@@ -169,6 +169,7 @@ def plan_command(
     root: Path | None,
     annotations: Path | None,
     columns: dict[str, str],
+    protocol: str | None,
     out: Path | None,
     frames: dict[str, int],
     layers: str,
@@ -192,7 +193,7 @@ def plan_command(
     counts = {"train": videos or 0}
     if dataset is not None:
         root, out = default_paths(dataset, root, out)
-        records = read_dataset(dataset, root, annotations=annotations, columns=columns)
+        records = read_dataset(dataset, root, annotations=annotations, columns=columns, protocol=protocol)
         counts = dict(Counter(record.split for record in records))
     config = ExtractConfig(
         model=model,

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from ..store._files import write_atomic
 from .config import ExtractConfig
-from .datasets import read_dataset
+from .datasets import frame_rate, read_dataset
 from .decoding import DecodedVideo, DecodeRequest, DecoderPool
 
 _FACTS = ("decoder", "num_frames", "fps", "duration_s", "width", "height")
@@ -37,7 +37,12 @@ def scan_dataset(
         out, videos (ok, failed), reasons (videos by code), failed (video_id, path, reason of each).
     """
     records = read_dataset(
-        config.dataset, config.root, annotations=config.annotations, columns=config.columns, seed=config.seed
+        config.dataset,
+        config.root,
+        annotations=config.annotations,
+        columns=config.columns,
+        protocol=config.protocol,
+        seed=config.seed,
     )
     rows: list[dict[str, Any]] = []
     num_decoders = config.num_decoders or os.cpu_count() or 1
@@ -55,6 +60,7 @@ def scan_dataset(
                     crop_px=_SMALLEST_PX,
                     start_s=following.start_s,
                     end_s=following.end_s,
+                    frame_fps=frame_rate(config.dataset),
                     decoder=config.decoder,
                     timeout_s=config.decode_timeout_s,
                 )
