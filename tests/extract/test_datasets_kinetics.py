@@ -181,10 +181,11 @@ def test_flat_videos_without_annotations_are_refused_with_a_hint(place):
         read_dataset("k400", root)
 
 
-def test_from_annotations_to_store(place, extract_rows):
+@pytest.mark.parametrize("name", ["k400", "k600", "k700"])
+def test_from_annotations_to_store(place, extract_rows, name):
     root = place({"train.csv": TRAIN, "val.csv": VAL})
     store = extract_rows(
-        "k400",
+        name,
         root,
         "train/abseiling/-3B32lodo2M_000059_000069.mp4",
         "videos_val/air_drumming/0wR5jVB-WPk_000417_000427.mp4",
