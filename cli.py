@@ -754,7 +754,8 @@ def _print_fidelity(fidelity: dict[str, Any]) -> None:
 def _print_answers(rows: list[dict[str, Any]]) -> None:
     print(f"{'rank':>4}  {'score':>7}  {'best frame':>10}  path")
     for row in rows:
-        print(f"{row['rank']:>4}  {row['score']:>7.4f}  {row['time_s']:>8.2f} s  {row['path']}")
+        time_s = "not known" if row["time_s"] is None else f"{row['time_s']:.2f} s"
+        print(f"{row['rank']:>4}  {row['score']:>7.4f}  {time_s:>10}  {row['path']}")
 
 
 def _bytes(size: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +25,8 @@ class Answer:
     video_id: str
     path: str
     """Relative to the root that the store records."""
-    time_s: float
-    """Time of the cached frame that fits best."""
+    time_s: float | None
+    """Time of the cached frame that fits best; None in a folder of frames whose rate is not known."""
     frame_score: float
     """That frame's own cosine."""
 
@@ -91,11 +92,15 @@ def search_store(
             score=float(scores[place]),
             video_id=row["video_id"],
             path=row["path"],
-            time_s=float(row["timestamps_s"][best_frames[place]]),
+            time_s=_known(row["timestamps_s"][best_frames[place]]),
             frame_score=float(frame_scores[place]),
         )
         for rank, (place, row) in enumerate(zip(order, chosen, strict=True), start=1)
     ]
+
+
+def _known(time_s: float) -> float | None:
+    return None if math.isnan(time_s) else time_s
 
 
 def embed_query(

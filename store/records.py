@@ -64,7 +64,7 @@ class VideoResult:
     status: Status
     reason: str | None = None
     decoder: str | None = None
-    """`decord` or `pyav`."""
+    """`decord` or `pyav`; `pillow` for folders of JPEGs."""
     num_frames: int | None = None
     """Frames that the video has (after clamping, see `reason` of an ok row)."""
     fps: float | None = None

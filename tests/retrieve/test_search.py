@@ -3,9 +3,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+from typer.testing import CliRunner
 
+from s4v.cli import app
 from s4v.errors import ConfigError, StoreNotFoundError
 from s4v.extract.backbone import load_text_tower
+from s4v.extract.pipeline import extract_dataset
 from s4v.retrieve.search import find_newest_store, normalise_rows, score_videos, search_store
 from s4v.store.reader import open_store
 
@@ -68,3 +72,16 @@ def test_empty_query_and_missing_store_are_refused(int8_store, tmp_path):
         search_store(int8_store, "x", top=0)
     with pytest.raises(StoreNotFoundError, match="no store in"):
         find_newest_store(tmp_path)
+
+
+def test_frames_of_an_unknown_rate_have_no_time(tmp_path, make_config):
+    for number in range(3):
+        folder = tmp_path / "videos" / "run" / "clip"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (80, 64), (60 * number, 90, 30)).save(folder / f"{number + 1:05d}.jpg")
+    config = make_config(tmp_path / "videos", tmp_path / "frames.zarr", frames={"": 2})
+    extract_dataset(config)
+    (answer,) = search_store(config.out, "anything")
+    assert answer.time_s is None
+    result = CliRunner().invoke(app, ["retrieve", "--query", "anything", "--features", str(config.out)])
+    assert result.exit_code == 0 and "not known" in result.stdout
