@@ -17,11 +17,11 @@ from .layout import ArraySpec
 _CONTEXT = ts.Context({"file_io_locking": {"mode": "none"}})
 
 _CHECKSUM = {"name": "crc32c"}
-# Bits of equal weight side by side: rounded mantissas end in long runs of zeros.
+# First and second bytes of all values apart: a fifth smaller and more than plain zstd (docs/decisions.md).
 _COMPRESSION = {
     "float16": {
         "name": "blosc",
-        "configuration": {"cname": "zstd", "clevel": 3, "shuffle": "bitshuffle", "typesize": 2, "blocksize": 0},
+        "configuration": {"cname": "zstd", "clevel": 3, "shuffle": "shuffle", "typesize": 2, "blocksize": 0},
     }
 }
 
