@@ -18,12 +18,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from _report import describe_machine, format_table, keep
+from _stores import begin_store, write_rows
 
 from s4v.store.codec import Codec
 from s4v.store.layout import StoreLayout
 from s4v.store.reader import StoreReader, open_store
-from s4v.store.records import VideoRecord, VideoResult
-from s4v.store.writer import RowTokens, create_store
+from s4v.store.writer import RowTokens
 from s4v.train.clips import ClipBatch, ClipLoader, codec_for, find_labelled_rows, plan_training_epoch
 from s4v.train.side_network import SideNetwork
 
@@ -46,21 +46,6 @@ def write_store(path: Path, num_videos: int) -> None:
         image_size=(224, 224),
         patch_dtype="int8",
     )
-    names = ["a", "b"]
-    records = [
-        VideoRecord(video_id=f"{row:06d}", path=f"{row:06d}", split="train", class_name=names[row % 2])
-        for row in range(num_videos)
-    ]
-    attributes = {
-        "created": "now",
-        "dataset": {"name": "benchmark", "root": "."},
-        "classes": {"names": names},
-        "backbone": {"name": "none", "width": WIDTH, "mean": [0.5] * 3, "std": [0.5] * 3},
-        "frames": {"": FRAMES},
-        "sampling": "uniform",
-        "resize": "224",
-        "libraries": {},
-    }
     rng = np.random.default_rng(0)
     basis = np.stack([np.linalg.qr(rng.normal(size=(WIDTH, CHANNELS)))[0].T for _ in range(LAYERS)])
     codec = Codec(
@@ -69,20 +54,19 @@ def write_store(path: Path, num_videos: int) -> None:
         basis=basis.astype(np.float32),
         scale=np.full((LAYERS, CHANNELS), 0.02, np.float32),
     )
-    with create_store(path, layout=layout, attributes=attributes, records=records, codec=codec, head={}) as writer:
+
+    def make_tokens(row: int) -> RowTokens:
+        return RowTokens(
+            patches=rng.integers(-127, 127, (1, FRAMES, LAYERS, PATCHES, CHANNELS), dtype=np.int8, endpoint=True),
+            cls=rng.normal(size=(1, FRAMES, LAYERS, WIDTH)).astype(np.float16),
+            embedding=np.zeros((1, FRAMES, 512), np.float32),
+            pixels=rng.integers(0, 256, (1, FRAMES, 1, 224, 224, 3), dtype=np.uint8),
+        )
+
+    writer, records = begin_store(path, layout, codec, ["a", "b"])
+    with writer:
         for shard in writer.pending_shards():
-            rows = layout.shard_rows(shard)
-            tokens = {
-                row: RowTokens(
-                    patches=rng.integers(-127, 128, (1, FRAMES, LAYERS, PATCHES, CHANNELS), dtype=np.int8),
-                    cls=rng.normal(size=(1, FRAMES, LAYERS, WIDTH)).astype(np.float16),
-                    embedding=np.zeros((1, FRAMES, 512), np.float32),
-                    pixels=rng.integers(0, 256, (1, FRAMES, 1, 224, 224, 3), dtype=np.uint8),
-                )
-                for row in rows
-            }
-            facts = {"status": "ok", "num_cached_frames": FRAMES, "num_views": 1, "eval_clips": [list(range(FRAMES))]}
-            writer.write_shard(shard, tokens, [VideoResult(video_id=records[row].video_id, **facts) for row in rows])
+            write_rows(writer, records, shard, make_tokens)
         writer.consolidate()
 
 

@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from _report import describe_machine, format_table, keep
+from _stores import begin_store, write_rows
 
 from s4v.store import manifest
 from s4v.store.codec import Codec
 from s4v.store.layout import StoreLayout
-from s4v.store.records import VideoRecord, VideoResult
-from s4v.store.writer import RowTokens, create_store
+from s4v.store.writer import RowTokens, _write_checksums
 
 ROUNDS = 5
 FRAMES = 8
@@ -62,37 +62,20 @@ def make_store(path: Path, num_videos: int) -> int:
         image_size=(224, 224),
         patch_dtype="int8",
     )
-    records = [
-        VideoRecord(video_id=f"class-{row % 400}/{row:08d}.mp4", path=f"class-{row % 400}/{row:08d}.mp4", split="train",
-                    class_name=f"class-{row % 400}")
-        for row in range(num_videos)
-    ]  # fmt: skip
-    attributes = {
-        "created": "now",
-        "dataset": {"name": "benchmark", "root": "."},
-        "classes": {"names": sorted(f"class-{number}" for number in range(400))},
-        "backbone": {"name": "none", "width": CHANNELS},
-        "frames": {"": FRAMES},
-        "sampling": "uniform",
-        "resize": "224",
-        "libraries": {},
-    }
     codec = Codec(dtype="int8", scale=np.ones((LAYERS, CHANNELS), np.float32))
-    with create_store(path, layout=layout, attributes=attributes, records=records, codec=codec, head={}) as writer:
-        shard = 7 * layout.num_shards // 9
-        rows = layout.shard_rows(shard)
-        rng = np.random.default_rng(0)
-        tokens = RowTokens(
-            patches=rng.integers(-127, 128, (1, FRAMES, LAYERS, PATCHES, CHANNELS), dtype=np.int8),
-            cls=np.zeros((1, FRAMES, LAYERS, CHANNELS), np.float16),
-            embedding=np.zeros((1, FRAMES, 8), np.float32),
-            pixels=np.zeros((1, FRAMES, 1, 224, 224, 3), np.uint8),
-        )
-        facts = {"status": "ok", "num_cached_frames": FRAMES, "num_views": 1, "eval_clips": [list(range(FRAMES))]}
-        results = [VideoResult(video_id=records[row].video_id, **facts) for row in rows]
-        writer.write_shard(shard, dict.fromkeys(rows, tokens), results)
+    classes = [f"class-{number}" for number in range(400)]
+    rng = np.random.default_rng(0)
+    tokens = RowTokens(
+        patches=rng.integers(-127, 128, (1, FRAMES, LAYERS, PATCHES, CHANNELS), dtype=np.int8),
+        cls=np.zeros((1, FRAMES, LAYERS, CHANNELS), np.float16),
+        embedding=np.zeros((1, FRAMES, 8), np.float32),
+        pixels=np.zeros((1, FRAMES, 1, 224, 224, 3), np.uint8),
+    )
+    writer, records = begin_store(path, layout, codec, classes)
+    with writer:
+        rows = write_rows(writer, records, 7 * layout.num_shards // 9, lambda row: tokens)
         # The other shards' results, as their done-markers would give them.
-        inputs = manifest.input_table(records, manifest.ClassList(tuple(attributes["classes"]["names"])))
+        inputs = manifest.input_table(records, manifest.ClassList(tuple(sorted(classes))))
         columns = {
             "status": pa.array(["ok"] * num_videos),
             "num_cached_frames": pa.array(np.full(num_videos, FRAMES, np.int32)),
@@ -106,8 +89,6 @@ def make_store(path: Path, num_videos: int) -> int:
         table = pa.table({name: columns.get(name, pending[name]) for name in pending.schema.names}, pending.schema)
         manifest.write_table(path / manifest.MANIFEST_NAME, table)
         (path / "checksums.json").unlink()
-        from s4v.store.writer import _write_checksums
-
         _write_checksums(path)
     return rows[3]
 

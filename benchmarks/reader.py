@@ -21,12 +21,12 @@ from pathlib import Path
 
 import numpy as np
 from _report import describe_machine, format_table, keep
+from _stores import begin_store, write_rows
 
 from s4v.store.codec import Codec
 from s4v.store.layout import StoreLayout
 from s4v.store.reader import open_store
-from s4v.store.records import VideoRecord, VideoResult
-from s4v.store.writer import RowTokens, create_store
+from s4v.store.writer import RowTokens
 from s4v.train.clips import ClipLoader, ClipPlan
 
 FRAMES, CLIP, BATCH = 32, 8, 16
@@ -58,46 +58,19 @@ def write_store(path: Path, num_videos: int) -> None:
         patch_dtype="int8",
         with_pixels=False,
     )
-    records = [
-        VideoRecord(video_id=f"{row:06d}", path=f"{row:06d}", split="train", class_name="ab"[row % 2])
-        for row in range(num_videos)
-    ]
-    attributes = {
-        "created": "now",
-        "dataset": {"name": "benchmark", "root": "."},
-        "classes": {"names": ["a", "b"]},
-        "backbone": {"name": "none", "width": CHANNELS, "mean": [0.5] * 3, "std": [0.5] * 3},
-        "frames": {"": FRAMES},
-        "sampling": "uniform",
-        "resize": "224",
-        "libraries": {},
-    }
     codec = Codec(dtype="int8", scale=np.ones((LAYERS, CHANNELS), np.float32))
-    with create_store(path, layout=layout, attributes=attributes, records=records, codec=codec, head={}) as writer:
+
+    def make_tokens(row: int) -> RowTokens:
+        return RowTokens(
+            patches=draw_tokens(row)[None],
+            cls=np.zeros((1, FRAMES, LAYERS, CHANNELS), np.float16),
+            embedding=np.zeros((1, FRAMES, 8), np.float32),
+        )
+
+    writer, records = begin_store(path, layout, codec, ["a", "b"])
+    with writer:
         for shard in writer.pending_shards():
-            rows = layout.shard_rows(shard)
-            tokens = {
-                row: RowTokens(
-                    patches=draw_tokens(row)[None],
-                    cls=np.zeros((1, FRAMES, LAYERS, CHANNELS), np.float16),
-                    embedding=np.zeros((1, FRAMES, 8), np.float32),
-                    pixels=None,
-                )
-                for row in rows
-            }
-            results = [
-                VideoResult(
-                    video_id=records[row].video_id,
-                    status="ok",
-                    num_cached_frames=FRAMES,
-                    num_views=1,
-                    frame_indices=list(range(FRAMES)),
-                    timestamps_s=[float(frame) for frame in range(FRAMES)],
-                    eval_clips=[list(range(FRAMES))],
-                )
-                for row in rows
-            ]
-            writer.write_shard(shard, tokens, results)
+            write_rows(writer, records, shard, make_tokens)
         writer.consolidate()
 
 

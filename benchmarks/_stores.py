@@ -1,0 +1,45 @@
+"""Stores of random tokens, written as an extraction writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from s4v.store.codec import Codec
+from s4v.store.layout import StoreLayout
+from s4v.store.records import VideoRecord, VideoResult
+from s4v.store.writer import RowTokens, StoreWriter, create_store
+
+
+def begin_store(
+    path: Path, layout: StoreLayout, codec: Codec, classes: list[str]
+) -> tuple[StoreWriter, list[VideoRecord]]:
+    """The skeleton of a store: all videos for training, the classes in turns."""
+    records = []
+    for row in range(layout.num_rows):
+        class_name = classes[row % len(classes)]
+        name = f"{class_name}/{row:08d}.mp4"
+        records.append(VideoRecord(video_id=name, path=name, split="train", class_name=class_name))
+    attributes: dict[str, Any] = {
+        "created": "now",
+        "dataset": {"name": "benchmark", "root": "."},
+        "classes": {"names": sorted(classes)},
+        "backbone": {"name": "none", "width": layout.width, "mean": [0.5] * 3, "std": [0.5] * 3},
+        "frames": {"": layout.num_frames},
+        "sampling": "uniform",
+        "resize": "224",
+        "libraries": {},
+    }
+    return create_store(path, layout=layout, attributes=attributes, records=records, codec=codec, head={}), records
+
+
+def write_rows(
+    writer: StoreWriter, records: list[VideoRecord], shard: int, make_tokens: Callable[[int], RowTokens]
+) -> range:
+    """One shard, all its videos good; returns its rows."""
+    rows, frames = writer.layout.shard_rows(shard), list(range(writer.layout.num_frames))
+    facts: dict[str, Any] = {"num_cached_frames": len(frames), "num_views": 1, "eval_clips": [frames]}
+    results = [VideoResult(video_id=records[row].video_id, status="ok", **facts) for row in rows]
+    writer.write_shard(shard, {row: make_tokens(row) for row in rows}, results)
+    return rows
