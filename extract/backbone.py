@@ -6,6 +6,7 @@ weights' size in the precision they run in.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,15 +18,31 @@ import torch
 from open_clip.model import _build_text_tower, _build_vision_tower
 from torch import nn
 
-from ..errors import BackboneError, ConfigError, WeightsError
+from ..errors import BackboneError, ConfigError, EnvironmentFailedError, WeightsError
 from .architectures import ALIASES, read_architecture, resolve_model
-from .weights import WeightsSource, fill_tower, open_tensors, parameters_on_meta, resolve_weights
+from .weights import KNOWN_WORDS, WeightsSource, fill_tower, open_tensors, parameters_on_meta, resolve_weights
 
 Precision = Literal["fp32", "fp16", "bf16"]
 _DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+_log = logging.getLogger(__name__)
+
 # "Paper" layers: up to this depth every block is tapped, above it every second one (ViT-E: 32 of 64).
 _EVERY_BLOCK_UP_TO = 32
+
+# By a part of the device's name, the longer ones first.
+_PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "V100": 125e12,
+    "L4": 121e12,
+    "T4": 65e12,
+}
 
 # CLIP starts training from it; random weights keep it.
 _DEFAULT_LOGIT_SCALE = math.log(1 / 0.07)
@@ -85,6 +102,8 @@ class Backbone:
         self.device = device
         self._source = source
         self._logit_scale = _DEFAULT_LOGIT_SCALE
+        self._forward = tower.forward_intermediates
+        self._is_compiled = False
         self._mean = torch.tensor(info.mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(info.std, device=device).view(1, 3, 1, 1)
 
@@ -100,6 +119,19 @@ class Backbone:
             self._logit_scale = float(tensors["logit_scale"])
         return self
 
+    def compile(self) -> None:
+        """Have `torch.compile` make the tower's kernels, at the first pass."""
+        self._forward = torch.compile(self.tower.forward_intermediates)
+        self._is_compiled = True
+
+    @property
+    def flops_per_frame(self) -> int:
+        """Multiplications and additions of one frame's forward pass, in the matrix products of its blocks."""
+        num_tokens = self.info.num_patches + 1
+        weights = sum(parameter.numel() for parameter in _find_blocks(self.tower).parameters() if parameter.ndim == 2)
+        attention = 2 * self.info.depth * num_tokens**2 * self.info.width
+        return 2 * (weights * num_tokens + attention)
+
     @torch.inference_mode()
     def encode_frames(self, pixels: torch.Tensor, layers: Iterable[int]) -> FrameTokens:
         """Run frames through the tower.
@@ -110,12 +142,19 @@ class Backbone:
 
         Returns:
             Tokens of the tapped blocks and the tower's own embedding, from one pass.
+
+        Raises:
+            EnvironmentFailedError: If `compile` was asked for and is not possible here.
         """
         wanted = sorted(set(layers))
         images = normalise_pixels(pixels.to(self.device), self._mean, self._std)
-        output = self.tower.forward_intermediates(
-            images.to(_DTYPES[self.info.precision]), indices=wanted, output_fmt="NLC", output_extra_tokens=True
-        )
+        try:
+            output = self._forward(
+                images.to(_DTYPES[self.info.precision]), indices=wanted, output_fmt="NLC", output_extra_tokens=True
+            )
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            raise EnvironmentFailedError(f"torch.compile does not work here: {reason}. Leave out --compile.") from error
         cls = [prefix[:, 0] for prefix in output["image_intermediates_prefix"]]
         return FrameTokens(
             patches=output["image_intermediates"],
@@ -144,20 +183,50 @@ def normalise_pixels(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor
 class TextTower:
     """The frozen text tower of a backbone; `load_text_tower` makes one."""
 
-    def __init__(self, tower: nn.Module, tokenizer: Any, device: torch.device) -> None:
+    def __init__(
+        self, tower: nn.Module, tokenizer: Any, device: torch.device, known_words: torch.Tensor | None = None
+    ) -> None:
         self._tower = tower
         self._tokenizer = tokenizer
         self._device = device
+        self._known_words = known_words
 
     @torch.inference_mode()
     def encode(self, texts: list[str]) -> np.ndarray:
         """Embed texts; each is cut at the tower's context length.
 
+        Warns of words that the weights do not know: tiny-clip's know a few dozen.
+
         Returns:
             (len(texts), E) float32, not normalised.
         """
-        tokens = self._tokenizer(texts).to(self._device)
-        return self._tower(tokens).float().cpu().numpy()
+        tokens = self._tokenizer(texts)
+        if self._known_words is not None:
+            tokens = self._drop_unknown(tokens, self._known_words)
+        return self._tower(tokens.to(self._device)).float().cpu().numpy()
+
+    def _drop_unknown(self, tokens: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        """Texts (n, context) without the words that are not known, padded with zeros again."""
+        is_known = torch.isin(tokens, known) | (tokens == 0)
+        if unknown := tokens[~is_known].unique().tolist():
+            words = ", ".join(repr(self._tokenizer.decode([word]).strip()) for word in unknown)
+            _log.warning("this backbone's text tower does not know %s: as if not said", words)
+        kept = torch.zeros_like(tokens)
+        for row, words_known in enumerate(is_known):
+            kept[row, : int(words_known.sum())] = tokens[row, words_known]
+        return kept
+
+
+def find_peak_flops(device: torch.device, precision: Precision) -> float | None:
+    """What a GPU could do in a second in half precision; None where that is not known.
+
+    Source:
+        The makers' data sheets: dense matrix products, sums in float32.
+    """
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAK_FLOPS.items() if part in name), None)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -267,8 +336,10 @@ def load_text_tower(
         )
     tower = _build_tower(name, _build_text_tower, config["embed_dim"], config["text_cfg"], config)
     # Custom-text models keep the tower under `text.`, plain CLIP keeps its parts at the top.
-    fill_tower(tower, open_tensors(source), source, ("text.", ""), device, torch.float32)
-    return TextTower(tower, open_clip.get_tokenizer(architecture), device)
+    tensors = open_tensors(source)
+    fill_tower(tower, tensors, source, ("text.", ""), device, torch.float32)
+    known_words = None if tensors is None else tensors.get(KNOWN_WORDS)
+    return TextTower(tower, open_clip.get_tokenizer(architecture), device, known_words)
 
 
 def _build_tower(

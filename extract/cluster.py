@@ -30,7 +30,7 @@ def run_on_workers(
     Args:
         config: With `num_workers` or `scheduler`; the store exists.
         shards: To do, in any order.
-        report: Told, for each finished shard, of its number of rows and its seconds by stage.
+        report: Told, for each finished shard, of its number and its seconds by stage.
 
     Raises:
         ConfigError: If no scheduler answers.
@@ -46,7 +46,7 @@ def run_on_workers(
         try:
             for future in distributed.as_completed(futures):
                 done = future.result()
-                report(done["rows"], done["seconds"])
+                report(done["shard"], done["seconds"])
         except distributed.KilledWorker as error:
             raise EnvironmentFailedError(
                 f"{error}. Finished shards are kept; look into that worker's log (out of memory?), then run the same "
@@ -60,7 +60,7 @@ def process_shard(config: ExtractConfig, shard: int) -> dict[str, Any]:
     """Do one shard in a worker, which is set up by its first one.
 
     Returns:
-        shard, rows, and seconds by stage.
+        shard, and seconds by stage.
     """
     from .pipeline import WorkerJob
 
@@ -69,8 +69,7 @@ def process_shard(config: ExtractConfig, shard: int) -> dict[str, Any]:
         _closing.close()  # one extraction at a time: a backbone fills a GPU
         _open_jobs.clear()
         _open_jobs[key] = _closing.enter_context(WorkerJob(_for_this_worker(config)))
-    rows, seconds = _open_jobs[key].process(shard)
-    return {"shard": shard, "rows": rows, "seconds": seconds}
+    return {"shard": shard, "seconds": _open_jobs[key].process(shard)}
 
 
 def _for_this_worker(config: ExtractConfig) -> ExtractConfig:

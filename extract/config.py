@@ -8,7 +8,8 @@ from typing import Literal
 
 from ..errors import ConfigError
 from ..store.layout import PATCH_DTYPES, PatchDtype
-from .datasets import resolve_protocol
+from ..store.records import VideoRecord
+from .datasets import read_dataset, resolve_protocol
 from .resizing import RESIZES
 from .sampling import SAMPLINGS
 
@@ -62,6 +63,8 @@ class ExtractConfig:
     """Of the backbone's arithmetic; None takes fp32 on a CPU and fp16 elsewhere."""
     batch_size: int = 16
     """Frames in one pass through the backbone."""
+    with_compile: bool = False
+    """Have `torch.compile` make the backbone's kernels."""
     num_decoders: int | None = None
     """Decoder processes; None takes one for each core."""
     decoder: Literal["auto", "decord", "pyav"] = "auto"
@@ -86,6 +89,8 @@ class ExtractConfig:
     """Do shards with failed rows anew; what decodes by now is then in them."""
     repair: bool = False
     """Verify the store at `out` first, and do anew what is damaged."""
+    append: bool = False
+    """Add videos that the store does not hold yet at its end."""
     overwrite: bool = False
     """Replace a store that stands at `out`."""
 
@@ -118,6 +123,10 @@ class ExtractConfig:
             )
         if self.num_workers is not None and self.scheduler is not None:
             raise ConfigError("--workers starts a cluster here, --scheduler joins one that is there: take one of them")
+        if self.append and self.overwrite:
+            raise ConfigError("--append keeps what is there, --overwrite replaces it: take one of them")
+        if self.append and self.repair:
+            raise ConfigError("--repair mends the rows that are there: run it first, without --append")
         if self.part is not None and not 1 <= self.part[0] <= self.part[1]:
             raise ConfigError(f"--part takes I/N with I from 1 to N; found {self.part[0]}/{self.part[1]}")
         if self.dataset != "table" and self.columns:
@@ -125,6 +134,22 @@ class ExtractConfig:
         if self.dataset == "folder" and self.annotations is not None:
             raise ConfigError("--annotations has no effect on --dataset folder: use table or lists")
         resolve_protocol(self.dataset, self.protocol)
+
+    def read_records(self) -> list[VideoRecord]:
+        """The data set's videos in row order.
+
+        Raises:
+            DatasetError: If its files are not what a reader takes.
+        """
+        return read_dataset(
+            self.dataset,
+            self.root,
+            annotations=self.annotations,
+            columns=self.columns,
+            protocol=self.protocol,
+            splits=self.splits,
+            seed=self.seed,
+        )
 
     def frames_of(self, split: str) -> int:
         """Frames that a row of this split caches.

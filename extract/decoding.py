@@ -12,14 +12,18 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 
 from ..errors import EnvironmentFailedError
-from ..store.records import View
+from ..store.records import VideoRecord, View
+from .config import ExtractConfig
+from .datasets import frame_rate
 
 # Wall seconds for one CPU second of budget: a stuck read or a deadlock uses no CPU.
 _WALL_FACTOR = 5
@@ -42,6 +46,22 @@ class DecodeRequest:
     decoder: Literal["auto", "decord", "pyav"] = "auto"
     timeout_s: float = 60.0
 
+    @classmethod
+    def of(cls, record: VideoRecord, config: ExtractConfig, *, num_frames: int, crop_px: int) -> Self:
+        """What an extraction asks of one video's decoding."""
+        return cls(
+            path=str(config.root.resolve() / record.path),
+            num_frames=num_frames,
+            sampling=config.sampling,
+            resize=config.resize,
+            crop_px=crop_px,
+            start_s=record.start_s,
+            end_s=record.end_s,
+            frame_fps=frame_rate(config.dataset),
+            decoder=config.decoder,
+            timeout_s=config.decode_timeout_s,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class DecodedVideo:
@@ -54,12 +74,14 @@ class DecodedVideo:
 
 
 class DecoderPool:
-    """A fixed number of decoder processes, each driven by a thread of its own.
+    """A fixed number of decoder processes (None: one for each core), each driven by a thread of its own.
 
     Use it as a context manager: leaving it ends the processes, also when an exception passes through.
     """
 
-    def __init__(self, num_processes: int) -> None:
+    def __init__(self, num_processes: int | None = None) -> None:
+        num_processes = num_processes or os.cpu_count() or 1
+        self._num_ahead = 2 * num_processes + 2
         self._local = threading.local()
         self._children: list[_Child] = []
         self._lock = threading.Lock()
@@ -82,6 +104,16 @@ class DecoderPool:
     def submit(self, request: DecodeRequest) -> Future[DecodedVideo]:
         """Queue one video; results come in any order, hold on to the futures."""
         return self._threads.submit(self._decode, request)
+
+    def decode_ahead(self, requests: Iterable[DecodeRequest]) -> Iterator[DecodedVideo]:
+        """Decoded videos in the order of the requests, a bounded number of them ahead of the consumer."""
+        futures: deque[Future[DecodedVideo]] = deque()
+        for request in requests:
+            futures.append(self.submit(request))
+            if len(futures) > self._num_ahead:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
 
     def library_versions(self) -> dict[str, str]:
         """Versions of what decides the pixels, as a decoder process reports them."""

@@ -13,14 +13,12 @@ padded with zeros, and a video that failed leaves its slots zero. So a store doe
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -30,17 +28,18 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ..errors import NoGoodVideoError, StoreDamagedError
+from ..errors import DataNotFoundError, NoGoodVideoError, StoreDamagedError
 from ..store._files import hash_text, write_json
+from ..store.appending import append_rows, finish_appending, order_records
 from ..store.codec import Codec, check_finite, round_mantissas
 from ..store.fidelity import FIDELITY_NAME, write_fidelity
-from ..store.layout import StoreLayout
+from ..store.layout import STATS_NAME, StoreLayout
 from ..store.manifest import ClassList
-from ..store.reader import open_store
+from ..store.reader import StoreReader, open_store
 from ..store.records import VideoRecord, VideoResult
 from ..store.verify import verify_store
 from ..store.writer import RowTokens, StoreWriter, create_store, refuse_existing, repair_store, resume_store
-from .backbone import Backbone, build_backbone, resolve_device
+from .backbone import Backbone, build_backbone, find_peak_flops, resolve_device
 from .calibration import (
     fit_codec,
     frames_per_video,
@@ -50,14 +49,20 @@ from .calibration import (
 )
 from .cluster import run_on_workers
 from .config import DEFAULT_FRAMES, ExtractConfig
-from .datasets import frame_rate, read_dataset, resolve_protocol
+from .datasets import resolve_protocol
 from .decoding import DecodedVideo, DecodeRequest, DecoderPool
 from .planning import NUM_VIEWS, plan_layout, require_space
 
-ReportProgress = Callable[[str, int, int], None]
-"""Called with what is under way, how many videos are done, and how many there are."""
+ReportProgress = Callable[..., None]
+"""Called with what is under way, how many videos are done, how many there are and, where it is known, how fast."""
 
 _MEASURED_VIDEOS = 16
+
+_BOTTLENECKS = {
+    "decoding": ("waiting for decoders",),
+    "backbone": ("backbone", "encoding"),
+    "writing": ("waiting for the writer",),
+}
 
 _log = logging.getLogger(__name__)
 
@@ -80,6 +85,12 @@ class StageClock:
 
     seconds: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def bottleneck(self) -> str | None:
+        """What the main thread spent most of its time on, of what a longer run has more of."""
+        shares = {name: sum(self.seconds.get(stage, 0.0) for stage in stages) for name, stages in _BOTTLENECKS.items()}
+        return max(shares, key=lambda name: shares[name]) if any(shares.values()) else None
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Count the time of a block to a stage."""
@@ -88,6 +99,41 @@ class StageClock:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+class _Meter:
+    """Counts what gets done, from its making on."""
+
+    def __init__(
+        self,
+        layout: StoreLayout,
+        num_frames: Sequence[int],
+        shards: Sequence[int],
+        clock: StageClock,
+        report: ReportProgress,
+    ) -> None:
+        self._layout = layout
+        self._num_frames = num_frames
+        self._total = sum(len(layout.shard_rows(shard)) for shard in shards)
+        self._clock = clock
+        self._report = report
+        self._start = time.perf_counter()
+        self.rows = 0
+        self.frames = 0
+        self.seconds = 0.0
+
+    def count(self, shard: int) -> None:
+        """One more shard is done."""
+        rows = self._layout.shard_rows(shard)
+        self.rows += len(rows)
+        self.frames += NUM_VIEWS * sum(self._num_frames[row] for row in rows)
+        self.seconds = time.perf_counter() - self._start
+        rate = f"{self.frames_per_second:.1f} frames/s, held up by {self._clock.bottleneck}"
+        self._report("extracting", self.rows, self._total, rate)
+
+    @property
+    def frames_per_second(self) -> float:
+        return self.frames / self.seconds if self.seconds else 0.0
 
 
 def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: None) -> ExtractSummary:
@@ -110,20 +156,19 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
     records = _read_records(config)
     if not _is_store(config.out):
         refuse_existing(config.out, overwrite=config.overwrite)
-    with DecoderPool(config.num_decoders or os.cpu_count() or 1) as pool:
+    with DecoderPool(config.num_decoders) as pool:
         report("building the backbone", 0, len(records))
         job, attributes = _set_up(config, records, pool, clock, report)
         with job.open_store(attributes) as writer:
             shards = [] if config.prepare else job.undone_shards(writer)
-            if config.num_workers is None and config.scheduler is None:
-                num_done = job.run(writer, shards)
-            else:
-                num_done = _run_on_workers(config, shards, job.layout, clock, report)
+            is_alone = config.num_workers is None and config.scheduler is None
+            meter = job.run(writer, shards) if is_alone else job.run_on_workers(shards)
             table = writer.consolidate()
         if job.wants_measuring(table):
             job.measure(table)
     summary = _summarise(config.out, table, time.perf_counter() - start)
-    _write_stats(config.out, clock, num_done, summary.seconds)
+    if meter.rows:  # a run that had nothing to do leaves the last one's figures
+        _write_stats(config.out, clock, meter, job.describe_work(meter) if is_alone else {}, summary.seconds)
     if summary.videos["ok"] == 0 and summary.videos["pending"] == 0:
         reasons = "; ".join(sorted({row["reason"] for row in summary.failed})[:3])
         raise NoGoodVideoError(f"not one of {len(records)} videos decodes. First reasons: {reasons}")
@@ -131,15 +176,12 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
 
 
 def _read_records(config: ExtractConfig) -> list[VideoRecord]:
-    return read_dataset(
-        config.dataset,
-        config.root,
-        annotations=config.annotations,
-        columns=config.columns,
-        protocol=config.protocol,
-        splits=config.splits,
-        seed=config.seed,
-    )
+    """The data set's videos in row order: that of the store, where there is one."""
+    records = config.read_records()
+    if config.overwrite or not _is_store(config.out):
+        return records
+    finish_appending(config.out)
+    return order_records(config.out, records)
 
 
 def _set_up(
@@ -157,27 +199,13 @@ def _set_up(
             precision=config.precision,
             seed=config.seed,
         )
+        if config.with_compile:
+            backbone.compile()
         layout = plan_layout(config, backbone, len(records), max(num_frames))
+        if _is_store(config.out) and not config.overwrite:
+            layout = replace(layout, rows_per_shard=open_store(config.out).layout.rows_per_shard)
         attributes = _describe(config, backbone, records, pool.library_versions())
     return _Extraction(config, records, num_frames, backbone, layout, pool, clock, report), attributes
-
-
-def _run_on_workers(
-    config: ExtractConfig, shards: Sequence[int], layout: StoreLayout, clock: StageClock, report: ReportProgress
-) -> int:
-    """Have shards done by Dask's workers; the seconds of all of them are counted together."""
-    done, total = 0, sum(len(layout.shard_rows(shard)) for shard in shards)
-
-    def count(rows: int, seconds: dict[str, float]) -> None:
-        nonlocal done
-        done += rows
-        for name, value in seconds.items():
-            clock.seconds[name] = clock.seconds.get(name, 0.0) + value
-        report("extracting", done, total)
-
-    if shards:
-        run_on_workers(config, shards, count)
-    return done
 
 
 class WorkerJob:
@@ -189,7 +217,7 @@ class WorkerJob:
 
     def __enter__(self) -> WorkerJob:
         config, records = self._config, _read_records(self._config)
-        pool = self._open.enter_context(DecoderPool(config.num_decoders or os.cpu_count() or 1))
+        pool = self._open.enter_context(DecoderPool(config.num_decoders))
         self._clock = StageClock()
         self._job, attributes = _set_up(config, records, pool, self._clock, lambda *_: None)
         writer = resume_store(
@@ -201,12 +229,12 @@ class WorkerJob:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def process(self, shard: int) -> tuple[int, dict[str, float]]:
-        """Do one shard; its number of rows, and seconds by stage."""
-        rows = self._job.run(self._writer, [shard])
+    def process(self, shard: int) -> dict[str, float]:
+        """Do one shard; seconds by stage."""
+        self._job.run(self._writer, [shard])
         seconds = dict(self._clock.seconds)
         self._clock.seconds.clear()
-        return rows, seconds
+        return seconds
 
 
 def batch_slots(num_frames: Sequence[int], num_views: int, batch_size: int) -> list[list[tuple[int, int, int]]]:
@@ -255,6 +283,10 @@ class _Extraction:
         if _is_store(config.out) and not config.overwrite:
             if config.repair:
                 self._repair(attributes)
+            store = open_store(config.out)
+            if config.append and len(self._records) > store.layout.num_rows:
+                self._require_appendable(store)
+                append_rows(config.out, layout=self.layout, attributes=attributes, records=self._records)
             return resume_store(config.out, layout=self.layout, attributes=attributes, records=self._records)
         if not (config.overwrite or config.prepare):  # what is overwritten makes room first
             self._require_space(self._limit(list(range(self.layout.num_shards))))
@@ -271,6 +303,24 @@ class _Extraction:
             head=self._backbone.read_head(),
             overwrite=config.overwrite,
         )
+
+    def _require_appendable(self, store: StoreReader) -> None:
+        """Refuse new rows that do not fit on the disk, and old ones of a last shard that cannot be done again."""
+        first = store.layout.num_rows // store.layout.rows_per_shard
+        self._require_space(self._limit(list(range(first, self.layout.num_shards))))
+        begun = range(first * store.layout.rows_per_shard, store.layout.num_rows)
+        statuses = store.read_manifest(["status"])["status"].slice(begun.start, len(begun)).to_pylist()
+        gone = [
+            self._records[row].path
+            for row, status in zip(begun, statuses, strict=True)
+            if status == "ok" and not (self._config.root / self._records[row].path).exists()
+        ]
+        if gone:
+            raise DataNotFoundError(
+                f"the last shard of {store.path} is not full: with new rows its {len(begun)} old ones are done again, "
+                f"and {', '.join(gone[:3])} {'are' if len(gone) > 1 else 'is'} no longer below {self._config.root}. "
+                "Nothing was changed: bring them back, or extract the new videos into a store of their own."
+            )
 
     def _repair(self, attributes: dict[str, Any]) -> None:
         """Put back what is damaged of the whole store, and mark damaged shards undone."""
@@ -363,17 +413,40 @@ class _Extraction:
         self._require_space(shards)
         return shards
 
-    def run(self, writer: StoreWriter, shards: Sequence[int]) -> int:
-        """Work through some shards; returns the number of videos done."""
+    def run_on_workers(self, shards: Sequence[int]) -> _Meter:
+        """Have shards done by Dask's workers; the seconds of all of them are counted together."""
+        meter = self._start_meter(shards)
+
+        def count(shard: int, seconds: dict[str, float]) -> None:
+            for name, value in seconds.items():
+                self._clock.seconds[name] = self._clock.seconds.get(name, 0.0) + value
+            meter.count(shard)
+
+        if shards:
+            run_on_workers(self._config, shards, count)
+        return meter
+
+    def _start_meter(self, shards: Sequence[int]) -> _Meter:
+        return _Meter(self.layout, self._num_frames, shards, self._clock, self._report)
+
+    def describe_work(self, meter: _Meter) -> dict[str, Any]:
+        """The backbone's work, and how much of what the device could do that is: None where it is not known."""
+        flops = self._backbone.flops_per_frame
+        peak = find_peak_flops(self._backbone.device, self._backbone.info.precision)
+        share = None if peak is None else meter.frames_per_second * flops / peak
+        return {"flops_per_frame": flops, "flop_utilisation": share}
+
+    def run(self, writer: StoreWriter, shards: Sequence[int]) -> _Meter:
+        """Work through some shards."""
         rows = [row for shard in shards for row in self.layout.shard_rows(shard)]
+        if rows:
+            self._load_weights()
+        meter = self._start_meter(shards)
         if not rows:
-            return 0
-        self._load_weights()
+            return meter
         device = self._backbone.device
         self._codec = writer.codec.map_parts(lambda array: torch.from_numpy(np.asarray(array)).to(device))
-        requests = (self._request(self._records[row], self._num_frames[row]) for row in rows)
-        videos = self._decode_ahead(requests)
-        done = 0
+        videos = self._decode((self._records[row], self._num_frames[row]) for row in rows)
         with ThreadPoolExecutor(1, thread_name_prefix="s4v-write") as thread:
             writing: Future[None] | None = None
             for shard in shards:
@@ -382,12 +455,11 @@ class _Extraction:
                     if writing is not None:
                         writing.result()
                 writing = thread.submit(writer.write_shard, shard, tokens, results)
-                done += len(results)
-                self._report("extracting", done, len(rows))
+                meter.count(shard)
             with self._clock.stage("waiting for the writer"):
                 if writing is not None:
                     writing.result()
-        return done
+        return meter
 
     def _process_shard(
         self, rows: range, videos: Iterator[DecodedVideo]
@@ -470,35 +542,17 @@ class _Extraction:
             pixels=pixels if layout.with_pixels else None,
         )
 
-    def _decode_ahead(self, requests: Iterable[DecodeRequest]) -> Iterator[DecodedVideo]:
-        """Decoded videos in the order of the requests, a bounded number of them ahead of the consumer."""
-        ahead = 2 * (self._config.num_decoders or os.cpu_count() or 1) + 2
-        futures: deque[Future[DecodedVideo]] = deque()
-        for request in requests:
-            futures.append(self._pool.submit(request))
-            if len(futures) > ahead:
-                yield futures.popleft().result()
-        while futures:
-            yield futures.popleft().result()
-
     def _decode_records(
         self, records: Sequence[VideoRecord], num_frames: int
     ) -> Iterator[tuple[VideoRecord, DecodedVideo]]:
-        yield from zip(records, self._decode_ahead(self._request(r, num_frames) for r in records), strict=True)
+        yield from zip(records, self._decode((record, num_frames) for record in records), strict=True)
 
-    def _request(self, record: VideoRecord, num_frames: int) -> DecodeRequest:
-        config = self._config
-        return DecodeRequest(
-            path=str(config.root.resolve() / record.path),
-            num_frames=num_frames,
-            sampling=config.sampling,
-            resize=config.resize,
-            crop_px=self.layout.image_size[0],
-            start_s=record.start_s,
-            end_s=record.end_s,
-            frame_fps=frame_rate(config.dataset),
-            decoder=config.decoder,
-            timeout_s=config.decode_timeout_s,
+    def _decode(self, wanted: Iterable[tuple[VideoRecord, int]]) -> Iterator[DecodedVideo]:
+        """Videos and how many of their frames, to pixels, in order."""
+        side_px = self.layout.image_size[0]
+        return self._pool.decode_ahead(
+            DecodeRequest.of(record, self._config, num_frames=num_frames, crop_px=side_px)
+            for record, num_frames in wanted
         )
 
     def _require_space(self, shards: Sequence[int]) -> None:
@@ -548,7 +602,8 @@ def _describe(
             "root": str(config.root.resolve()),
         },
         "classes": {"names": list(classes), "sha256": hash_text("\n".join(classes))},
-        "backbone": {**info, "batch_size": config.batch_size},
+        # Only where it is so: stores from before there was a choice do not say.
+        "backbone": {**info, "batch_size": config.batch_size, **({"compiled": True} if config.with_compile else {})},
         "frames": dict(sorted(config.frames.items())),
         "sampling": config.sampling,
         "resize": config.resize,
@@ -581,13 +636,19 @@ def _summarise(path: Path, table: pa.Table, seconds: float) -> ExtractSummary:
     return ExtractSummary(path, videos, failed.to_pylist(), round(seconds, 3))
 
 
-def _write_stats(path: Path, clock: StageClock, num_videos: int, seconds: float) -> None:
-    """Seconds of this run by stage; a run that had nothing to do leaves the last one's figures."""
-    if num_videos == 0:
-        return
+def _write_stats(path: Path, clock: StageClock, meter: _Meter, work: dict[str, Any], seconds: float) -> None:
+    """What this run did and how fast, seconds by stage of its main thread (of all workers together)."""
     stages = {name: round(value, 3) for name, value in clock.seconds.items()}
-    size = shutil.disk_usage(path)
     write_json(
-        path / "stats.json",
-        {"videos": num_videos, "seconds": seconds, "seconds_by_stage": stages, "free_bytes": size.free},
+        path / STATS_NAME,
+        {
+            "videos": meter.rows,
+            "frames": meter.frames,
+            "frames_per_second": round(meter.frames_per_second, 3),
+            "bottleneck": clock.bottleneck,
+            **work,
+            "seconds": seconds,
+            "seconds_by_stage": stages,
+            "free_bytes": shutil.disk_usage(path).free,
+        },
     )

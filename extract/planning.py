@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from ..errors import ConfigError, StoreMismatchError
+from ..store._files import describe_bytes
 from ..store.layout import StoreLayout
 from ..store.reader import StoreReader, open_store
 from .backbone import Backbone, build_backbone, parse_layers, resolve_device
 from .config import ExtractConfig
-from .datasets import default_paths, read_dataset
 
 NUM_VIEWS = 1
 _DEFAULT_INT8_CHANNELS = 256
@@ -162,57 +162,38 @@ def plan_extraction(
 
 
 def plan_command(
+    config: ExtractConfig,
     *,
-    model: str,
-    videos: int | None,
-    dataset: str | None,
-    root: Path | None,
-    annotations: Path | None,
-    columns: dict[str, str],
-    protocol: str | None,
-    out: Path | None,
-    frames: dict[str, int],
-    layers: str,
-    dtype: str,
-    channels: int | None,
-    with_pixels: bool,
-    rate: float | None,
-    with_probe: bool,
-    device: str,
-    precision: str | None,
-    batch_size: int,
-    price: float | None,
-    clip_frames: int,
-    read_bytes_per_s: float,
+    videos: int | None = None,
+    rate: float | None = None,
+    with_probe: bool = False,
+    price: float | None = None,
+    clip_frames: int = 8,
+    read_bytes_per_s: float = _READ_BYTES_PER_S,
 ) -> Plan:
-    """The plan of an extraction as the command line describes it: a number of videos, or a data set that is there.
+    """The plan of an extraction, of a data set that is there or of a number of videos.
+
+    Args:
+        config: The extraction.
+        videos: How many, all for training; None counts those of the data set.
+        rate: Frames per second of the backbone.
+        with_probe: Measure that rate.
+        price: Of the device, per hour.
+        clip_frames: T, frames of a training clip.
+        read_bytes_per_s: Of the disk in training.
 
     Raises:
         S4vError: If the model, the data set or an option is not one that an extraction could have.
     """
-    counts = {"train": videos or 0}
-    if dataset is not None:
-        root, out = default_paths(dataset, root, out)
-        records = read_dataset(dataset, root, annotations=annotations, columns=columns, protocol=protocol)
-        counts = dict(Counter(record.split for record in records))
-    config = ExtractConfig(
-        model=model,
-        dataset="folder",
-        root=root or Path(),
-        out=out or Path("store"),
-        frames=frames,
-        layers=layers,
-        dtype=dtype,  # type: ignore[arg-type]
-        channels=channels,
-        with_pixels=with_pixels,
-        precision=precision,  # type: ignore[arg-type]
+    splits = Counter(record.split for record in config.read_records()) if videos is None else {"train": videos}
+    backbone = build_backbone(
+        config.model, weights="random", device=resolve_device(config.device), precision=config.precision
     )
-    backbone = build_backbone(model, weights="random", device=resolve_device(device), precision=config.precision)
-    by_split = {split: (count, config.frames_of(split)) for split, count in counts.items()}
-    num_rows, num_frames = sum(counts.values()), max(cached for _, cached in by_split.values())
+    by_split = {split: (count, config.frames_of(split)) for split, count in splits.items()}
+    num_rows, num_frames = sum(splits.values()), max(cached for _, cached in by_split.values())
     layout = plan_layout(config, backbone, num_rows, num_frames)
     if with_probe:
-        rate = probe_backbone(backbone.load_weights(), layout, batch_size)
+        rate = probe_backbone(backbone.load_weights(), layout, config.batch_size)
     return plan_extraction(
         layout,
         by_split,
@@ -262,8 +243,8 @@ def require_space(layout: StoreLayout, frames: int, out: Path) -> None:
     # Compressed patches need less, nobody knows how much.
     if layout.keep_bits is None and needed > free:
         raise ConfigError(
-            f"{out} needs {needed / 1e9:.1f} GB more and its disk has {free / 1e9:.1f} GB free. What is finished is "
-            "kept. Take fewer --layers, --channels or --frames, another --out, or a part of the work (--limit)."
+            f"{out} needs {describe_bytes(needed)} more and its disk has {describe_bytes(free)} free. What is finished "
+            "is kept. Take fewer --layers, --channels or --frames, another --out, or a part of the work (--limit)."
         )
 
 

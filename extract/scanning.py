@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,7 @@ import pyarrow.parquet as pq
 
 from ..store._files import write_atomic
 from .config import ExtractConfig
-from .datasets import frame_rate, read_dataset
-from .decoding import DecodedVideo, DecodeRequest, DecoderPool
+from .decoding import DecodeRequest, DecoderPool
 
 _FACTS = ("decoder", "num_frames", "fps", "duration_s", "width", "height")
 _SMALLEST_PX = 32
@@ -36,36 +33,14 @@ def scan_dataset(
     Returns:
         out, videos (ok, failed), reasons (videos by code), failed (video_id, path, reason of each).
     """
-    records = read_dataset(
-        config.dataset,
-        config.root,
-        annotations=config.annotations,
-        columns=config.columns,
-        protocol=config.protocol,
-        seed=config.seed,
-    )
+    records = config.read_records()
     rows: list[dict[str, Any]] = []
-    num_decoders = config.num_decoders or os.cpu_count() or 1
-    with DecoderPool(num_decoders) as pool:
-        pending: deque[Future[DecodedVideo]] = deque()
-        upcoming = iter(records)
-        for record in records:
-            while len(pending) <= 2 * num_decoders and (following := next(upcoming, None)) is not None:
-                path = config.root.resolve() / following.path
-                request = DecodeRequest(
-                    path=str(path),
-                    num_frames=config.frames_of(following.split),
-                    sampling=config.sampling,
-                    resize=config.resize,
-                    crop_px=_SMALLEST_PX,
-                    start_s=following.start_s,
-                    end_s=following.end_s,
-                    frame_fps=frame_rate(config.dataset),
-                    decoder=config.decoder,
-                    timeout_s=config.decode_timeout_s,
-                )
-                pending.append(pool.submit(request))
-            video = pending.popleft().result()
+    requests = (
+        DecodeRequest.of(record, config, num_frames=config.frames_of(record.split), crop_px=_SMALLEST_PX)
+        for record in records
+    )
+    with DecoderPool(config.num_decoders) as pool:
+        for record, video in zip(records, pool.decode_ahead(requests), strict=True):
             path = config.root / record.path
             rows.append(
                 {

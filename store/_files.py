@@ -7,13 +7,28 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ..errors import StoreBusyError
 
 _log = logging.getLogger(__name__)
+
+
+_passed: Counter[str] = Counter()
+
+
+def kill_point(name: str) -> None:
+    """A place where tests kill this process: `S4V_KILL_AT="NAME COUNT"` does, at the COUNT-th passing."""
+    if "S4V_KILL_AT" not in os.environ:
+        return
+    _passed[name] += 1
+    if os.environ["S4V_KILL_AT"] == f"{name} {_passed[name]}":
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -26,7 +41,9 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        kill_point("before rename")
         temporary.replace(path)
+        kill_point("after rename")
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
@@ -79,9 +96,20 @@ class FolderLock:
             self._handle = -1
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+@contextmanager
+def wait_for_folder(path: Path) -> Iterator[None]:
+    """Hold a folder's lock for a moment, after whoever has it; where a file system has no locks, without."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, atomically."""
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
@@ -89,9 +117,23 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, write)
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
 def read_json(path: Path) -> Any:
     """Read one JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def describe_bytes(size: float) -> str:
+    """`4.5 TB`, `12.0 kB`, `7 B`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
 
 
 def hash_file(path: Path) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import tensorstore as ts
 
 from ..errors import EnvironmentFailedError, StoreDamagedError
-from ._files import write_json
+from ._files import describe_bytes, write_json
 from .layout import ArraySpec
 
 # tensorstore's default takes a lock file, leaves it behind when killed, and later reuses it without truncating:
@@ -97,9 +97,11 @@ def write_small_array(root: Path, name: str, values: np.ndarray) -> None:
         raise refused_write(root / name, error) from error
 
 
-def refused_write(path: Path, error: ValueError) -> EnvironmentFailedError:
-    """What the file system refused, as tensorstore tells it, in one clear line."""
-    why = "no space left" if "No space left" in str(error) else str(error)
+def refused_write(path: Path, error: ValueError, *, needed: int | None = None) -> EnvironmentFailedError:
+    """What the file system refused, as tensorstore tells it, in one clear line; `needed` bytes were to be written."""
+    why = str(error)
+    if "No space left" in why:
+        why = "no space left" if needed is None else f"no space left; it needs {describe_bytes(needed)}"
     return EnvironmentFailedError(
         f"{path} could not be written: {why}. Finished shards are kept: mend that, and the same command continues."
     )

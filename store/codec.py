@@ -90,7 +90,7 @@ class Codec:
         dtype = getattr(xp, self.dtype)
         if not self.parts:
             return xp.astype(tokens, dtype)
-        mean, basis, scale = self._parts_of(layer, tokens)
+        mean, basis, scale = self.parts_of(layer, tokens)
         values = xp.astype(tokens, xp.float32)
         if mean is not None:
             values = values - mean
@@ -111,7 +111,7 @@ class Codec:
             (..., N, D) float32.
         """
         xp = array_api_compat.array_namespace(codes)
-        mean, basis, scale = self._parts_of(layer, codes)
+        mean, basis, scale = self.parts_of(layer, codes)
         values = xp.astype(codes, xp.float32)
         if scale is not None:
             values = values * scale
@@ -121,7 +121,7 @@ class Codec:
             values = values + mean
         return values
 
-    def _parts_of(self, layer: int, like: Any) -> tuple[Any, Any, Any]:
+    def parts_of(self, layer: int, like: Any) -> tuple[Any, Any, Any]:
         """Mean, basis and scale of one layer, in the library and on the device of `like`; no copy if they are there."""
         xp = array_api_compat.array_namespace(like)
         device = array_api_compat.device(like)

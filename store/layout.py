@@ -23,6 +23,9 @@ import numpy as np
 
 FORMAT_VERSION = 1
 
+STATS_NAME = "stats.json"
+"""File of a store that says how long its last extraction took."""
+
 PatchDtype = Literal["int8", "float16", "float32"]
 PATCH_DTYPES: tuple[PatchDtype, ...] = ("int8", "float16", "float32")
 
@@ -75,6 +78,15 @@ class StoreLayout:
     """Mantissa bits kept of float16 patches, which are then compressed; None keeps all and compresses nothing."""
     pixel_offsets: tuple[int, ...] = (0,)
     """Which frames around each cached one `pixels` holds; O is their number."""
+    rows_per_shard: int = 0
+    """Rows in one shard, the same for all arrays. 0 takes a pure function of V and sizes; a store that rows are added
+    to keeps the number that it was begun with."""
+
+    def __post_init__(self) -> None:
+        if not self.rows_per_shard:
+            by_bytes = _SHARD_BYTES // max(1, self.bytes_per_row)
+            rows = max(1, min(by_bytes, _MAX_VIDEOS_PER_SHARD, math.ceil(self.num_rows / _MIN_SHARDS)))
+            object.__setattr__(self, "rows_per_shard", rows)
 
     @property
     def cls_dtype(self) -> str:
@@ -94,12 +106,6 @@ class StoreLayout:
     def bytes_per_row(self) -> int:
         """Bytes of a row that uses all views and frames."""
         return self.num_views * self.num_frames * sum(self.bytes_per_frame.values())
-
-    @property
-    def rows_per_shard(self) -> int:
-        """Rows in one shard, the same for all arrays: a pure function of V and sizes."""
-        by_bytes = _SHARD_BYTES // max(1, self.bytes_per_row)
-        return max(1, min(by_bytes, _MAX_VIDEOS_PER_SHARD, math.ceil(self.num_rows / _MIN_SHARDS)))
 
     @property
     def num_shards(self) -> int:

@@ -117,13 +117,22 @@ def pending_manifest(inputs: pa.Table) -> pa.Table:
 
 
 def join_parts(inputs: pa.Table, parts: dict[range, pa.Table]) -> pa.Table:
-    """The manifest with the result columns of finished shards; rows without one stay pending."""
+    """The manifest with the result columns of finished shards; rows without one stay pending.
+
+    Raises:
+        StoreDamagedError: If a part is of other videos than its rows.
+    """
     pending = pending_manifest(inputs)
     pieces = []
     done = 0
     for rows in sorted(parts, key=lambda r: r.start):
         pieces.append(pending.slice(done, rows.start - done))
         chunk = inputs.slice(rows.start, len(rows))
+        if not chunk["video_id"].equals(parts[rows]["video_id"]):
+            raise StoreDamagedError(
+                f"the done-marker of rows {rows.start} to {rows.stop - 1} is of other videos than the manifest "
+                "has there. Run the command that began the store with --repair."
+            )
         results = parts[rows].select(RESULT_SCHEMA.names)
         pieces.append(pa.table([*chunk.columns, *results.columns], schema=pending.schema))
         done = rows.stop

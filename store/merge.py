@@ -9,7 +9,9 @@ from pathlib import Path
 from ..errors import StoreExistsError, StoreMismatchError
 from . import manifest
 from ._files import sync_folder, write_atomic
-from .reader import StoreReader, open_store
+from .fidelity import FIDELITY_NAME
+from .layout import STATS_NAME
+from .reader import CHECKSUMS_NAME, StoreReader, open_store
 from .writer import StoreWriter, list_differences
 
 
@@ -74,12 +76,12 @@ def _copy_skeleton(source: Path, out: Path) -> None:
         return {name for name in names if name.startswith("c.")} if place in arrays else set()
 
     shutil.copytree(source, partial, ignore=skip)
-    for name in ("fidelity.json", "stats.json"):  # of that machine, not of the whole
+    for name in (FIDELITY_NAME, STATS_NAME):  # of that machine, not of the whole
         (partial / name).unlink(missing_ok=True)
     manifest.write_table(
         partial / manifest.MANIFEST_NAME, manifest.pending_manifest(open_store(source).input_columns())
     )
-    (partial / "checksums.json").unlink()  # written anew at the end
+    (partial / CHECKSUMS_NAME).unlink()  # written anew at the end
     partial.rename(out)
     sync_folder(out.parent)
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.dataset
 import tensorstore as ts
 
-from ..errors import StoreDamagedError, StoreMismatchError, StoreNotFoundError
+from ..errors import StoreBusyError, StoreDamagedError, StoreMismatchError, StoreNotFoundError
 from . import manifest
 from ._files import hash_file, read_json
 from ._shards import DamagedChunkError, ShardedArray
@@ -24,6 +24,8 @@ from .codec import Codec
 from .layout import FORMAT_VERSION, StoreLayout
 
 CHECKSUMS_NAME = "checksums.json"
+APPEND_NAME = "_append"
+"""Folder of a store that holds its new metadata while rows are being added."""
 
 _CLIP_ARRAYS = ("patches", "cls", "pixels")
 _MAX_THREADS = 16
@@ -170,19 +172,24 @@ class StoreReader:
         places = range(len(self.layout.layers)) if layers is None else self.layer_places(layers)
         return np.stack([self.codec.decode(codes[..., i, :, :], place) for i, place in enumerate(places)], axis=-3)
 
-    def read_embeddings(self) -> np.ndarray:
+    def read_embeddings(self, rows: range | None = None) -> np.ndarray:
         """The backbone's image embedding of every cached frame.
+
+        Args:
+            rows: Consecutive rows; None takes all.
 
         Returns:
             (V, A, F, E) float32, not normalised; NaN where a row has no such frame.
         """
+        rows = range(self.layout.num_rows) if rows is None else rows
+        span = slice(rows.start, rows.stop)
         try:
-            values = self._array("embedding").read().result()
+            values = self._array("embedding")[span].read().result()
         except ValueError as error:
-            raise self._damage("embedding", np.arange(self.layout.num_rows), str(error)) from error
-        missing = self._row_states[0] & np.isnan(values[:, 0, 0, 0])
+            raise self._damage("embedding", np.arange(rows.start, rows.stop), str(error)) from error
+        missing = self._row_states[0][span] & np.isnan(values[:, 0, 0, 0])
         if missing.any():
-            raise self._damage("embedding", np.flatnonzero(missing), "the chunk is missing")
+            raise self._damage("embedding", rows.start + np.flatnonzero(missing), "the chunk is missing")
         return values
 
     def layer_places(self, layers: Sequence[int]) -> list[int]:
@@ -319,11 +326,16 @@ def open_store(path: str | Path) -> StoreReader:
 
     Raises:
         StoreNotFoundError: If there is nothing, or something that is not a store.
+        StoreBusyError: If rows are being added to it.
         StoreMismatchError: If the store has a later format version.
         StoreDamagedError: If its metadata does not match the recorded hash.
     """
     path = Path(path)
     metadata = path / "zarr.json"
+    if (path / APPEND_NAME).is_dir():
+        raise StoreBusyError(
+            f"rows are being added to {path}, or were when that was interrupted: `s4v extract --append` completes it"
+        )
     if not metadata.is_file():
         found = "nothing there" if not path.exists() else "no zarr.json in it"
         raise StoreNotFoundError(f"{path} is not a store: {found}. `s4v extract --out {path}` makes one.")

@@ -18,7 +18,7 @@ from . import manifest
 from ._files import hash_file
 from ._shards import DamagedChunkError, verify_chunk_file, verify_shard
 from .layout import ArraySpec
-from .reader import StoreReader, read_recorded_hashes
+from .reader import CHECKSUMS_NAME, StoreReader, read_recorded_hashes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +45,7 @@ def verify_store(store: StoreReader, report: Callable[[str, int, int], None] = l
         All damage found, that of the whole store first, then shard by shard.
     """
     found = [*_check_hashes(store), *_check_small_arrays(store)]
+    mismatched = {one.where for one in found}
     finished = [s for s in range(store.layout.num_shards) if manifest.part_path(store.path, s).exists()]
     sha256 = store.attributes["codec"]["sha256"]
     video_ids = _read_ids(store)
@@ -52,7 +53,7 @@ def verify_store(store: StoreReader, report: Callable[[str, int, int], None] = l
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         checks = threads.map(partial(_check_shard, store, sha256, video_ids), finished)
         for done, (shard, (part, damage)) in enumerate(zip(finished, checks, strict=True), start=1):
-            found += damage
+            found += [one for one in damage if one.where not in mismatched]
             if part is not None:
                 parts[store.layout.shard_rows(shard)] = part
             report("verifying", done, len(finished))
@@ -64,7 +65,7 @@ def _check_hashes(store: StoreReader) -> Iterator[Damage]:
     try:
         hashes = read_recorded_hashes(store.path)
     except StoreDamagedError as error:
-        yield Damage(where="checksums.json", what=str(error))
+        yield Damage(where=CHECKSUMS_NAME, what=str(error))
         return
     for name, wanted in sorted(hashes.items()):
         file = store.path / name

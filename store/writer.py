@@ -14,11 +14,11 @@ import tensorstore as ts
 
 from ..errors import StoreDamagedError, StoreExistsError, StoreMismatchError
 from . import manifest
-from ._files import FolderLock, hash_file, read_json, sync_folder, write_json
+from ._files import FolderLock, hash_file, kill_point, read_json, sync_folder, wait_for_folder, write_json
 from ._zarr import create_array, open_array, refused_write, write_group, write_small_array
 from .codec import Codec
 from .layout import FORMAT_VERSION, StoreLayout
-from .reader import CHECKSUMS_NAME, StoreReader, open_store, read_recorded_hashes
+from .reader import APPEND_NAME, CHECKSUMS_NAME, StoreReader, open_store, read_recorded_hashes
 from .records import VideoRecord, VideoResult
 from .verify import Damage
 
@@ -98,19 +98,28 @@ class StoreWriter:
         rows = self.layout.shard_rows(shard)
         assert [r.video_id for r in results] == self._inputs["video_id"].slice(rows.start, len(rows)).to_pylist()
         assert set(tokens) == {row for row, r in zip(rows, results, strict=True) if r.status == "ok"}
-        # Done before: until the new one is whole, it is not done.
-        manifest.part_path(self.path, shard).unlink(missing_ok=True)
-        sync_folder(self.path / manifest.PARTS_NAME)
+        # Done before: until the new one is whole, it is not done, and what was recorded of its marker is void.
+        marker = manifest.part_path(self.path, shard)
+        if marker.exists():
+            marker.unlink()
+            sync_folder(marker.parent)
+            _forget_checksum(self.path, f"{manifest.PARTS_NAME}/{marker.name}")
+        kill_point("shard undone")
         for name in self._arrays:
             for stale in [*(self.path / name).glob(f"c.{shard}.*"), *(self.path / name).glob(f"c.{shard}__lock")]:
                 stale.unlink()
         try:
             self._write_arrays(tokens)
         except ValueError as error:  # tensorstore raises it for whatever the file system refuses
-            raise refused_write(self.path / f"shard {shard}", error) from error
+            arrays = [getattr(row, name) for row in tokens.values() for name in self._arrays]
+            needed = sum(array.nbytes for array in arrays)
+            raise refused_write(self.path / f"shard {shard}", error, needed=needed) from error
+        kill_point("shard written")
         for name in self._arrays:
             sync_folder(self.path / name)
+        kill_point("shard durable")
         manifest.write_part(self.path, shard, results, self._codec_sha256)
+        kill_point("shard done")
 
     def _write_arrays(self, tokens: Mapping[int, RowTokens]) -> None:
         # A transaction gathers the rows of a shard into one write of its file, and leaves unused places absent.
@@ -122,7 +131,9 @@ class StoreWriter:
                 values = getattr(row_tokens, name)
                 target[row, : values.shape[0], : values.shape[1]].write(values).result()
             transactions.append(transaction)
-        for commit in [transaction.commit_async() for transaction in transactions]:
+        commits = [transaction.commit_async() for transaction in transactions]
+        kill_point("shard being written")
+        for commit in commits:
             commit.result()
 
     def consolidate(self) -> pa.Table:
@@ -132,14 +143,17 @@ class StoreWriter:
             part = manifest.read_part(self.path, shard, self._codec_sha256)
             if part is not None:
                 parts[self.layout.shard_rows(shard)] = part
+        kill_point("before consolidation")
         table = manifest.join_parts(self._inputs, parts)
         path = self.path / manifest.MANIFEST_NAME
         # A finished store stays as it is, times included: "the newest store" means the one written last.
         if not manifest.read_table(path).equals(table):
             # Killed between the two writes, a store has no hash of its manifest, not a wrong one.
-            _write_checksums(self.path, without=manifest.MANIFEST_NAME)
+            write_checksums(self.path, without=manifest.MANIFEST_NAME)
             manifest.write_table(path, table)
-        _write_checksums(self.path)
+            kill_point("manifest written")
+        write_checksums(self.path)
+        kill_point("after consolidation")
         return table
 
 
@@ -177,7 +191,7 @@ def create_store(
         refuse_existing(path, overwrite=overwrite)
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        inputs = _write_skeleton(partial, layout, attributes, records, codec, head)
+        inputs = write_skeleton(partial, layout, attributes, records, codec, head)
         # Renamed away first: a kill leaves the old store, none, or the new one, never a gutted one.
         if path.exists():
             FolderLock(path, f"another process is writing to {path}: stop it before replacing its store").close()
@@ -188,7 +202,7 @@ def create_store(
     return StoreWriter(path, layout, codec, inputs)
 
 
-def _write_skeleton(
+def write_skeleton(
     partial: Path,
     layout: StoreLayout,
     attributes: Mapping[str, Any],
@@ -207,8 +221,8 @@ def _write_skeleton(
     (partial / manifest.PARTS_NAME).mkdir()
     manifest.write_table(partial / manifest.MANIFEST_NAME, manifest.pending_manifest(inputs))
     manifest.write_table(partial / manifest.CAPTIONS_NAME, manifest.caption_table(records))
-    write_group(partial, {"s4v": _full_attributes(attributes, layout, codec)})
-    _write_checksums(partial)
+    write_group(partial, {"s4v": full_attributes(attributes, layout, codec)})
+    write_checksums(partial)
     return inputs
 
 
@@ -235,7 +249,7 @@ def resume_store(
     """
     store = open_store(path)
     inputs = manifest.input_table(records, manifest.ClassList(tuple(attributes["classes"]["names"])))
-    wanted = _full_attributes(attributes, layout, store.codec)
+    wanted = full_attributes(attributes, layout, store.codec)
     differences = list_differences(store.attributes, wanted) + _list_video_differences(store, inputs)
     if not store.read_captions().equals(manifest.caption_table(records)):
         differences.append("captions differ")
@@ -270,15 +284,22 @@ def repair_store(
         head: As for `create_store`.
 
     Raises:
+        StoreMismatchError: If the store was begun with other settings or has other rows; nothing was changed.
         StoreDamagedError: If a file cannot be had back; nothing was changed.
     """
+    differences = list_differences(open_store(path).attributes, full_attributes(attributes, layout, codec))
+    if differences:
+        raise StoreMismatchError(
+            f"{path} was begun otherwise than this command says: {'; '.join(differences)}. Nothing was changed. Repair "
+            "it with the command that began it, without --append and without videos that are new."
+        )
     whole_store = sorted({one.where for one in damage if one.shard is None})
     hashes = read_recorded_hashes(path)
     fresh = path.with_name(f"{path.name}.partial")
     with FolderLock(path, f"another process is writing to {path}: wait for it before repairing its store"):
         shutil.rmtree(fresh, ignore_errors=True)
         try:
-            _write_skeleton(fresh, layout, attributes, records, codec, head)
+            write_skeleton(fresh, layout, attributes, records, codec, head)
             for name in whole_store:
                 # The manifest is joined from its parts again; the others are what they always were.
                 is_same = name == manifest.MANIFEST_NAME or hashes.get(name) in (None, hash_file(fresh / name))
@@ -293,7 +314,7 @@ def repair_store(
             for shard in {one.shard for one in damage if one.shard is not None}:
                 manifest.part_path(path, shard).unlink(missing_ok=True)
             sync_folder(path / manifest.PARTS_NAME)
-            _write_checksums(path)
+            write_checksums(path)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
 
@@ -312,12 +333,13 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
         raise StoreExistsError(f"{path} is a store already. Choose another --out, or replace it with --overwrite.")
 
 
-def _full_attributes(attributes: Mapping[str, Any], layout: StoreLayout, codec: Codec) -> dict[str, Any]:
+def full_attributes(attributes: Mapping[str, Any], layout: StoreLayout, codec: Codec) -> dict[str, Any]:
+    """The group's `s4v` attribute."""
     sizes = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(layout).items()}
     return {
         "format_version": FORMAT_VERSION,
         **attributes,
-        "layout": {**sizes, "rows_per_shard": layout.rows_per_shard, "pixel_offsets_unit": "frame"},
+        "layout": {**sizes, "pixel_offsets_unit": "frame"},
         "codec": {"dtype": codec.dtype, "parts": sorted(codec.parts), "sha256": codec.sha256},
     }
 
@@ -349,7 +371,7 @@ def _list_video_differences(store: StoreReader, inputs: pa.Table) -> list[str]:
     examples: Callable[[set[str]], str] = lambda ids: f"{len(ids)} ({', '.join(sorted(ids)[:3])})"  # noqa: E731
     parts = []
     if new := here.keys() - there.keys():
-        parts.append(f"{examples(new)} videos are new")
+        parts.append(f"{examples(new)} videos are new (--append adds them)")
     if gone := there.keys() - here.keys():
         parts.append(f"{examples(gone)} videos are gone")
     if changed := {i for i in here.keys() & there.keys() if here[i] != there[i]}:
@@ -363,13 +385,24 @@ def _write_named(root: Path, group: str, arrays: Mapping[str, np.ndarray]) -> No
         write_small_array(root, f"{group}/{name}", np.asarray(values, dtype=np.float32))
 
 
-def _write_checksums(root: Path, *, without: str | None = None) -> None:
+def _forget_checksum(root: Path, name: str) -> None:
+    """Take one file out of the recorded hashes; workers of a cluster do so one after another."""
+    with wait_for_folder(root / manifest.PARTS_NAME):
+        path = root / CHECKSUMS_NAME
+        known = read_json(path) if path.exists() else {}
+        if known.pop(name, None) is not None:
+            write_json(path, known)
+
+
+def write_checksums(root: Path, *, without: str | None = None) -> None:
     """Record the hashes of metadata and Parquet files; a file that is as it was recorded stays as it is."""
     path = root / CHECKSUMS_NAME
     known = read_json(path) if path.exists() else {}
     hashes = {}
     for file in sorted([*root.rglob("zarr.json"), *root.rglob("*.parquet")]):
         name = file.relative_to(root).as_posix()
+        if name.startswith(APPEND_NAME):
+            continue
         # Finished parts never change: only the first consolidation after them reads them.
         is_known_part = name in known and name.startswith(manifest.PARTS_NAME)
         if name != without:

@@ -31,6 +31,30 @@ def data_path() -> Path:
 
 
 @pytest.fixture(scope="session")
+def contents() -> Callable[..., dict[str, bytes]]:
+    """All files of a store that a second extraction of the same videos must not change, by their path in it."""
+
+    def read(path: Path, *without: str) -> dict[str, bytes]:
+        files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+        left_out = {"stats.json", "checksums.json", *without}
+        return {name: file.read_bytes() for name, file in files.items() if name not in left_out}
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def flip_byte() -> Callable[..., None]:
+    """Change one bit of a file."""
+
+    def flip(path: Path, place: int = 33) -> None:
+        data = bytearray(path.read_bytes())
+        data[place % len(data)] ^= 1 << place % 8
+        path.write_bytes(data)
+
+    return flip
+
+
+@pytest.fixture(scope="session")
 def real_videos() -> Path:
     """Short real files beside the repository, broken ones among them."""
     folder = SHARED / "videos"

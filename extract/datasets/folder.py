@@ -29,9 +29,10 @@ def read_folder(root: Path, *, dataset: str = "folder") -> list[VideoRecord]:
         DatasetError: If it holds no video, or videos outside a class folder.
     """
     if not root.is_dir():
+        files = "" if dataset == "folder" else f" `s4v datasets {dataset}` says which files its annotations come in."
         raise DataNotFoundError(
             f"the videos of {dataset!r} were expected in {root}: no such folder. "
-            f"Put them there as {root}/{{train,val}}/CLASS/VIDEO.mp4 or CLASS/VIDEO.mp4, or name another --root."
+            f"Put them there as {root}/{{train,val}}/CLASS/VIDEO.mp4 or CLASS/VIDEO.mp4, or name another --root.{files}"
         )
     paths = sorted(walk_videos(root))
     if not paths:

@@ -14,15 +14,6 @@ from s4v.errors import ConfigError
 from s4v.extract.pipeline import extract_dataset
 
 
-def contents(path):
-    names = ("stats.json", "checksums.json")
-    return {
-        file.relative_to(path).as_posix(): file.read_bytes()
-        for file in path.rglob("*")
-        if file.is_file() and file.name not in names and file.relative_to(path).as_posix() != "zarr.json"
-    }
-
-
 def decoders():
     found = []
     for process in psutil.process_iter(["cmdline"]):
@@ -31,12 +22,14 @@ def decoders():
     return set(found)
 
 
-def test_local_workers_make_the_store_that_one_process_makes(video_folder, make_config, float_store, tmp_path):
+def test_local_workers_make_the_store_that_one_process_makes(
+    video_folder, make_config, float_store, tmp_path, contents
+):
     before = decoders()
     config = make_config(video_folder, tmp_path / "two.zarr", num_workers=2, num_decoders=1)
     summary = extract_dataset(config)
     assert summary.videos == {"ok": 10, "failed": 1, "pending": 0}
-    assert contents(config.out) == contents(float_store)
+    assert contents(config.out, "zarr.json") == contents(float_store, "zarr.json")
     deadline = time.monotonic() + 10
     while decoders() - before and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -44,7 +37,9 @@ def test_local_workers_make_the_store_that_one_process_makes(video_folder, make_
 
 
 @pytest.mark.slow
-def test_a_worker_killed_in_the_middle_costs_its_shard_and_no_more(video_folder, make_config, float_store, tmp_path):
+def test_a_worker_killed_in_the_middle_costs_its_shard_and_no_more(
+    video_folder, make_config, float_store, tmp_path, contents
+):
     config = make_config(video_folder, tmp_path / "killed.zarr", num_decoders=1)
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, memory_limit=0) as cluster:
         killed = []
@@ -60,7 +55,7 @@ def test_a_worker_killed_in_the_middle_costs_its_shard_and_no_more(video_folder,
         summary = extract_dataset(replace(config, scheduler=cluster.scheduler_address))
         thread.join()
     assert killed and summary.videos == {"ok": 10, "failed": 1, "pending": 0}
-    assert contents(config.out) == contents(float_store)
+    assert contents(config.out, "zarr.json") == contents(float_store, "zarr.json")
 
 
 def test_an_error_in_a_worker_is_told_in_one_line(video_folder, make_config, tmp_path, monkeypatch):

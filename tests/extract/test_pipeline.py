@@ -1,3 +1,4 @@
+import json
 import shutil
 import signal
 import subprocess
@@ -156,6 +157,21 @@ def test_killed_run_continues_to_the_same_store(video_folder, tmp_path, float_st
     assert list(out.glob("_parts/*.parquet"))
     subprocess.run([sys.executable, "-c", code], check=True)
     assert_same_store(out, float_store)
+
+
+def test_stats_say_how_fast_it_was_and_what_held_it_up(video_folder, make_config, tmp_path):
+    told = []
+    config = make_config(video_folder, tmp_path / "s.zarr", dtype="float32")
+    extract_dataset(config, lambda *facts: told.append(facts))
+    stats = json.loads((config.out / "stats.json").read_text())
+    assert (stats["videos"], stats["frames"]) == (11, 9 * 6 + 2 * 4)
+    assert 0 < stats["frames"] / stats["frames_per_second"] <= stats["seconds"]
+    assert stats["bottleneck"] in ("decoding", "backbone", "writing")
+    assert stats["flops_per_frame"] > 1e8 and stats["flop_utilisation"] is None, "a CPU's peak is not known"
+    assert told[-1][:3] == ("extracting", 11, 11) and "frames/s, held up by" in told[-1][3]
+    before = (config.out / "stats.json").read_bytes()
+    extract_dataset(config)
+    assert (config.out / "stats.json").read_bytes() == before, "a run that had nothing to do"
 
 
 def test_other_settings_on_an_existing_store_are_refused_with_the_differences(float_store, video_folder, make_config):

@@ -72,7 +72,7 @@ def test_the_command_says_so_in_words(tmp_path, video_folder):
 
 
 def test_an_extraction_that_cannot_fit_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"needs 5699\d\.\d GB more and its disk has .* free"):
+    with pytest.raises(ConfigError, match=r"needs 57\.0 TB more and its disk has .* free"):
         require_space(VIT_E, 240_436 * 8, tmp_path / "k400.zarr")
     require_space(VIT_E, 1, tmp_path / "one.zarr")
     require_space(replace(VIT_E, keep_bits=3), 240_436 * 8, tmp_path / "unknown.zarr")

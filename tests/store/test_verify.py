@@ -16,12 +16,6 @@ def store_path(int8_store, tmp_path):
     return shutil.copytree(int8_store, tmp_path / "copy.zarr")
 
 
-def flip_byte(path, place):
-    data = bytearray(path.read_bytes())
-    data[place % len(data)] ^= 1 << place % 8
-    path.write_bytes(data)
-
-
 def test_an_undamaged_store_has_no_damage(store_path, data_path):
     told = []
     assert verify_store(open_store(store_path), lambda *facts: told.append(facts)) == []
@@ -29,7 +23,7 @@ def test_an_undamaged_store_has_no_damage(store_path, data_path):
     assert verify_store(open_store(data_path / "format1.zarr")) == []
 
 
-def test_every_flipped_byte_is_found_where_it_is(store_path):
+def test_every_flipped_byte_is_found_where_it_is(store_path, flip_byte):
     """One in each shard file: tokens, checksums, indices. The reader refuses each."""
     rng = np.random.default_rng(0)
     files = sorted(path for name in ("patches", "cls", "pixels") for path in (store_path / name).glob("c.*"))
@@ -53,7 +47,7 @@ def test_every_flipped_byte_is_found_where_it_is(store_path):
     ["codec/scale/c.0.0", "head/norm_weight/c.0", "embedding/c.3.0.0.0", "videos.parquet", "captions.parquet",
      "_parts/000002.parquet", "patches/zarr.json"],
 )  # fmt: skip
-def test_flips_outside_of_the_shards_are_found(store_path, name):
+def test_flips_outside_of_the_shards_are_found(store_path, name, flip_byte):
     flip_byte(store_path / name, 33)
     assert name in {one.where for one in verify_store(open_store(store_path))}
 

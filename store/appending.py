@@ -1,0 +1,144 @@
+"""Add rows at the end of a store: all of its metadata changes at once, its finished shards stay where they are."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..errors import StoreDamagedError, StoreMismatchError
+from . import manifest
+from ._files import FolderLock, kill_point, read_json, sync_folder, write_json
+from .layout import StoreLayout
+from .reader import APPEND_NAME, StoreReader, open_store
+from .records import VideoRecord
+from .writer import full_attributes, list_differences, write_checksums, write_skeleton
+
+_TO_DO_NAME = "append.json"
+
+# What new rows change.
+_GROWING = ("layout.num_rows ", "classes.")
+
+
+def append_rows(
+    path: Path, *, layout: StoreLayout, attributes: Mapping[str, Any], records: Sequence[VideoRecord]
+) -> None:
+    """Give a store more rows, which are pending then.
+
+    What the store will be is written beside it and renamed into it as `_append`; from that moment on the change takes
+    place, if need be by `finish_appending` after a kill. A last shard that was not full is done anew with its new rows.
+
+    Args:
+        path: The store.
+        layout: Its sizes with all rows, its own number of rows in a shard.
+        attributes: As for `create_store`.
+        records: The store's rows as they are, then the new ones.
+
+    Raises:
+        StoreMismatchError: If anything but the number of rows and classes is another; all differences listed.
+    """
+    with _lock(path):
+        store = open_store(path)
+        _require_same_rows(store, layout, attributes, records)
+        partial = path / f"{APPEND_NAME}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = {**attributes, "created": store.attributes["created"]}
+        inputs = write_skeleton(partial, layout, kept, records, store.codec, store.head)
+        grown = _last_shard_if_it_grows(store.layout)
+        parts = {}
+        for shard in range(store.layout.num_shards):
+            part = None if shard == grown else manifest.read_part(path, shard, store.codec.sha256)
+            if part is not None:
+                parts[layout.shard_rows(shard)] = part
+        manifest.write_table(partial / manifest.MANIFEST_NAME, manifest.join_parts(inputs, parts))
+        arrays = [f"{spec.name}/zarr.json" for spec in layout.array_specs()]
+        files = [*arrays, manifest.CAPTIONS_NAME, manifest.MANIFEST_NAME, "zarr.json"]
+        write_json(partial / _TO_DO_NAME, {"files": files, "undone_shard": grown})
+        kill_point("append prepared")
+        partial.rename(path / APPEND_NAME)
+        sync_folder(path)
+        _take_place(path)
+
+
+def finish_appending(path: Path) -> None:
+    """Complete an `append_rows` that was killed; without one, nothing."""
+    if (path / APPEND_NAME).is_dir():
+        with _lock(path):
+            if (path / APPEND_NAME).is_dir():  # nobody else completed it meanwhile
+                _take_place(path)
+
+
+def order_records(path: Path, records: Sequence[VideoRecord]) -> list[VideoRecord]:
+    """Records in the order of a store's rows; those that are not in the store come last, as they came."""
+    by_id = {record.video_id: record for record in records}
+    known = [by_id.pop(video_id) for video_id in _read_row_order(open_store(path), list(by_id)) if video_id in by_id]
+    return [*known, *by_id.values()]
+
+
+def _read_row_order(store: StoreReader, video_ids: Sequence[str]) -> list[str]:
+    """The video ids of a store's rows.
+
+    A damaged manifest is about to be repaired: finished shards know their rows too, and what is left over fills the
+    others in its order, as it did when the store was begun.
+    """
+    try:
+        return store.input_columns()["video_id"].to_pylist()
+    except StoreDamagedError:
+        rows: list[str | None] = [None] * store.layout.num_rows
+    for shard in range(store.layout.num_shards):
+        span = store.layout.shard_rows(shard)
+        with suppress(StoreDamagedError):
+            part = manifest.read_part(store.path, shard, store.attributes["codec"]["sha256"])
+            rows[span.start : span.stop] = [None] * len(span) if part is None else part["video_id"].to_pylist()
+    placed = set(rows)
+    others = (video_id for video_id in video_ids if video_id not in placed)
+    return [name for row in rows if (name := row if row is not None else next(others, None)) is not None]
+
+
+def _lock(path: Path) -> FolderLock:
+    return FolderLock(path, f"another process is writing to {path}: wait for it before adding rows")
+
+
+def _last_shard_if_it_grows(layout: StoreLayout) -> int | None:
+    return layout.num_shards - 1 if layout.num_rows % layout.rows_per_shard else None
+
+
+def _require_same_rows(
+    store: StoreReader, layout: StoreLayout, attributes: Mapping[str, Any], records: Sequence[VideoRecord]
+) -> None:
+    wanted = full_attributes(attributes, layout, store.codec)
+    differences = [one for one in list_differences(store.attributes, wanted) if not one.startswith(_GROWING)]
+    known = records[: store.layout.num_rows]
+    inputs = manifest.input_table(known, manifest.ClassList.of(known))
+    old = store.input_columns()
+    if not inputs.drop_columns("label").equals(old.drop_columns("label")):
+        differences.append("videos that it holds are gone, or have another path, split, class or segment")
+    elif not manifest.caption_table(known).equals(store.read_captions()):
+        differences.append("captions of videos that it holds differ")
+    if differences:
+        raise StoreMismatchError(
+            f"rows cannot be added to {store.path}: {'; '.join(differences)}. Nothing was changed. "
+            "Run the command that began it with --append, or choose another --out."
+        )
+
+
+def _take_place(path: Path) -> None:
+    """Move the prepared files to their places: done again from any point, it comes to the same."""
+    prepared = path / APPEND_NAME
+    to_do = read_json(prepared / _TO_DO_NAME)
+    if to_do["undone_shard"] is not None:
+        manifest.part_path(path, to_do["undone_shard"]).unlink(missing_ok=True)
+        sync_folder(path / manifest.PARTS_NAME)
+    for name in to_do["files"]:
+        if (prepared / name).exists():
+            (prepared / name).replace(path / name)
+            sync_folder((path / name).parent)
+            kill_point("append moved")
+    write_checksums(path)
+    kill_point("append in place")
+    # Renamed first: a list of what to do that is half removed would be worse than none.
+    done = path / f"{APPEND_NAME}.partial"
+    prepared.rename(done)
+    shutil.rmtree(done)
