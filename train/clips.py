@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.compute
 import torch
 
-from ..errors import StoreMismatchError
+from ..errors import ConfigError, StoreMismatchError
 from ..store.codec import Codec
 from ..store.reader import Clips, StoreReader
 
@@ -109,7 +109,7 @@ def plan_training_epoch(
     rank: int = 0,
     num_ranks: int = 1,
 ) -> list[ClipPlan]:
-    """The batches of one epoch: a pure function of rows, seed and epoch. A run that goes on skips those it had.
+    """The batches of one epoch: a pure function of rows, seed and epoch, so that its rest can be trained later.
 
     A clip takes one random frame of each of T equal parts of the cached ones. What does not fill a step is left out of
     this epoch, unless there is no full step.
@@ -124,7 +124,16 @@ def plan_training_epoch(
             all where a row has fewer.
         rank: Of this process: in each step every rank takes clips of its own.
         num_ranks: Processes that train together.
+
+    Raises:
+        ConfigError: If there are fewer videos than ranks, or more views than clips in a step.
     """
+    if num_ranks > len(data):
+        raise ConfigError(f"{num_ranks} processes cannot share {len(data)} training videos: start fewer")
+    if views_per_video > batch_size:
+        raise ConfigError(
+            f"a step of {batch_size} clips cannot hold {views_per_video} views of one video: raise --batch-size"
+        )
     generator = np.random.default_rng([seed, epoch])
     order = generator.permutation(len(data))
     bounds = np.arange(num_frames + 1) * data.num_cached_frames[:, None] // num_frames
@@ -133,7 +142,7 @@ def plan_training_epoch(
     chances = generator.random((len(data), int(data.num_views.max(initial=1))))
     chances[np.arange(chances.shape[1]) >= data.num_views[:, None]] = 2
     views = chances.argsort(axis=1)[:, :views_per_video]
-    size = max(1, min(batch_size // views_per_video, len(order) // num_ranks))
+    size = min(batch_size // views_per_video, len(order) // num_ranks)
     plans = []
     for first in range(0, len(order) - size * num_ranks + 1, size * num_ranks):
         videos = order[first + rank * size :][:size]

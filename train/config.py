@@ -26,7 +26,7 @@ class TrainConfig:
     features: Path
     """The store."""
     out: Path
-    """Folder of the run; it must not exist."""
+    """Folder of the run; it must not exist, but to resume."""
     head: str = "side4video"
     """What to train, by name."""
     preset: str = "auto"
@@ -53,12 +53,30 @@ class TrainConfig:
     """On all parameters, as the reference has it; None takes the preset's, else 0.15."""
     label_smoothing: float | None = None
     """None takes the preset's, else 0.1."""
+    checkpoint_activations: bool = False
+    """Compute each layer of the side network again in the backward pass: less memory, a third more time."""
+    with_compile: bool = False
+    """Have `torch.compile` make the head's kernels."""
     precision: Literal["fp32", "fp16", "bf16"] | None = None
     """Mixed precision of the step; None takes bf16 (or fp16) on a GPU that has it, fp32 on a CPU."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `mps`."""
     seed: int = 0
     """Of initial weights, the order of clips and the frames they take."""
+    accumulate: int = 1
+    """Batches in one step of the optimiser."""
+    clip_norm: float | None = None
+    """The gradient's norm is cut down to this; None leaves it, as the reference does."""
+    validate_every: int = 1
+    """Epochs between validations; the last epoch is always validated."""
+    patience: int | None = None
+    """Stop after so many epochs without a better one; None trains them all."""
+    resume: bool = False
+    """Go on with the run in `out`, if one was begun there."""
+    checkpoint_minutes: float = 5.0
+    """How often the state is saved from which a killed run goes on; the end of each epoch beside."""
+    wandb: str | None = None
+    """Project of Weights & Biases to log to as well."""
     train_split: str = "train"
     val_split: str = "val"
 
@@ -68,18 +86,29 @@ class TrainConfig:
             "--epochs": self.epochs,
             "--batch-size": self.batch_size,
             "--side-width": self.side_width,
+            "--accumulate": self.accumulate,
+            "--patience": self.patience,
+            "--validate-every": self.validate_every,
         }
         for option, count in at_least_one.items():
             if count is not None and count < 1:
                 raise ConfigError(f"{option} must be at least 1; found {count}")
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"--learning-rate must be a number above 0; found {self.learning_rate:g}")
-        not_negative = {"--warmup-epochs": self.warmup_epochs, "--weight-decay": self.weight_decay}
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise ConfigError(f"--clip-norm must be a number above 0; found {self.clip_norm:g}")
+        not_negative = {
+            "--warmup-epochs": self.warmup_epochs,
+            "--weight-decay": self.weight_decay,
+            "--checkpoint-minutes": self.checkpoint_minutes,
+        }
         for option, value in not_negative.items():
             if value is not None and not 0 <= value < math.inf:
                 raise ConfigError(f"{option} must be a number from 0 up; found {value:g}")
         if self.inputs not in get_args(Inputs):
             raise ConfigError(f"--inputs takes {', '.join(get_args(Inputs))}; found {self.inputs!r}")
+        if self.checkpoint_activations and self.head != "side4video":
+            raise ConfigError(f"--checkpoint-activations has no effect on --head {self.head}: leave it out")
         if self.label_smoothing is not None and not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"--label-smoothing must lie in [0, 1); found {self.label_smoothing:g}")
         if self.precision not in (None, "fp32", "fp16", "bf16"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,7 @@ def evaluate_run(
     checkpoint: str = "best",
     is_backwards: bool = False,
     device: torch.device | None = None,
+    with_page: bool = False,
     report: Callable[[str, int, int], None] = lambda *_: None,
 ) -> dict[str, Any]:
     """Evaluate a run on a split of a store, and leave the figures and all predictions in the run's folder.
@@ -133,10 +135,12 @@ def evaluate_run(
         checkpoint: `best` or `last`.
         is_backwards: Play every clip backwards; files are named eval_SPLIT_backwards and so on.
         device: Where to compute; None takes the CPU.
+        with_page: Write results_SPLIT.html too.
         report: Told about progress.
 
     Returns:
-        top1, top5 (when there are more than 5 classes), mean_class_accuracy, loss, videos, confusion, and more.
+        top1, top5 (when there are more than 5 classes), mean_class_accuracy, calibration_error, loss, videos,
+        per_class, confusion, and more.
 
     Raises:
         StoreMismatchError: If the store does not fit the run, or the split has no good, labelled video.
@@ -158,7 +162,11 @@ def evaluate_run(
         raise StoreNotFoundError(f"the run's own store has gone: {error} Name where it is now: --features.") from error
     require_matching_store(run, store)
     if not run.classes:
-        _log.warning("%s names no classes: taken in the order in which %s lists them", run.path, store.path)
+        _log.warning(
+            "%s names no classes: taken in the order in which %s lists them. `s4v import --features` keeps them.",
+            run.path,
+            store.path,
+        )
         run = replace(run, classes=store.classes.names)
     data = _relabel(find_labelled_rows(store, split), store, run)
     if not len(data):
@@ -186,8 +194,7 @@ def evaluate_run(
         is_backwards=is_backwards,
     )
     confusion = result.confusion()
-    present = confusion.sum(axis=1) > 0
-    recall = confusion.diagonal()[present] / confusion.sum(axis=1)[present]
+    per_class = describe_classes(result, run.classes)
     figures = {
         "run": str(run.path),
         "store": str(store.path),
@@ -197,15 +204,36 @@ def evaluate_run(
         "videos": len(data),
         "clips_per_video": num_clips if num_clips is not None else "as recorded",
         **accuracy_figures(result),
-        "mean_class_accuracy": float(recall.mean()),
+        "mean_class_accuracy": sum(one["accuracy"] for one in per_class) / len(per_class),
+        "calibration_error": find_calibration_error(result),
         "loss": result.loss,
+        "per_class": per_class,
         "classes": list(run.classes),
         "confusion": confusion.tolist(),
     }
     name = f"{split}_backwards" if is_backwards else split
     write_json(run.path / f"eval_{name}.json", figures)
     write_table(run.path / f"predictions_{name}.parquet", _prediction_table(result, store, run))
+    if with_page:
+        from .results import write_results  # matplotlib takes a second
+
+        write_results(run, store, result, figures, name)
     return figures
+
+
+def find_device(name: str) -> torch.device:
+    """`auto` takes a CUDA GPU where there is one, else the CPU; other names are torch's.
+
+    Raises:
+        ConfigError: If there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device {name} is not available here ({reason}). Use --device auto.") from error
 
 
 def accuracy_figures(result: Evaluation) -> dict[str, float]:
@@ -214,6 +242,66 @@ def accuracy_figures(result: Evaluation) -> dict[str, float]:
     if result.probabilities.shape[1] > 5:
         figures["top5"] = result.top(5)
     return figures
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationBin:
+    """Answers of about the same probability."""
+
+    count: int
+    confidence: float
+    """Their mean probability."""
+    accuracy: float
+    """The share of them that is right."""
+
+
+def find_calibration(result: Evaluation, num_bins: int = 15) -> list[CalibrationBin]:
+    """Answers in bins of equal width by the probability that they were given with; empty ones left out."""
+    confidence = result.probabilities.max(axis=1).astype(np.float64)
+    right = result.predictions == result.labels
+    places = np.minimum((confidence * num_bins).astype(int), num_bins - 1)
+    chosen = (places == place for place in np.unique(places))
+    return [CalibrationBin(int(c.sum()), float(confidence[c].mean()), float(right[c].mean())) for c in chosen]
+
+
+def find_calibration_error(result: Evaluation) -> float:
+    """How far, on average over answers, a bin's accuracy is from its confidence.
+
+    Source:
+        Expected calibration error: Guo et al., https://arxiv.org/abs/1706.04599, 15 bins.
+    """
+    bins = find_calibration(result)
+    return sum(one.count * abs(one.confidence - one.accuracy) for one in bins) / len(result.labels)
+
+
+def describe_classes(result: Evaluation, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Of each class that has a video: class, videos, accuracy (recall), precision (None where it was never said)."""
+    counts = result.confusion()
+    said = counts.sum(axis=0)
+    return [
+        {
+            "class": names[place],
+            "videos": int(own.sum()),
+            "accuracy": float(own[place] / own.sum()),
+            "precision": float(own[place] / said[place]) if said[place] else None,
+        }
+        for place, own in enumerate(counts)
+        if own.sum()
+    ]
+
+
+def find_interval(share: float, total: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of so many.
+
+    Source:
+        Wilson, 1927, https://doi.org/10.1080/01621459.1927.10502953
+    """
+    if not total:
+        return 0.0, 1.0
+    z = 1.96
+    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
+    reach = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return max(0.0, middle - reach), min(1.0, middle + reach)
 
 
 def _relabel(data: LabelledRows, store: StoreReader, run: Run) -> LabelledRows:

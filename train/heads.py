@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..errors import ConfigError, StoreMismatchError
 from ..store.codec import Codec
 from ..store.reader import StoreReader
 from .config import Family, Inputs, Task
-from .side_network import ARRAYS, RetrievalSideNetwork, SideNetwork
+from .presets import PAPER_SIDE_WIDTHS, side_family
+from .side_network import ARRAYS, RetrievalSideNetwork, SideNetwork, Tap
 
-_SIDE_WIDTHS = {768: 320, 1024: 512, 1792: 576}
-"""The paper's side widths, by the backbone's."""
-
-
-class Head(Protocol):
-    """A trainable module over clips; `arrays` says what it reads from a store."""
-
-    arrays: tuple[str, ...]
-
-    def __call__(
-        self,
-        pixels: torch.Tensor | None,
-        patches: torch.Tensor | None,
-        cls: torch.Tensor | None,
-        codec: Codec | None = None,
-    ) -> torch.Tensor:
-        """Clips to (B, num_classes) logits; arrays that it does not read may be None."""
+_MOST_PROBE_WIDTH = 768
+"""Of the attentive probe, beside backbones that are wider."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +72,73 @@ class LinearProbe(nn.Module):
         return self.classifier(self.norm(cls[:, :, -1].mean(dim=1)))
 
 
-HEADS = ("side4video", "linear")
+class AttentiveProbe(nn.Module):
+    """One learned query that attends to all patch tokens of all layers and frames of a clip, then an MLP.
+
+    A token knows its layer and its time; where it is in the frame, it knows from the backbone.
+
+    Args:
+        num_layers: L.
+        width: D, the backbone's.
+        side_width: S, what tokens are projected to; a multiple of 64.
+        num_classes: Classes to tell apart.
+
+    Source:
+        Attentive probing as in V-JEPA, https://arxiv.org/abs/2404.08471; ours reads several layers.
+    """
+
+    arrays = ("patches", "cls")
+
+    def __init__(self, *, num_layers: int, width: int, side_width: int, num_classes: int) -> None:
+        super().__init__()
+        self.num_heads = side_width // 64
+        self.taps = nn.ModuleList(Tap(width, side_width) for _ in range(num_layers))
+        self.layer = nn.Parameter(torch.empty(num_layers, side_width))
+        self.query = nn.Parameter(torch.empty(1, side_width))
+        self.keys_values = nn.Linear(side_width, 2 * side_width)
+        self.mlp_norm = nn.LayerNorm(side_width)
+        self.mlp = nn.Sequential(
+            nn.Linear(side_width, 4 * side_width), nn.GELU(), nn.Linear(4 * side_width, side_width)
+        )
+        self.norm = nn.LayerNorm(side_width)
+        self.classifier = nn.Linear(side_width, num_classes)
+        for parameter in (self.layer, self.query, self.classifier.weight):
+            nn.init.trunc_normal_(parameter, std=0.02)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(
+        self,
+        pixels: torch.Tensor | None,
+        patches: torch.Tensor,
+        cls: torch.Tensor,
+        codec: Codec | None = None,
+    ) -> torch.Tensor:
+        """Score clips from patches (B, T, L, N, D), or codes with a codec; returns (B, num_classes) logits."""
+        tokens = []
+        for place, tap in enumerate(self.taps):
+            one = patches[:, :, place]
+            assert isinstance(tap, Tap)
+            read = tap(one.to(cls.dtype)) if codec is None else tap.read_codes(one, codec, place)
+            tokens.append(read + self.layer[place])
+        x = torch.stack(tokens, dim=2)  # (B, T, L, N, S)
+        b, t, _, _, s = x.shape
+        x = x + embed_times(t, s, x.device)[:, None, None].to(x.dtype)
+        keys, values = self.keys_values(x.flatten(1, 3)).chunk(2, dim=-1)  # (B, T*L*N, S) each
+        query = self.query.to(keys.dtype).expand(b, 1, s)
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (query, keys, values))
+        pooled = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1)  # (B, S)
+        return self.classifier(self.norm(pooled + self.mlp(self.mlp_norm(pooled))))
+
+
+def embed_times(num_frames: int, width: int, device: torch.device) -> torch.Tensor:
+    """Sines and cosines of each frame's place in its clip, (T, width): any number of frames has its own."""
+    times = torch.arange(num_frames, device=device)[:, None] / num_frames
+    waves = torch.arange(width // 2, device=device)[None]
+    angles = 2 * torch.pi * times * (1 + waves / 8)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+HEADS = ("side4video", "linear", "attentive")
 
 
 def plan_head(
@@ -114,20 +167,22 @@ def plan_head(
     layout = store.layout
     chosen = tuple(sorted(layers)) if layers else layout.layers
     store.layer_places(chosen)
-    if name == "side4video":
-        if "pixels" in ARRAYS[inputs] and not layout.with_pixels:
-            raise StoreMismatchError(
-                f"{store.path} was extracted with --no-pixels, and the side network's stem reads pixels. "
-                "Train with --inputs tokens or --head linear, or extract with pixels."
-            )
-        side_width = side_width or _SIDE_WIDTHS.get(layout.width) or max(64, round(0.4 * layout.width / 64) * 64)
-        if side_width % 64:
-            raise ConfigError(f"--side-width must be a multiple of 64 (one attention head); found {side_width}")
-    elif idle := [o for o, given in (("--side-width", side_width), ("--inputs", inputs != "all")) if given]:
+    idle = ["--side-width"] if side_width is not None and name == "linear" else []
+    idle += ["--inputs"] if inputs != "all" and name != "side4video" else []
+    if idle:
         verb, them = ("has", "it") if len(idle) == 1 else ("have", "them")
         raise ConfigError(
             f"{' and '.join(idle)} {verb} no effect on --head {name}: leave {them} out, or train --head side4video"
         )
+    if name == "side4video" and "pixels" in ARRAYS[inputs] and not layout.with_pixels:
+        raise StoreMismatchError(
+            f"{store.path} was extracted with --no-pixels, and the side network's stem reads pixels. "
+            "Train with --inputs tokens or --head linear, or extract with pixels."
+        )
+    if side_width is None and name != "linear":
+        side_width = _default_side_width(name, layout.width)
+    if side_width is not None and side_width % 64:
+        raise ConfigError(f"--side-width must be a multiple of 64 (one attention head); found {side_width}")
     return HeadConfig(
         name=name,
         num_classes=len(store.classes.names),
@@ -141,9 +196,10 @@ def plan_head(
     )
 
 
-def side_family(store: StoreReader) -> Family:
-    """Which side blocks the reference puts beside a store's backbone: EVA's beside EVA, else CLIP's."""
-    return "eva" if store.attributes["backbone"]["architecture"].startswith("EVA") else "clip"
+def _default_side_width(name: str, width: int) -> int:
+    if name == "attentive":
+        return max(64, min(width, _MOST_PROBE_WIDTH) // 64 * 64)
+    return PAPER_SIDE_WIDTHS.get(width) or max(64, round(0.4 * width / 64) * 64)
 
 
 def build_head(config: HeadConfig) -> Any:
@@ -151,26 +207,27 @@ def build_head(config: HeadConfig) -> Any:
     if config.name == "linear":
         return LinearProbe(config.width, config.num_classes)
     assert config.side_width is not None
-    if config.task == "retrieval":
-        assert config.embed_dim is not None and config.norm_eps is not None
-        return RetrievalSideNetwork(
+    if config.name == "attentive":
+        return AttentiveProbe(
             num_layers=len(config.layers),
             width=config.width,
             side_width=config.side_width,
-            num_patches=config.num_patches,
-            patch_px=config.patch_px,
-            embed_dim=config.embed_dim,
-            norm_eps=config.norm_eps,
-            has_projection_bias=config.has_projection_bias,
-            family=config.family,
+            num_classes=config.num_classes,
         )
-    return SideNetwork(
-        num_layers=len(config.layers),
-        width=config.width,
-        side_width=config.side_width,
-        num_patches=config.num_patches,
-        patch_px=config.patch_px,
-        num_classes=config.num_classes,
-        family=config.family,
-        inputs=config.inputs,
+    sizes: dict[str, Any] = {
+        "num_layers": len(config.layers),
+        "width": config.width,
+        "side_width": config.side_width,
+        "num_patches": config.num_patches,
+        "patch_px": config.patch_px,
+        "family": config.family,
+    }
+    if config.task == "recognition":
+        return SideNetwork(**sizes, num_classes=config.num_classes, inputs=config.inputs)
+    assert config.embed_dim is not None and config.norm_eps is not None
+    return RetrievalSideNetwork(
+        **sizes,
+        embed_dim=config.embed_dim,
+        norm_eps=config.norm_eps,
+        has_projection_bias=config.has_projection_bias,
     )

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from ..errors import ConfigError, StoreMismatchError
 from ..store._files import hash_file, write_atomic
 from ..store.reader import StoreReader, open_store
-from .heads import side_family
 from .official import OfficialCheckpoint, read_official_checkpoint
+from .presets import side_family
 from .run import (
     BACKBONE_IDENTITY,
     Run,
@@ -23,6 +23,7 @@ from .run import (
     save_checkpoint,
     write_run_config,
 )
+from .side_network import TOWER_END
 
 TEXT_NAME = "text.safetensors"
 
@@ -31,14 +32,6 @@ _BATCH_SIZE = 32
 
 # The reference sees pixels through CLIP's mean and standard deviation, whatever the backbone.
 _PIXELS = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
-
-# Our name of the tower's end -> the store's.
-_END_NAMES = {
-    "norm.weight": "norm_weight",
-    "norm.bias": "norm_bias",
-    "project.weight": "proj_weight",
-    "project.bias": "proj_bias",
-}
 
 # Released weights are float16 in places: 2^-11 of each number, and the same again in a store's float16.
 _END_TOLERANCE = 2e-3
@@ -55,7 +48,7 @@ def import_checkpoint(
     """Make a run's folder from a checkpoint of the reference: of recognition, one that `s4v eval` takes.
 
     The names of the classes are in no checkpoint. With a store named, its classes are taken in their order (sorted);
-    without, those of the store that the run is first evaluated on. A retrieval run keeps its own final norm and
+    without, each evaluation takes those of its own store, and warns. A retrieval run keeps its own final norm and
     projection inside the network, and its text tower and weighting networks as they are in text.safetensors.
 
     Args:
@@ -81,6 +74,7 @@ def import_checkpoint(
     official = read_official_checkpoint(checkpoint, layers)
     network = official.build()
     checked = [] if store is None else require_fitting_store(official, store)
+    out.mkdir(parents=True, exist_ok=True)
     config = {
         "imported_from": str(checkpoint.resolve()),
         "checkpoint_sha256": hash_file(checkpoint),
@@ -89,7 +83,6 @@ def import_checkpoint(
     }
     source = _describe_unknown_source(official) if store is None else describe_source(store)
     classes = () if store is None or official.head.task == "retrieval" else store.classes.names
-    out.mkdir(parents=True, exist_ok=True)
     run = Run(out, config, official.head, classes, source)
     if official.text:
         _save_text(out / TEXT_NAME, official.text)
@@ -118,7 +111,7 @@ def require_fitting_store(official: OfficialCheckpoint, store: StoreReader) -> l
         StoreMismatchError: With all differences.
     """
     head, backbone = official.head, store.attributes["backbone"]
-    facts = {
+    facts: dict[str, tuple[Any, Any]] = {
         "width": (head.width, backbone["width"]),
         "patch size": (head.patch_px, backbone["patch_size"][0]),
         "patches of a frame": (head.num_patches, store.layout.num_patches),
@@ -128,6 +121,9 @@ def require_fitting_store(official: OfficialCheckpoint, store: StoreReader) -> l
         facts["blocks of the backbone"] = (official.depth, backbone["depth"])
     if head.task == "recognition":
         facts["classes"] = (head.num_classes, len(store.classes.names))
+    else:
+        assert head.norm_eps is not None
+        facts["eps of the final norm"] = (np.float32(head.norm_eps), np.float32(store.head["norm_eps"]))
     differences = [f"{name}: {ours} here, {theirs} there" for name, (ours, theirs) in facts.items() if ours != theirs]
     if missing := sorted(set(head.layers) - set(store.layout.layers)):
         differences.append(f"layers {missing} are not in the store")
@@ -147,7 +143,7 @@ def require_fitting_store(official: OfficialCheckpoint, store: StoreReader) -> l
 def _compare_ends(end: Mapping[str, torch.Tensor], head: Mapping[str, np.ndarray], *, with_numbers: bool) -> list[str]:
     differences = []
     for name, tensor in end.items():
-        ours, theirs = tensor.float().numpy(), head.get(_END_NAMES[name])
+        ours, theirs = tensor.float().numpy(), head.get(TOWER_END[name])
         if theirs is None or ours.shape != theirs.shape:
             shape = "none" if theirs is None else theirs.shape
             differences.append(f"the tower's {name}: shape {ours.shape} here, {shape} there")

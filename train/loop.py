@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.plugins.environments import LightningEnvironment
+from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
 from ..errors import ConfigError, EnvironmentFailedError, StoreMismatchError
 from ..store._files import write_json
 from ..store.reader import StoreReader, open_store
 from .clips import (
+    ClipBatch,
     ClipLoader,
     LabelledRows,
     codec_for,
@@ -27,9 +30,21 @@ from .clips import (
 from .config import TrainConfig
 from .evaluate import accuracy_figures, evaluate_head
 from .heads import HeadConfig, build_head, plan_head
+from .logs import make_loggers
 from .presets import resolve_preset
 from .recipe import classification_loss, learning_rate_at, make_optimizer
-from .run import Run, append_metrics, create_run, refuse_existing_run, save_checkpoint
+from .run import (
+    CONFIG_NAME,
+    Run,
+    append_metrics,
+    create_run,
+    cut_metrics,
+    plan_run,
+    refuse_existing_run,
+    require_same_run,
+    save_checkpoint,
+)
+from .state import STATE_NAME, Position, load_state, save_state
 
 ReportEpoch = Callable[[dict[str, Any], int], None]
 """Called after each epoch with its metrics and the number of epochs."""
@@ -39,15 +54,22 @@ _log = logging.getLogger(__name__)
 _FABRIC_PRECISION = {"fp32": "32-true", "fp16": "16-mixed", "bf16": "bf16-mixed"}
 
 
-def default_run_path(features: Path, head: str, folder: Path = Path("runs")) -> Path:
-    """`runs/STORE-HEAD`, with a number behind it where that is taken."""
+def default_run_path(features: Path, head: str, *, resume: bool = False, folder: Path = Path("runs")) -> Path:
+    """`runs/STORE-HEAD`, with a number behind it where that is taken; to resume, the last one that is there."""
     stem = folder / f"{features.name.removesuffix('.zarr')}-{head}"
-    candidates = [stem, *(stem.with_name(f"{stem.name}-{number}") for number in range(2, 10_000))]
-    return next(path for path in candidates if not path.exists())
+    taken = None
+    for number in itertools.count(1):
+        path = stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
+        if not path.exists():
+            return taken if resume and taken is not None else path
+        taken = path
+    raise AssertionError
 
 
 def train_run(config: TrainConfig, report: ReportEpoch = lambda *_: None) -> dict[str, Any]:
     """Train a head on a store and leave a run's folder.
+
+    Under `torchrun` every process takes clips of its own in each step; the first one writes.
 
     Args:
         config: What to train, and how.
@@ -58,10 +80,13 @@ def train_run(config: TrainConfig, report: ReportEpoch = lambda *_: None) -> dic
 
     Raises:
         StoreMismatchError: If the store lacks what the head reads, or has no labelled training video.
-        RunExistsError: If the run's folder holds anything.
+        RunExistsError: If the run's folder holds anything; with `resume`, if it was begun with other settings.
         EnvironmentFailedError: If the loss is not finite; the last good checkpoint is kept.
     """
-    refuse_existing_run(config.out)
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    can_resume = config.resume and (config.out / CONFIG_NAME).is_file()
+    if is_first and not can_resume:
+        refuse_existing_run(config.out)
     store = open_store(config.features)
     config = resolve_preset(config, store)
     head_config = plan_head(
@@ -73,12 +98,16 @@ def train_run(config: TrainConfig, report: ReportEpoch = lambda *_: None) -> dic
         config.frames, np.concatenate([training.num_cached_frames, validation.num_cached_frames]), store
     )
     fabric = _make_fabric(config)
-    run = create_run(config, frames, head_config, store)
+    run = plan_run(config, frames, head_config, store, training.rows, fabric.world_size)
+    fabric.barrier()  # no process looks at what the first one is about to write
+    if fabric.is_global_zero:
+        require_same_run(run) if can_resume else create_run(run)
+    fabric.barrier()
     return _Training(config, run, head_config, store, training, validation, fabric).fit(report)
 
 
 class _Training:
-    """One run from its first epoch to its last."""
+    """One run from its first epoch, or from where it was killed, to its last."""
 
     def __init__(
         self,
@@ -99,53 +128,113 @@ class _Training:
         self._fabric = fabric
         torch.manual_seed(config.seed)
         self._module = build_head(head_config)
+        if config.checkpoint_activations:
+            self._module.checkpoints_activations = True
+        if config.with_compile:
+            self._module.compile()
         self._head, self._optimizer = fabric.setup(self._module, make_optimizer(self._module, config))
         self._codec = codec_for(store, head_config.layers, fabric.device) if "patches" in self._module.arrays else None
         self._loader = ClipLoader(store, arrays=self._module.arrays, layers=head_config.layers, device=fabric.device)
-        self._step = 0
+        self._position = Position()
+        self._saved_at = time.monotonic()
+        self._began = time.perf_counter()
         self._wait_s = 0.0
         self._wait_share = 0.0
 
-    def fit(self, report: ReportEpoch) -> dict[str, Any]:
-        from torch.utils.tensorboard import SummaryWriter
+    @property
+    def _state_path(self) -> Path:
+        return self._run.path / STATE_NAME
 
+    def fit(self, report: ReportEpoch) -> dict[str, Any]:
         start = time.perf_counter()
-        best: dict[str, Any] | None = None
-        metrics: dict[str, Any] = {}
-        board = SummaryWriter(self._run.path)
-        assert self._config.epochs is not None
-        for epoch in range(self._config.epochs):
+        if self._config.resume:
+            self._go_on()
+        self._began = start - self._position.seconds
+        loggers = make_loggers(self._run, self._config, self._position.epoch) if self._fabric.is_global_zero else []
+        num_epochs, patience = self._config.epochs, self._config.patience
+        assert num_epochs is not None
+        while (epoch := self._position.epoch) < num_epochs and not self._is_out_of_patience(patience):
             metrics = {"epoch": epoch + 1, **self._train_epoch(epoch)}
             self._require_finite_weights(epoch)
-            metrics |= self._validate(epoch)
-            append_metrics(self._run, metrics)
-            for name, value in metrics.items():
-                board.add_scalar(name, value, epoch + 1)
-            save_checkpoint(self._run, "last", self._module, metrics)
-            if best is None or metrics.get("val_top1", 0.0) >= best.get("val_top1", 0.0):
-                best = metrics
-                save_checkpoint(self._run, "best", self._module, metrics)
-            # Times differ from run to run: they are told, and not kept among the metrics.
-            report({**metrics, "data_wait_share": round(self._wait_share, 4)}, self._config.epochs)
-        board.close()
-        seconds = time.perf_counter() - start
-        summary = {
-            "run": str(self._run.path),
-            "preset": self._config.preset,
-            "epochs": self._config.epochs,
-            "videos": {"train": len(self._training), "val": len(self._validation)},
-            "steps": self._step,
-            "best": best,
-            "last": metrics,
-            "parameters": sum(p.numel() for p in self._module.parameters()),
-            "seconds": round(seconds, 3),
-            "data_wait_share": round(self._wait_s / seconds, 4),
-        }
-        write_json(self._run.path / "stats.json", summary)
+            is_validated = (epoch + 1) % self._config.validate_every == 0 or epoch + 1 == num_epochs
+            metrics = self._fabric.broadcast({**metrics, **(self._validate(epoch) if is_validated else {})})
+            is_best = self._note_epoch(metrics)
+            if self._fabric.is_global_zero:
+                append_metrics(self._run, metrics)
+                for log in loggers:
+                    log(metrics)
+                save_checkpoint(self._run, "last", self._module, metrics)
+                if is_best:
+                    save_checkpoint(self._run, "best", self._module, metrics)
+                self._save_state()
+                # Times differ from run to run: they are told, and not kept among the metrics.
+                report({**metrics, "data_wait_share": round(self._wait_share, 4)}, num_epochs)
+            self._fabric.barrier()
+        summary = self._summarise(time.perf_counter() - start)
+        if self._fabric.is_global_zero:
+            write_json(self._run.path / "stats.json", summary)
         return summary
 
+    def _summarise(self, seconds: float) -> dict[str, Any]:
+        """What a run comes to; its seconds are those of all its parts, as far as their states were saved."""
+        return {
+            "run": str(self._run.path),
+            "preset": self._config.preset,
+            "epochs": self._position.epoch,
+            "videos": {"train": len(self._training), "val": len(self._validation)},
+            "steps": self._position.steps,
+            "best": self._position.best,
+            "last": self._position.metrics,
+            "parameters": sum(p.numel() for p in self._module.parameters()),
+            "seconds": round(self._position.seconds, 3),
+            "data_wait_share": round(self._wait_s / seconds, 4),
+        }
+
+    def _go_on(self) -> None:
+        """Be where the run was when its state was last saved; at the start, if it never was."""
+        if self._state_path.is_file():
+            self._load_state()
+        if self._fabric.is_global_zero:
+            cut_metrics(self._run, self._position.epoch)
+
+    def _load_state(self) -> None:
+        self._position, precision = load_state(self._state_path, self._module, self._optimizer.optimizer)
+        self._position.losses = [loss.to(self._fabric.device) for loss in self._position.losses]
+        self._fabric.strategy.precision.load_state_dict(precision)
+        _log.info("going on in epoch %d, step %d", self._position.epoch + 1, self._position.step_in_epoch)
+
+    def _save_state(self) -> None:
+        precision = self._fabric.strategy.precision.state_dict()
+        self._position.seconds = time.perf_counter() - self._began
+        save_state(self._state_path, self._position, self._module, self._optimizer.optimizer, precision)
+        self._saved_at = time.monotonic()
+
+    def _note_epoch(self, metrics: dict[str, Any]) -> bool:
+        """Stand after an epoch; whether none was better. Of equals the later one is the best.
+
+        An epoch that was not validated is the best only as long as none was.
+        """
+        old, found = self._position, metrics.get("val_top1")
+        highest = None if old.best is None else old.best.get("val_top1")
+        is_best = highest is None or (found is not None and found >= highest)
+        is_better = highest is None or (found is not None and found > highest)
+        self._position = Position(
+            epoch=metrics["epoch"],
+            steps=old.steps,
+            best=metrics if is_best else old.best,
+            improved=metrics["epoch"] if is_better else old.improved,
+            metrics=metrics,
+            seconds=old.seconds,
+        )
+        return is_best
+
+    def _is_out_of_patience(self, patience: int | None) -> bool:
+        """Whether the last epoch was validated, and so many went by since a better one."""
+        is_told = "val_top1" in self._position.metrics
+        return patience is not None and is_told and self._position.epoch - self._position.improved >= patience
+
     def _train_epoch(self, epoch: int) -> dict[str, float]:
-        config = self._config
+        config, position = self._config, self._position
         plans = plan_training_epoch(
             self._training,
             num_frames=self._run.frames,
@@ -155,34 +244,55 @@ class _Training:
             rank=self._fabric.global_rank,
             num_ranks=self._fabric.world_size,
         )
+        # Like clips that do not fill a batch, batches that do not fill a step are left out of an epoch.
+        accumulate = min(config.accumulate, len(plans))
+        num_steps = len(plans) // accumulate
+
+        def rate_at(step: int) -> float:
+            # The middle of the step: at its end, the last step of a run would have a rate of zero.
+            return learning_rate_at(epoch + (step + 0.5) / num_steps, config)
+
         self._head.train()
-        batches = self._loader.load(plans)
-        losses = []
+        batches = self._loader.load(plans[position.step_in_epoch * accumulate : num_steps * accumulate])
         began, waited = time.perf_counter(), self._wait_s
-        for place, plan in enumerate(plans):
+        for step in range(position.step_in_epoch, num_steps):
+            rate = rate_at(step)
+            for group in self._optimizer.param_groups:
+                group["lr"] = rate
+            position.losses.append(self._step(batches, accumulate))
+            position.steps += 1
+            position.step_in_epoch = step + 1
+            if step % 50 == 49 or step + 1 == num_steps:
+                self._require_finite(position.losses[-50:], epoch, plans[step * accumulate].rows)
+            is_due = time.monotonic() - self._saved_at >= 60 * config.checkpoint_minutes
+            if is_due and step + 1 < num_steps and self._fabric.is_global_zero:
+                self._require_finite(position.losses[-50:], epoch, plans[step * accumulate].rows)
+                self._save_state()
+        train_loss = float(torch.stack(position.losses).mean())
+        self._wait_share = (self._wait_s - waited) / (time.perf_counter() - began)
+        return {"train_loss": train_loss, "learning_rate": rate_at(num_steps - 1)}
+
+    def _step(self, batches: Iterator[ClipBatch], accumulate: int) -> torch.Tensor:
+        """One step of the optimiser on `accumulate` batches; the mean loss of all processes, ()."""
+        losses = []
+        for place in range(accumulate):
             start = time.perf_counter()
             batch = next(batches)
             self._wait_s += time.perf_counter() - start
-            # The middle of the step: at its end, the last step of a run would have a rate of zero.
-            rate = learning_rate_at(epoch + (place + 0.5) / len(plans), config)
-            for group in self._optimizer.param_groups:
-                group["lr"] = rate
-            loss = classification_loss(
-                self._head(batch.pixels, batch.patches, batch.cls, self._codec), batch.labels, config
-            )
-            self._fabric.backward(loss)
-            self._optimizer.step()
-            self._optimizer.zero_grad(set_to_none=True)
-            self._step += 1
+            with self._fabric.no_backward_sync(self._head, enabled=place + 1 < accumulate):
+                logits = self._head(batch.pixels, batch.patches, batch.cls, self._codec)
+                loss = classification_loss(logits, batch.labels, self._config)
+                self._fabric.backward(loss / accumulate)
             losses.append(loss.detach())
-            if place % 50 == 49 or place + 1 == len(plans):
-                self._require_finite(losses[-50:], epoch, plan.rows)
-        train_loss = float(torch.stack(losses).mean())
-        self._wait_share = (self._wait_s - waited) / (time.perf_counter() - began)
-        return {"train_loss": train_loss, "learning_rate": rate}
+        if self._config.clip_norm is not None:
+            self._fabric.clip_gradients(self._head, self._optimizer, max_norm=self._config.clip_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        mean: torch.Tensor = self._fabric.all_reduce(torch.stack(losses).mean(), reduce_op="mean")  # type: ignore[assignment]
+        return mean
 
     def _validate(self, epoch: int) -> dict[str, float]:
-        if not len(self._validation):
+        if not len(self._validation) or not self._fabric.is_global_zero:
             return {}
         try:
             result = evaluate_head(
@@ -212,7 +322,7 @@ class _Training:
         kept = self._run.path / "last.safetensors"
         hint = f"{kept} is the last good checkpoint." if kept.exists() else "No epoch was finished."
         raise EnvironmentFailedError(
-            f"{what} became NaN or infinite in epoch {epoch + 1}, at or before step {self._step}{where}. "
+            f"{what} became NaN or infinite in epoch {epoch + 1}, at or before step {self._position.steps}{where}. "
             f"Lower --learning-rate. {hint}"
         )
 
@@ -251,14 +361,22 @@ def _make_fabric(config: TrainConfig) -> Fabric:
     elif precision == "fp16" and not on_gpu:
         # Fabric would take bf16 instead, with a mere note.
         raise ConfigError("--precision fp16 needs a CUDA GPU here: use bf16 or fp32")
+    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    num_nodes = int(os.environ.get("WORLD_SIZE", "1")) // num_local
+    is_spread = TorchElasticEnvironment.detect()
     try:
-        # One process, whatever a cluster's variables say: inside a job of several tasks Fabric would look for them.
-        return Fabric(
+        fabric = Fabric(
             accelerator=accelerator,
-            devices=1,
+            devices=num_local if is_spread else 1,
+            num_nodes=num_nodes if is_spread else 1,
+            strategy="ddp" if is_spread else "auto",
             precision=_FABRIC_PRECISION[precision],  # type: ignore[arg-type]
-            plugins=[LightningEnvironment()],
+            # Without torchrun one process, whatever a cluster's variables say: inside a job of several tasks Fabric
+            # would look for them.
+            plugins=[TorchElasticEnvironment() if is_spread else LightningEnvironment()],
         )
+        fabric.launch()
+        return fabric
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"--device {config.device} is not available here ({reason}). Use --device auto.") from error

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -63,7 +63,7 @@ _NAMES = tuple(
     )
 )
 
-# The reference's modules state these; its files do not. The network takes the eps of a store's head where one is used.
+# The reference's modules state these; its files do not.
 _FINAL_NORM_EPS: dict[Family, float] = {"clip": 1e-5, "eva": 1e-6}
 
 
@@ -143,8 +143,9 @@ def read_official_checkpoint(path: str | Path, layers: tuple[int, ...] | None = 
     """
     path = Path(path)
     tensors, others = _load_tensors(path)
+    new_names = _translate(tensors)
     try:
-        ours = rename_official(tensors)
+        ours = _rename(tensors, new_names)
         task, family = _recognise_variant(path, tensors, ours)
         depth = _count_backbone_blocks(tensors)
         head = _read_head_config(path, ours, task, family, depth, layers)
@@ -153,11 +154,14 @@ def read_official_checkpoint(path: str | Path, layers: tuple[int, ...] | None = 
         raise WeightsError(f"{path} holds tensors of other shapes than Side4Video's: {reason}") from error
     end = {name.removeprefix("end."): tensor for name, tensor in ours.items() if name.startswith("end.")}
     state = {name: tensor for name, tensor in ours.items() if task == "retrieval" or not name.startswith("end.")}
-    text = {name: t for name, t in tensors.items() if task == "retrieval" and not _VISION_TOWER.match(name)}
-    taken = {name for name in tensors if _belongs_to_network(name, task)} | set(text)
-    return OfficialCheckpoint(
-        path, head, state, end, depth, text, _group([n for n in tensors if n not in taken], others)
-    )
+    text: dict[str, torch.Tensor] = {}
+    unused = []
+    for name, tensor in tensors.items():
+        if task == "retrieval" and not _VISION_TOWER.match(name):
+            text[name.removeprefix("module.")] = tensor
+        elif name not in new_names or (task == "recognition" and new_names[name].startswith("end.")):
+            unused.append(name)
+    return OfficialCheckpoint(path, head, state, end, depth, text, _group(unused, others))
 
 
 def _read_head_config(
@@ -200,24 +204,23 @@ def describe_unused(unused: Mapping[str, int]) -> str:
 
 def rename_official(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights (or gradients) of the reference under our names and in our shapes; the backbone's blocks are left out."""
-    ours = {}
-    for name, tensor in tensors.items():
-        if new_name := _translate(name):
-            ours[new_name] = _reshape(name, new_name, tensor)
-    return _join_queries_keys_values(ours)
+    return _rename(tensors, _translate(tensors))
 
 
-def _translate(name: str) -> str | None:
-    for pattern, replacement in _NAMES:
-        new_name, count = pattern.subn(replacement, name)
-        if count:
-            return new_name
-    return None
+def _rename(tensors: Mapping[str, torch.Tensor], new_names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    return _join_queries_keys_values({new: _reshape(name, new, tensors[name]) for name, new in new_names.items()})
 
 
-def _belongs_to_network(name: str, task: Task) -> bool:
-    new_name = _translate(name)
-    return new_name is not None and (task == "retrieval" or not new_name.startswith("end."))
+def _translate(names: Iterable[str]) -> dict[str, str]:
+    """Our names by the reference's, of those that have one."""
+    new_names = {}
+    for name in names:
+        for pattern, replacement in _NAMES:
+            new_name, count = pattern.subn(replacement, name)
+            if count:
+                new_names[name] = new_name
+                break
+    return new_names
 
 
 def _reshape(name: str, new_name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -245,6 +248,9 @@ def _join_queries_keys_values(ours: dict[str, torch.Tensor]) -> dict[str, torch.
 
 def _load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The model's tensors by name, and the names of what lies beside the model."""
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "no such file"
+        raise WeightsError(f"{path}: {found}. Name a checkpoint of the reference, a .pt file.")
     try:
         with path.open("rb") as file:
             is_zip = file.read(2) == b"PK"  # older files cannot be memory-mapped
@@ -252,7 +258,7 @@ def _load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     except (UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(
-            f"{path} is not a whole checkpoint of plain tensors: {reason}. Nothing in it was run."
+            f"{path} is not a whole checkpoint of plain tensors: {reason}. Nothing in it was run; download it again."
         ) from error
     if not isinstance(checkpoint, dict):
         return {}, []

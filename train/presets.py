@@ -11,13 +11,12 @@ Source:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..errors import ConfigError, StoreMismatchError
 from ..store.reader import StoreReader
 from .config import Family, TrainConfig
-from .heads import side_family
 from .recipe import reference_learning_rate
 
 
@@ -76,17 +75,25 @@ _RECIPES = {
     ("e", "ssv2"): Recipe(25, 1e-4, warmup_epochs=6.0),
 }
 
+PAPER_SIDE_WIDTHS = {size.width: size.side_width for name, size in SIZES.items() if not name.endswith("-light")}
+"""S of the paper's full networks, by the backbone's width."""
+
 DATASETS = tuple(sorted({dataset for _, dataset in _RECIPES}))
 
 PRESETS = tuple(f"{size}-{dataset}" for size in SIZES for dataset in DATASETS)
 """Names that `--preset` takes beside auto and none."""
 
 
+def side_family(store: StoreReader) -> Family:
+    """Which side blocks the reference puts beside a store's backbone: EVA's beside EVA, else CLIP's."""
+    return "eva" if store.attributes["backbone"]["architecture"].startswith("EVA") else "clip"
+
+
 def resolve_preset(config: TrainConfig, store: StoreReader) -> TrainConfig:
     """Fill in what a configuration leaves open, from a preset or from s4v's defaults.
 
-    `auto` is the preset of the store's backbone and data set, the light one where the layers at hand are no more than
-    its own; `none` where there is no such preset, or the head is not the side network.
+    `auto` is the preset of the store's backbone and data set whose layers are those at hand, or the full one of a
+    store that holds every layer; `none` where there is no such preset, or the head is not the side network.
 
     Args:
         config: Options as given; what was not given is None.
@@ -111,7 +118,7 @@ def resolve_preset(config: TrainConfig, store: StoreReader) -> TrainConfig:
     else:
         size, recipe = _look_up(name)
         sizes = {"layers": size.layers, "side_width": size.side_width}
-    values = {**sizes, **{field: getattr(recipe, field) for field in Recipe.__dataclass_fields__}}
+    values = {**sizes, **asdict(recipe)}
     chosen = {field: value for field, value in values.items() if getattr(config, field) is None}
     return replace(config, preset=name, **chosen)
 
@@ -122,10 +129,10 @@ def find_preset(config: TrainConfig, store: StoreReader) -> str | None:
     if config.head != "side4video" or dataset not in DATASETS:
         return None
     layers = set(config.layers or store.layout.layers)
-    # The full network comes before the light one of the same backbone; layers that were asked for must all be used.
+    # The full network comes before the light one of the same backbone: every layer in a store is the full one's.
     for name, size in SIZES.items():
-        is_held = set(size.layers) == layers if config.layers else set(size.layers) <= layers
-        if _is_beside(size, store) and is_held:
+        is_whole = not config.layers and len(layers) == size.depth
+        if _is_beside(size, store) and (is_whole or layers == set(size.layers)):
             return f"{name}-{dataset}"
     return None
 

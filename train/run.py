@@ -8,15 +8,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..errors import RunExistsError, RunNotFoundError, StoreDamagedError, StoreMismatchError
-from ..store._files import hash_file, read_json, write_atomic, write_json
+from ..store._files import hash_file, hash_text, read_json, write_atomic, write_json, write_text
 from ..store.reader import StoreReader
 from .config import TrainConfig
 from .heads import HeadConfig, build_head
+from .presets import side_family
 
 CONFIG_NAME = "config.json"
 METRICS_NAME = "metrics.jsonl"
@@ -44,18 +46,65 @@ class Run:
         return self.config["frames"]
 
 
-def create_run(config: TrainConfig, frames: int, head: HeadConfig, store: StoreReader) -> Run:
-    """Make a run's folder with its resolved configuration.
+# How a training is run, not what it comes to.
+_INCIDENTAL = (
+    "out",
+    "features",
+    "device",
+    "resume",
+    "checkpoint_minutes",
+    "checkpoint_activations",
+    "with_compile",
+    "wandb",
+)
+
+
+def plan_run(
+    config: TrainConfig, frames: int, head: HeadConfig, store: StoreReader, rows: np.ndarray, num_processes: int
+) -> Run:
+    """A run with its resolved configuration; nothing is written yet. The order of clips follows from all of it."""
+    resolved = {
+        **asdict(config),
+        "features": str(config.features),
+        "out": str(config.out),
+        "frames": frames,
+        "processes": num_processes,
+        "training_rows": f"{len(rows)} of sha256 {hash_text(','.join(map(str, rows.tolist())))[:16]}",
+    }
+    return Run(config.out, resolved, head, store.classes.names, describe_source(store))
+
+
+def create_run(run: Run) -> None:
+    """Make a run's folder.
 
     Raises:
         RunExistsError: If the folder holds anything.
     """
-    refuse_existing_run(config.out)
-    config.out.mkdir(parents=True, exist_ok=True)
-    resolved = {**asdict(config), "features": str(config.features), "out": str(config.out), "frames": frames}
-    run = Run(config.out, resolved, head, store.classes.names, describe_source(store))
+    refuse_existing_run(run.path)
+    run.path.mkdir(parents=True, exist_ok=True)
     write_run_config(run)
-    return run
+
+
+def require_same_run(run: Run) -> None:
+    """Refuse to go on with a run that was begun otherwise.
+
+    Raises:
+        RunExistsError: With all differences.
+    """
+    begun = open_run(run.path)
+    ours, theirs = ({**r.config, **r.source, "classes": r.classes, "head": r.head} for r in (run, begun))
+    skipped = {*_INCIDENTAL, "store"}
+    plain = lambda value: json.loads(json.dumps(value, default=asdict))  # noqa: E731 (tuples are lists on disk)
+    differences = [
+        f"{name} {theirs.get(name)} there, {ours.get(name)} here"
+        for name in sorted({*ours, *theirs} - skipped)
+        if plain(ours.get(name)) != plain(theirs.get(name))
+    ]
+    if differences:
+        raise RunExistsError(
+            f"{run.path} was begun with other settings: {'; '.join(differences)}. "
+            "Run the command that began it, or choose another --out."
+        )
 
 
 def write_run_config(run: Run) -> None:
@@ -138,6 +187,14 @@ def require_matching_store(run: Run, store: StoreReader) -> None:
         for name in ("sampling", "resize")
         if there[name] not in (None, here[name])
     ]
+    patch_px = store.attributes["backbone"]["patch_size"][0]
+    if patch_px != run.head.patch_px:
+        differences.append(f"patches: of {patch_px} px in the store, of {run.head.patch_px} px in the run")
+    # A run of ours from before there was a choice has CLIP's blocks, whatever its backbone.
+    if there["store"] is None and (family := side_family(store)) != run.head.family:
+        differences.append(
+            f"side blocks: {family.upper()}'s beside the store's, {run.head.family.upper()}'s in the run"
+        )
     if missing := sorted(set(run.head.layers) - set(store.layout.layers)):
         differences.append(f"layers {missing} are not in the store")
     if not run.classes and len(store.classes.names) != run.head.num_classes:
@@ -187,6 +244,14 @@ def append_metrics(run: Run, metrics: Mapping[str, Any]) -> None:
     """Add one line to metrics.jsonl."""
     with (run.path / METRICS_NAME).open("a", encoding="utf-8") as file:
         file.write(json.dumps(metrics) + "\n")
+
+
+def cut_metrics(run: Run, num_epochs: int) -> None:
+    """Keep the first epochs' lines of metrics.jsonl, where it is longer."""
+    path = run.path / METRICS_NAME
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    if len(lines) > num_epochs:
+        write_text(path, "".join(lines[:num_epochs]))
 
 
 def read_metrics(run: Run) -> list[dict[str, Any]]:

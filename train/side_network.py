@@ -16,12 +16,16 @@ Source:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.nn.functional import all_reduce as sum_over_processes
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from ..errors import StoreMismatchError
 from ..store.codec import Codec
@@ -29,10 +33,16 @@ from .config import Family, Inputs
 
 _HEAD_WIDTH = 64
 
+# Of running statistics: torch's own default, with which the reference trains.
+_MOMENTUM = 0.1
+
 # The reference's initialisation counts 12 blocks whatever the depth.
 _INIT_DEPTH = 12
 
 _POSITION_STD: dict[Family, float] = {"clip": 0.01, "eva": 0.02}
+
+# Set while a backward pass computes a layer again: batch norms have counted that batch already.
+_is_recomputing = False
 
 ARRAYS: dict[str, tuple[str, ...]] = {
     "all": ("patches", "cls", "pixels"),
@@ -72,15 +82,18 @@ class SideLadder(nn.Module):
         self.arrays = ARRAYS[inputs]
         self.width = width
         self.num_patches = num_patches
+        self._position_std = _POSITION_STD[family]
+        self.checkpoints_activations = False
+        """Whether each layer is computed again in the backward pass: less memory, a third more time."""
         is_post_norm = family == "eva"
         self.stem = PixelStem(side_width, patch_px) if "pixels" in self.arrays else None
         self.position = nn.Parameter(torch.empty(num_patches + has_class_position, side_width))
         self.taps = nn.ModuleList(Tap(width, side_width, is_post_norm) for _ in range(num_layers))
         self.blocks = nn.ModuleList(SideBlock(side_width, is_post_norm) for _ in range(num_layers))
 
-    def draw_position(self, family: Family) -> None:
+    def draw_position(self) -> None:
         """Initialise the position embedding: last of all, so that a seed gives the weights that it always gave."""
-        nn.init.normal_(self.position, std=_POSITION_STD[family])
+        nn.init.normal_(self.position, std=self._position_std)
 
     def climb(
         self,
@@ -119,12 +132,22 @@ class SideLadder(nn.Module):
             x = cls.new_zeros(*cls.shape[:2], self.num_patches, self.position.shape[1])
         else:
             x = self.stem(pixels)  # (B, T, N, S)
-        for layer, (tap, block) in enumerate(zip(self.taps, self.blocks, strict=True)):
-            tokens = patches[:, :, layer]
-            tokens = tokens.to(cls.dtype) if codec is None else codec.decode(tokens, layer)
-            x = 0.5 * x + 0.5 * tap(tokens)
-            x = block(x, tap(cls[:, :, layer]), self.position)
+        for layer in range(len(self.taps)):
+            if self.checkpoints_activations and self.training:
+                x = recompute_in_backward(
+                    self._climb_one, x, layer, patches, cls, codec, use_reentrant=False, context_fn=_recomputing
+                )
+            else:
+                x = self._climb_one(x, layer, patches, cls, codec)
         return x
+
+    def _climb_one(
+        self, x: torch.Tensor, layer: int, patches: torch.Tensor, cls: torch.Tensor, codec: Codec | None
+    ) -> torch.Tensor:
+        tap, tokens = self.taps[layer], patches[:, :, layer]
+        assert isinstance(tap, Tap)
+        read = tap(tokens.to(cls.dtype)) if codec is None else tap.read_codes(tokens, codec, layer)
+        return self.blocks[layer](0.5 * x + 0.5 * read, tap(cls[:, :, layer]), self.position)
 
 
 class SideNetwork(SideLadder):
@@ -133,14 +156,9 @@ class SideNetwork(SideLadder):
     Beside CLIP a batch norm comes before the mean, beside EVA none.
 
     Args:
-        num_layers: L, tapped layers; one block each.
-        width: D, the backbone's.
-        side_width: S, a multiple of 64.
-        num_patches: N, patches of a frame.
-        patch_px: Side of a patch, as in the backbone.
         num_classes: Classes to tell apart.
-        family: As in `SideLadder`.
-        inputs: As in `SideLadder`.
+
+    The others are those of `SideLadder`.
     """
 
     def __init__(
@@ -164,9 +182,9 @@ class SideNetwork(SideLadder):
             family=family,
             inputs=inputs,
         )
-        self.norm = nn.BatchNorm2d(side_width) if family == "clip" else nn.Identity()
+        self.norm = BatchNorm(side_width) if family == "clip" else None
         self.classifier = nn.Linear(side_width, num_classes)
-        self.draw_position(family)
+        self.draw_position()
 
     def forward(
         self,
@@ -175,22 +193,10 @@ class SideNetwork(SideLadder):
         cls: torch.Tensor | None,
         codec: Codec | None = None,
     ) -> torch.Tensor:
-        """Score clips.
-
-        Args:
-            pixels: As in `SideLadder.climb`.
-            patches: As there.
-            cls: As there.
-            codec: As there.
-
-        Returns:
-            (B, num_classes) logits.
-
-        Raises:
-            StoreMismatchError: If the number of layers or patches is not this network's.
-        """
+        """Score clips, from what `SideLadder.climb` takes: (B, num_classes) logits."""
         x = self.climb(pixels, patches, cls, codec)
-        return self.classifier(_normalise_out(self.norm, x).mean(dim=(2, 3)))
+        pooled = x.mean(dim=(1, 2)) if self.norm is None else _normalise_out(self.norm, x).mean(dim=(2, 3))
+        return self.classifier(pooled)
 
 
 class RetrievalSideNetwork(SideLadder):
@@ -199,15 +205,11 @@ class RetrievalSideNetwork(SideLadder):
     The last tapped layer must be the backbone's last block: its class token is the one that is added to.
 
     Args:
-        num_layers: L, tapped layers; one block each.
-        width: D, the backbone's.
-        side_width: S, a multiple of 64.
-        num_patches: N, patches of a frame.
-        patch_px: Side of a patch, as in the backbone.
         embed_dim: E, the backbone's.
         norm_eps: Of the tower's final norm: 1e-5 for CLIP, 1e-6 for EVA.
         has_projection_bias: Whether the tower's projection has a bias: EVA's has.
-        family: As in `SideLadder`.
+
+    The others are those of `SideLadder`.
     """
 
     def __init__(
@@ -232,13 +234,13 @@ class RetrievalSideNetwork(SideLadder):
             family=family,
             has_class_position=family == "clip",
         )
-        self.norm = nn.BatchNorm2d(side_width)
+        self.norm = BatchNorm(side_width)
         self.widen = nn.Linear(side_width, width, bias=False)
         self.end = TowerEnd(width, embed_dim, norm_eps, has_projection_bias)
         nn.init.normal_(self.widen.weight, std=side_width**-0.5)
         # The reference trains the end of EVA's tower along, at a thousandth of the rate, and leaves CLIP's frozen.
         self.end.requires_grad_(family == "eva")
-        self.draw_position(family)
+        self.draw_position()
 
     def forward(
         self,
@@ -247,23 +249,19 @@ class RetrievalSideNetwork(SideLadder):
         cls: torch.Tensor,
         codec: Codec | None = None,
     ) -> torch.Tensor:
-        """Embed the frames of clips.
-
-        Args:
-            pixels: As in `SideLadder.climb`.
-            patches: As there.
-            cls: (B, T, L, D) class tokens of the tapped layers, the last one the backbone's last.
-            codec: As there.
-
-        Returns:
-            (B, T, E), not normalised.
-
-        Raises:
-            StoreMismatchError: If the number of layers or patches is not this network's.
-        """
+        """Embed the frames of clips, from what `SideLadder.climb` takes: (B, T, E), not normalised."""
         x = self.climb(pixels, patches, cls, codec)
         x = _normalise_out(self.norm, x).mean(dim=3).transpose(1, 2)  # (B, S, T, N) -> (B, T, S)
         return self.end(self.widen(x) + cls[:, :, -1])
+
+
+TOWER_END = {
+    "norm.weight": "norm_weight",
+    "norm.bias": "norm_bias",
+    "project.weight": "proj_weight",
+    "project.bias": "proj_bias",
+}
+"""Names in a store's `head`, by those of `TowerEnd`."""
 
 
 class TowerEnd(nn.Module):
@@ -282,17 +280,17 @@ class TowerEnd(nn.Module):
         """Take the weights of a store's `head`: norm_weight, norm_bias, norm_eps, proj_weight and, for EVA, proj_bias.
 
         Raises:
-            StoreMismatchError: If they are of another size, or a bias is there or missing.
+            StoreMismatchError: If they are of another size, a bias is there or missing, or the norm's eps is another.
         """
-        names = {"norm_weight": "norm.weight", "norm_bias": "norm.bias"}
-        names |= {"proj_weight": "project.weight", "proj_bias": "project.bias"}
-        state = {ours: torch.from_numpy(np.array(head[name])) for name, ours in names.items() if name in head}
-        expected = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        state = {ours: torch.from_numpy(np.array(head[name])) for ours, name in TOWER_END.items() if name in head}
+        expected = {**{name: tuple(t.shape) for name, t in self.state_dict().items()}, "eps": f"{self.norm.eps:.3g}"}
+        found = {**{name: tuple(t.shape) for name, t in state.items()}, "eps": f"{float(head['norm_eps']):.3g}"}
         if found != expected:
-            raise StoreMismatchError(f"the network's end takes {expected}; the store's head holds {found}")
+            raise StoreMismatchError(
+                f"the network's end takes {expected}; the store's head holds {found}: build the network with the "
+                "embed_dim, norm_eps and has_projection_bias of the store's backbone"
+            )
         self.load_state_dict(state)
-        self.norm.eps = float(head["norm_eps"])
 
 
 class PixelStem(nn.Module):
@@ -304,7 +302,7 @@ class PixelStem(nn.Module):
         fan_in = 3 * 3 * patch_px**2
         self.weight = nn.Parameter(torch.empty(3, side_width, 3 * patch_px**2))
         self.bias = nn.Parameter(torch.empty(side_width))
-        self.norm = nn.BatchNorm2d(side_width)
+        self.norm = BatchNorm(side_width)
         for parameter in (self.weight, self.bias):  # PyTorch's default for a convolution of this size
             nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
 
@@ -333,6 +331,33 @@ class Tap(nn.Module):
         """(..., D) -> (..., S)."""
         return self.norm(self.project(tokens)) if self.is_post_norm else self.project(self.norm(tokens))
 
+    def read_codes(self, codes: torch.Tensor, codec: Codec, layer: int) -> torch.Tensor:
+        """The same of codes (..., K), without ever holding their tokens: one product of K by S decodes and projects.
+
+        A layer norm comes between decoding and projecting, but all it needs of a token h = z B + m is its mean and its
+        variance over D, and the variance is a quadratic form of z: (|z|^2 - D (z.b)^2 + 2 z.q + |m'|^2) / D for
+        orthonormal rows of B, b their means, m' = m - mean(m) and q = (B - b) m'.
+        """
+        mean, basis, scale = codec.parts_of(layer, codes)
+        if basis is None:
+            return self(codec.decode(codes, layer))
+        weight = self.project.weight
+        mean = basis.new_zeros(basis.shape[1]) if mean is None else mean
+        z = codes.float() if scale is None else codes * scale
+        if self.is_post_norm:
+            return self.norm(F.linear(z, weight @ basis.T, weight @ mean + self.project.bias))
+        # No gradient reaches a token: what describes it is computed once, in float32 whatever the step's precision.
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            row_mean, centre = basis.mean(1), mean - mean.mean()
+            centred = basis - row_mean[:, None]
+            width = basis.shape[1]
+            square = z.square().sum(-1) - width * (z @ row_mean).square() + 2 * (z @ (centred @ centre))
+            variance = (square + centre.square().sum()).clamp(min=0) / width
+            inverse_std = (variance + self.norm.eps).rsqrt()[..., None]
+        weight = weight * self.norm.weight
+        read = F.linear(z, weight @ centred.T, weight @ centre)
+        return read * inverse_std + (self.project.weight @ self.norm.bias + self.project.bias)
+
 
 class SideBlock(nn.Module):
     """Temporal convolution, attention inside each frame with the shifted class token, MLP; all residual.
@@ -343,11 +368,11 @@ class SideBlock(nn.Module):
     def __init__(self, side_width: int, is_post_norm: bool = False) -> None:
         super().__init__()
         self.is_post_norm = is_post_norm
-        self.temporal_norm = nn.BatchNorm2d(side_width)
+        self.temporal_norm = BatchNorm(side_width)
         self.temporal = TemporalConv(side_width)
         self.attention_norm = nn.LayerNorm(side_width)
         self.attention = FrameAttention(side_width)
-        self.mlp_norm = nn.BatchNorm2d(side_width)
+        self.mlp_norm = BatchNorm(side_width)
         widen, narrow = nn.Linear(side_width, 4 * side_width), nn.Linear(4 * side_width, side_width)
         nn.init.normal_(widen.weight, std=(2 * side_width) ** -0.5)
         nn.init.normal_(narrow.weight, std=_residual_std(side_width))
@@ -362,6 +387,35 @@ class SideBlock(nn.Module):
         x = x + self.temporal(normalise_tokens(self.temporal_norm, x))
         x = x + self.attention(self.attention_norm(prepend_class_token(x, cls, position)))
         return x + self.mlp(normalise_tokens(self.mlp_norm, x))
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm over the clips of all processes that train together; of one process it is torch's own.
+
+    torch's SyncBatchNorm refuses tensors on a CPU.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, S, T, N) -> (B, S, T, N)."""
+        is_shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if not self.training or not (is_shared or _is_recomputing):
+            return super().forward(x)
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        if not is_shared:
+            unused = (self.running_mean.clone(), self.running_var.clone())
+            return F.batch_norm(x, *unused, self.weight, self.bias, True, 0.0, self.eps)
+        values, axes = x.float(), (0, 2, 3)
+        count = values.numel() // values.shape[1] * dist.get_world_size()  # every process has as many clips
+        mean = sum_over_processes(values.sum(axes)) / count
+        centred = values - mean[:, None, None]
+        variance = sum_over_processes(centred.square().sum(axes)) / count
+        if not _is_recomputing:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, _MOMENTUM)
+                self.running_var.lerp_(variance * count / (count - 1), _MOMENTUM)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
 class TemporalConv(nn.Module):
@@ -403,6 +457,19 @@ class FrameAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B*T, heads, 1+N, 64)
         x = F.scaled_dot_product_attention(q[:, :, 1:], k, v)
         return self.project(x.transpose(1, 2).reshape(b, t, n - 1, s))
+
+
+def _recomputing() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    @contextmanager
+    def again() -> Iterator[None]:
+        global _is_recomputing
+        _is_recomputing = True
+        try:
+            yield
+        finally:
+            _is_recomputing = False
+
+    return nullcontext(), again()
 
 
 def normalise_tokens(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s4v.errors import StoreMismatchError
+from s4v.errors import ConfigError, StoreMismatchError
 from s4v.store.reader import open_store
 from s4v.train.clips import (
     ClipLoader,
@@ -62,6 +62,14 @@ def test_ranks_share_an_epoch_in_equal_parts(count, batch, num_ranks, views):
     assert len(set(taken)) == len(taken)
     assert len({len(plan.rows) for mine in plans for plan in mine}) == 1
     assert all((plan.views < views).all() for mine in plans for plan in mine)
+
+
+def test_steps_that_cannot_be_shared_out_are_refused():
+    plan = dict(num_frames=4, seed=0, epoch=0)
+    with pytest.raises(ConfigError, match="4 processes cannot share 3 training videos: start fewer"):
+        plan_training_epoch(rows(3), batch_size=8, num_ranks=4, **plan)
+    with pytest.raises(ConfigError, match="a step of 2 clips cannot hold 3 views of one video: raise --batch-size"):
+        plan_training_epoch(rows(9, views=3), batch_size=2, views_per_video=3, **plan)
 
 
 def test_several_views_of_a_video_stand_in_one_step():

@@ -103,6 +103,20 @@ def test_a_run_imported_without_a_store_refuses_what_it_can_tell_does_not_fit(da
         assert part in str(caught.value)
 
 
+def test_the_side_blocks_and_patches_of_a_run_imported_without_a_store_are_compared(
+    trained, int8_store, eva_store, tmp_path
+):
+    _, checkpoint, _ = trained
+    import_checkpoint(checkpoint, tmp_path / "in", frames=4)
+    with pytest.raises(StoreMismatchError, match="side blocks: EVA's beside the store's, CLIP's in the run"):
+        evaluate_run(tmp_path / "in", features=eva_store)
+    config = json.loads((tmp_path / "in/config.json").read_text())
+    config["head"]["patch_px"] = 16
+    (tmp_path / "in/config.json").write_text(json.dumps(config))
+    with pytest.raises(StoreMismatchError, match="patches: of 8 px in the store, of 16 px in the run"):
+        evaluate_run(tmp_path / "in", features=int8_store)
+
+
 def test_a_checkpoint_beside_another_backbone_is_refused_with_all_differences(data_path, int8_store, tmp_path):
     with pytest.raises(StoreMismatchError) as caught:
         import_checkpoint(data_path / "recognition_eva/checkpoint.pt", tmp_path / "in", features=int8_store)
@@ -138,9 +152,11 @@ def test_every_variant_opens_as_the_network_that_was_imported(data_path, tmp_pat
 
 def test_a_retrieval_run_keeps_its_text_tower_and_says_what_it_cannot_do(data_path, tmp_path, int8_store):
     state = torch.load(data_path / "retrieval_eva/checkpoint.pt", weights_only=True)
-    torch.save(state | {"clip.text.proj": torch.ones(2, 3)}, tmp_path / "with_text.pt")
+    added = {"clip.text.proj": torch.ones(2, 3), "module.video_weight_fc.bias": torch.ones(1)}
+    torch.save(state | added, tmp_path / "with_text.pt")
     import_checkpoint(tmp_path / "with_text.pt", tmp_path / "in")
-    assert load_file(tmp_path / "in/text.safetensors")["clip.text.proj"].shape == (2, 3)
+    shapes = {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / "in/text.safetensors").items()}
+    assert shapes.items() >= {"clip.text.proj": (2, 3), "video_weight_fc.bias": (1,)}.items()
     with pytest.raises(ConfigError, match="is a retrieval run.*s4v eval cannot evaluate retrieval yet"):
         evaluate_run(tmp_path / "in", features=int8_store)
 
@@ -151,8 +167,10 @@ def test_nothing_is_written_where_something_is_wrong(trained, tmp_path):
         import_checkpoint(checkpoint, run)
     with pytest.raises(ConfigError, match="--frames must be at least 1"):
         import_checkpoint(checkpoint, tmp_path / "in", frames=0)
-    with pytest.raises(WeightsError):
+    with pytest.raises(WeightsError, match="none.pt: no such file. Name a checkpoint of the reference, a .pt file"):
         import_checkpoint(tmp_path / "none.pt", tmp_path / "in")
+    with pytest.raises(WeightsError, match=": a folder. Name a checkpoint"):
+        import_checkpoint(tmp_path, tmp_path / "in")
     assert not (tmp_path / "in").exists()
 
 

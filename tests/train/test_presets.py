@@ -76,6 +76,8 @@ def test_auto_goes_by_backbone_layers_and_data_set(make_store, backbone, layers,
     [
         ("b16", range(12), "folder", {}),
         ("b16", (3, 7, 11), "k400", {}),
+        ("b16", (0, 1, 2, 3, 5, 6, 7, 8, 9, 11), "k400", {}),
+        ("b16", (*every_second(12), 2), "k400", {}),
         ("b16", range(12), "k400", {"layers": (3, 7, 11)}),
         ("b16", range(12), "k400", {"preset": "none"}),
         ("b16", range(12), "k400", {"head": "linear"}),

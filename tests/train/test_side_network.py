@@ -1,10 +1,12 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from s4v.errors import StoreMismatchError
 from s4v.store.codec import Codec, fit_absmax_scale
-from s4v.train.side_network import RetrievalSideNetwork, SideNetwork, shift_class_token, sum_shifted
+from s4v.train.side_network import RetrievalSideNetwork, SideNetwork, Tap, shift_class_token, sum_shifted
 
 LADDER = dict(num_layers=2, width=24, side_width=64, num_patches=9, patch_px=4)
 SIZES = dict(**LADDER, num_classes=5)
@@ -56,6 +58,7 @@ def test_a_silent_side_network_leaves_the_backbones_own_embedding(family):
         {"proj_bias": 7} if family == "eva" else {}
     )
     head = {name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    network.end.norm.eps = 0.25
     network.end.load_arrays({**head, "norm_eps": np.float32(0.25), "logit_scale": np.float32(1)})
     torch.nn.init.zeros_(network.widen.weight)
     pixels, patches, cls = clips()
@@ -70,6 +73,13 @@ def test_a_silent_side_network_leaves_the_backbones_own_embedding(family):
 def test_the_end_of_another_tower_is_refused_with_both_sizes():
     head = {"norm_weight": np.ones(8), "norm_bias": np.ones(8), "proj_weight": np.ones((7, 8)), "norm_eps": 1e-5}
     with pytest.raises(StoreMismatchError, match=r"takes .*\(7, 24\).*holds .*\(7, 8\)"):
+        retrieval_network("clip").end.load_arrays(head)
+
+
+def test_the_end_of_a_tower_with_another_eps_is_refused():
+    """A state dict holds no eps: taking it over would give a network whose saved weights mean something else."""
+    head = {"norm_weight": np.ones(24), "norm_bias": np.ones(24), "proj_weight": np.ones((7, 24)), "norm_eps": 1e-6}
+    with pytest.raises(StoreMismatchError, match="'eps': '1e-05'.*'eps': '1e-06'.*build the network with the"):
         retrieval_network("clip").end.load_arrays(head)
 
 
@@ -184,3 +194,54 @@ def test_a_network_without_a_stem_gives_every_parameter_a_gradient():
     _, patches, cls = clips()
     network(None, patches, cls).square().sum().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def projecting_codec(num_layers=2, width=24, channels=16, massive=300.0):
+    """A basis and a mean as calibration leaves them, and one channel as enormous as giant ViTs have."""
+    generator = np.random.default_rng(3)
+    basis = np.stack([np.linalg.qr(generator.normal(size=(width, channels)))[0].T for _ in range(num_layers)])
+    mean = generator.normal(size=(num_layers, width))
+    mean[:, 5] = massive
+    scale = generator.uniform(0.01, 0.03, size=(num_layers, channels))
+    parts = {"mean": mean, "basis": basis, "scale": scale}
+    return Codec(dtype="int8", **{name: torch.from_numpy(part.astype(np.float32)) for name, part in parts.items()})
+
+
+@pytest.mark.parametrize("massive", [0.0, 300.0])
+@pytest.mark.parametrize("is_post_norm", [False, True])
+def test_codes_are_read_as_their_decoded_tokens_are(is_post_norm, massive):
+    """Without ever making the tokens: outputs and gradients of every parameter agree."""
+    torch.manual_seed(0)
+    tap, codec = Tap(24, 64, is_post_norm), projecting_codec(massive=massive)
+    for parameter in tap.parameters():
+        torch.nn.init.normal_(parameter)
+    codes = torch.randint(-127, 128, (2, 3, 9, 16), dtype=torch.int8)
+    results = []
+    for read in (lambda: tap.read_codes(codes, codec, 1), lambda: tap(codec.decode(codes, 1))):
+        tap.zero_grad()
+        out = read()
+        (out * torch.linspace(-1, 1, 64)).sum().backward()
+        results.append([out.detach(), *(parameter.grad.clone() for parameter in tap.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max()
+
+
+def test_a_network_reads_codes_as_it_reads_tokens(network):
+    pixels, patches, cls = clips()
+    codec = projecting_codec()
+    codes = torch.stack([codec.encode(patches[:, :, layer], layer) for layer in range(2)], dim=2)
+    decoded = torch.stack([codec.decode(codes[:, :, layer], layer) for layer in range(2)], dim=2)
+    network.eval()
+    torch.testing.assert_close(network(pixels, codes, cls, codec=codec), network(pixels, decoded, cls))
+
+
+def test_layers_that_are_computed_again_change_nothing_but_memory(network):
+    networks = [network, copy.deepcopy(network)]
+    networks[1].checkpoints_activations = True
+    for one in networks:
+        one.train()
+        one(*clips()).square().sum().backward()
+    for (name, ours), theirs in zip(networks[0].named_parameters(), networks[1].parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+    for (name, ours), theirs in zip(networks[0].named_buffers(), networks[1].buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)

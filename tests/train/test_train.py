@@ -202,7 +202,7 @@ def test_wrong_input_is_refused_before_anything_is_written(int8_store, tmp_path)
     out = tmp_path / "run"
     with pytest.raises(StoreNotFoundError, match="is not a store: nothing there"):
         train_run(config_for(tmp_path / "none.zarr", out))
-    with pytest.raises(ConfigError, match="--head takes side4video, linear; found 'mlp'"):
+    with pytest.raises(ConfigError, match="--head takes side4video, linear, attentive; found 'mlp'"):
         train_run(config_for(int8_store, out, head="mlp"))
     with pytest.raises(ConfigError, match="--precision fp16 needs a CUDA GPU"):
         train_run(config_for(int8_store, out, precision="fp16"))
@@ -330,10 +330,12 @@ def test_loss_that_is_not_finite_stops_the_run_and_names_the_step(int8_store, tm
 
 
 def test_default_run_path_takes_a_free_name(tmp_path):
-    first = default_run_path(tmp_path / "k400.zarr", "linear", tmp_path)
+    first = default_run_path(tmp_path / "k400.zarr", "linear", folder=tmp_path)
     assert first == tmp_path / "k400-linear"
     first.mkdir()
-    assert default_run_path(tmp_path / "k400.zarr", "linear", tmp_path) == tmp_path / "k400-linear-2"
+    assert default_run_path(tmp_path / "k400.zarr", "linear", folder=tmp_path) == tmp_path / "k400-linear-2"
+    assert default_run_path(tmp_path / "k400.zarr", "linear", resume=True, folder=tmp_path) == first
+    assert default_run_path(tmp_path / "new.zarr", "linear", resume=True, folder=tmp_path) == tmp_path / "new-linear"
 
 
 def test_learning_rate_warms_up_and_falls_as_a_cosine(tmp_path):
@@ -370,3 +372,17 @@ def test_training_loads_no_backbone_and_nothing_of_extract(int8_store, tmp_path,
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip().splitlines()[-1] == "[]"
+
+
+def test_the_attentive_probe_trains_and_knows_the_order_of_frames(int8_store, tmp_path):
+    train_run(config_for(int8_store, tmp_path / "run", head="attentive", layers=(3, 5)))
+    run = open_run(tmp_path / "run")
+    assert (run.head.name, run.head.layers, run.head.side_width) == ("attentive", (3, 5), 64)
+    assert evaluate_run(tmp_path / "run")["videos"] == 2
+    head = load_checkpoint(run)
+    patches, cls = torch.randn(2, 4, 2, 64, 192), torch.randn(2, 4, 2, 192)
+    assert not torch.allclose(head(None, patches, cls), head(None, patches.flip(1), cls))
+    order = torch.randperm(64)
+    torch.testing.assert_close(head(None, patches, cls), head(None, patches[:, :, :, order], cls), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match="--inputs has no effect on --head attentive"):
+        train_run(config_for(int8_store, tmp_path / "other", head="attentive", inputs="tokens"))

@@ -1,0 +1,100 @@
+"""Self-contained HTML pages: reports of the demo and of runs, and galleries."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+from .store._files import write_text
+from .store.reader import StoreReader
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+INK, ACCENT, MUTED = "#1c2733", "#0b6e99", "#9aa7b2"
+
+_STYLE = f"""
+body {{ font: 16px/1.5 system-ui, sans-serif; color: {INK}; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
+h1 {{ margin-bottom: 0 }} h2 {{ margin-top: 2.5rem }}
+table {{ border-collapse: collapse }} td, th {{ padding: .3rem .9rem .3rem 0; text-align: left; vertical-align: top }}
+td.n {{ font-variant-numeric: tabular-nums; white-space: nowrap }}
+.big {{ font-size: 2.6rem; font-weight: 650 }} .row {{ display: flex; flex-wrap: wrap; gap: 1rem 3rem }}
+.note {{ color: #55636f }} img {{ max-width: 100% }} .strip {{ margin: .8rem 0 }}
+.strip img {{ display: block; width: 100%; image-rendering: pixelated }} .wrong {{ color: #b3261e }}
+.two {{ display: grid; grid-template-columns: 1fr 1fr; gap: 2rem }}
+"""
+
+
+def write_page(path: Path, title: str, sections: Sequence[str]) -> None:
+    """Write one HTML file, atomically, from pieces of HTML."""
+    text = (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        f"<meta name='viewport' content='width=device-width'><title>{html.escape(title)}</title>"
+        f"<style>{_STYLE}</style></head><body>{''.join(sections)}</body></html>"
+    )
+    write_text(path, text)
+
+
+def draw_share(share: float, caption: str) -> str:
+    """A share as a large number over its caption."""
+    return f"<div><div class='big'>{share:.1%}</div><div class='note'>{html.escape(caption)}</div></div>"
+
+
+def draw_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table of texts and numbers."""
+
+    def cell(tag: str, value: Any) -> str:
+        is_number = re.match(r"-?\d", str(value))
+        return f"<{tag}{' class=n' if is_number and tag == 'td' else ''}>{html.escape(str(value))}</{tag}>"
+
+    head = "".join(cell("th", name) for name in header)
+    body = "".join("<tr>" + "".join(cell("td", value) for value in row) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def draw_picture(png: bytes, alt: str = "") -> str:
+    """A PNG inside the page."""
+    return f"<img alt='{html.escape(alt, quote=True)}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
+
+
+def draw_strip(store: StoreReader, row: int, caption: str, *, places: Sequence[int] | None = None) -> str:
+    """Frames of a row side by side, over a caption in HTML; all cached ones, or those at some places on the axis F."""
+    if places is None:
+        places = range(store.read_manifest(["num_cached_frames"])["num_cached_frames"][row].as_py())
+    pixels = store.read_clips([row], [places], arrays=("pixels",)).pixels
+    assert pixels is not None
+    shown = pixels[0, :, store.layout.pixel_offsets.index(0)]
+    buffer = io.BytesIO()
+    Image.fromarray(np.concatenate(list(shown), axis=1)).save(buffer, format="png")
+    return f"<div class='strip'>{draw_picture(buffer.getvalue())}{caption}</div>"
+
+
+def draw_confusion(axes: Any, counts: np.ndarray, names: Sequence[str]) -> None:
+    """Counts on matplotlib axes: rows are true, columns predicted."""
+    axes.imshow(counts, cmap="Blues", vmin=0)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="predicted", ylabel="true")
+    if len(names) > 20:
+        return
+    for (row, column), count in np.ndenumerate(counts):
+        if count:
+            colour = "white" if count > counts.max() / 2 else INK
+            axes.text(column, row, str(count), ha="center", va="center", color=colour)
+
+
+def render_figure(figure: Any) -> bytes:
+    """A matplotlib figure as PNG; it is closed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
+    plt.close(figure)
+    return buffer.getvalue()

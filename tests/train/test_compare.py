@@ -1,0 +1,74 @@
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from s4v.cli import app
+from s4v.errors import ConfigError
+from s4v.retrieve.zero_shot import score_class_names
+from s4v.store.reader import open_store
+from s4v.train import compare
+from s4v.train.compare import compare_methods
+from s4v.train.config import TrainConfig
+from s4v.train.evaluate import find_interval
+
+
+def base_for(store, out):
+    return TrainConfig(features=store, out=out, epochs=1, batch_size=4, device="cpu")
+
+
+def test_all_methods_stand_in_one_table_and_nothing_is_trained_twice(int8_store, tmp_path, monkeypatch):
+    said = []
+    methods = ("linear", "attentive", "side4video", "zero-shot")
+    base = base_for(int8_store, tmp_path / "c")
+    lines = compare_methods(base, methods=methods, seeds=2, ask=score_class_names, say=said.append)
+    assert [line.method for line in lines] == ["linear", "attentive", "side4video"]
+    assert said[-1] == "no zero-shot: the backbone of this store has random weights"
+    for line in lines:
+        assert line.parameters > 0 and line.videos == 2
+        assert line.interval[0] <= line.top1 <= line.interval[1]
+        assert line.deviation is not None and line.top5 is None
+    table = (tmp_path / "c/compare.md").read_text().splitlines()
+    assert len(table) == 5 and table[0].count("|") == 9 and table[2].startswith("| linear | class tokens")
+    assert len(json.loads((tmp_path / "c/compare.json").read_text())["methods"]) == 3
+
+    def refuse(*_):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("s4v.train.loop.classification_loss", refuse)
+    assert compare_methods(base_for(int8_store, tmp_path / "c"), methods=methods, seeds=2) == lines
+
+
+def test_wrong_options_are_refused(int8_store, tmp_path):
+    with pytest.raises(ConfigError, match="--methods takes side4video, linear, attentive, zero-shot; found mlp"):
+        compare_methods(base_for(int8_store, tmp_path / "c"), methods=("linear", "mlp"))
+    with pytest.raises(ConfigError, match="--seeds must be at least 1; found 0"):
+        compare_methods(base_for(int8_store, tmp_path / "c"), seeds=0)
+    with pytest.raises(ConfigError, match="--prompt must hold {}, the place of a class's name; found 'a video'"):
+        score_class_names(open_store(int8_store), "val", prompt="a video")
+    assert not (tmp_path / "c").exists()
+
+
+def test_zero_shot_stands_beside_what_was_trained(int8_store, tmp_path):
+    def ask(store, split):
+        assert split == "val"
+        return np.array([[0.1, 0.9], [0.5, 0.5]]), np.array([1, 0])
+
+    (line,) = compare_methods(base_for(int8_store, tmp_path / "c"), methods=("zero-shot",), ask=ask)
+    assert (line.top1, line.videos, line.parameters, line.mean_class_accuracy) == (0.5, 2, 0, 0.5), "a tie is wrong"
+
+
+def test_the_command_prints_the_table(int8_store, tmp_path):
+    command = ["compare", "--features", str(int8_store), "--out", str(tmp_path / "c"), "--methods", "linear"]
+    result = CliRunner().invoke(app, [*command, "--epochs", "1", "--device", "cpu"], catch_exceptions=False)
+    assert result.exit_code == 0 and "| linear |" in result.stdout
+
+
+def test_intervals_are_wilsons():
+    """Against published values for 8 of 10, 0 of 10 and 10 of 10."""
+    assert find_interval(0.8, 10) == pytest.approx((0.4901, 0.9433), abs=2e-4)
+    assert find_interval(0.0, 10) == pytest.approx((0.0, 0.2775), abs=2e-4)
+    assert find_interval(1.0, 10) == pytest.approx((0.7225, 1.0), abs=2e-4)
+    assert find_interval(0.5, 0) == (0.0, 1.0)
+    assert compare.METHODS[-1] == "zero-shot"

@@ -1,0 +1,58 @@
+"""Against the reference's own numbers, and by hand."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from s4v.train.interaction import MeanInteraction, WeightedTokenInteraction, contrastive_loss
+
+
+@pytest.fixture
+def golden(data_path):
+    return load_file(data_path / "wti/io.safetensors"), json.loads((data_path / "wti/config.json").read_text())
+
+
+@pytest.fixture
+def interaction(golden):
+    io, config = golden
+    module = WeightedTokenInteraction(32, on_diagonal=config["cdcr_alpha1"], off_diagonal=config["cdcr_alpha2"])
+    names = {"text_weight_fc": "text_weight", "video_weight_fc": "frame_weight"}
+    state = {name: tensor for name, tensor in io.items() if "weight_fc" in name}
+    module.load_state_dict({f"{names[n.partition('.')[0]]}.{n.partition('.')[2]}": t for n, t in state.items()})
+    return module
+
+
+def test_it_is_the_references(golden, interaction):
+    io, config = golden
+    found = interaction(io["text"], io["text_mask"].bool(), io["video"])
+    for name, ours in (("eval_t2v", found.similarities), ("eval_v2t", found.similarities.T)):
+        assert (ours - io[name]).abs().max() <= 1e-5 * io[name].abs().max()
+    scaled = math.exp(config["logit_scale_log"]) * found.similarities
+    assert (scaled - io["train_t2v"]).abs().max() <= 1e-5 * io["train_t2v"].abs().max()
+    assert found.decorrelation.item() == pytest.approx(io["train_cdcr"].item(), rel=1e-5)
+
+
+def test_what_is_no_word_is_not_heard(golden, interaction):
+    io, _ = golden
+    mask = io["text_mask"].bool()
+    noise = torch.where(mask[..., None], io["text"], torch.randn_like(io["text"]))
+    expected, found = (interaction(words, mask, io["video"]) for words in (io["text"], noise))
+    torch.testing.assert_close(found.similarities, expected.similarities)
+    torch.testing.assert_close(found.decorrelation, expected.decorrelation)
+    assert interaction(io["text"][:2], mask[:2], io["video"]).decorrelation == 0
+
+
+def test_means_and_loss_by_hand():
+    frames = torch.tensor([[[2.0, 0.0], [0.0, 5.0]], [[0.0, 1.0], [0.0, 1.0]]])
+    texts = torch.tensor([[3.0, 0.0], [0.0, 0.1]])
+    half = 0.5**0.5
+    torch.testing.assert_close(MeanInteraction()(texts, frames), torch.tensor([[half, 0.0], [half, 1.0]]))
+    similarities = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    expected = math.log(1 + math.exp(-2))
+    assert contrastive_loss(similarities, torch.tensor(math.log(2.0))).item() == pytest.approx(expected, rel=1e-6)
+    assert contrastive_loss(1 - similarities, torch.tensor(math.log(2.0))).item() == pytest.approx(
+        2 + expected, rel=1e-6
+    )

@@ -1,0 +1,234 @@
+"""Trainings that are killed and go on, in one process and in two."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from s4v.errors import ConfigError, RunExistsError, StoreDamagedError
+from s4v.train import loop
+from s4v.train.config import TrainConfig
+from s4v.train.evaluate import evaluate_run
+from s4v.train.loop import train_run
+from s4v.train.run import open_run, read_metrics
+
+NUM_STEPS = 8
+"""Two epochs of eight training videos, two at a time."""
+
+
+def config_for(store, out, **changes):
+    values = dict(features=store, out=out, epochs=2, batch_size=2, side_width=64, device="cpu", warmup_epochs=1.0)
+    return TrainConfig(**{**values, "checkpoint_minutes": 0.0, **changes})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(int8_store, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return out, train_run(config_for(int8_store, out))
+
+
+def assert_same_run(out, expected):
+    for name in ("metrics.jsonl", "last.safetensors", "best.safetensors", "last.json", "best.json"):
+        assert (out / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("step", range(NUM_STEPS))
+def test_a_run_that_was_stopped_in_a_step_goes_on_to_the_same_bit(step, undisturbed, int8_store, tmp_path, monkeypatch):
+    seen, loss = [], loop.classification_loss
+
+    def stop(*arguments):
+        seen.append(None)
+        if len(seen) == step + 1:
+            raise KeyboardInterrupt
+        return loss(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "classification_loss", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_run(config_for(int8_store, tmp_path / "run"))
+    before = len(seen)
+    summary = train_run(config_for(int8_store, tmp_path / "run", resume=True))
+    assert summary["steps"] == undisturbed[1]["steps"] == NUM_STEPS
+    assert before == step + 1
+    assert_same_run(tmp_path / "run", undisturbed[0])
+
+
+@pytest.mark.parametrize("name", ["save_checkpoint", "save_state", "append_metrics"])
+def test_a_run_that_was_stopped_at_the_end_of_an_epoch_goes_on(name, undisturbed, int8_store, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    config = config_for(int8_store, tmp_path / "run", checkpoint_minutes=60.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, name, stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_run(config)
+    train_run(config_for(int8_store, tmp_path / "run", resume=True))
+    assert_same_run(tmp_path / "run", undisturbed[0])
+
+
+def test_resuming_a_finished_run_changes_nothing(undisturbed, int8_store, tmp_path):
+    out = shutil.copytree(undisturbed[0], tmp_path / "run")
+    before = {p.name: p.read_bytes() for p in out.iterdir() if "tfevents" not in p.name}
+    summary = train_run(config_for(int8_store, out, resume=True))
+    assert summary["last"] == undisturbed[1]["last"]
+    after = {p.name: p.read_bytes() for p in out.iterdir() if "tfevents" not in p.name}
+    assert {n: b for n, b in after.items() if n != "stats.json"} == {
+        n: b for n, b in before.items() if n != "stats.json"
+    }
+    assert summary["seconds"] > 0
+
+
+def test_resume_starts_a_run_that_was_never_begun(undisturbed, int8_store, tmp_path):
+    train_run(config_for(int8_store, tmp_path / "new", resume=True))
+    assert_same_run(tmp_path / "new", undisturbed[0])
+
+
+def test_other_settings_are_refused_with_all_differences(undisturbed, int8_store, float_store, tmp_path):
+    out = undisturbed[0]
+    with pytest.raises(RunExistsError, match="Nothing was overwritten"):
+        train_run(config_for(int8_store, out))
+    with pytest.raises(RunExistsError, match="begun with other settings: batch_size 2 there, 4 here; seed 0 there, 3"):
+        train_run(config_for(int8_store, out, resume=True, batch_size=4, seed=3))
+    with pytest.raises(RunExistsError, match="begun with other settings: .*codec"):
+        train_run(config_for(float_store, out, resume=True))
+    copied = shutil.copytree(out, tmp_path / "copy")
+    (copied / "state.safetensors").write_bytes((copied / "state.safetensors").read_bytes()[:-50])
+    with pytest.raises(StoreDamagedError, match=r"state\.safetensors is not a whole state of this training"):
+        train_run(config_for(int8_store, copied, resume=True))
+
+
+def test_a_run_stops_when_it_gets_no_better(int8_store, tmp_path):
+    summary = train_run(config_for(int8_store, tmp_path / "run", epochs=9, patience=2, learning_rate=1e-12))
+    assert summary["epochs"] == 3, "the first epoch is the best so far, then two that are not better"
+    again = train_run(config_for(int8_store, tmp_path / "run", epochs=9, patience=2, learning_rate=1e-12, resume=True))
+    assert again["epochs"] == 3
+
+
+def test_patience_waits_for_validations(int8_store, tmp_path):
+    slow = dict(epochs=9, patience=1, validate_every=3, learning_rate=1e-12)
+    assert train_run(config_for(int8_store, tmp_path / "run", **slow))["epochs"] == 6, "3 is the first, 6 no better"
+
+
+def test_other_rows_or_processes_are_refused(undisturbed, int8_store, tmp_path):
+    out = shutil.copytree(undisturbed[0], tmp_path / "run")
+    config = json.loads((out / "config.json").read_text())
+    config["train"] |= {"processes": 2, "training_rows": "9 of sha256 0"}
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunExistsError, match="processes 2 there, 1 here; training_rows 9 of sha256 0 there, 8 of sha"):
+        train_run(config_for(int8_store, out, resume=True))
+
+
+def test_epochs_are_validated_as_often_as_asked(int8_store, tmp_path):
+    summary = train_run(config_for(int8_store, tmp_path / "run", epochs=5, validate_every=3))
+    metrics = read_metrics(open_run(tmp_path / "run"))
+    assert ["val_top1" in one for one in metrics] == [False, False, True, False, True], "and the last one"
+    assert summary["best"]["epoch"] in (3, 5)
+    assert evaluate_run(tmp_path / "run", with_page=True)["videos"] == 2
+    assert (tmp_path / "run/results_val.html").stat().st_size > 20_000
+
+
+def test_accumulated_batches_are_one_step_of_their_mean_gradient(int8_store, tmp_path, monkeypatch):
+    gradients = []
+    make = loop.make_optimizer
+
+    def watch(head, config):
+        optimizer = make(head, config)
+        optimizer.register_step_pre_hook(
+            lambda *_: gradients.append([p.grad.clone() for p in head.parameters() if p.grad is not None])
+        )
+        return optimizer
+
+    monkeypatch.setattr(loop, "make_optimizer", watch)
+    once = dict(epochs=1, learning_rate=1e-9, head="linear", side_width=None)
+    assert train_run(config_for(int8_store, tmp_path / "plain", **once))["steps"] == 4
+    plain, gradients[:] = list(gradients), []
+    assert train_run(config_for(int8_store, tmp_path / "two", **once, accumulate=2))["steps"] == 2
+    for step, found in enumerate(gradients):
+        for one, first, second in zip(found, plain[2 * step], plain[2 * step + 1], strict=True):
+            torch.testing.assert_close(one, (first + second) / 2, rtol=1e-4, atol=1e-7)
+    gradients.clear()
+    train_run(config_for(int8_store, tmp_path / "clipped", **once, clip_norm=1e-3))
+    norms = [torch.stack([g.norm() for g in found]).norm() for found in gradients]
+    torch.testing.assert_close(torch.stack(norms), torch.full((4,), 1e-3), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (dict(accumulate=0), "--accumulate must be at least 1; found 0"),
+        (dict(patience=0), "--patience must be at least 1; found 0"),
+        (dict(clip_norm=0.0), "--clip-norm must be a number above 0; found 0"),
+        (dict(checkpoint_minutes=-1.0), "--checkpoint-minutes must be a number from 0 up; found -1"),
+    ],
+)
+def test_options_out_of_range_are_refused(option, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        config_for(tmp_path, tmp_path, **option)
+
+
+def test_wandb_is_asked_for_only_where_it_is_installed(int8_store, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="--wandb needs the package wandb: pip install wandb"):
+        train_run(config_for(int8_store, tmp_path / "run", wandb="project"))
+
+
+def train(store, out, *options, processes=1, **environment):
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    command += ["s4v", "train", "--features", str(store), "--out", str(out), "--epochs", "2", "--warmup-epochs", "1"]
+    command += ["--side-width", "64", "--device", "cpu", "--checkpoint-minutes", "0", *options]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    return out
+
+
+def test_two_processes_train_as_one_does_on_their_joined_batches(int8_store, tmp_path):
+    out = finish(train(int8_store, tmp_path / "two", "--batch-size", "2", "--json", processes=2))
+    assert len(out.strip().splitlines()) == 1, "one process speaks"
+    assert json.loads(out.strip().splitlines()[-1])["steps"] == 4
+    train_run(config_for(int8_store, tmp_path / "one", batch_size=4))
+    one, two = (read_metrics(open_run(tmp_path / name)) for name in ("one", "two"))
+    for ours, theirs in zip(one, two, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4)
+
+
+def test_two_processes_have_the_statistics_and_gradients_of_one(int8_store, tmp_path):
+    """At a rate that moves no weight: AdamW makes much of differences in the last bit of a gradient near zero."""
+    finish(train(int8_store, tmp_path / "two", "--batch-size", "2", "--learning-rate", "1e-12", processes=2))
+    train_run(config_for(int8_store, tmp_path / "one", batch_size=4, learning_rate=1e-12))
+    one, two = (load_file(tmp_path / name / "state.safetensors") for name in ("one", "two"))
+    compared = [name for name in one if name.endswith(("running_mean", "running_var", "exp_avg"))]
+    assert len(compared) > 100
+    for name in compared:
+        largest = one[name].abs().max()
+        assert (one[name] - two[name]).abs().max() <= 1e-3 * largest + 1e-6, name
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments_leaves_the_same_metrics(int8_store, tmp_path):
+    start = time.monotonic()
+    finish(train(int8_store, tmp_path / "whole", "--batch-size", "2"))
+    seconds = time.monotonic() - start
+    moments = random.Random(3)
+    for number in range(10):
+        out = tmp_path / f"run{number}"
+        process = train(int8_store, out, "--batch-size", "2", "--resume")
+        time.sleep(moments.uniform(0.3, 1.0) * seconds)
+        process.kill()
+        process.communicate()
+        finish(train(int8_store, out, "--batch-size", "2", "--resume"))
+        assert_same_run(out, tmp_path / "whole")

@@ -1,0 +1,172 @@
+"""`s4v compare`: the side network beside the baselines that a reviewer would ask for, from one store."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import ConfigError, S4vError
+from ..store._files import write_json, write_text
+from ..store.reader import StoreReader, open_store
+from .config import TrainConfig
+from .evaluate import evaluate_run, find_device, find_interval
+from .heads import HEADS
+from .loop import train_run
+
+_log = logging.getLogger(__name__)
+
+AskBackbone = Callable[[StoreReader, str], tuple[np.ndarray, np.ndarray]]
+"""Takes a store and a split; gives scores (n, classes) of its good videos, and their labels (n,)."""
+
+ZERO_SHOT = "zero-shot"
+METHODS = (*HEADS, ZERO_SHOT)
+
+_READS = {
+    "side4video": "patch and class tokens of all layers, pixels, order",
+    "linear": "class tokens of the last layer, averaged: blind to order",
+    "attentive": "patch tokens of all layers, order",
+    ZERO_SHOT: "the backbone's embeddings and class names; nothing trained",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One line of the table."""
+
+    method: str
+    reads: str
+    parameters: int
+    """Trained ones."""
+    videos: int
+    """Held out."""
+    top1: float
+    """Mean over seeds."""
+    interval: tuple[float, float]
+    """95 % over videos, around that mean."""
+    deviation: float | None
+    """Standard deviation over seeds; None of one."""
+    top5: float | None
+    mean_class_accuracy: float
+    seconds: float | None
+    """Of one training."""
+
+
+def compare_methods(
+    base: TrainConfig,
+    *,
+    methods: Sequence[str] = METHODS,
+    seeds: int = 1,
+    ask: AskBackbone | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Compared]:
+    """Train every method from one store, evaluate each on the validation split, and leave compare.json and compare.md.
+
+    Run again, it goes on where it was. The last checkpoint counts: the best one was chosen on the same videos.
+
+    Args:
+        base: What all trainings share; `out` is the folder of them all, and head and seed are set here.
+        methods: Of `METHODS`, in the table's order.
+        seeds: Trainings of each, from seed 0 up.
+        ask: Zero-shot; None leaves it out.
+        say: Told what is under way.
+
+    Raises:
+        ConfigError: If a method is not known, or there is no seed.
+    """
+    if unknown := [method for method in methods if method not in METHODS]:
+        raise ConfigError(f"--methods takes {', '.join(METHODS)}; found {', '.join(unknown)}")
+    if seeds < 1:
+        raise ConfigError(f"--seeds must be at least 1; found {seeds}")
+    store = open_store(base.features)
+    lines = []
+    for method in methods:
+        if method == ZERO_SHOT:
+            line = None if ask is None else _ask(ask, store, base.val_split, say)
+        else:
+            line = _train_and_evaluate(base, method, seeds, say)
+        lines += [line] if line is not None else []
+        _write(base.out, store, lines)
+    return lines
+
+
+def _train_and_evaluate(base: TrainConfig, method: str, seeds: int, say: Callable[[str], None]) -> Compared:
+    told, parameters, seconds = [], 0, []
+    for seed in range(seeds):
+        out = base.out / f"{method}-{seed}"
+        own = {"inputs": "all", "side_width": None} if method != "side4video" else {}
+        fields = {name: getattr(base, name) for name in TrainConfig.__dataclass_fields__}
+        config = TrainConfig(**{**fields, "head": method, "out": out, "seed": seed, "resume": True, **own})
+        say(f"training {method}{f', seed {seed}' if seeds > 1 else ''}")
+        trained = train_run(config)
+        parameters = trained["parameters"]
+        seconds.append(trained["seconds"])
+        told.append(evaluate_run(out, split=base.val_split, checkpoint="last", device=find_device(base.device)))
+    top1 = [one["top1"] for one in told]
+    videos = told[0]["videos"]
+    return Compared(
+        method=method,
+        reads=_READS[method],
+        parameters=parameters,
+        videos=videos,
+        top1=float(np.mean(top1)),
+        interval=find_interval(float(np.mean(top1)), videos),
+        deviation=float(np.std(top1, ddof=1)) if seeds > 1 else None,
+        top5=float(np.mean([one["top5"] for one in told])) if "top5" in told[0] else None,
+        mean_class_accuracy=float(np.mean([one["mean_class_accuracy"] for one in told])),
+        seconds=float(np.mean(seconds)),
+    )
+
+
+def _ask(ask: AskBackbone, store: StoreReader, split: str, say: Callable[[str], None]) -> Compared | None:
+    """Zero-shot; None, with the reason said, where there is no text tower worth asking."""
+    say("asking the backbone")
+    try:
+        scores, labels = ask(store, split)
+    except S4vError as error:
+        say(f"no zero-shot: {error}")
+        return None
+    own = np.take_along_axis(scores, labels[:, None], axis=1)
+    ranks = (~(scores < own)).sum(axis=1)  # ties count against us
+    right = ranks == 1
+    return Compared(
+        method=ZERO_SHOT,
+        reads=_READS[ZERO_SHOT],
+        parameters=0,
+        videos=len(labels),
+        top1=float(right.mean()),
+        interval=find_interval(float(right.mean()), len(labels)),
+        deviation=None,
+        top5=float((ranks <= 5).mean()) if scores.shape[1] > 5 else None,
+        mean_class_accuracy=float(np.mean([right[labels == label].mean() for label in np.unique(labels)])),
+        seconds=None,
+    )
+
+
+def _write(out: Path, store: StoreReader, lines: Sequence[Compared]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "compare.json", {"store": str(store.path), "methods": [asdict(line) for line in lines]})
+    write_text(out / "compare.md", "\n".join(render_table(lines)) + "\n")
+
+
+def render_table(lines: Sequence[Compared]) -> list[str]:
+    """A Markdown table, line by line."""
+    header = ("method", "reads", "trained", "top-1", "95 %", "top-5", "mean class", "seconds")
+    rows = [
+        (
+            line.method,
+            line.reads,
+            f"{line.parameters / 1e6:.2f} M",
+            f"{line.top1:.1%}" + (f" ± {line.deviation:.1%}" if line.deviation is not None else ""),
+            f"{100 * line.interval[0]:.0f} to {100 * line.interval[1]:.0f}",
+            "" if line.top5 is None else f"{line.top5:.1%}",
+            f"{line.mean_class_accuracy:.1%}",
+            "" if line.seconds is None or math.isnan(line.seconds) else f"{line.seconds:.0f}",
+        )
+        for line in lines
+    ]
+    return [f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *rows)]

@@ -1,0 +1,115 @@
+"""How texts and videos are compared in retrieval: by their means, or token by token, weighted.
+
+Source:
+    Weighted token-wise interaction and channel decorrelation: Wang et al., "Disentangled Representation Learning for
+    Text-Video Retrieval", https://arxiv.org/abs/2203.07111; as in HJYao00/Side4Video at 5d72352,
+    Retrieval/eva_clip/eva_modeling.py. Equal to it: tests/train/test_interaction.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class Interaction:
+    """A batch of texts against a batch of videos."""
+
+    similarities: torch.Tensor
+    """(A, B) from -1 to 1, texts by videos."""
+    decorrelation: torch.Tensor
+    """() the channel decorrelation loss of the pairs on the diagonal; zero where A and B differ."""
+
+
+class MeanInteraction(nn.Module):
+    """Cosine of the mean of a video's normalised frames and a text."""
+
+    def forward(self, texts: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+        """Texts (A, E) and frames (B, T, E), neither normalised -> (A, B)."""
+        videos = F.normalize(F.normalize(frames, dim=-1).mean(dim=1), dim=-1)
+        return F.normalize(texts, dim=-1) @ videos.T
+
+
+class WeightedTokenInteraction(nn.Module):
+    """Each word looks for its best frame and each frame for its best word; small networks weigh words and frames.
+
+    Args:
+        width: E.
+        on_diagonal: Weight of how far channels of a pair are from agreeing.
+        off_diagonal: Weight of how far different channels are from being uncorrelated; the reference's 0.
+    """
+
+    def __init__(self, width: int, *, on_diagonal: float = 0.11, off_diagonal: float = 0.0) -> None:
+        super().__init__()
+        self.text_weight = _make_weighting(width)
+        self.frame_weight = _make_weighting(width)
+        self.on_diagonal = on_diagonal
+        self.off_diagonal = off_diagonal
+
+    def forward(self, words: torch.Tensor, mask: torch.Tensor, frames: torch.Tensor) -> Interaction:
+        """Compare.
+
+        Args:
+            words: (A, M, E) tokens of texts, not normalised.
+            mask: (A, M) bool, which of them are words; at least one a text.
+            frames: (B, T, E), not normalised.
+        """
+        word_shares = self.text_weight(words)[..., 0].masked_fill(~mask, -torch.inf).softmax(dim=-1)  # (A, M)
+        frame_shares = self.frame_weight(frames)[..., 0].softmax(dim=-1)  # (B, T)
+        words, frames = F.normalize(words, dim=-1), F.normalize(frames, dim=-1)
+        # What is no word has a cosine of zero, as the reference has it: a frame may find it the best.
+        cosines = torch.einsum("ame,bte->abmt", words, frames) * mask[:, None, :, None]
+        of_words, best_frames = cosines.max(dim=3)  # (A, B, M)
+        of_frames, best_words = cosines.max(dim=2)  # (A, B, T)
+        similarities = torch.einsum("abm,am->ab", of_words, word_shares)
+        similarities = (similarities + torch.einsum("abt,bt->ab", of_frames, frame_shares)) / 2
+        if len(words) != len(frames):
+            return Interaction(similarities, similarities.new_zeros(()))
+        own = torch.arange(len(words), device=words.device)
+        loss = self._decorrelate(
+            words, mask, frames, word_shares, frame_shares, best_frames[own, own], best_words[own, own]
+        )
+        return Interaction(similarities, loss)
+
+    def _decorrelate(
+        self,
+        words: torch.Tensor,
+        mask: torch.Tensor,
+        frames: torch.Tensor,
+        word_shares: torch.Tensor,
+        frame_shares: torch.Tensor,
+        best_frames: torch.Tensor,
+        best_words: torch.Tensor,
+    ) -> torch.Tensor:
+        """Of pairs: words (A, M, E) with their best frames (A, M), frames (A, T, E) with their best words (A, T)."""
+        num_pairs, width = len(words), words.shape[-1]
+        their_frames = frames.gather(1, best_frames[..., None].expand(-1, -1, width))[mask]
+        their_words = words.gather(1, best_words[..., None].expand(-1, -1, width)).flatten(0, 1)
+        of_words = _correlate(words[mask], their_frames, word_shares[mask])
+        of_frames = _correlate(their_words, frames.flatten(0, 1), frame_shares.flatten())
+        correlation = (of_words + of_frames) / (2 * num_pairs)
+        diagonal = correlation.diagonal()
+        on = (diagonal - 1).square().sum()
+        off = correlation.square().sum() - diagonal.square().sum()
+        return self.on_diagonal * on + self.off_diagonal * off
+
+
+def _correlate(first: torch.Tensor, second: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """(n, E) each and (n,) -> (E, E): products of standardised channels, weighted and summed."""
+    first, second = ((x - x.mean(0)) / x.std(0) for x in (first, second))
+    return (first * shares[:, None]).T @ second
+
+
+def _make_weighting(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
+
+
+def contrastive_loss(similarities: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
+    """CLIP's symmetric loss: each text's own video is on the diagonal of (A, A); the scale is a logarithm."""
+    logits = logit_scale.exp() * similarities
+    own = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2

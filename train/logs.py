@@ -1,0 +1,50 @@
+"""Where the metrics of each epoch go beside metrics.jsonl: TensorBoard always, Weights & Biases where asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import ConfigError
+from .config import TrainConfig
+from .run import Run
+
+Logger = Callable[[dict[str, Any]], None]
+"""Takes the metrics of one epoch."""
+
+
+def make_loggers(run: Run, config: TrainConfig, epochs_done: int) -> list[Logger]:
+    """All loggers of a run.
+
+    Raises:
+        ConfigError: If wandb is asked for and not installed.
+    """
+    loggers = [_make_tensorboard(run, epochs_done)]
+    return [*loggers, _make_wandb(run, config.wandb)] if config.wandb is not None else loggers
+
+
+def _make_tensorboard(run: Run, epochs_done: int) -> Logger:
+    from torch.utils.tensorboard import SummaryWriter
+
+    # What was logged of an epoch that is trained again is hidden.
+    board = SummaryWriter(run.path, purge_step=epochs_done + 1 if epochs_done else None)
+
+    def log(metrics: dict[str, Any]) -> None:
+        for name, value in metrics.items():
+            board.add_scalar(name, value, metrics["epoch"])
+        board.flush()
+
+    return log
+
+
+def _make_wandb(run: Run, project: str) -> Logger:
+    try:
+        import wandb  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise ConfigError("--wandb needs the package wandb: pip install wandb, or leave the option out") from error
+    session = wandb.init(project=project, name=run.path.name, dir=run.path, config=run.config, resume="allow")
+
+    def log(metrics: dict[str, Any]) -> None:
+        session.log(metrics, step=metrics["epoch"])
+
+    return log
