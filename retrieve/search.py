@@ -1,17 +1,27 @@
-"""`s4v retrieve`: rank a store's videos by the similarity of their stored embeddings to a text's."""
+"""`s4v retrieve`: rank a store's videos by the similarity of their stored embeddings to a text's, or to a video's."""
 
 from __future__ import annotations
 
+import errno
+import logging
 import math
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..errors import ConfigError, StoreMismatchError, StoreNotFoundError
+from ..errors import ConfigError, StoreNotFoundError
 from ..extract.backbone import TextTower, load_text_tower
 from ..store.reader import StoreReader, open_store
+from .filters import filter_rows, find_columns
+from .index import Match, VideoIndex, build_index, open_index
+from .vectors import find_moment, normalise_rows
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +31,20 @@ class Answer:
     rank: int
     """From 1."""
     score: float
-    """Cosine of the text's embedding and the video's."""
+    """Cosine of the query's embedding and the video's."""
     video_id: str
     path: str
     """Relative to the root that the store records."""
+    row: int
+    """In the store."""
     time_s: float | None
     """Time of the cached frame that fits best; None in a folder of frames whose rate is not known."""
+    start_s: float | None
+    """The moment: from here ..."""
+    end_s: float | None
+    """... to here the frames fit about as well."""
     frame_score: float
-    """That frame's own cosine."""
+    """The best frame's own cosine."""
 
 
 def find_newest_store(folder: Path = Path("store")) -> Path:
@@ -45,22 +61,138 @@ def find_newest_store(folder: Path = Path("store")) -> Path:
     return stores[-1].parent
 
 
+class Searcher:
+    """A store that is asked many things: its index is opened once, its text tower loaded when it is first needed.
+
+    Use it as a context manager.
+
+    Args:
+        store: An open store or its path.
+        index: Folder of its index; None takes the one beside the store.
+        where: Only rows that fulfil this condition on the manifest's columns are found.
+        weights: Where the backbone's weights are now; None takes what the store recorded.
+        device: Where the text tower runs; None takes the CPU.
+
+    Raises:
+        StoreMismatchError: If the store has no good video.
+        ConfigError: If `where` is no condition.
+    """
+
+    def __init__(
+        self,
+        store: StoreReader | str | Path,
+        *,
+        index: Path | None = None,
+        where: str | None = None,
+        weights: str | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.store = store if isinstance(store, StoreReader) else open_store(store)
+        self._weights = weights
+        self._device = device
+        self._tower: TextTower | None = None
+        self._open = ExitStack()
+        self._index = self._open_index(index)
+        self._allowed = None if where is None else self._filter(where)
+
+    def __enter__(self) -> Searcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def _open_index(self, path: Path | None) -> VideoIndex:
+        try:
+            return open_index(self.store, path)
+        except OSError as error:
+            if path is not None or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            _log.warning("%s: no index can be kept there; it is built anew each time", error)
+        folder = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="s4v-index-"))) / "index"
+        return VideoIndex(folder, build_index(self.store, folder))
+
+    def _filter(self, where: str) -> np.ndarray:
+        known = self.store.videos.schema.names
+        return filter_rows(self.store.read_manifest(find_columns(where, known)), where)[self._index.rows]
+
+    def find_text(self, query: str, top: int = 10) -> list[Answer]:
+        """Videos that fit a text best, best first; equal scores in row order.
+
+        Raises:
+            ConfigError: If the query is empty or `top` below 1.
+            WeightsError: If the weights cannot be had, or are not those that the store was made with.
+        """
+        if not query.strip():
+            raise ConfigError("--query is empty: say what to look for")
+        return self._find(self._embed([query])[0], top)
+
+    def find_like(self, video_id: str, top: int = 10) -> list[Answer]:
+        """Videos like a video of the store, itself left out.
+
+        Raises:
+            ConfigError: If the store has no such good video, or `top` is below 1.
+        """
+        _require_top(top)
+        ids = self.store.read_manifest(["video_id"])["video_id"]
+        row = ids.index(video_id).as_py()
+        places = np.flatnonzero(self._index.rows == row)
+        if not len(places):
+            raise ConfigError(f"--like: {self.store.path} has no good video {video_id!r}; s4v info counts its videos")
+        found = self._find(self._index.vector_of(int(places[0])), top + 1)
+        others = [answer for answer in found if answer.video_id != video_id][:top]
+        return [
+            Answer(rank, *(getattr(answer, name) for name in Answer.__dataclass_fields__ if name != "rank"))
+            for rank, answer in enumerate(others, start=1)
+        ]
+
+    def _embed(self, texts: Sequence[str]) -> np.ndarray:
+        if self._tower is None:
+            self._tower = load_store_text_tower(self.store, weights=self._weights, device=self._device)
+        return normalise_rows(self._tower.encode(list(texts)))
+
+    def _find(self, vector: np.ndarray, top: int) -> list[Answer]:
+        _require_top(top)
+        matches = self._index.find(vector, top, allowed=self._allowed)
+        if not matches:
+            return []
+        facts = self.store.read_manifest(["video_id", "path"]).take([match.row for match in matches]).to_pylist()
+        return [
+            self._describe(rank, match, vector, fact["video_id"], fact["path"])
+            for rank, (match, fact) in enumerate(zip(matches, facts, strict=True), start=1)
+        ]
+
+    def _describe(self, rank: int, match: Match, vector: np.ndarray, video_id: str, path: str) -> Answer:
+        frames, times = self._index.frames_of(match.place)
+        scores = frames @ vector
+        best, start, end = find_moment(scores, times)
+        time_s = None if math.isnan(times[best]) else float(times[best])
+        return Answer(rank, match.score, video_id, path, match.row, time_s, start, end, float(scores[best]))
+
+
+def _require_top(top: int) -> None:
+    if top < 1:
+        raise ConfigError(f"--top must be at least 1; found {top}")
+
+
 def search_store(
     store: StoreReader | str | Path,
     query: str,
     *,
     top: int = 10,
+    where: str | None = None,
     weights: str | None = None,
     device: torch.device | None = None,
 ) -> list[Answer]:
     """Find the videos of a store that fit a text best, with the frozen backbone alone.
 
-    A video's embedding is the mean of its frames' normalised embeddings, over all views, normalised again.
+    A video's embedding is the mean of its frames' normalised embeddings, over all views, normalised again. The index
+    beside the store is used, and built where there is none or the store has changed.
 
     Args:
         store: An open store or its path.
         query: What to look for; cut at the text tower's context length.
         top: Answers wanted, fewer where the store has fewer good videos.
+        where: A condition on the manifest's columns.
         weights: Where the backbone's weights are now; None takes what the store recorded.
         device: Where the text tower runs; None takes the CPU.
 
@@ -68,46 +200,13 @@ def search_store(
         Answers, best first; equal scores in row order.
 
     Raises:
-        ConfigError: If the query is empty or `top` below 1.
+        ConfigError: If the query is empty, `top` below 1, or `where` no condition.
         StoreMismatchError: If the store has no good video.
         WeightsError: If the weights cannot be had, or are not those that the store was made with.
     """
-    if not query.strip():
-        raise ConfigError("--query is empty: say what to look for")
-    if top < 1:
-        raise ConfigError(f"--top must be at least 1; found {top}")
-    if not isinstance(store, StoreReader):
-        store = open_store(store)
-    table = store.read_manifest(["video_id", "path", "status", "timestamps_s"])
-    good = np.flatnonzero(np.asarray(table["status"].to_pylist()) == "ok")
-    if not len(good):
-        raise StoreMismatchError(f"{store.path} holds no good video: finish its extraction first")
-    text = embed_query(store, query, weights=weights, device=device)
-    scores, best_frames, frame_scores = score_videos(store.read_embeddings()[good], text)
-    order = np.argsort(-scores, kind="stable")[:top]
-    chosen = table.take(good[order]).to_pylist()
-    return [
-        Answer(
-            rank=rank,
-            score=float(scores[place]),
-            video_id=row["video_id"],
-            path=row["path"],
-            time_s=_known(row["timestamps_s"][best_frames[place]]),
-            frame_score=float(frame_scores[place]),
-        )
-        for rank, (place, row) in enumerate(zip(order, chosen, strict=True), start=1)
-    ]
-
-
-def _known(time_s: float) -> float | None:
-    return None if math.isnan(time_s) else time_s
-
-
-def embed_query(
-    store: StoreReader, query: str, *, weights: str | None = None, device: torch.device | None = None
-) -> np.ndarray:
-    """The L2-normalised embedding (E,) of a text, by the text tower of the store's backbone."""
-    return normalise_rows(load_store_text_tower(store, weights=weights, device=device).encode([query]))[0]
+    _require_top(top)
+    with Searcher(store, where=where, weights=weights, device=device) as searcher:
+        return searcher.find_text(query, top)
 
 
 def load_store_text_tower(
@@ -125,38 +224,3 @@ def load_store_text_tower(
         device=device or torch.device("cpu"),
         expected_sha256=backbone["weights_sha256"],
     )
-
-
-def score_videos(embeddings: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Compare videos with a text.
-
-    Args:
-        embeddings: (V, A, F, E), not normalised; NaN where a row has no such frame, at least one frame a row.
-        text: (E,) L2-normalised.
-
-    Returns:
-        Cosine of each video, place on F of its best frame, that frame's cosine; (V,) each.
-    """
-    frames = normalise_rows(embeddings)
-    videos = pool_frames(frames)
-    by_frame = np.nan_to_num(frames @ text, nan=-np.inf).max(axis=1)  # (V, F), best view of each frame
-    best = by_frame.argmax(axis=1)
-    return videos @ text, best, by_frame[np.arange(len(best)), best]
-
-
-def pool_frames(frames: np.ndarray) -> np.ndarray:
-    """A video's embedding, the mean of its frames' over all views, normalised again.
-
-    Args:
-        frames: (V, A, F, E) L2-normalised; NaN where a row has no such frame, at least one frame a row.
-
-    Returns:
-        (V, E) L2-normalised.
-    """
-    return normalise_rows(np.nanmean(frames, axis=(1, 2)))
-
-
-def normalise_rows(vectors: np.ndarray) -> np.ndarray:
-    """L2-normalise along the last axis; a zero vector stays zero."""
-    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return vectors / np.where(length > 0, length, 1)

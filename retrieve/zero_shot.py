@@ -11,7 +11,8 @@ import torch
 from ..errors import ConfigError, StoreMismatchError
 from ..extract.backbone import TextTower
 from ..store.reader import StoreReader
-from .search import load_store_text_tower, normalise_rows, pool_frames
+from .search import load_store_text_tower
+from .vectors import normalise_rows, pool_frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,36 @@ def classify_zero_shot(
     scores = pool_frames(frames) @ classes.T
     own = [video[0][~np.isnan(video[0, :, 0])] @ classes.T for video in frames]
     return ZeroShot(rows, tuple(prompts), scores, own)
+
+
+def score_class_names(
+    store: StoreReader, split: str, *, prompt: str = "a video of {}", weights: str | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Score the good, labelled videos of a split against the store's own class names.
+
+    Args:
+        store: With classes.
+        split: Which videos.
+        prompt: {} stands for a class's name.
+        weights: As for `classify_zero_shot`.
+
+    Returns:
+        Scores (n, classes) and labels (n,).
+
+    Raises:
+        ConfigError: If the prompt has no place for a name, or the backbone's weights are random.
+        WeightsError: As for `classify_zero_shot`.
+    """
+    if "{}" not in prompt:
+        raise ConfigError(f"--prompt must hold {{}}, the place of a class's name; found {prompt!r}")
+    if store.attributes["backbone"]["weights"].startswith("random"):
+        raise ConfigError("the backbone of this store has random weights")
+    asked = classify_zero_shot(
+        store, {name: [prompt.format(name)] for name in store.classes.names}, split=split, weights=weights
+    )
+    labels = store.read_manifest(["label"])["label"].take(asked.rows).to_numpy(zero_copy_only=False)
+    is_labelled = ~np.isnan(labels.astype(float))
+    return asked.scores[is_labelled], labels[is_labelled].astype(np.int64)
 
 
 def embed_classes(tower: TextTower, prompts: Mapping[str, Sequence[str]]) -> np.ndarray:

@@ -1,8 +1,8 @@
+import json
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -10,28 +10,31 @@ from s4v.cli import app
 from s4v.errors import ConfigError, StoreNotFoundError
 from s4v.extract.backbone import load_text_tower
 from s4v.extract.pipeline import extract_dataset
-from s4v.retrieve.search import find_newest_store, normalise_rows, score_videos, search_store
+from s4v.retrieve.search import Searcher, find_newest_store, search_store
+from s4v.retrieve.vectors import find_moment, normalise_rows, pool_frames
 from s4v.store.reader import open_store
 
 
-def test_scores_by_hand():
-    embeddings = np.full((2, 1, 3, 2), np.nan, np.float32)
-    embeddings[0, 0, :2] = [[2, 0], [0, 5]]  # two frames, at right angles, of different length
-    embeddings[1, 0, :3] = [[0, -1], [0, 1], [0, 3]]
-    videos, best, frames = score_videos(embeddings, np.array([0.0, 1.0]))
-    np.testing.assert_allclose(videos, [0.5**0.5, 1.0], rtol=1e-6)
-    assert best.tolist() == [1, 1], "of equal frames the first"
-    np.testing.assert_allclose(frames, [1.0, 1.0], rtol=1e-6)
+def test_vectors_are_pooled_by_hand():
+    frames = np.full((2, 1, 3, 2), np.nan, np.float32)
+    frames[0, 0, :2] = normalise_rows(np.array([[2.0, 0], [0, 5]]))  # two frames, at right angles
+    frames[1, 0, :3] = [[0, -1], [0, 1], [0, 1]]
+    np.testing.assert_allclose(pool_frames(frames), [[0.5**0.5, 0.5**0.5], [0, 1]], rtol=1e-6)
 
 
-@given(seed=st.integers(0, 1000))
-def test_length_of_embeddings_does_not_matter(seed):
-    rng = np.random.default_rng(seed)
-    embeddings = rng.normal(size=(5, 2, 3, 8)).astype(np.float32)
-    text = normalise_rows(rng.normal(size=8))
-    lengths = rng.uniform(0.1, 10, (5, 2, 3, 1)).astype(np.float32)
-    for a, b in zip(score_videos(embeddings, text), score_videos(embeddings * lengths, text), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ([0.1, 0.5, 0.4, 0.1], (1, 1.0, 5.0)),
+        ([0.5, 0.1, 0.1, 0.1], (0, 0.0, 1.0)),
+        ([0.1, 0.1, 0.1, 0.5], (3, 5.0, 6.0)),
+        ([0.3, 0.3, 0.3, 0.3], (0, 0.0, 6.0)),
+        ([0.5, 0.1, 0.5, 0.1], (0, 0.0, 1.0)),
+    ],
+)
+def test_a_moment_is_the_frames_around_the_best_one(scores, expected):
+    assert find_moment(np.array(scores), np.array([0.0, 2.0, 4.0, 6.0])) == expected
+    assert find_moment(np.array(scores), np.full(4, np.nan)) == (expected[0], None, None)
 
 
 def test_answers_are_ranked_by_the_stored_embeddings(int8_store):
@@ -85,3 +88,36 @@ def test_frames_of_an_unknown_rate_have_no_time(tmp_path, make_config):
     assert answer.time_s is None
     result = CliRunner().invoke(app, ["retrieve", "--query", "anything", "--features", str(config.out)])
     assert result.exit_code == 0 and "not known" in result.stdout
+
+
+def test_videos_like_a_video_and_only_those_asked_for(int8_store):
+    with Searcher(int8_store, where="split = 'train' and class_name = 'run'") as searcher:
+        answers = searcher.find_like("train/run/0.mp4", top=10)
+        assert [a.rank for a in answers] == [1, 2, 3]
+        assert all(a.video_id.startswith("train/run/") and a.video_id != "train/run/0.mp4" for a in answers)
+        assert len(searcher.find_text("anything", top=2)) == 2
+        with pytest.raises(ConfigError, match="has no good video 'train/walk/broken.mp4'"):
+            searcher.find_like("train/walk/broken.mp4")
+    with Searcher(int8_store, where="split = 'none'") as searcher:
+        assert searcher.find_text("anything") == []
+    with pytest.raises(ConfigError, match="--where names colour; the columns are video_id"):
+        Searcher(int8_store, where="colour = 'red'")
+
+
+def test_the_command_takes_many_queries_and_makes_a_page(int8_store, tmp_path):
+    (tmp_path / "queries.txt").write_text("a column\n\nein Mann läuft\na column\n", encoding="utf-8")
+    arguments = ["retrieve", "--features", str(int8_store), "--queries", str(tmp_path / "queries.txt")]
+    page = tmp_path / "page.html"
+    result = CliRunner().invoke(app, [*arguments, "--html", str(page), "--json"], catch_exceptions=False)
+    told = json.loads(result.stdout.splitlines()[-1])
+    assert [one["query"] for one in told["queries"]] == ["a column", "ein Mann läuft"]
+    assert all(len(one["answers"]) == 10 for one in told["queries"])
+    assert page.read_text().count("data:image/png;base64") == 20 and "://" not in page.read_text()
+    (tmp_path / "empty.txt").write_text("\n")
+    for wrong, message in (
+        (["--query", "x", "--like", "y"], "wants one of --query TEXT, --queries FILE and --like VIDEO"),
+        (["--queries", str(tmp_path / "empty.txt")], "holds no query: expected one a line"),
+        (["--queries", str(tmp_path / "none.txt")], "No such file"),
+    ):
+        result = CliRunner().invoke(app, ["retrieve", "--features", str(int8_store), *wrong])
+        assert result.exit_code == 1 and message in result.stderr

@@ -1,0 +1,227 @@
+"""An index of a store's videos: pooled vectors for a first pass, every frame's for the moment.
+
+    index.json     what it was made of: hashes, sizes
+    pooled.npy     (n, E) float32, L2-normalised; one row for each good row of the store
+    pooled16.npy   the same in float16: what a query scans
+    frames.npy     (frames, E) float16, L2-normalised, row after row
+    times.npy      (frames,) float64, NaN where a frame's time is not known
+    offsets.npy    (n + 1,) where each row's frames begin
+    rows.npy       (n,) rows of the store
+
+The first pass is exact: a scan in float16, then float32 for all that rounding could have kept from the top.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ..errors import StoreDamagedError, StoreMismatchError
+from ..store._files import FolderLock, hash_file, hash_text, read_json, sync_folder, write_json
+from ..store.manifest import PARTS_NAME
+from ..store.reader import CHECKSUMS_NAME, StoreReader
+from .vectors import normalise_rows, pool_frames
+
+FORMAT_VERSION = 1
+_FACTS_NAME = "index.json"
+
+# Each of the two factors of a product is rounded to 11 bits, and so may be the sum: of vectors of length 1 that moves a
+# score by at most 2^-11 a time.
+_ROUNDING = 3 * 2.0**-11
+
+
+@dataclass(frozen=True, slots=True)
+class IndexFacts:
+    """What an index was made of."""
+
+    format_version: int
+    store: str
+    fingerprint: str
+    """Of the store: a store that changed has another."""
+    videos: int
+    width: int
+    """E."""
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """One video that a vector found."""
+
+    place: int
+    """In the index."""
+    row: int
+    """In the store."""
+    score: float
+    """Cosine, in float32."""
+
+
+class VideoIndex:
+    """An open index; its arrays are memory-mapped."""
+
+    def __init__(self, path: Path, facts: IndexFacts) -> None:
+        self.path = path
+        self.facts = facts
+        self.rows = self._open("rows")
+        self._offsets = self._open("offsets")
+        self._pooled = self._open("pooled")
+        self._frames = self._open("frames")
+        self._times = self._open("times")
+        self._scanned = torch.from_numpy(self._open("pooled16", "c"))  # torch wants it writable
+
+    def _open(self, name: str, mode: Literal["r", "c"] = "r") -> np.ndarray:
+        try:
+            return np.load(self.path / f"{name}.npy", mmap_mode=mode)
+        except (OSError, ValueError) as error:
+            raise StoreDamagedError(f"{self.path / name}.npy is missing or damaged: remove {self.path}") from error
+
+    def find(self, vector: np.ndarray, top: int, *, allowed: np.ndarray | None = None) -> list[Match]:
+        """The videos closest to a vector, exactly as brute force in float32 has them; equal ones in row order.
+
+        Args:
+            vector: (E,) L2-normalised.
+            top: Wanted.
+            allowed: (n,) bool, which places may be found; None allows all.
+        """
+        query = torch.from_numpy(np.array(vector, dtype=np.float32))
+        rough = (self._scanned @ query.to(torch.float16)).float()
+        if allowed is not None:
+            rough[torch.from_numpy(~allowed)] = -torch.inf
+        top = min(top, len(rough) if allowed is None else int(allowed.sum()))
+        if top == 0:
+            return []
+        least = float(rough.topk(top).values[-1]) - 2 * _ROUNDING
+        places = torch.nonzero(rough >= least)[:, 0].numpy()
+        scores = self._pooled[places] @ query.numpy()
+        order = np.argsort(-scores, kind="stable")[:top]
+        return [Match(int(places[i]), int(self.rows[places[i]]), float(scores[i])) for i in order]
+
+    def frames_of(self, place: int) -> tuple[np.ndarray, np.ndarray]:
+        """Vectors (f, E) float32 and times (f,) of a video's frames."""
+        span = slice(int(self._offsets[place]), int(self._offsets[place + 1]))
+        return np.asarray(self._frames[span], dtype=np.float32), np.asarray(self._times[span])
+
+    def read_vectors(self, places: slice) -> np.ndarray:
+        """Pooled vectors in float16, (n, E)."""
+        return self._scanned[places].numpy()
+
+    def vector_of(self, place: int) -> np.ndarray:
+        """The pooled vector (E,) of a video."""
+        return np.asarray(self._pooled[place])
+
+
+def default_index_path(store: Path) -> Path:
+    """`store/mine.zarr` has its index in `store/mine.index`."""
+    return store.with_name(f"{store.name.removesuffix('.zarr')}.index")
+
+
+def open_index(
+    store: StoreReader, path: Path | None = None, report: Callable[[str, int, int], None] = lambda *_: None
+) -> VideoIndex:
+    """The index of a store: built where there is none, built anew where the store has changed since.
+
+    Args:
+        store: With at least one good video.
+        path: Its folder; None takes `default_index_path`.
+        report: Told about progress when it is built.
+
+    Raises:
+        StoreMismatchError: If the store has no good video, or another folder is in the way.
+    """
+    path = path or default_index_path(store.path)
+    facts = _read_facts(path)
+    if facts is None or facts.fingerprint != fingerprint(store):
+        build_index(store, path, report)
+        facts = _read_facts(path)
+    assert facts is not None
+    return VideoIndex(path, facts)
+
+
+def fingerprint(store: StoreReader) -> str:
+    """A hash that another state of the store does not have: of its list of hashes, and which shards are done."""
+    done = sorted(path.name for path in (store.path / PARTS_NAME).glob("[0-9]*.parquet"))
+    return hash_text("\n".join([hash_file(store.path / CHECKSUMS_NAME), *done]))
+
+
+def build_index(
+    store: StoreReader, path: Path, report: Callable[[str, int, int], None] = lambda *_: None
+) -> IndexFacts:
+    """Write the index of a store beside its place, and rename it.
+
+    Raises:
+        StoreMismatchError: If the store has no good video, or something else stands at `path`.
+    """
+    if path.exists() and _read_facts(path) is None and (not path.is_dir() or any(path.iterdir())):
+        raise StoreMismatchError(f"{path} exists and is no index. Nothing was written; name another --index.")
+    state = fingerprint(store)  # before what it is the state of
+    table = store.read_manifest(["status", "num_cached_frames", "num_views", "timestamps_s"])
+    good = np.flatnonzero(np.asarray(table["status"].to_pylist()) == "ok")
+    if not len(good):
+        raise StoreMismatchError(f"{store.path} holds no good video: finish its extraction first")
+    facts = IndexFacts(FORMAT_VERSION, str(store.path.resolve()), state, len(good), store.layout.embed_dim)
+    counts = table["num_cached_frames"].to_numpy()[good].astype(np.int64)
+    offsets = np.concatenate([[0], counts.cumsum()])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    with FolderLock(path.parent, f"another process is writing in {path.parent}: run the command again in a moment"):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        pooled, scanned, frames, times = (
+            np.lib.format.open_memmap(partial / f"{name}.npy", "w+", dtype, shape)
+            for name, dtype, shape in (
+                ("pooled", np.float32, (len(good), facts.width)),
+                ("pooled16", np.float16, (len(good), facts.width)),
+                ("frames", np.float16, (int(offsets[-1]), facts.width)),
+                ("times", np.float64, (int(offsets[-1]),)),
+            )
+        )
+        np.save(partial / "rows.npy", good)
+        np.save(partial / "offsets.npy", offsets)
+        place = 0
+        for shard in range(store.layout.num_shards):
+            rows = store.layout.shard_rows(shard)
+            held = good[(good >= rows.start) & (good < rows.stop)]
+            if not len(held):
+                continue
+            vectors = normalise_rows(store.read_embeddings(rows)[held - rows.start])
+            pooled[place : place + len(held)] = pool_frames(vectors)
+            told = table["timestamps_s"].take(held).to_pylist()
+            for video, stamps in zip(vectors, told, strict=True):
+                span = slice(offsets[place], offsets[place + 1])
+                frames[span] = _join_views(video)[: span.stop - span.start]
+                times[span] = stamps
+                place += 1
+            report("indexing", place, len(good))
+        scanned[:] = pooled
+        for array in (pooled, scanned, frames, times):
+            array.flush()
+        for file in partial.glob("*.npy"):
+            with file.open("rb+") as written:
+                os.fsync(written.fileno())
+        write_json(partial / _FACTS_NAME, asdict(facts))
+        if path.exists():
+            shutil.rmtree(path)
+        partial.rename(path)
+        sync_folder(path.parent)
+    return facts
+
+
+def _join_views(video: np.ndarray) -> np.ndarray:
+    """(A, F, E) with NaN where there is no such frame -> (f, E): the mean over views, normalised again."""
+    is_there = ~np.isnan(video[0, :, 0])
+    return normalise_rows(np.nanmean(video[:, is_there], axis=0))
+
+
+def _read_facts(path: Path) -> IndexFacts | None:
+    """What an index says of itself; None where there is none that this version reads."""
+    try:
+        told: Any = read_json(path / _FACTS_NAME)
+        return IndexFacts(**told) if told.get("format_version") == FORMAT_VERSION else None
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
