@@ -1,6 +1,7 @@
 # make demo   the whole pipeline on generated videos, then its report
 # make test   the tests
 # make lint   ruff and mypy
+# make tiny-clip   train the small world's CLIP again
 # Each sets up .venv first, once; afterwards only when pyproject.toml changes.
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO_OUT ?= runs/demo
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow lint format tiny-clip clean
 
 demo: $(INSTALLED)
 	$(BIN)/s4v demo --out $(DEMO_OUT)
@@ -28,6 +29,9 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+tiny-clip: $(INSTALLED)
+	$(BIN)/python -m s4v.demo.tiny_clip --out extract/models
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 11) else "s4v needs Python 3.11 or newer, $(PYTHON) is " + v + "; try: make PYTHON=python3.12")'

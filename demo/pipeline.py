@@ -1,120 +1,178 @@
-"""`s4v demo`: generate, extract, train, evaluate, search, report; through the same functions that a user calls."""
+"""`s4v demo`: the small world through the whole pipeline, by the same functions that a user calls, and a report."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..errors import RunExistsError
+import pyarrow.compute as pc
+
+from ..errors import ConfigError, RunExistsError
 from ..extract.config import ExtractConfig
 from ..extract.pipeline import extract_dataset
 from ..retrieve.search import search_store
+from ..retrieve.zero_shot import classify_zero_shot
 from ..store._files import read_json, write_json
 from ..store.info import describe_store
-from ..store.reader import open_store
+from ..store.manifest import read_table
+from ..store.reader import StoreReader, open_store
 from ..train.config import TrainConfig
 from ..train.evaluate import evaluate_run
 from ..train.loop import train_run
 from ..train.run import open_run, read_metrics
-from .motions import MOTIONS, write_motion_videos
+from .captions import prompt_motion
+from .judging import Share, describe_shares, judge_answers, judge_reversal, split_label
 from .report import write_report
+from .world import ANNOTATIONS_NAME, WorldConfig, write_world
 
 _MARKER = "demo.json"
 _SIGNATURE = "s4v_demo"
-_QUERY = "a red arrow moves left"
+
+# The query: its shape shows in every frame of an answer, its motion in none.
+_ASKED = "ring left"
+_QUERY = prompt_motion(*split_label(_ASKED))
+
+EXTRACTION: dict[str, Any] = {
+    "model": "tiny-clip",
+    "dataset": "table",
+    "columns": {"label": "shape_motion"},
+    "resize": "224",
+    "frames": {"": 4},
+    "layers": "3,5",
+    "batch_size": 32,
+}
+"""How the world is extracted, here and in benchmarks; places aside."""
+
+_SIDE_RECIPE: dict[str, Any] = {
+    "head": "side4video",
+    "epochs": 14,
+    "learning_rate": 5e-3,
+    "batch_size": 32,
+    "warmup_epochs": 1.0,
+    "weight_decay": 0.05,
+    "label_smoothing": 0.0,
+    "side_width": 64,
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    "side network": _SIDE_RECIPE,
+    "linear probe": {"head": "linear", "epochs": 30, "learning_rate": 1e-3},
+    "pixels only": {**_SIDE_RECIPE, "inputs": "pixels"},
+    "tokens only": {**_SIDE_RECIPE, "inputs": "tokens"},
+}
+"""What is trained, by the name it has in the report."""
 
 Say = Callable[[str], None]
+Answers = list[tuple[str, str]]
+"""Label and answer of each video."""
 
 
 def run_demo(
     out: Path,
     say: Say = lambda _: None,
     *,
-    train_per_class: int = 100,
-    val_per_class: int = 25,
-    epochs: int = 12,
-    seed: int = 0,
+    world: WorldConfig | None = None,
+    epochs: int | None = None,
+    seeds: int = 1,
+    full: bool = False,
 ) -> dict[str, Any]:
-    """Run the whole pipeline on generated videos.
+    """Run the whole pipeline on the small world.
 
     Args:
         out: Folder for everything; an earlier demo there is replaced, anything else refused.
         say: Told what is under way.
-        train_per_class: Training videos of each motion.
-        val_per_class: Held-out videos of each motion.
-        epochs: Of the side network.
-        seed: Of videos, backbone and training.
+        world: The videos; None takes the usual ones.
+        epochs: Of the side networks; None takes the recipe's.
+        seeds: Trainings of each kind, from seed 0 up, all on the same store.
+        full: Train on tokens alone too, and ask the frozen model without training.
 
     Returns:
-        side4video and linear (their figures), chance, seconds by stage, store_bytes, report (its path).
+        methods (their shares, by name, for the first seed, and top1 of every seed), reversal, zero_shot_frames (the
+        share of single frames; None unless `full`), novel, chance, seconds by stage, store_bytes, report (its path).
 
     Raises:
+        ConfigError: If `seeds` is below 1, or the world has no held-out video or fewer than two to learn from.
         RunExistsError: If `out` holds something that is not an earlier demo.
     """
+    if seeds < 1:
+        raise ConfigError(f"--seeds must be at least 1; found {seeds}")
+    world = world or WorldConfig()
+    if world.num_val < 1 or world.num_train < 2:
+        raise ConfigError(
+            f"the demo needs 2 training videos and 1 held-out one; found {world.num_train} and {world.num_val}"
+        )
     _clear(out)
     seconds: dict[str, float] = {}
-    videos, store_path = out / "videos", out / "motions.zarr"
+    store_path = out / "world.zarr"
 
-    say("generating videos")
-    with _Timed(seconds, "generate"):
-        count = write_motion_videos(videos, train_per_class=train_per_class, val_per_class=val_per_class, seed=seed)
+    say(f"generating {world.num_train + world.num_val + world.num_novel} videos")
+    with _timed(seconds, "generate"):
+        videos = write_world(out / "world", world)
 
-    say(f"extracting tokens of {count} videos with a small untrained ViT")
-    with _Timed(seconds, "extract"):
+    say("extracting their tokens with tiny-clip")
+    with _timed(seconds, "extract"):
         extract_dataset(
             ExtractConfig(
-                model="tiny-clip",
-                weights="random",
-                dataset="folder",
-                root=videos,
-                out=store_path,
-                resize="224",
-                layers="1,3,5",
-                batch_size=32,
-                seed=seed,
+                root=out / "world", annotations=out / "world" / ANNOTATIONS_NAME, out=store_path, **EXTRACTION
             )
         )
+    store = open_store(store_path)
 
-    recipes: dict[str, dict[str, Any]] = {
-        "linear": {"epochs": 30, "learning_rate": 1e-3},
-        "side4video": {
-            "epochs": epochs,
-            "learning_rate": 6e-4,
-            "batch_size": 8,
-            "warmup_epochs": 1.0,
-            "side_width": 64,
-        },
-    }
-    figures: dict[str, dict[str, Any]] = {}
-    curves: dict[str, list[dict[str, Any]]] = {}
-    for head, recipe in recipes.items():
-        run_path = out / "runs" / head
-        say(f"training {head} for {recipe['epochs']} epochs")
+    methods = {name: recipe for name, recipe in RECIPES.items() if full or name != "tokens only"}
+    answers: dict[str, Answers] = {}
+    top1: dict[str, list[float]] = {name: [] for name in methods}
+    for seed in range(seeds):
+        for name, recipe in methods.items():
+            run_path = out / "runs" / f"{name.replace(' ', '-')}-{seed}"
+            if epochs is not None and recipe["head"] == "side4video":
+                recipe = {**recipe, "epochs": epochs}
+            config = TrainConfig(features=store_path, out=run_path, seed=seed, **recipe)
+            say(f"training {name}, {config.epochs} epochs{f', seed {seed}' if seeds > 1 else ''}")
+            with _timed(seconds, f"train {name}"):
+                train_run(config, _epoch_reporter(say, name))
+            with _timed(seconds, "evaluate"):
+                told = _evaluate(run_path)
+            answers.setdefault(name, told)
+            top1[name].append(Share(sum(label == answer for label, answer in told), len(told)).value)
 
-        def report_epoch(metrics: dict[str, Any], num_epochs: int, head: str = head) -> None:
-            if head == "side4video":
-                say(f"  epoch {metrics['epoch']}/{num_epochs}: held-out top1 {metrics['val_top1']:.1%}")
-
-        with _Timed(seconds, f"train {head}"):
-            train_run(TrainConfig(features=store_path, out=run_path, head=head, seed=seed, **recipe), report_epoch)
-        with _Timed(seconds, f"evaluate {head}"):
-            # The last checkpoint, not the best: that one was chosen on these very videos.
-            figures[head] = evaluate_run(run_path, checkpoint="last")
-        curves[head] = read_metrics(open_run(run_path))
+    side_run = out / "runs" / "side-network-0"
+    with _timed(seconds, "evaluate"):
+        backwards = _evaluate(side_run, is_backwards=True)
+        novel = {
+            name: _evaluate(out / "runs" / f"{name.replace(' ', '-')}-0", split="novel")
+            for name in methods
+            if world.num_novel
+        }
+    zero_shot_frames = None
+    if full:
+        say("asking the frozen model")
+        with _timed(seconds, "zero-shot"):
+            answers["zero-shot"], zero_shot_frames = _ask_frozen_model(store)
+            if world.num_novel:
+                novel["zero-shot"], _ = _ask_frozen_model(store, "novel")
+        top1["zero-shot"] = [judge_answers(*zip(*answers["zero-shot"], strict=True))["both"].value]
 
     say("searching")
-    with _Timed(seconds, "retrieve"):
-        answers = search_store(store_path, _QUERY, top=5)
+    with _timed(seconds, "retrieve"):
+        found = _search(store, side_run)
 
-    store = open_store(store_path)
+    labels, forwards = zip(*answers["side network"], strict=True)
     result: dict[str, Any] = {
-        **{head: {k: v for k, v in f.items() if k in ("top1", "top5", "videos")} for head, f in figures.items()},
-        "chance": 1 / len(MOTIONS),
-        "videos": count,
+        "methods": {
+            name: {"top1_by_seed": top1[name], **describe_shares(judge_answers(*zip(*told, strict=True)))}
+            for name, told in answers.items()
+        },
+        "reversal": judge_reversal(labels, forwards, [answer for _, answer in backwards]).describe(),
+        "zero_shot_frames": zero_shot_frames,
+        "novel": {name: describe_shares(judge_answers(*zip(*told, strict=True))) for name, told in novel.items()},
+        "chance": 1 / len(store.classes.names),
+        "videos": videos,
+        "world": asdict(world),
+        "epochs": epochs or _SIDE_RECIPE["epochs"],
         "store_bytes": describe_store(store)["bytes"],
         "seconds_by_stage": {name: round(value, 1) for name, value in seconds.items()},
         "report": str(out / "report.html"),
@@ -122,30 +180,78 @@ def run_demo(
     write_report(
         out / "report.html",
         result=result,
-        figures=figures,
-        curves=curves,
+        answers=answers,
+        curves={name: read_metrics(open_run(out / "runs" / f"{name.replace(' ', '-')}-0")) for name in methods},
         store=store,
         extract_stats=read_json(store_path / "stats.json"),
-        predictions=out / "runs" / "side4video" / "predictions_val.parquet",
+        predictions=side_run / "predictions_val.parquet",
         query=_QUERY,
-        answers=[asdict(answer) for answer in answers],
+        found=found,
     )
     write_json(out / _MARKER, {_SIGNATURE: 1, "finished": True, **result})
     return result
 
 
-class _Timed:
-    """Adds the seconds of a block to a dict."""
+def _epoch_reporter(say: Say, name: str) -> Callable[[dict[str, Any], int], None]:
+    def report(metrics: dict[str, Any], num_epochs: int) -> None:
+        if name != "linear probe":
+            say(f"  epoch {metrics['epoch']}/{num_epochs}: held-out top1 {metrics['val_top1']:.1%}")
 
-    def __init__(self, seconds: dict[str, float], name: str) -> None:
-        self._seconds = seconds
-        self._name = name
+    return report
 
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
 
-    def __exit__(self, *_: object) -> None:
-        self._seconds[self._name] = time.perf_counter() - self._start
+def _evaluate(run_path: Path, *, split: str = "val", is_backwards: bool = False) -> Answers:
+    """What a run answers for each video of a split, in row order."""
+    # The last checkpoint, not the best: that one was chosen on these very videos.
+    evaluate_run(run_path, split=split, checkpoint="last", is_backwards=is_backwards)
+    name = f"{split}_backwards" if is_backwards else split
+    told = read_table(run_path / f"predictions_{name}.parquet", ["class_name", "predicted"])
+    return list(zip(told["class_name"].to_pylist(), told["predicted"].to_pylist(), strict=True))
+
+
+def _ask_frozen_model(store: StoreReader, split: str = "val") -> tuple[Answers, float]:
+    """What tiny-clip's own embeddings answer, averaged over frames; and the share of single frames answered right."""
+    prompts = {name: [prompt_motion(*split_label(name))] for name in store.classes.names}
+    asked = classify_zero_shot(store, prompts, split=split)
+    labels = store.read_manifest(["class_name"])["class_name"].take(asked.rows).to_pylist()
+    by_frame = [
+        [asked.names[place] == label for place in scores.argmax(axis=1)]
+        for label, scores in zip(labels, asked.frame_scores, strict=True)
+    ]
+    return list(zip(labels, asked.answers, strict=True)), sum(map(sum, by_frame)) / sum(map(len, by_frame))
+
+
+def _search(store: StoreReader, run_path: Path, top: int = 6) -> dict[str, list[dict[str, Any]]]:
+    """What the frozen model finds among held-out videos, and which of that the side network says is the motion asked.
+
+    Returns:
+        `frames`: the best of all; `motion`: the best of those that the side network takes for such a motion.
+    """
+    table = store.read_manifest(["video_id", "split", "class_name"])
+    held_out = table.filter(pc.equal(table["split"], "val"))
+    class_of = dict(zip(held_out["video_id"].to_pylist(), held_out["class_name"].to_pylist(), strict=True))
+    told = read_table(run_path / "predictions_val.parquet", ["video_id", "predicted"])
+    predicted = dict(zip(*told.to_pydict().values(), strict=True))
+    ranking = [
+        {
+            **asdict(answer),
+            "class_name": class_of[answer.video_id],
+            "is_right": class_of[answer.video_id] == _ASKED,
+            "predicted": predicted[answer.video_id],
+        }
+        for answer in search_store(store, _QUERY, top=store.layout.num_rows)
+        if answer.video_id in class_of
+    ]
+    asked = [answer for answer in ranking if split_label(answer["predicted"])[1] == split_label(_ASKED)[1]]
+    return {"frames": ranking[:top], "motion": asked[:top]}
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the seconds of a block to those of its name."""
+    start = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def _clear(out: Path) -> None:
@@ -153,8 +259,10 @@ def _clear(out: Path) -> None:
     if out.exists() and any(out.iterdir()):
         if not _is_demo(out):
             raise RunExistsError(f"{out} holds something that is not an earlier demo: choose another --out")
-        for name in ("videos", "motions.zarr", "runs"):
-            shutil.rmtree(out / name, ignore_errors=True)
+        (out / "report.html").unlink(missing_ok=True)
+        for name in ("world", "world.zarr", "runs"):
+            if (out / name).is_dir():
+                shutil.rmtree(out / name)
     out.mkdir(parents=True, exist_ok=True)
     # From here on the folder is a demo's, finished or not.
     write_json(out / _MARKER, {_SIGNATURE: 1, "finished": False})

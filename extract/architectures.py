@@ -21,9 +21,12 @@ ALIASES: dict[str, tuple[str, str | None]] = {
     "vit-l": ("ViT-L-14-quickgelu", "openai"),
     "vit-b16": ("ViT-B-16-quickgelu", "openai"),
     "vit-b32": ("ViT-B-32-quickgelu", "openai"),
-    "tiny-clip": ("tiny-clip", None),
+    "tiny-clip": ("tiny-clip", "world"),
 }
 """Short names: the open_clip architecture, and the weights taken when the user names none."""
+
+SHIPPED: dict[tuple[str, str], Path] = {("tiny-clip", "world"): _MODELS / "tiny-clip.safetensors"}
+"""Weights that come with s4v, by architecture and tag."""
 
 
 def resolve_model(name: str) -> tuple[str, str | None]:

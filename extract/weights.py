@@ -19,7 +19,10 @@ from torch import nn
 
 from ..errors import WeightsError
 from ..store._files import hash_file
-from .architectures import read_architecture, resolve_model
+from .architectures import SHIPPED, read_architecture, resolve_model
+
+KNOWN_WORDS = "token_embedding.rows"
+"""In weights that hold only some words of a vocabulary: which, as ids of the tokenizer, (R,) integers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +44,9 @@ def resolve_weights(name: str, weights: str | None, seed: int) -> WeightsSource:
         WeightsError: If they cannot be had, or belong to another activation than the architecture has.
     """
     architecture, default_tag = resolve_model(name)
+    shipped = SHIPPED.get((architecture, weights or default_tag or ""))
     weights = weights or default_tag
-    tags = list_pretrained_tags_by_model(architecture)
+    tags = [*(tag for name, tag in SHIPPED if name == architecture), *list_pretrained_tags_by_model(architecture)]
     if weights is None:
         known = f"an open_clip tag ({', '.join(tags)}), " if tags else ""
         raise WeightsError(f"{name} has no default weights: give --weights {known}a file, or `random`")
@@ -53,12 +57,16 @@ def resolve_weights(name: str, weights: str | None, seed: int) -> WeightsSource:
         seed = int(digits or seed)
         recipe = json.dumps([architecture, read_architecture(architecture), seed], sort_keys=True)
         return WeightsSource(f"random:{seed}", hashlib.sha256(recipe.encode()).hexdigest(), None, seed)
+    if shipped is not None:
+        if not shipped.is_file():
+            raise WeightsError(f"the weights that come with s4v are not there: {shipped}. Install s4v again.")
+        return WeightsSource(weights, hash_file(shipped), shipped)
     if Path(weights).is_file():
         path = Path(weights).resolve()
         return WeightsSource(str(path), hash_file(path), path)
     if weights not in tags:
         raise WeightsError(
-            f"no weights {weights!r} for {name}: no such file, and open_clip knows the tags {', '.join(tags) or 'none'}"
+            f"no weights {weights!r} for {name}: no such file, and its tags are {', '.join(tags) or 'none'}"
         )
     config: dict[str, Any] = get_pretrained_cfg(architecture, weights) or {}
     if bool(config.get("quick_gelu")) != bool(read_architecture(architecture).get("quick_gelu")):
@@ -166,7 +174,7 @@ def open_tensors(source: WeightsSource) -> Mapping[str, torch.Tensor] | None:
         return None
     try:
         if source.file.suffix == ".safetensors":
-            return _LazyTensors(safe_open(source.file, framework="pt"))
+            return _spread_words(_LazyTensors(safe_open(source.file, framework="pt")))
         # mmap: tensors are read as they are copied, the file is never held whole. Files from before torch's zip
         # format cannot be mapped.
         state = torch.load(source.file, map_location="cpu", weights_only=True, mmap=_is_zip(source.file))
@@ -203,6 +211,19 @@ class _LazyTensors(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def _spread_words(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """Undo the saving of some words only: the others' embeddings are zero.
+
+    A vocabulary of 49,408 words of which a model knows a hundred would be most of its file.
+    """
+    if KNOWN_WORDS not in tensors:
+        return tensors
+    rows, num_rows, weight = (tensors[f"token_embedding.{name}"] for name in ("rows", "num_rows", "weight"))
+    whole = torch.zeros(int(num_rows), weight.shape[1], dtype=weight.dtype)
+    whole[rows.long()] = weight
+    return {**tensors, "token_embedding.weight": whole}
 
 
 def _match_names(

@@ -284,14 +284,12 @@ def test_files_of_other_things_are_not_weights(tmp_path, content):
 
 
 def test_unknown_weights_name_the_tags():
-    with pytest.raises(
-        WeightsError, match="no weights 'laion' for vit-b32: no such file, and open_clip knows the tags"
-    ):
+    with pytest.raises(WeightsError, match="no weights 'laion' for vit-b32: no such file, and its tags are"):
         build_backbone("vit-b32", weights="laion", device=CPU)
     with pytest.raises(WeightsError, match="--weights random takes a seed as random:0; found 'random:x'"):
         build_backbone("vit-b32", weights="random:x", device=CPU)
-    with pytest.raises(WeightsError, match="tiny-clip has no default weights"):
-        build_backbone("tiny-clip", weights=None, device=CPU)
+    with pytest.raises(WeightsError, match="small-clip has no default weights"):
+        build_backbone("small-clip", weights=None, device=CPU)
 
 
 def test_plain_gelu_architecture_with_openai_weights_is_refused():
@@ -308,6 +306,32 @@ def test_unreachable_hub_says_what_to_do(monkeypatch):
         WeightsError, match="'openai' .* are not cached and cannot be downloaded .ConnectionError.*--weights FILE"
     ):
         build_backbone("vit-b32", weights=None, device=CPU)
+
+
+def test_weights_may_hold_a_few_words_of_a_vocabulary(tmp_path, caplog):
+    """Those are as in the whole file; others count as not said, with a warning."""
+    architecture, _ = architectures.resolve_model("tiny-clip")
+    whole = open_clip.create_model(architecture, pretrained=None).state_dict()
+    tokenizer = open_clip.get_tokenizer(architecture)
+    rows = torch.unique(tokenizer(["a red ring moves left"]))
+    few = {
+        **whole,
+        "token_embedding.weight": whole["token_embedding.weight"][rows],
+        "token_embedding.rows": rows.int(),
+        "token_embedding.num_rows": torch.tensor(len(whole["token_embedding.weight"])),
+    }
+    for name, tensors in (("whole", whole), ("few", few)):
+        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / f"{name}.safetensors")
+    towers = {
+        name: load_text_tower("tiny-clip", weights=str(tmp_path / f"{name}.safetensors"), device=CPU)
+        for name in ("whole", "few")
+    }
+    known = ["a red ring", "a ring moves left"]
+    assert np.array_equal(towers["few"].encode(known), towers["whole"].encode(known))
+    assert "does not know" not in caplog.text
+    said = towers["few"].encode(["a zebra moves left", "a moves zebra giraffe left", "a moves left"])
+    assert "does not know" in caplog.text and "'giraffe'" in caplog.text and "'zebra'" in caplog.text
+    assert np.array_equal(said[0], said[2]) and np.array_equal(said[1], said[2])
 
 
 def test_text_tower_refuses_other_weights_than_the_stores():
@@ -332,3 +356,24 @@ def test_vit_e_is_the_true_tower():
     assert backbone.info.width == 1792
     assert backbone.info.num_patches == 256
     assert 4.3e9 < count < 4.4e9
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("ViT-B-16-quickgelu", 34.9e9), ("ViT-L-14-quickgelu", 161.8e9), ("EVA02-E-14", 2.30e12)],
+)
+def test_the_work_of_a_frame_is_that_of_its_matrix_products(name, expected):
+    """Two for each of the multiply-adds that are published for these towers: 17.5, 80.9 and, at 224 pixels, 1150 G."""
+    found = build_backbone(name, weights="random", device=CPU).flops_per_frame
+    assert found == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.slow
+def test_a_compiled_tower_gives_the_same_tokens():
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8))
+    backbone = build_backbone("tiny-clip", weights="random", device=CPU).load_weights()
+    plain = backbone.encode_frames(pixels, (1, 5))
+    backbone.compile()
+    compiled = backbone.encode_frames(pixels, (1, 5))
+    for one, other in zip([*plain.patches, plain.cls], [*compiled.patches, compiled.cls], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
