@@ -23,7 +23,7 @@ from _stores import begin_store, write_rows
 from s4v.store import manifest
 from s4v.store.codec import Codec
 from s4v.store.layout import StoreLayout
-from s4v.store.writer import RowTokens, _write_checksums
+from s4v.store.writer import RowTokens, write_checksums
 
 ROUNDS = 5
 FRAMES = 8
@@ -89,7 +89,7 @@ def make_store(path: Path, num_videos: int) -> int:
         table = pa.table({name: columns.get(name, pending[name]) for name in pending.schema.names}, pending.schema)
         manifest.write_table(path / manifest.MANIFEST_NAME, table)
         (path / "checksums.json").unlink()
-        _write_checksums(path)
+        write_checksums(path)
     return rows[3]
 
 

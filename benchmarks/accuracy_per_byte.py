@@ -1,0 +1,228 @@
+"""What a video side network keeps per byte of cached token: accuracy in the small world against bytes of a frame.
+
+    python benchmarks/accuracy_per_byte.py [--seeds 5] [--val 2000] [--device cuda] [--only "int8 96"]
+
+One store for each codec, the same videos in all; side networks of the demo's recipe, the same seeds in all. Every
+training that is done is a line of results.jsonl in --folder: run again, it goes on with those that are missing, and
+writes table and plot from those that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from _report import RESULTS, describe_machine, format_table, keep
+
+from s4v.demo.pipeline import EXTRACTION, RECIPES
+from s4v.demo.world import ANNOTATIONS_NAME, WorldConfig, write_world
+from s4v.extract.config import ExtractConfig
+from s4v.extract.pipeline import extract_dataset
+from s4v.store.info import describe_store
+from s4v.store.reader import open_store
+from s4v.train.config import TrainConfig
+from s4v.train.evaluate import evaluate_run
+from s4v.train.loop import train_run
+
+WIDTH = 192
+_T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+"""Quantiles of Student's t for an interval of 95 % over so many paired seeds."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One point of the curve, or one control."""
+
+    name: str
+    store: dict[str, Any] = field(default_factory=dict)
+    """What `s4v extract` is told beside what all arms are."""
+    recipe: str = "side network"
+    is_control: bool = False
+
+
+ARMS = (
+    Arm("float32", {"dtype": "float32"}),
+    Arm("float16", {"dtype": "float16"}),
+    Arm("float16, 5 bits", {"dtype": "float16", "keep_bits": 5}),
+    Arm("float16, 2 bits", {"dtype": "float16", "keep_bits": 2}),
+    Arm("int8", {"dtype": "int8"}),
+    *(Arm(f"int8, K = D/{part}", {"dtype": "int8", "channels": WIDTH // part}) for part in (2, 4, 8, 16)),
+    Arm("int8, last layer only", {"dtype": "int8", "layers": "5"}),
+    Arm("tokens zeroed", {"dtype": "float32"}, recipe="pixels only", is_control=True),
+    Arm("order-blind probe", {"dtype": "float32"}, recipe="linear probe", is_control=True),
+)
+
+
+def make_store(folder: Path, arm: Arm, device: str) -> dict[str, Any]:
+    """Extract an arm's store unless it is there; returns what `s4v info` knows of it."""
+    name = "-".join(str(value) for value in arm.store.values())
+    path = folder / f"{name}.zarr"
+    extract_dataset(
+        ExtractConfig(
+            **{
+                **EXTRACTION,
+                "root": folder / "world",
+                "annotations": folder / "world" / ANNOTATIONS_NAME,
+                "out": path,
+                "device": device,
+                **arm.store,
+            }
+        )
+    )
+    return describe_store(open_store(path))
+
+
+def measure(folder: Path, arm: Arm, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Train one arm with one seed; a line of the results."""
+    facts = make_store(folder, arm, options.device)
+    run = folder / "runs" / f"{arm.name.replace(' ', '-').replace('/', '')}-{seed}"
+    recipe = dict(RECIPES[arm.recipe])
+    if options.epochs and recipe["head"] == "side4video":
+        recipe["epochs"] = options.epochs
+    recipe["validate_every"] = recipe["epochs"]  # once, at the end
+    if run.exists():  # from a run that was stopped
+        for file in run.iterdir():
+            file.unlink()
+        run.rmdir()
+    trained = train_run(TrainConfig(features=Path(facts["store"]), out=run, seed=seed, device=options.device, **recipe))
+    evaluated = evaluate_run(run, checkpoint="last")
+    frames = facts["cached_frames"]
+    return {
+        "arm": arm.name,
+        "seed": seed,
+        "top1": evaluated["top1"],
+        "videos": evaluated["videos"],
+        "seconds": trained["seconds"],
+        "epochs": trained["epochs"],
+        "bytes_per_frame": sum(array["bytes"] for array in facts["arrays"].values()) / frames,
+        "patch_bytes_per_frame": facts["arrays"]["patches"]["bytes"] / frames,
+        "variance_kept": min((one["variance_kept"] for one in facts["fidelity"]["layers"]), default=1.0)
+        if facts["fidelity"]
+        else 1.0,
+        "machine": describe_machine("torch"),
+    }
+
+
+def summarise(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean of each arm, and its difference to float32 over the seeds that both have, with a 95 % interval."""
+    by_arm: dict[str, dict[int, dict[str, Any]]] = {}
+    for line in lines:
+        by_arm.setdefault(line["arm"], {})[line["seed"]] = line
+    summaries = []
+    for arm in ARMS:
+        found = by_arm.get(arm.name, {})
+        if not found:
+            continue
+        first = next(iter(found.values()))
+        paired = [
+            line["top1"] - by_arm["float32"][seed]["top1"]
+            for seed, line in found.items()
+            if seed in by_arm.get("float32", {})
+        ]
+        reach = _T_95[len(paired)] * statistics.stdev(paired) / len(paired) ** 0.5 if len(paired) in _T_95 else None
+        summaries.append(
+            {
+                "arm": arm.name,
+                "is_control": arm.is_control,
+                "seeds": len(found),
+                "top1": statistics.mean(line["top1"] for line in found.values()),
+                "difference": statistics.mean(paired) if paired else None,
+                "reach": reach,
+                **{name: first[name] for name in ("bytes_per_frame", "patch_bytes_per_frame", "variance_kept")},
+            }
+        )
+    return summaries
+
+
+def tabulate(summaries: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    rows = []
+    for one in summaries:
+        difference = "" if one["difference"] is None else f"{100 * one['difference']:+.1f}"
+        if one["reach"] is not None:
+            difference += f" ± {100 * one['reach']:.1f}"
+        sizes = ("", "") if one["is_control"] else (
+            f"{one['patch_bytes_per_frame'] / 1e3:.1f} kB", f"{one['bytes_per_frame'] / 1e3:.1f} kB"
+        )  # fmt: skip
+        kept = "" if one["is_control"] else f"{one['variance_kept']:.1%}"
+        rows.append([one["arm"], *sizes, kept, f"{one['top1']:.1%}", difference, one["seeds"]])
+    heads = ["codec", "patches of a frame", "all bytes of a frame", "least variance kept of a layer", "top-1",
+             "points from float32, 95 %", "seeds"]  # fmt: skip
+    return format_table(heads, rows)
+
+
+def plot(summaries: list[dict[str, Any]], path: Path) -> None:
+    """Top-1 against bytes: of patches alone, and of all arrays."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.6))
+    points = [one for one in summaries if not one["is_control"]]
+    for key, colour, label in (
+        ("patch_bytes_per_frame", "#1f6fb4", "patches alone"),
+        ("bytes_per_frame", "#b4541f", "all bytes of the store"),
+    ):
+        axes.errorbar(
+            [one[key] for one in points],
+            [100 * one["top1"] for one in points],
+            yerr=[100 * (one["reach"] or 0) for one in points],
+            fmt="o",
+            color=colour,
+            label=label,
+            capsize=3,
+            markersize=4,
+        )
+    for one in points:
+        axes.annotate(
+            one["arm"], (one["patch_bytes_per_frame"], 100 * one["top1"]), fontsize=7, rotation=30, xytext=(3, 4),
+            textcoords="offset points",
+        )  # fmt: skip
+    for one in summaries:
+        if one["is_control"]:
+            axes.axhline(100 * one["top1"], color="#888", linestyle=":", linewidth=1)
+            axes.annotate(one["arm"], (axes.get_xlim()[0], 100 * one["top1"]), fontsize=7, color="#555")
+    axes.set(xscale="log", xlabel="bytes of a cached frame", ylabel="top-1 of held-out videos, %", ylim=(0, 102))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+
+
+def main() -> None:
+    """Do what is missing, seed by seed so that pairs grow together; then table and plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--train", type=int, default=WorldConfig().num_train)
+    parser.add_argument("--val", type=int, default=2000)
+    parser.add_argument("--epochs", type=int, help="of side networks; the demo's recipe where not given")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--only", action="append", help="arms, by name; repeatable")
+    parser.add_argument("--folder", type=Path, default=Path("runs/accuracy-per-byte"))
+    options = parser.parse_args()
+    world = WorldConfig(num_train=options.train, num_val=options.val, num_novel=0)
+    marker = options.folder / "world" / ANNOTATIONS_NAME
+    if not marker.is_file():
+        write_world(options.folder / "world", world)
+    results = options.folder / "results.jsonl"
+    lines = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
+    done = {(line["arm"], line["seed"]) for line in lines}
+    for seed in range(options.seeds):
+        for arm in ARMS:
+            if (arm.name, seed) in done or (options.only and arm.name not in options.only):
+                continue
+            line = measure(options.folder, arm, seed, options)
+            lines.append(line)
+            with results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            print(f"{arm.name}, seed {seed}: {line['top1']:.1%} in {line['seconds']:.0f} s", flush=True)
+    summaries = summarise(lines)
+    result = {"machine": describe_machine("torch"), "world": asdict(world), "summaries": summaries, "runs": lines}
+    keep("accuracy_per_byte", result, tabulate(summaries))
+    plot(summaries, RESULTS / "accuracy_per_byte.png")
+
+
+if __name__ == "__main__":
+    main()

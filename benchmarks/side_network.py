@@ -1,0 +1,221 @@
+"""A training step of the paper's side networks: time and peak memory, beside what it cannot do without.
+
+    python benchmarks/side_network.py [--presets b16-light,b16] [--clips 2] [--device cuda] [--precision bf16]
+
+Each arm runs in a process of its own, in turns:
+
+    products    the step's matrix products (and attention) alone, timed inside the step: the floor
+    step        ours, from int8 codes of 256 channels
+    decoded     the same network, every layer's tokens decoded to float32 before the step, as a backbone in the step
+                would leave them: what it holds in memory
+    backbone    the frozen backbone's forward pass over the frames of the same clips
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from _report import describe_machine, format_table, keep
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from s4v.extract.backbone import build_backbone
+from s4v.store.codec import Codec
+from s4v.train.presets import SIZES, Size
+from s4v.train.side_network import SideNetwork
+
+FRAMES, CHANNELS, CLASSES = 8, 256, 400
+BACKBONES = {"b16": "vit-b16", "l14": "vit-l", "e14": "vit-e"}
+ARMS = ("products", "step", "decoded", "backbone")
+ROUNDS = 5
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "scaled_dot_product")
+
+
+class ProductClock(TorchDispatchMode):
+    """Adds up the seconds of matrix products."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.seconds = 0.0
+        self._device = device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation, and time it if it is a product."""
+        name = func.overloadpacket.__name__.strip("_")
+        if not name.startswith(PRODUCTS):
+            return func(*args, **(kwargs or {}))
+        synchronise(self._device)
+        start = time.perf_counter()
+        out = func(*args, **(kwargs or {}))
+        synchronise(self._device)
+        self.seconds += time.perf_counter() - start
+        return out
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def find_patches(size: Size) -> int:
+    """N at 224 pixels."""
+    return (224 // size.patch_px) ** 2
+
+
+def make_batch(size: Size, num_clips: int, device: torch.device) -> tuple[Any, ...]:
+    """Random pixels, codes and class tokens, labels, and a codec with a basis."""
+    rng = torch.Generator().manual_seed(0)
+    num_layers, num_patches = len(size.layers), find_patches(size)
+    channels = min(CHANNELS, size.width)
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(size.width, channels)))[0].T.astype(np.float32)
+    codec = Codec(
+        dtype="int8",
+        mean=np.zeros((num_layers, size.width), np.float32),
+        basis=np.repeat(basis[None], num_layers, axis=0),
+        scale=np.full((num_layers, channels), 0.02, np.float32),
+    ).map_parts(lambda part: torch.from_numpy(part).to(device))
+    pixels = torch.randn(num_clips, FRAMES, 3, 224, 224, generator=rng).to(device)
+    shape = (num_clips, FRAMES, num_layers, num_patches, channels)
+    codes = torch.randint(-127, 128, shape, generator=rng, dtype=torch.int8).to(device)
+    cls = torch.randn(num_clips, FRAMES, num_layers, size.width, generator=rng).to(device)
+    return pixels, codes, cls, torch.arange(num_clips, device=device) % CLASSES, codec
+
+
+def run_arm(arm: str, preset: str, num_clips: int, device: torch.device, precision: str) -> dict[str, float]:
+    """Seconds of each of some steps after a first one, and the peak of memory above an empty process."""
+    size = SIZES[preset]
+    torch.manual_seed(0)
+    empty = peak_bytes(device)
+    if arm == "backbone":
+        backbone = build_backbone(
+            BACKBONES[preset.removesuffix("-light")], weights="random", device=device, precision=precision
+        ).load_weights()
+        frames = torch.randint(0, 256, (num_clips * FRAMES, 224, 224, 3), dtype=torch.uint8, device=device)
+
+        def step() -> float:
+            backbone.encode_frames(frames, size.layers)
+            return 0.0
+    else:
+        network = SideNetwork(
+            num_layers=len(size.layers),
+            width=size.width,
+            side_width=size.side_width,
+            num_patches=find_patches(size),
+            patch_px=size.patch_px,
+            num_classes=CLASSES,
+            family=size.family,
+        ).to(device)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+        pixels, codes, cls, labels, codec = make_batch(size, num_clips, device)
+        if arm == "decoded":
+            codes = torch.stack([codec.decode(codes[:, :, layer], layer) for layer in range(codes.shape[2])], dim=2)
+            codec = None
+
+        def train() -> None:
+            with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
+                loss = F.cross_entropy(network(pixels, codes, cls, codec), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        def step() -> float:
+            if arm != "products":
+                train()
+                return 0.0
+            with ProductClock(device) as clock:
+                train()
+            return clock.seconds
+
+    step()
+    seconds = []
+    for _ in range(ROUNDS):
+        synchronise(device)
+        start = time.perf_counter()
+        own = step()
+        synchronise(device)
+        seconds.append(own or time.perf_counter() - start)
+    return {"seconds": statistics.median(seconds), "bytes": peak_bytes(device) - empty}
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory so far: of the device, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    """Run every arm of every preset, keep the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", default="b16-light,b16")
+    parser.add_argument("--clips", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="fp32", choices=DTYPES)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.arm:
+        found = run_arm(options.arm, options.presets, options.clips, torch.device(options.device), options.precision)
+        print(json.dumps(found))
+        return
+    results: dict[str, dict[str, list[dict[str, float]]]] = {}
+    for preset in options.presets.split(","):
+        results[preset] = {arm: [] for arm in ARMS}
+        for _ in range(options.rounds):
+            for arm in ARMS:
+                results[preset][arm].append(run_child(preset, arm, options))
+    rows = [row for preset, arms in results.items() for row in describe(preset, arms)]
+    table = format_table(
+        ["preset", "arm", "seconds", "lowest to highest", "of the products", "peak MB", "of decoded"], rows
+    )
+    sizes = {"clips": options.clips, "frames": FRAMES, "channels": CHANNELS, "precision": options.precision}
+    keep(
+        f"side_network_{options.device.partition(':')[0]}",
+        {"machine": describe_machine("torch", "timm", "open_clip_torch"), "sizes": sizes, "results": results},
+        table,
+    )
+
+
+def run_child(preset: str, arm: str, options: argparse.Namespace) -> dict[str, float]:
+    """One arm in a process of its own; figures are NaN where it does not fit."""
+    command = [sys.executable, __file__, "--arm", arm, "--presets", preset, "--clips", str(options.clips)]
+    command += ["--device", options.device, "--precision", options.precision]
+    ran = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    if ran.returncode:
+        print(f"{preset} {arm}: {ran.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return {"seconds": float("nan"), "bytes": float("nan")}
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def describe(preset: str, arms: dict[str, list[dict[str, float]]]) -> list[list[str]]:
+    """Rows of the table, ratios by round."""
+    rows = []
+    for arm, found in arms.items():
+        seconds = [one["seconds"] for one in found]
+        ratio = statistics.median(a["seconds"] / b["seconds"] for a, b in zip(found, arms["products"], strict=True))
+        memory = statistics.median(a["bytes"] / b["bytes"] for a, b in zip(found, arms["decoded"], strict=True))
+        size = statistics.median(one["bytes"] for one in found) / 1e6
+        spread = f"{min(seconds):.3f} to {max(seconds):.3f}"
+        rows.append(
+            [preset, arm, f"{statistics.median(seconds):.3f}", spread, f"{ratio:.2f}", f"{size:.0f}", f"{memory:.2f}"]
+        )
+    both = statistics.median(
+        (a["seconds"] + b["seconds"]) / b["seconds"] for a, b in zip(arms["backbone"], arms["step"], strict=True)
+    )
+    return [*rows, [preset, "backbone and step, of the step", "", "", f"{both:.2f}", "", ""]]
+
+
+if __name__ == "__main__":
+    main()
