@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +28,34 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+# Options that several commands share.
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+Dataset = Annotated[str, typer.Option(help="A data set's name (k400, ssv2, ...), folder, lists or table.")]
+Root = Annotated[Path | None, typer.Option(help="Folder below which the videos lie. [data/DATASET]")]
+Annotations = Annotated[
+    Path | None, typer.Option(help="A table, a list, or the folder of the annotation files. [below the root]")
+]
+Column = Annotated[
+    list[str] | None,
+    typer.Option(help="For table: ROLE=NAME; roles are path, label, caption, split, id, start, end. Repeatable."),
+]
+Protocol = Annotated[
+    str | None, typer.Option(help="split1 to split3, 1k-A-9k, ...: see s4v datasets. [the data set's first]")
+]
+Frames = Annotated[str, typer.Option(help="Cached frames: 8, or by split; a bare number is for the rest.")]
+Layers = Annotated[str, typer.Option(help="paper, all, or 0-based blocks: 1,3,5.")]
+Dtype = Annotated[str, typer.Option(help="Of stored patch tokens: int8, float16, float32.")]
+Channels = Annotated[int | None, typer.Option(help="Stored channels of a token. [int8: at most 256; else all]")]
+NoPixels = Annotated[bool, typer.Option("--no-pixels", help="Do not store frames.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Precision = Annotated[str | None, typer.Option(help="fp32, fp16, bf16. [fp32 on a CPU, fp16 on a GPU]")]
+BatchSize = Annotated[int, typer.Option(help="Frames in one pass through the backbone.")]
+Decoder = Annotated[str, typer.Option(help="auto (decord, then PyAV), decord, pyav.")]
+Decoders = Annotated[int | None, typer.Option(help="Decoder processes. [one for each core]")]
+DecodeTimeout = Annotated[float, typer.Option(help="CPU seconds beyond a video's own length.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Exit with 3 when a video failed.")]
+
+_FRAMES = "train=16,8"
 
 EXIT_STRICT = 3
 EXIT_DAMAGE = 4
@@ -46,31 +74,19 @@ def main() -> None:
 @app.command()
 def extract(
     model: Annotated[str, typer.Option(help="vit-e, vit-e-plus, vit-l, vit-b16, vit-b32, or any open_clip ViT.")],
-    dataset: Annotated[str, typer.Option(help="A data set's name (k400, ssv2, ...), folder, lists or table.")],
-    root: Annotated[Path | None, typer.Option(help="Folder below which the videos lie. [data/DATASET]")] = None,
-    annotations: Annotated[
-        Path | None,
-        typer.Option(help="A table, a list, or the folder of the annotation files. [below the root]"),
-    ] = None,
-    column: Annotated[
-        list[str] | None,
-        typer.Option(help="For table: ROLE=NAME; roles are path, label, caption, split, id, start, end. Repeatable."),
-    ] = None,
-    protocol: Annotated[
-        str | None, typer.Option(help="split1 to split3, 1k-A-9k, ...: see s4v datasets. [the data set's first]")
-    ] = None,
+    dataset: Dataset,
+    root: Root = None,
+    annotations: Annotations = None,
+    column: Column = None,
+    protocol: Protocol = None,
     out: Annotated[Path | None, typer.Option(help="The store to write. [store/DATASET.zarr]")] = None,
     split: Annotated[list[str] | None, typer.Option(help="Only this split. Repeatable.")] = None,
-    frames: Annotated[str, typer.Option(help="Cached frames: 8, or by split; a bare number is for the rest.")] = (
-        "train=16,8"
-    ),
+    frames: Frames = _FRAMES,
     sampling: Annotated[str, typer.Option(help="Which frames: uniform.")] = "uniform",
     resize: Annotated[str, typer.Option(help="256: short side 256, crop 224. 224: the backbone's own.")] = "256",
-    layers: Annotated[str, typer.Option(help="paper, all, or 0-based blocks: 1,3,5.")] = "paper",
-    dtype: Annotated[str, typer.Option(help="Of stored patch tokens: int8, float16, float32.")] = "int8",
-    channels: Annotated[
-        int | None, typer.Option(help="Stored channels of a token. [int8: at most 256; else all]")
-    ] = None,
+    layers: Layers = "paper",
+    dtype: Dtype = "int8",
+    channels: Channels = None,
     keep_bits: Annotated[
         int | None, typer.Option(help="Mantissa bits (1 to 9) of float16 to keep, then compressed. [all, uncompressed]")
     ] = None,
@@ -78,14 +94,15 @@ def extract(
         Path | None, typer.Option(help="Take the codec of this store instead of fitting one.")
     ] = None,
     calibration_videos: Annotated[int, typer.Option(help="Training videos to fit the codec on.")] = 64,
-    no_pixels: Annotated[bool, typer.Option("--no-pixels", help="Do not store frames.")] = False,
+    no_pixels: NoPixels = False,
     weights: Annotated[str | None, typer.Option(help="An open_clip tag, a file, or random. [the model's own]")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    precision: Annotated[str | None, typer.Option(help="fp32, fp16, bf16. [fp32 on a CPU, fp16 on a GPU]")] = None,
-    batch_size: Annotated[int, typer.Option(help="Frames in one pass through the backbone.")] = 16,
-    decoder: Annotated[str, typer.Option(help="auto (decord, then PyAV), decord, pyav.")] = "auto",
-    decoders: Annotated[int | None, typer.Option(help="Decoder processes. [one for each core]")] = None,
-    decode_timeout: Annotated[float, typer.Option(help="CPU seconds beyond a video's own length.")] = 60.0,
+    device: Device = "auto",
+    precision: Precision = None,
+    batch_size: BatchSize = 16,
+    compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the backbone: minutes once.")] = False,
+    decoder: Decoder = "auto",
+    decoders: Decoders = None,
+    decode_timeout: DecodeTimeout = 60.0,
     seed: Annotated[int, typer.Option(help="Of split, calibration and random weights.")] = 0,
     workers: Annotated[int | None, typer.Option(help="Processes on this machine that share the work.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Dask scheduler whose workers share it: tcp://...")] = None,
@@ -94,8 +111,9 @@ def extract(
     limit: Annotated[int | None, typer.Option(help="Only the first N pending rows this time.")] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Decode failed videos anew.")] = False,
     repair: Annotated[bool, typer.Option("--repair", help="Verify the store first; do anew what is damaged.")] = False,
+    append: Annotated[bool, typer.Option("--append", help="Add videos that are new, at the store's end.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the store.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when a video failed.")] = False,
+    strict: Strict = False,
     as_json: Json = False,
 ) -> None:
     """Run the backbone once over all videos and write their tokens to a store; run again to continue."""
@@ -133,6 +151,7 @@ def extract(
             device=device,
             precision=precision,  # type: ignore[arg-type]
             batch_size=batch_size,
+            with_compile=compile_,
             num_decoders=decoders,
             decoder=decoder,  # type: ignore[arg-type]
             decode_timeout_s=decode_timeout,
@@ -144,6 +163,7 @@ def extract(
             limit=limit,
             retry_failed=retry_failed,
             repair=repair,
+            append=append,
             overwrite=overwrite,
         )
         with _progress() as report:
@@ -165,21 +185,21 @@ def plan(
     model: Annotated[str, typer.Option(help="As for extract.")],
     videos: Annotated[int | None, typer.Option(help="How many, all for training; or name a --dataset.")] = None,
     dataset: Annotated[str | None, typer.Option(help="A data set that is there: its videos are counted.")] = None,
-    root: Annotated[Path | None, typer.Option(help="Folder below which its videos lie. [data/DATASET]")] = None,
-    annotations: Annotated[Path | None, typer.Option(help="As for extract.")] = None,
-    column: Annotated[list[str] | None, typer.Option(help="For table: ROLE=NAME. Repeatable.")] = None,
-    protocol: Annotated[str | None, typer.Option(help="As for extract.")] = None,
+    root: Root = None,
+    annotations: Annotations = None,
+    column: Column = None,
+    protocol: Protocol = None,
     out: Annotated[Path | None, typer.Option(help="Where the store would lie. [store/DATASET.zarr]")] = None,
-    frames: Annotated[str, typer.Option(help="As for extract.")] = "train=16,8",
-    layers: Annotated[str, typer.Option(help="As for extract.")] = "paper",
-    dtype: Annotated[str, typer.Option(help="As for extract.")] = "int8",
-    channels: Annotated[int | None, typer.Option(help="As for extract.")] = None,
-    no_pixels: Annotated[bool, typer.Option("--no-pixels", help="As for extract.")] = False,
+    frames: Frames = _FRAMES,
+    layers: Layers = "paper",
+    dtype: Dtype = "int8",
+    channels: Channels = None,
+    no_pixels: NoPixels = False,
     rate: Annotated[float | None, typer.Option(help="Frames per second of the backbone on one device.")] = None,
     probe: Annotated[bool, typer.Option("--probe", help="Measure that rate here, with random weights.")] = False,
-    device: Annotated[str, typer.Option(help="Of the probe: auto, cpu, cuda, mps.")] = "auto",
-    precision: Annotated[str | None, typer.Option(help="Of the probe: fp32, fp16, bf16.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Of the probe.")] = 16,
+    device: Device = "auto",
+    precision: Precision = None,
+    batch_size: BatchSize = 16,
     price: Annotated[float | None, typer.Option(help="Of the device, per hour.")] = None,
     clip_frames: Annotated[int, typer.Option(help="Frames of a training clip.")] = 8,
     epochs: Annotated[int, typer.Option(help="Epochs you mean to train.")] = 30,
@@ -189,36 +209,45 @@ def plan(
     """Say what an extraction takes in bytes, hours and money, and after how many epochs it pays."""
     with _command("plan", as_json) as result:
         from .errors import ConfigError
+        from .extract.datasets import default_paths
         from .extract.sampling import parse_frames
 
         parsed_frames = parse_frames(frames)
         if (videos is None) == (dataset is None):
             raise ConfigError("plan wants one of --videos N and --dataset NAME")
         above_zero = {"--videos": videos, "--rate": rate, "--clip-frames": clip_frames, "--read-rate": read_rate}
-        for option, value in {**above_zero, "--batch-size": batch_size}.items():
+        for option, value in above_zero.items():
             if value is not None and value <= 0:
                 raise ConfigError(f"{option} must be above 0; found {value:g}")
+        if dataset is None:
+            data_root, store_path = Path(), out or Path("store")
+        else:
+            data_root, store_path = default_paths(dataset, root, out)
+        from .extract.config import ExtractConfig
         from .extract.planning import plan_command
 
-        facts = plan_command(
+        config = ExtractConfig(
             model=model,
-            videos=videos,
-            dataset=dataset,
-            root=root,
+            dataset=dataset or "folder",
+            root=data_root,
             annotations=annotations,
             columns=_parse_columns(column or []),
             protocol=protocol,
-            out=out,
+            out=store_path,
             frames=parsed_frames,
             layers=layers,
-            dtype=dtype,
+            dtype=dtype,  # type: ignore[arg-type]
             channels=channels,
             with_pixels=not no_pixels,
+            device=device,
+            precision=precision,  # type: ignore[arg-type]
+            batch_size=batch_size,
+        )
+        facts = plan_command(
+            config,
+            videos=videos,
             rate=rate,
             with_probe=probe,
-            device=device,
-            precision=precision,
-            batch_size=batch_size,
             price=price,
             clip_frames=clip_frames,
             read_bytes_per_s=read_rate * 1e6,
@@ -230,17 +259,17 @@ def plan(
 
 @app.command()
 def scan(
-    dataset: Annotated[str, typer.Option(help="As for extract.")],
-    root: Annotated[Path | None, typer.Option(help="Folder below which the videos lie. [data/DATASET]")] = None,
-    annotations: Annotated[Path | None, typer.Option(help="As for extract.")] = None,
-    column: Annotated[list[str] | None, typer.Option(help="For table: ROLE=NAME. Repeatable.")] = None,
-    protocol: Annotated[str | None, typer.Option(help="As for extract.")] = None,
+    dataset: Dataset,
+    root: Root = None,
+    annotations: Annotations = None,
+    column: Column = None,
+    protocol: Protocol = None,
     out: Annotated[Path | None, typer.Option(help="Table of all videos. [scan-DATASET.parquet]")] = None,
-    frames: Annotated[str, typer.Option(help="As for extract: these frames are decoded.")] = "train=16,8",
-    decoder: Annotated[str, typer.Option(help="As for extract.")] = "auto",
-    decoders: Annotated[int | None, typer.Option(help="Decoder processes. [one for each core]")] = None,
-    decode_timeout: Annotated[float, typer.Option(help="CPU seconds beyond a video's own length.")] = 60.0,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when a video failed.")] = False,
+    frames: Frames = _FRAMES,
+    decoder: Decoder = "auto",
+    decoders: Decoders = None,
+    decode_timeout: DecodeTimeout = 60.0,
+    strict: Strict = False,
     as_json: Json = False,
 ) -> None:
     """Decode what an extraction would decode, and say which files it would lose."""
@@ -286,10 +315,8 @@ def scan(
 def datasets(
     name: Annotated[str | None, typer.Argument(help="One data set. [a list of all]")] = None,
     root: Annotated[Path | None, typer.Option(help="Check this folder against what is known.")] = None,
-    annotations: Annotated[
-        Path | None, typer.Option(help="A list, or the folder of the annotation files. [below the root]")
-    ] = None,
-    protocol: Annotated[str | None, typer.Option(help="Which protocol to check. [the data set's first]")] = None,
+    annotations: Annotations = None,
+    protocol: Protocol = None,
     as_json: Json = False,
 ) -> None:
     """Say what is known of each data set, or what of one is in a folder and what is missing."""
@@ -364,7 +391,12 @@ def verify(store: Annotated[Path, typer.Argument(help="The store.")], as_json: J
             if len(damage) > _SHOWN_DAMAGE:
                 print(f"and {len(damage) - _SHOWN_DAMAGE} more: see --json")
             shards = sorted({one.shard for one in damage if one.shard is not None})
-            print(f"{store}: {f'{len(damage)} damages in shards {shards}' if damage else 'no damage'}")
+            if not damage:
+                print(f"{store}: no damage")
+            else:
+                where = f"shards {', '.join(map(str, shards))}" if shards else "what belongs to the whole store"
+                print(f"{store}: {_count(len(damage), 'damage')} in {where}.", end=" ")
+                print("The command that wrote it mends it, with --repair.")
     if damage:
         raise typer.Exit(EXIT_DAMAGE)
 
@@ -372,7 +404,9 @@ def verify(store: Annotated[Path, typer.Argument(help="The store.")], as_json: J
 @app.command()
 def train(
     features: Annotated[Path, typer.Option(help="The store.")],
-    head: Annotated[str, typer.Option(help="side4video, or linear (blind to the order of frames).")] = "side4video",
+    head: Annotated[
+        str, typer.Option(help="side4video; attentive or linear probe (linear is blind to order).")
+    ] = "side4video",
     out: Annotated[Path | None, typer.Option(help="The run's folder. [runs/STORE-HEAD]")] = None,
     preset: Annotated[
         str, typer.Option(help="The paper's size and recipe: auto, none, or such as b16-light-ssv2, e14-k400.")
@@ -387,15 +421,28 @@ def train(
     warmup_epochs: Annotated[float | None, typer.Option(help="The rate rises over these. [preset, or 4]")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="On all parameters. [preset, or 0.15]")] = None,
     label_smoothing: Annotated[float | None, typer.Option(help="In the cross-entropy. [preset, or 0.1]")] = None,
+    checkpoint_activations: Annotated[
+        bool, typer.Option("--checkpoint-activations", help="Less memory, a third more time.")
+    ] = False,
+    compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the head.")] = False,
     precision: Annotated[str | None, typer.Option(help="fp32, fp16, bf16. [bf16 where a GPU has it]")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    accumulate: Annotated[int, typer.Option(help="Batches in one step of the optimiser.")] = 1,
+    clip_norm: Annotated[float | None, typer.Option(help="Cut the gradient's norm down to this. [not at all]")] = None,
+    validate_every: Annotated[int, typer.Option(help="Epochs between validations.")] = 1,
+    patience: Annotated[int | None, typer.Option(help="Stop after so many epochs without a better one.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out where it was killed.")] = False,
+    checkpoint_minutes: Annotated[float, typer.Option(help="Minutes between the states to resume from.")] = 5.0,
+    wandb: Annotated[str | None, typer.Option(help="Log to this Weights & Biases project too.")] = None,
     train_split: Annotated[str, typer.Option(help="Split to learn from.")] = "train",
     val_split: Annotated[str, typer.Option(help="Split to validate on after each epoch.")] = "val",
     seed: Annotated[int, typer.Option(help="Of weights, order and frames.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Train a side network (or a baseline) from a store alone: no backbone, no video."""
-    with _command("train", as_json) as result:
+    # Of several processes under torchrun the first one speaks.
+    is_first = os.environ.get("RANK", "0") == "0"
+    with _command("train", as_json and is_first) as result:
         from .train.config import TrainConfig
 
         chosen = _parse_numbers("--layers", layers)
@@ -414,9 +461,18 @@ def train(
             warmup_epochs=warmup_epochs,
             weight_decay=weight_decay,
             label_smoothing=label_smoothing,
+            checkpoint_activations=checkpoint_activations,
+            with_compile=compile_,
             precision=precision,  # type: ignore[arg-type]
             device=device,
             seed=seed,
+            accumulate=accumulate,
+            clip_norm=clip_norm,
+            validate_every=validate_every,
+            patience=patience,
+            resume=resume,
+            checkpoint_minutes=checkpoint_minutes,
+            wandb=wandb,
             train_split=train_split,
             val_split=val_split,
         )
@@ -427,9 +483,10 @@ def train(
 
         from .train.loop import default_run_path, train_run
 
-        summary = train_run(replace(config, out=out or default_run_path(features, head)), _report_epoch)
+        path = out or default_run_path(features, head, resume=resume)
+        summary = train_run(replace(config, out=path), _report_epoch)
         result.update(summary)
-        if not as_json:
+        if is_first and not as_json:
             counts = summary["videos"]
             print(f"{summary['run']}: {_percentages(summary['last'])} after {summary['epochs']} epochs", end="")
             print(f" ({counts['train']} training videos, {counts['val']} validation videos)")
@@ -445,6 +502,7 @@ def evaluate(
     backwards: Annotated[
         bool, typer.Option("--backwards", help="Play every clip backwards: what is order worth?")
     ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Evaluate a run on a split; figures and predictions are left in the run's folder."""
@@ -457,16 +515,71 @@ def evaluate(
             from .errors import ConfigError
 
             raise ConfigError(f"--clips must be at least 1; found {clips}")
-        from .train.evaluate import evaluate_run
+        from .train.evaluate import evaluate_run, find_device
 
         figures = evaluate_run(
-            path, features=features, split=split, num_clips=clips, checkpoint=checkpoint, is_backwards=backwards
+            path,
+            features=features,
+            split=split,
+            num_clips=clips,
+            checkpoint=checkpoint,
+            is_backwards=backwards,
+            with_page=True,
+            device=find_device(device),
         )
         result.update(figures)
         if not as_json:
             order = ", played backwards and compared with their labels forwards" if backwards else ""
             print(f"{path}, {checkpoint} checkpoint, {figures['videos']} videos of {split}{order}: ", end="")
             print(_percentages(figures))
+            print(f"results: {path / ('results_' + split + ('_backwards' if backwards else '') + '.html')}")
+
+
+@app.command()
+def compare(
+    features: Annotated[Path, typer.Option(help="The store.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of all its runs. [runs/compare-STORE]")] = None,
+    methods: Annotated[
+        str, typer.Option(help="Of side4video, linear, attentive, zero-shot.")
+    ] = "side4video,attentive,linear,zero-shot",
+    seeds: Annotated[int, typer.Option(help="Trainings of each.")] = 1,
+    frames: Annotated[int | None, typer.Option(help="Frames of a clip. [8]")] = None,
+    epochs: Annotated[int | None, typer.Option(help="As for train.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Clips in a step.")] = 32,
+    learning_rate: Annotated[float | None, typer.Option(help="As for train, the same for all.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    prompt: Annotated[str, typer.Option(help="Of zero-shot; {} is a class's name.")] = "a video of {}",
+    weights: Annotated[str | None, typer.Option(help="Of zero-shot: the backbone's. [as recorded]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train the side network and its baselines from one store, and put them into one table."""
+    with _command("compare", as_json) as result:
+        from .store.reader import open_store
+
+        open_store(features)
+        from .train.compare import compare_methods, render_table
+        from .train.config import TrainConfig
+
+        base = TrainConfig(
+            features=features,
+            out=out or Path("runs") / f"compare-{features.name.removesuffix('.zarr')}",
+            frames=frames,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            device=device,
+        )
+        chosen = [name.strip() for name in methods.split(",")]
+        ask = None
+        if "zero-shot" in chosen:
+            # Only this needs the text tower, and with it open_clip.
+            from .retrieve.zero_shot import score_class_names
+
+            ask = partial(score_class_names, prompt=prompt, weights=weights)
+        lines = compare_methods(base, methods=chosen, seeds=seeds, ask=ask, say=_say)
+        result.update(out=str(base.out), methods=[asdict(line) for line in lines])
+        if not as_json:
+            print("\n".join(render_table(lines)))
 
 
 @app.command(name="import")
@@ -495,42 +608,138 @@ def import_official(
 
 @app.command()
 def retrieve(
-    query: Annotated[str, typer.Option(help="What to look for, in words.")],
+    query: Annotated[str | None, typer.Option(help="What to look for, in words.")] = None,
+    queries: Annotated[Path | None, typer.Option(help="A text file of queries, one a line.")] = None,
+    like: Annotated[str | None, typer.Option(help="A video's id: find videos like it.")] = None,
     features: Annotated[Path | None, typer.Option(help="The store. [the newest in store/]")] = None,
+    where: Annotated[str | None, typer.Option(help="Only rows such as \"split = 'val' and duration_s < 30\".")] = None,
     top: Annotated[int, typer.Option(help="Answers wanted.")] = 10,
+    index_path: Annotated[
+        Path | None, typer.Option("--index", help="Folder of the index. [beside the store, made at first use]")
+    ] = None,
+    page: Annotated[Path | None, typer.Option("--html", help="Write a gallery with frame strips.")] = None,
     weights: Annotated[str | None, typer.Option(help="Where the backbone's weights are. [as recorded]")] = None,
     as_json: Json = False,
 ) -> None:
-    """Search a store's videos by text."""
+    """Search a store's videos by text, or by a video."""
     with _command("retrieve", as_json) as result:
-        from .retrieve.search import find_newest_store, search_store
+        from .errors import ConfigError
+
+        if sum(option is not None for option in (query, queries, like)) != 1:
+            raise ConfigError("retrieve wants one of --query TEXT, --queries FILE and --like VIDEO")
+        from .retrieve.search import Searcher, find_newest_store
         from .store.reader import open_store
 
         store = open_store(features or find_newest_store())
-        answers = search_store(store, query, top=top, weights=weights)
-        rows = [{name: getattr(answer, name) for name in answer.__dataclass_fields__} for answer in answers]
-        result.update(store=str(store.path), query=query, answers=rows)
-        if store.attributes["backbone"]["weights"].startswith("random"):
+        with Searcher(store, index=index_path, where=where, weights=weights) as searcher:
+            if like is not None:
+                found = {f"like {like}": searcher.find_like(like, top)}
+            else:
+                asked = [query] if query is not None else _read_queries(queries)  # type: ignore[arg-type]
+                found = {text: searcher.find_text(text, top) for text in asked}
+        answers = {text: [asdict(answer) for answer in one] for text, one in found.items()}
+        result.update(store=str(store.path))
+        if queries is not None:
+            result.update(queries=[{"query": text, "answers": one} for text, one in answers.items()])
+        else:
+            result.update(query=query, like=like, answers=next(iter(answers.values())))
+        if like is None and store.attributes["backbone"]["weights"].startswith("random"):
             _say("the backbone of this store has random weights: its ranking says nothing about the videos")
+        if page is not None:
+            from .retrieve.gallery import write_gallery
+
+            write_gallery(page, store, found)
+            result.update(html=str(page))
         if not as_json:
-            _print_answers(rows)
+            for text, rows in answers.items():
+                if queries is not None:
+                    print(text)
+                _print_answers(rows)
+
+
+@app.command()
+def index(
+    features: Annotated[Path, typer.Option(help="The store.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the index. [beside the store: STORE.index]")] = None,
+    export: Annotated[
+        Path | None, typer.Option(help="Also write vectors as clip-retrieval's index reads them.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Build what `s4v retrieve` searches, ahead of the first query; an index that is up to date stays."""
+    with _command("index", as_json) as result:
+        from .retrieve.index import open_index
+        from .store.reader import open_store
+
+        store = open_store(features)
+        with _progress() as report:
+            built = open_index(store, out, report)
+        result.update(index=str(built.path), videos=built.facts.videos)
+        if export is not None:
+            from .retrieve.export import export_vectors
+
+            result.update(export=str(export), exported=export_vectors(store, built, export))
+        if not as_json:
+            print(f"{built.path}: {built.facts.videos} videos")
 
 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for videos, store, runs and report.")] = Path("runs/demo"),
+    seeds: Annotated[int, typer.Option(help="Train each kind this often, for error bars.")] = 1,
+    full: Annotated[bool, typer.Option("--full", help="Tokens only and zero-shot, too.")] = False,
     as_json: Json = False,
 ) -> None:
     """Try the whole pipeline on generated videos, without any download; writes a report."""
     with _command("demo", as_json) as result:
         from .demo.pipeline import run_demo
 
-        figures = run_demo(out, _say)
+        figures = run_demo(out, _say, seeds=seeds, full=full)
         result.update(figures)
         if not as_json:
+            for name, method in figures["methods"].items():
+                by_seed = method["top1_by_seed"]
+                print(f"{name:13} {sum(by_seed) / len(by_seed):.1%}")
+            print(f"{'chance':13} {figures['chance']:.1%}\nreport: {figures['report']}")
+
+
+@app.command()
+def world(
+    out: Annotated[Path, typer.Option(help="Folder for videos and annotations.")],
+    train: Annotated[int, typer.Option(help="Training videos.")] = 2400,
+    val: Annotated[int, typer.Option(help="Held-out videos.")] = 240,
+    novel: Annotated[int, typer.Option(help="Videos of combinations that training never shows.")] = 120,
+    seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
+    codec: Annotated[str, typer.Option(help="h264 (mp4), vp9 (webm), mpeg4 (avi).")] = "h264",
+    pebbles: Annotated[int, typer.Option(help="Distractors in each video.")] = 1,
+    contrast: Annotated[float, typer.Option(help="Of the grounds' textures.")] = 0.4,
+    shake: Annotated[float, typer.Option(help="Of the camera, pixels.")] = 0.3,
+    noise: Annotated[float, typer.Option(help="Of the sensor, of 255.")] = 2.0,
+    as_json: Json = False,
+) -> None:
+    """Write the small world that the demo runs on: generated videos, labels and captions."""
+    with _command("world", as_json) as result:
+        from .demo.world import ANNOTATIONS_NAME, WorldConfig, write_world
+
+        config = WorldConfig(
+            num_train=train,
+            num_val=val,
+            num_novel=novel,
+            seed=seed,
+            codec=codec,
+            num_pebbles=pebbles,
+            contrast=contrast,
+            shake_px=shake,
+            noise=noise,
+        )
+        with _progress() as report:
+            videos = write_world(out, config, report)
+        result.update(out=str(out), videos=videos)
+        if not as_json:
+            print(f"{out}: {', '.join(f'{count} {split}' for split, count in videos.items())}")
             print(
-                f"side network {figures['side4video']['top1']:.1%}, linear probe {figures['linear']['top1']:.1%}, "
-                f"chance {figures['chance']:.1%}\nreport: {figures['report']}"
+                f"read them with: s4v extract --model tiny-clip --dataset table --root {out} "
+                f"--annotations {out / ANNOTATIONS_NAME} --column label=shape_motion --resize 224"
             )
 
 
@@ -544,7 +753,12 @@ def _command(name: str, as_json: bool) -> Iterator[dict[str, Any]]:
     except S4vError as error:
         _fail(name, as_json, error, type(error).__name__, error.exit_code)
     except KeyboardInterrupt:
-        hint = "; finished shards are kept, the same command continues" if name == "extract" else ""
+        hints = {
+            "extract": "; finished shards are kept, the same command continues",
+            "train": "; the same command with --resume continues",
+            "compare": "; the same command continues",
+        }
+        hint = hints.get(name, "")
         _fail(name, as_json, f"interrupted{hint}", "Interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader (`head`, say) has what it wanted: nothing to tell, and nowhere to tell it.
@@ -573,7 +787,7 @@ def _say(message: str) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
+def _progress() -> Iterator[Callable[..., None]]:
     """A progress bar on stderr with rate and time left."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -589,9 +803,10 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         task = bar.add_task("starting", total=None, rate="")
         began: dict[str, float] = {}
 
-        def report(stage: str, done: int, total: int) -> None:
+        def report(stage: str, done: int, total: int, rate: str = "") -> None:
             elapsed = time.perf_counter() - began.setdefault(stage, time.perf_counter())
-            rate = f"{done / elapsed:.1f} videos/s" if done and elapsed > 1 else ""
+            if not rate and done and elapsed > 1:
+                rate = f"{done / elapsed:.1f} videos/s"
             bar.update(task, description=stage, completed=done, total=total, rate=rate)
 
         yield report
@@ -605,6 +820,18 @@ def _report_epoch(metrics: dict[str, Any], epochs: int) -> None:
 def _percentages(metrics: dict[str, Any]) -> str:
     names = [name for name in metrics if name.removeprefix("val_") in ("top1", "top5")]
     return ", ".join(f"{name} {metrics[name]:.1%}" for name in names) or "no validation videos"
+
+
+def _read_queries(path: Path) -> list[str]:
+    from .errors import ConfigError
+
+    try:
+        queries = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} (--queries) is not UTF-8 text: {error}") from error
+    if not any(queries):
+        raise ConfigError(f"{path} (--queries) holds no query: expected one a line")
+    return list(dict.fromkeys(query for query in queries if query))
 
 
 def _parse_columns(pairs: list[str]) -> dict[str, str]:
@@ -642,18 +869,22 @@ def _parse_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
 
 
 def _print_plan(plan: Any, epochs: int) -> None:
+    from .store._files import describe_bytes
+
     print(f"{'videos':13} {plan.videos:,}, {plan.frames:,} cached frames")
     for name, size in plan.bytes_by_array.items():
-        print(f"  {name:11} {_bytes(size)}")
-    free = "" if plan.free_bytes is None else f"; {_bytes(plan.free_bytes)} free there"
-    print(f"{'in all':13} {_bytes(plan.total_bytes)}{free}{'' if plan.fits is not False else ': IT DOES NOT FIT'}")
+        print(f"  {name:11} {describe_bytes(size)}")
+    free = "" if plan.free_bytes is None else f"; {describe_bytes(plan.free_bytes)} free there"
+    print(
+        f"{'in all':13} {describe_bytes(plan.total_bytes)}{free}{'' if plan.fits is not False else ': it does not fit'}"
+    )
     if plan.hours is None:
         print(f"{'time':13} not known: state --rate FRAMES_PER_SECOND, or measure it here with --probe")
         return
     price = "" if plan.price is None else f", {plan.price:,.2f} at that price"
-    print(f"{'time':13} {plan.hours:,.1f} hours on one device at {plan.frames_per_second:,.1f} frames/s{price}")
-    read, forward = plan.read_seconds_per_epoch / 3600, plan.forward_seconds_per_epoch / 3600
-    print(f"{'each epoch':13} {read:,.2f} hours of reading, or {forward:,.2f} hours of running the backbone")
+    print(f"{'time':13} {_duration(plan.hours)} on one device at {plan.frames_per_second:,.1f} frames/s{price}")
+    read, forward = (_duration(s / 3600) for s in (plan.read_seconds_per_epoch, plan.forward_seconds_per_epoch))
+    print(f"{'each epoch':13} {read} of reading, or {forward} of running the backbone")
     if plan.break_even_epochs == float("inf"):
         print(f"{'the cache':13} does not pay: reading its tokens takes longer than making them. Store fewer bytes")
     else:
@@ -690,11 +921,24 @@ def _print_check(found: dict[str, Any]) -> None:
         print(f"  and {len(found['missing']) - 20} more: --json lists them all")
 
 
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
+def _duration(hours: float) -> str:
+    """With the unit that suits it: `3.2 hours`, `4.0 minutes`, `0.5 seconds`."""
+    units = ((1.0, "hours"), (60.0, "minutes"), (3600.0, "seconds"))
+    factor, unit = next((one for one in units if hours * one[0] >= 1), units[-1])
+    return f"{hours * factor:,.1f} {unit}"
+
+
 def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{split} {count}" for split, count in counts.items())
 
 
 def _print_info(facts: dict[str, Any]) -> None:
+    from .store._files import describe_bytes
+
     backbone, codec = facts["backbone"], facts["codec"]
     videos = facts["videos"]
     lines = {
@@ -711,13 +955,13 @@ def _print_info(facts: dict[str, Any]) -> None:
         "layers": f"{','.join(map(str, facts['layers']))} of {backbone['depth']}, width {backbone['width']}",
         "codec": _describe_codec(codec),
         "frames": f"{facts['cached_frames']} cached, {facts['sampling']} sampling, resize {facts['resize']}",
-        "a frame": ", ".join(f"{name} {_bytes(size)}" for name, size in facts["bytes_per_frame"].items()),
-        "on disk": _bytes(facts["bytes"]),
+        "a frame": ", ".join(f"{name} {describe_bytes(size)}" for name, size in facts["bytes_per_frame"].items()),
+        "on disk": describe_bytes(facts["bytes"]),
     }
     for name, text in lines.items():
         print(f"{name:9} {text}")
     for name, array in facts["arrays"].items():
-        print(f"  {name:10} {array['dtype']:8} {tuple(array['shape'])}  {_bytes(array['bytes'])}")
+        print(f"  {name:10} {array['dtype']:8} {tuple(array['shape'])}  {describe_bytes(array['bytes'])}")
     if facts["fidelity"] is not None:
         _print_fidelity(facts["fidelity"])
 
@@ -752,15 +996,9 @@ def _print_fidelity(fidelity: dict[str, Any]) -> None:
 
 
 def _print_answers(rows: list[dict[str, Any]]) -> None:
-    print(f"{'rank':>4}  {'score':>7}  {'best frame':>10}  path")
+    print(f"{'rank':>4}  {'score':>7}  {'best frame':>10}  {'moment':>14}  path")
     for row in rows:
-        time_s = "not known" if row["time_s"] is None else f"{row['time_s']:.2f} s"
-        print(f"{row['rank']:>4}  {row['score']:>7.4f}  {time_s:>10}  {row['path']}")
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
+        time_s = moment = "not known"
+        if row["time_s"] is not None:
+            time_s, moment = f"{row['time_s']:.2f} s", f"{row['start_s']:.1f} to {row['end_s']:.1f} s"
+        print(f"{row['rank']:>4}  {row['score']:>7.4f}  {time_s:>10}  {moment:>14}  {row['path']}")

@@ -89,13 +89,16 @@ def test_wheel_holds_the_package_and_nothing_else_and_works_elsewhere(tmp_path):
         "__main__.py",
         "cli.py",
         "errors.py",
+        "pages.py",
         "py.typed",
     }
-    assert "extract/models/tiny-clip.json" in files
+    assert {f"extract/models/tiny-clip.{ending}" for ending in ("json", "jsonl", "md", "safetensors")} <= files
     assert not [name for name in files if ".zarr" in name or "test" in name]
     code = (
         "import s4v, s4v.extract.architectures as a; print(s4v.__file__); print(a.resolve_model('tiny-clip'))\n"
-        "import s4v.cli, s4v.train.loop, s4v.retrieve.search, s4v.demo.pipeline, s4v.extract.pipeline"
+        "import s4v.cli, s4v.train.loop, s4v.retrieve.search, s4v.demo.pipeline, s4v.extract.pipeline\n"
+        "import s4v.extract.backbone as b, torch\n"
+        "print(b.load_text_tower('tiny-clip', weights=None, device=torch.device('cpu')).encode(['a red ring']).shape)"
     )
     out = subprocess.run(
         [sys.executable, "-c", code],
@@ -106,3 +109,4 @@ def test_wheel_holds_the_package_and_nothing_else_and_works_elsewhere(tmp_path):
         check=True,
     )
     assert out.stdout.startswith(str(site))
+    assert out.stdout.endswith("(1, 128)\n")
