@@ -29,11 +29,12 @@ PART = 50_000
 
 # In a process of its own: this one has written the vectors.
 SEARCH = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
 import numpy as np
 from s4v.retrieve.index import IndexFacts, VideoIndex
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+# Not getrusage: its peak is inherited from the process that starts this one.
+peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1e6
 imports = peak()
 index = VideoIndex(Path(sys.argv[1]), IndexFacts(1, "", "", 0, 0))
 for place in range(3):
