@@ -155,12 +155,12 @@ def _write(out: Path, store: StoreReader, lines: Sequence[Compared]) -> None:
 
 def render_table(lines: Sequence[Compared]) -> list[str]:
     """A Markdown table, line by line."""
-    header = ("method", "reads", "trained", "top-1", "95 %", "top-5", "mean class", "seconds")
+    header = ("method", "reads", "trained weights", "top-1", "95 %", "top-5", "mean class", "seconds")
     rows = [
         (
             line.method,
             line.reads,
-            f"{line.parameters / 1e6:.2f} M",
+            f"{line.parameters:,}",
             f"{line.top1:.1%}" + (f" ± {line.deviation:.1%}" if line.deviation is not None else ""),
             f"{100 * line.interval[0]:.0f} to {100 * line.interval[1]:.0f}",
             "" if line.top5 is None else f"{line.top5:.1%}",

@@ -56,7 +56,7 @@ def write_results(run: Run, store: StoreReader, result: Evaluation, figures: dic
         *_describe_confusion(result, run.classes),
         "<h2>Classes</h2>",
         draw_table(
-            ["class", "videos", "right", "of those it was said of"],
+            ["class", "videos", "right", "right when said"],
             [
                 [one["class"], one["videos"], f"{one['accuracy']:.1%}", _percent(one["precision"])]
                 for one in sorted(figures["per_class"], key=lambda one: one["accuracy"])
@@ -91,6 +91,7 @@ def _describe_training(run: Run) -> list[str]:
     right.set_title("dotted: learning rate, % of its peak", fontsize=9, color=MUTED)
     for axes in (left, right):
         axes.set(xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
