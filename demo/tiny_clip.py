@@ -216,7 +216,9 @@ class TinyClip:
         steps = torch.arange(_WINDOW * _WINDOW)[None]
         places = (top + steps // _WINDOW) * (FRAME_PX // _PATCH_PX) + left + steps % _WINDOW  # (B, 16)
         first, others = visual.positional_embedding.split([1, len(visual.positional_embedding) - 1])
-        patches = visual.conv1(self.normalise(crops)).flatten(2).transpose(1, 2) + others[places]
+        # Not `others[places]`: several threads add up its gradient, in the order in which they come.
+        positions = F.embedding(places, others)
+        patches = visual.conv1(self.normalise(crops)).flatten(2).transpose(1, 2) + positions
         cls = (visual.class_embedding + first).expand(len(stills), 1, -1)
         x = visual.transformer(visual.ln_pre(torch.cat([cls, patches], dim=1)))
         return F.normalize(visual.ln_post(x[:, 0]) @ visual.proj, dim=-1)
