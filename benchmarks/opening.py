@@ -21,9 +21,10 @@ from _report import describe_machine, format_table, keep
 from _stores import begin_store, write_rows
 
 from s4v.store import manifest
+from s4v.store.checksums import write_checksums
 from s4v.store.codec import Codec
 from s4v.store.layout import StoreLayout
-from s4v.store.writer import RowTokens, write_checksums
+from s4v.store.writer import RowTokens
 
 ROUNDS = 5
 FRAMES = 8

@@ -6,7 +6,6 @@ weights' size in the precision they run in.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,17 +14,15 @@ from typing import Any, Literal
 import numpy as np
 import open_clip
 import torch
-from open_clip.model import _build_text_tower, _build_vision_tower
+from open_clip.model import _build_vision_tower
 from torch import nn
 
-from ..errors import BackboneError, ConfigError, EnvironmentFailedError, WeightsError
+from ..errors import BackboneError, ConfigError, EnvironmentFailedError
 from .architectures import ALIASES, read_architecture, resolve_model
-from .weights import KNOWN_WORDS, WeightsSource, fill_tower, open_tensors, parameters_on_meta, resolve_weights
+from .weights import WeightsSource, fill_tower, open_tensors, parameters_on_meta, resolve_weights
 
 Precision = Literal["fp32", "fp16", "bf16"]
 _DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-_log = logging.getLogger(__name__)
 
 # "Paper" layers: up to this depth every block is tapped, above it every second one (ViT-E: 32 of 64).
 _EVERY_BLOCK_UP_TO = 32
@@ -180,43 +177,6 @@ def normalise_pixels(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor
     return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
-class TextTower:
-    """The frozen text tower of a backbone; `load_text_tower` makes one."""
-
-    def __init__(
-        self, tower: nn.Module, tokenizer: Any, device: torch.device, known_words: torch.Tensor | None = None
-    ) -> None:
-        self._tower = tower
-        self._tokenizer = tokenizer
-        self._device = device
-        self._known_words = known_words
-
-    @torch.inference_mode()
-    def encode(self, texts: list[str]) -> np.ndarray:
-        """Embed texts; each is cut at the tower's context length.
-
-        Warns of words that the weights do not know: tiny-clip's know a few dozen.
-
-        Returns:
-            (len(texts), E) float32, not normalised.
-        """
-        tokens = self._tokenizer(texts)
-        if self._known_words is not None:
-            tokens = self._drop_unknown(tokens, self._known_words)
-        return self._tower(tokens.to(self._device)).float().cpu().numpy()
-
-    def _drop_unknown(self, tokens: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-        """Texts (n, context) without the words that are not known, padded with zeros again."""
-        is_known = torch.isin(tokens, known) | (tokens == 0)
-        if unknown := tokens[~is_known].unique().tolist():
-            words = ", ".join(repr(self._tokenizer.decode([word]).strip()) for word in unknown)
-            _log.warning("this backbone's text tower does not know %s: as if not said", words)
-        kept = torch.zeros_like(tokens)
-        for row, words_known in enumerate(is_known):
-            kept[row, : int(words_known.sum())] = tokens[row, words_known]
-        return kept
-
-
 def find_peak_flops(device: torch.device, precision: Precision) -> float | None:
     """What a GPU could do in a second in half precision; None where that is not known.
 
@@ -287,7 +247,7 @@ def build_backbone(
     architecture, _ = resolve_model(name)
     precision = precision or ("fp32" if device.type == "cpu" else "fp16")
     config = read_architecture(architecture)
-    tower = _build_tower(name, _build_vision_tower, config["embed_dim"], config["vision_cfg"], config)
+    tower = build_tower(name, _build_vision_tower, config["embed_dim"], config["vision_cfg"], config)
     _require_class_token(name, tower)
     source = resolve_weights(name, weights, seed)
     grid, patch_size, image_size = _read_geometry(tower)
@@ -311,40 +271,14 @@ def build_backbone(
     return Backbone(tower, info, source, device)
 
 
-def load_text_tower(
-    name: str, *, weights: str | None, device: torch.device, seed: int = 0, expected_sha256: str | None = None
-) -> TextTower:
-    """Build a model's text tower in float32 and load its weights.
-
-    Args:
-        name: An alias, or an open_clip architecture.
-        weights: As for `build_backbone`.
-        device: Where it runs.
-        seed: Of random weights.
-        expected_sha256: Refuse weights with another hash.
-
-    Raises:
-        WeightsError: If the weights cannot be had, do not fit, or have another hash.
-    """
-    architecture, _ = resolve_model(name)
-    config = read_architecture(architecture)
-    source = resolve_weights(name, weights, seed)
-    if expected_sha256 not in (None, source.sha256):
-        raise WeightsError(
-            f"the store was made with weights of hash {expected_sha256}, {source.label} has {source.sha256}. "
-            "Name the file that the store was made with (--weights)."
-        )
-    tower = _build_tower(name, _build_text_tower, config["embed_dim"], config["text_cfg"], config)
-    # Custom-text models keep the tower under `text.`, plain CLIP keeps its parts at the top.
-    tensors = open_tensors(source)
-    fill_tower(tower, tensors, source, ("text.", ""), device, torch.float32)
-    known_words = None if tensors is None else tensors.get(KNOWN_WORDS)
-    return TextTower(tower, open_clip.get_tokenizer(architecture), device, known_words)
-
-
-def _build_tower(
+def build_tower(
     name: str, build: Callable[..., nn.Module], embed_dim: int, tower_config: Any, config: Mapping[str, Any]
 ) -> Any:
+    """One of open_clip's towers, without memory for its weights.
+
+    Raises:
+        BackboneError: If it cannot be built.
+    """
     try:
         with parameters_on_meta():
             return build(embed_dim, tower_config, config.get("quick_gelu", False))

@@ -4,6 +4,7 @@
     backbone               tokens, in batches across the videos of a shard
     codec                  codes, on the backbone's device
     writer thread          one shard behind
+    text tower             once over all captions, where there are any
     at the end             what the codec costs, measured on videos that it was not fitted on
 
 What is batched together depends on row numbers alone: batches restart at each shard, have a fixed size, the last is
@@ -20,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ..errors import DataNotFoundError, NoGoodVideoError, StoreDamagedError
+from ..errors import BackboneError, DataNotFoundError, NoGoodVideoError, StoreDamagedError, WeightsError
 from ..store._files import hash_text, write_json
 from ..store.appending import append_rows, finish_appending, order_records
 from ..store.codec import Codec, check_finite, round_mantissas
@@ -37,6 +39,7 @@ from ..store.layout import STATS_NAME, StoreLayout
 from ..store.manifest import ClassList
 from ..store.reader import StoreReader, open_store
 from ..store.records import VideoRecord, VideoResult
+from ..store.texts import MAX_WORDS, has_current_texts, write_texts
 from ..store.verify import verify_store
 from ..store.writer import RowTokens, StoreWriter, create_store, refuse_existing, repair_store, resume_store
 from .backbone import Backbone, build_backbone, find_peak_flops, resolve_device
@@ -52,6 +55,7 @@ from .config import DEFAULT_FRAMES, ExtractConfig
 from .datasets import resolve_protocol
 from .decoding import DecodedVideo, DecodeRequest, DecoderPool
 from .planning import NUM_VIEWS, plan_layout, require_space
+from .text_tower import load_text_tower
 
 ReportProgress = Callable[..., None]
 """Called with what is under way, how many videos are done, how many there are and, where it is known, how fast."""
@@ -164,6 +168,7 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
             is_alone = config.num_workers is None and config.scheduler is None
             meter = job.run(writer, shards) if is_alone else job.run_on_workers(shards)
             table = writer.consolidate()
+            job.embed_captions()
         if job.wants_measuring(table):
             job.measure(table)
     summary = _summarise(config.out, table, time.perf_counter() - start)
@@ -369,6 +374,28 @@ class _Extraction:
         statuses = set(table["status"].to_pylist())
         is_exact = self.layout.patch_dtype == "float32" and self.layout.channels == self.layout.width
         return not is_exact and "ok" in statuses and "pending" not in statuses and not self._fidelity_path.exists()
+
+    def embed_captions(self) -> None:
+        """Leave the texts of all captions in the store, where it has captions and does not hold them yet."""
+        store = open_store(self._config.out)
+        if not len(store.read_captions()) or has_current_texts(store.path):
+            return
+        self._report("embedding captions", 0, len(store.read_captions()))
+        info = self._backbone.info
+        with self._clock.stage("captions"):
+            try:
+                tower = load_text_tower(
+                    info.name,
+                    weights=self._config.weights,
+                    device=self._backbone.device,
+                    seed=self._config.seed,
+                    expected_sha256=info.weights_sha256,
+                )
+                num_words = min(MAX_WORDS, tower.context_length)
+                encode = partial(tower.encode_words, num_words=num_words)
+                write_texts(store, encode, num_words=num_words, report=self._report)
+            except (WeightsError, BackboneError) as error:
+                _log.warning("%s: its captions cannot train retrieval, for lack of a text tower: %s", store.path, error)
 
     @property
     def _fidelity_path(self) -> Path:

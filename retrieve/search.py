@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..errors import ConfigError, StoreNotFoundError
-from ..extract.backbone import TextTower, load_text_tower
+from ..extract.text_tower import TextTower, load_text_tower
 from ..store.reader import StoreReader, open_store
 from .filters import filter_rows, find_columns
 from .index import Match, VideoIndex, build_index, open_index

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..errors import ConfigError, StoreMismatchError
-from ..extract.backbone import TextTower
+from ..extract.text_tower import TextTower
 from ..store.reader import StoreReader
 from .search import load_store_text_tower
 from .vectors import normalise_rows, pool_frames

@@ -30,6 +30,8 @@ def fill_value_of(dtype: str) -> Any:
     """What a missing chunk reads as: a value that no written token has (pixels have no such value)."""
     if dtype == "int8":
         return -128
+    if dtype == "bool":
+        return False
     return "NaN" if dtype.startswith("float") else 0
 
 

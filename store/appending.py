@@ -11,10 +11,11 @@ from typing import Any
 from ..errors import StoreDamagedError, StoreMismatchError
 from . import manifest
 from ._files import FolderLock, kill_point, read_json, sync_folder, write_json
+from .checksums import APPEND_NAME, write_checksums
 from .layout import StoreLayout
-from .reader import APPEND_NAME, StoreReader, open_store
+from .reader import StoreReader, open_store
 from .records import VideoRecord
-from .writer import full_attributes, list_differences, write_checksums, write_skeleton
+from .writer import full_attributes, list_differences, write_skeleton
 
 _TO_DO_NAME = "append.json"
 

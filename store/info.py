@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import StoreDamagedError
 from .fidelity import read_fidelity
 from .reader import StoreReader
+from .texts import TEXT_NAME, TextReader, has_current_texts
 
 
 def describe_store(store: StoreReader) -> dict[str, Any]:
@@ -38,6 +39,10 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
         for spec in store.layout.array_specs()
     }
     views = zip(table["num_cached_frames"].to_pylist(), table["num_views"].to_pylist(), strict=True)
+    if has_current_texts(store.path):
+        for name, array in TextReader(store).describe().items():
+            folder = os.fspath(store.path / TEXT_NAME / name)
+            arrays[f"{TEXT_NAME}/{name}"] = {**array, "bytes": _folder_bytes(folder)}
     return {
         "store": str(store.path),
         "format_version": attributes["format_version"],

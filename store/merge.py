@@ -9,9 +9,10 @@ from pathlib import Path
 from ..errors import StoreExistsError, StoreMismatchError
 from . import manifest
 from ._files import sync_folder, write_atomic
+from .checksums import CHECKSUMS_NAME
 from .fidelity import FIDELITY_NAME
 from .layout import STATS_NAME
-from .reader import CHECKSUMS_NAME, StoreReader, open_store
+from .reader import StoreReader, open_store
 from .writer import StoreWriter, list_differences
 
 

@@ -17,15 +17,12 @@ import tensorstore as ts
 
 from ..errors import StoreBusyError, StoreDamagedError, StoreMismatchError, StoreNotFoundError
 from . import manifest
-from ._files import hash_file, read_json
+from ._files import hash_file
 from ._shards import DamagedChunkError, ShardedArray
 from ._zarr import fill_value_of, open_array, read_small_array
+from .checksums import APPEND_NAME, read_damageable_json, read_recorded_hashes
 from .codec import Codec
 from .layout import FORMAT_VERSION, StoreLayout
-
-CHECKSUMS_NAME = "checksums.json"
-APPEND_NAME = "_append"
-"""Folder of a store that holds its new metadata while rows are being added."""
 
 _CLIP_ARRAYS = ("patches", "cls", "pixels")
 _MAX_THREADS = 16
@@ -339,7 +336,7 @@ def open_store(path: str | Path) -> StoreReader:
     if not metadata.is_file():
         found = "nothing there" if not path.exists() else "no zarr.json in it"
         raise StoreNotFoundError(f"{path} is not a store: {found}. `s4v extract --out {path}` makes one.")
-    node = _read_damageable_json(metadata)
+    node = read_damageable_json(metadata)
     attributes = node.get("attributes", {}).get("s4v")
     if not isinstance(attributes, dict) or "format_version" not in attributes:
         raise StoreNotFoundError(f"{path} is a Zarr group, but not a store that s4v wrote: no `s4v` attribute.")
@@ -350,24 +347,6 @@ def open_store(path: str | Path) -> StoreReader:
     if read_recorded_hashes(path).get("zarr.json") not in (None, hash_file(metadata)):
         raise StoreDamagedError(f"{metadata} does not match its recorded hash. Extract the store anew (--overwrite).")
     return StoreReader(path, attributes)
-
-
-def read_recorded_hashes(path: Path) -> dict[str, Any]:
-    """The sha256 of every file of a store that Zarr does not checksum, by its name in the store.
-
-    Raises:
-        StoreDamagedError: If the list is not readable.
-    """
-    file = path / CHECKSUMS_NAME
-    return _read_damageable_json(file) if file.is_file() else {}
-
-
-def _read_damageable_json(path: Path) -> dict[str, Any]:
-    try:
-        value = read_json(path)
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise StoreDamagedError(f"{path} is not readable as JSON: {error}. Extract the store anew.") from error
-    return value if isinstance(value, dict) else {}
 
 
 def _as_tuple(value: Any) -> Any:

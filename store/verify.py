@@ -17,8 +17,10 @@ from ..errors import StoreDamagedError
 from . import manifest
 from ._files import hash_file
 from ._shards import DamagedChunkError, verify_chunk_file, verify_shard
+from .checksums import CHECKSUMS_NAME, read_recorded_hashes
 from .layout import ArraySpec
-from .reader import CHECKSUMS_NAME, StoreReader, read_recorded_hashes
+from .reader import StoreReader
+from .texts import TEXT_NAME, TEXTS_PER_SHARD
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +46,7 @@ def verify_store(store: StoreReader, report: Callable[[str, int, int], None] = l
     Returns:
         All damage found, that of the whole store first, then shard by shard.
     """
-    found = [*_check_hashes(store), *_check_small_arrays(store)]
+    found = [*_check_hashes(store), *_check_small_arrays(store), *_check_texts(store)]
     mismatched = {one.where for one in found}
     finished = [s for s in range(store.layout.num_shards) if manifest.part_path(store.path, s).exists()]
     sha256 = store.attributes["codec"]["sha256"]
@@ -86,6 +88,30 @@ def _check_small_arrays(store: StoreReader) -> Iterator[Damage]:
         chunk = metadata.parent / ".".join(["c", *["0"] * num_axes])
         if (what := verify_chunk_file(chunk)) is not None:
             yield Damage(where=str(chunk.relative_to(store.path)), what=what)
+
+
+def _check_texts(store: StoreReader) -> Iterator[Damage]:
+    """Captions' texts, if there are any: tokens in shards, the others in files of one chunk."""
+    for metadata in sorted(store.path.glob(f"{TEXT_NAME}/*/zarr.json")):
+        try:
+            shape = json.loads(metadata.read_bytes())["shape"]
+        except (ValueError, KeyError):
+            continue  # its hash tells
+        for shard in range(-(-shape[0] // TEXTS_PER_SHARD)):
+            file = metadata.parent / ".".join(["c", str(shard), *["0"] * (len(shape) - 1)])
+            where = str(file.relative_to(store.path))
+            if metadata.parent.name != "tokens":
+                if (what := verify_chunk_file(file)) is not None:
+                    yield Damage(where=where, what=what)
+                continue
+            try:
+                is_there, problems = verify_shard(file, TEXTS_PER_SHARD)
+            except DamagedChunkError as error:
+                yield Damage(where=where, what=str(error))
+                continue
+            yield from (Damage(where=where, what=what) for what in problems.values())
+            if missing := np.flatnonzero(~is_there[: shape[0] - shard * TEXTS_PER_SHARD]).tolist():
+                yield Damage(where=where, what=f"has no chunk {missing[0]}")
 
 
 def _read_ids(store: StoreReader) -> list[str] | None:

@@ -14,12 +14,14 @@ import tensorstore as ts
 
 from ..errors import StoreDamagedError, StoreExistsError, StoreMismatchError
 from . import manifest
-from ._files import FolderLock, hash_file, kill_point, read_json, sync_folder, wait_for_folder, write_json
+from ._files import FolderLock, hash_file, kill_point, sync_folder
 from ._zarr import create_array, open_array, refused_write, write_group, write_small_array
+from .checksums import forget_checksum, read_recorded_hashes, write_checksums
 from .codec import Codec
 from .layout import FORMAT_VERSION, StoreLayout
-from .reader import APPEND_NAME, CHECKSUMS_NAME, StoreReader, open_store, read_recorded_hashes
+from .reader import StoreReader, open_store
 from .records import VideoRecord, VideoResult
+from .texts import TEXT_NAME, remove_texts
 from .verify import Damage
 
 # May differ between two runs without making their stores differ: data and weights may lie elsewhere by now, what they
@@ -103,7 +105,7 @@ class StoreWriter:
         if marker.exists():
             marker.unlink()
             sync_folder(marker.parent)
-            _forget_checksum(self.path, f"{manifest.PARTS_NAME}/{marker.name}")
+            forget_checksum(self.path, f"{manifest.PARTS_NAME}/{marker.name}")
         kill_point("shard undone")
         for name in self._arrays:
             for stale in [*(self.path / name).glob(f"c.{shard}.*"), *(self.path / name).glob(f"c.{shard}__lock")]:
@@ -293,7 +295,9 @@ def repair_store(
             f"{path} was begun otherwise than this command says: {'; '.join(differences)}. Nothing was changed. Repair "
             "it with the command that began it, without --append and without videos that are new."
         )
-    whole_store = sorted({one.where for one in damage if one.shard is None})
+    # Texts are not put back: without them, the extraction writes them anew.
+    has_bad_texts = any(one.where.startswith(f"{TEXT_NAME}/") for one in damage)
+    whole_store = sorted({one.where for one in damage if one.shard is None and not one.where.startswith(TEXT_NAME)})
     hashes = read_recorded_hashes(path)
     fresh = path.with_name(f"{path.name}.partial")
     with FolderLock(path, f"another process is writing to {path}: wait for it before repairing its store"):
@@ -314,6 +318,8 @@ def repair_store(
             for shard in {one.shard for one in damage if one.shard is not None}:
                 manifest.part_path(path, shard).unlink(missing_ok=True)
             sync_folder(path / manifest.PARTS_NAME)
+            if has_bad_texts:
+                remove_texts(path)
             write_checksums(path)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -383,29 +389,3 @@ def _write_named(root: Path, group: str, arrays: Mapping[str, np.ndarray]) -> No
     write_group(root / group)
     for name, values in arrays.items():
         write_small_array(root, f"{group}/{name}", np.asarray(values, dtype=np.float32))
-
-
-def _forget_checksum(root: Path, name: str) -> None:
-    """Take one file out of the recorded hashes; workers of a cluster do so one after another."""
-    with wait_for_folder(root / manifest.PARTS_NAME):
-        path = root / CHECKSUMS_NAME
-        known = read_json(path) if path.exists() else {}
-        if known.pop(name, None) is not None:
-            write_json(path, known)
-
-
-def write_checksums(root: Path, *, without: str | None = None) -> None:
-    """Record the hashes of metadata and Parquet files; a file that is as it was recorded stays as it is."""
-    path = root / CHECKSUMS_NAME
-    known = read_json(path) if path.exists() else {}
-    hashes = {}
-    for file in sorted([*root.rglob("zarr.json"), *root.rglob("*.parquet")]):
-        name = file.relative_to(root).as_posix()
-        if name.startswith(APPEND_NAME):
-            continue
-        # Finished parts never change: only the first consolidation after them reads them.
-        is_known_part = name in known and name.startswith(manifest.PARTS_NAME)
-        if name != without:
-            hashes[name] = known[name] if is_known_part else hash_file(file)
-    if hashes != known:
-        write_json(path, hashes)

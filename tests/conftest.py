@@ -145,3 +145,39 @@ def int8_store(video_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     out = tmp_path_factory.mktemp("stores") / "int8.zarr"
     extract_dataset(tiny_config(video_folder, out, dtype="int8"))
     return out
+
+
+@pytest.fixture(scope="session")
+def captioned_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Videos of a table with captions: 8 for training, 4 and a broken one for validation; one caption is of two."""
+    root = tmp_path_factory.mktemp("captioned")
+    lines = ["path,split,caption"]
+    for number in range(12):
+        name, split = f"{number:02d}.mp4", "train" if number < 8 else "val"
+        write_video(root / name, seed=3 * number, num_frames=12 + number)
+        lines.append(f"{name},{split},{'a ring moves left' if number in (2, 5) else f'a ring number {number} moves'}")
+        if number % 2:
+            lines.append(f"{name},{split},here is a red cross that rises for the time {number}")
+    (root / "broken.mp4").write_bytes(b"not a video at all" * 50)
+    lines.append("broken.mp4,val,a blue square")
+    (root / "videos.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture(scope="session")
+def captioned_store(captioned_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 store of `captioned_folder`. Read it, do not change it."""
+    out = tmp_path_factory.mktemp("stores") / "captioned.zarr"
+    extract_dataset(captioned_config(captioned_folder, out))
+    return out
+
+
+def captioned_config(root: Path, out: Path, **changes: object) -> ExtractConfig:
+    """The extraction of `captioned_folder`."""
+    table: dict[str, object] = {"dataset": "table", "annotations": root / "videos.csv", "resize": "224"}
+    return tiny_config(root, out, **{**table, **changes})
+
+
+@pytest.fixture(scope="session")
+def make_captioned_config() -> Callable[..., ExtractConfig]:
+    return captioned_config

@@ -64,7 +64,7 @@ def test_only_the_text_tower_of_extract_is_used_by_retrieve():
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("extract"):
                 names |= {(node.module, alias.name) for alias in node.names}
-    assert names == {("extract.backbone", "TextTower"), ("extract.backbone", "load_text_tower")}
+    assert names == {("extract.text_tower", "TextTower"), ("extract.text_tower", "load_text_tower")}
 
 
 def test_wheel_holds_the_package_and_nothing_else_and_works_elsewhere(tmp_path):
@@ -97,8 +97,8 @@ def test_wheel_holds_the_package_and_nothing_else_and_works_elsewhere(tmp_path):
     code = (
         "import s4v, s4v.extract.architectures as a; print(s4v.__file__); print(a.resolve_model('tiny-clip'))\n"
         "import s4v.cli, s4v.train.loop, s4v.retrieve.search, s4v.demo.pipeline, s4v.extract.pipeline\n"
-        "import s4v.extract.backbone as b, torch\n"
-        "print(b.load_text_tower('tiny-clip', weights=None, device=torch.device('cpu')).encode(['a red ring']).shape)"
+        "import s4v.extract.text_tower as t, torch\n"
+        "print(t.load_text_tower('tiny-clip', weights=None, device=torch.device('cpu')).encode(['a red ring']).shape)"
     )
     out = subprocess.run(
         [sys.executable, "-c", code],

@@ -13,7 +13,8 @@ from torch import nn
 
 from s4v.errors import BackboneError, ConfigError, WeightsError
 from s4v.extract import architectures, weights
-from s4v.extract.backbone import build_backbone, load_text_tower, parse_layers, resolve_device
+from s4v.extract.backbone import build_backbone, parse_layers, resolve_device
+from s4v.extract.text_tower import load_text_tower
 from s4v.extract.weights import draw_random, parameters_on_meta
 
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 from s4v.cli import app
 from s4v.errors import ConfigError, StoreNotFoundError
-from s4v.extract.backbone import load_text_tower
 from s4v.extract.pipeline import extract_dataset
+from s4v.extract.text_tower import load_text_tower
 from s4v.retrieve.search import Searcher, find_newest_store, search_store
 from s4v.retrieve.vectors import find_moment, normalise_rows, pool_frames
 from s4v.store.reader import open_store

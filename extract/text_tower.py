@@ -1,0 +1,136 @@
+"""The frozen text tower of a backbone: texts to embeddings, or to one token a word."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.model import _build_text_tower
+from torch import nn
+
+from ..errors import BackboneError, WeightsError
+from ..store.texts import Texts
+from .architectures import read_architecture, resolve_model
+from .backbone import build_tower
+from .weights import KNOWN_WORDS, fill_tower, open_tensors, resolve_weights
+
+# Texts in one pass; the last is padded, so that a text's numbers do not depend on how many others there are.
+_TEXTS_PER_PASS = 64
+
+_log = logging.getLogger(__name__)
+
+
+class TextTower:
+    """The frozen text tower of a backbone; `load_text_tower` makes one."""
+
+    def __init__(
+        self, tower: nn.Module, tokenizer: Any, device: torch.device, known_words: torch.Tensor | None = None
+    ) -> None:
+        self._tower = tower
+        self._tokenizer = tokenizer
+        self._device = device
+        self._known_words = known_words
+
+    @property
+    def context_length(self) -> int:
+        """The most words that a text can have, start and end among them."""
+        return self._tokenizer.context_length
+
+    @torch.inference_mode()
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """Embed texts; each is cut at the tower's context length.
+
+        Warns of words that the weights do not know: tiny-clip's know a few dozen.
+
+        Returns:
+            (len(texts), E) float32, not normalised.
+        """
+        return self._tower(self._tokenise(texts, self.context_length).to(self._device)).float().cpu().numpy()
+
+    @torch.inference_mode()
+    def encode_words(self, texts: list[str], num_words: int) -> Texts:
+        """Embed texts word by word; each is cut at `num_words`, start and end among them.
+
+        Returns:
+            Tokens (n, num_words, E), the final norm's output times the projection, zero where there is no word;
+            mask; embeddings (n, E), those of the end token.
+
+        Raises:
+            BackboneError: If the tower is not one of open_clip's own.
+        """
+        if not isinstance(getattr(self._tower, "ln_final", None), nn.Module):
+            raise BackboneError("the text tower has no final norm that s4v knows: no tokens of words can be had of it")
+        tokens = self._tokenise(texts, num_words)
+        padded = F.pad(tokens, (0, 0, 0, -len(texts) % _TEXTS_PER_PASS))
+        parts = [self._encode_words(part) for part in padded.split(_TEXTS_PER_PASS)]
+        words, embeddings = (torch.cat(values)[: len(texts)] for values in zip(*parts, strict=True))
+        # Up to the end token, which has the highest number; a `!` inside a word has the number of the padding.
+        mask = torch.arange(num_words) <= tokens.argmax(dim=1, keepdim=True)
+        words = words[:, :num_words] * mask[..., None]
+        return Texts(words.half().numpy(), mask.numpy(), embeddings.numpy())
+
+    def _encode_words(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Texts (n, context) -> (n, context, E) and (n, E), from one pass."""
+        normed: list[torch.Tensor] = []
+        norm: Any = self._tower.ln_final
+        hook = norm.register_forward_hook(lambda _, __, output: normed.append(output))
+        try:
+            embeddings = self._tower(tokens.to(self._device)).float().cpu()
+        finally:
+            hook.remove()
+        projection: Any = self._tower.text_projection
+        words = projection(normed[0]) if isinstance(projection, nn.Linear) else normed[0] @ projection
+        return words.float().cpu(), embeddings
+
+    def _tokenise(self, texts: list[str], num_words: int) -> torch.Tensor:
+        """Texts to (n, context): cut at `num_words`, padded to what the tower takes."""
+        tokens = self._tokenizer(texts, context_length=num_words)
+        if self._known_words is not None:
+            tokens = self._drop_unknown(tokens, self._known_words)
+        return F.pad(tokens, (0, self.context_length - num_words))
+
+    def _drop_unknown(self, tokens: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        """Texts (n, context) without the words that are not known, padded with zeros again."""
+        is_known = torch.isin(tokens, known) | (tokens == 0)
+        if unknown := tokens[~is_known].unique().tolist():
+            words = ", ".join(repr(self._tokenizer.decode([word]).strip()) for word in unknown)
+            _log.warning("this backbone's text tower does not know %s: as if not said", words)
+        kept = torch.zeros_like(tokens)
+        for row, words_known in enumerate(is_known):
+            kept[row, : int(words_known.sum())] = tokens[row, words_known]
+        return kept
+
+
+def load_text_tower(
+    name: str, *, weights: str | None, device: torch.device, seed: int = 0, expected_sha256: str | None = None
+) -> TextTower:
+    """Build a model's text tower in float32 and load its weights.
+
+    Args:
+        name: An alias, or an open_clip architecture.
+        weights: As for `build_backbone`.
+        device: Where it runs.
+        seed: Of random weights.
+        expected_sha256: Refuse weights with another hash.
+
+    Raises:
+        WeightsError: If the weights cannot be had, do not fit, or have another hash.
+    """
+    architecture, _ = resolve_model(name)
+    config = read_architecture(architecture)
+    source = resolve_weights(name, weights, seed)
+    if expected_sha256 not in (None, source.sha256):
+        raise WeightsError(
+            f"the store was made with weights of hash {expected_sha256}, {source.label} has {source.sha256}. "
+            "Name the file that the store was made with (--weights)."
+        )
+    tower = build_tower(name, _build_text_tower, config["embed_dim"], config["text_cfg"], config)
+    # Custom-text models keep the tower under `text.`, plain CLIP keeps its parts at the top.
+    tensors = open_tensors(source)
+    fill_tower(tower, tensors, source, ("text.", ""), device, torch.float32)
+    known_words = None if tensors is None else tensors.get(KNOWN_WORDS)
+    return TextTower(tower, open_clip.get_tokenizer(architecture), device, known_words)

@@ -1,0 +1,197 @@
+"""Captions as the frozen text tower has them: written once beside the frames, read by training and evaluation.
+
+    text/tokens      (C, M, E) float16   the final norm's output of each word times the projection
+    text/mask        (C, M) bool         which of them are words, the start and end tokens among them
+    text/embedding   (C, E) float32      of the whole text, not normalised
+
+Row c belongs to row c of captions.parquet. The group records the hash of that file: with other captions the texts are
+void, and an extraction writes them anew.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import StoreDamagedError, StoreMismatchError
+from ._files import hash_file, read_json, sync_folder
+from ._zarr import create_array, open_array, refused_write, write_group
+from .checksums import write_checksums
+from .layout import ArraySpec
+from .manifest import CAPTIONS_NAME
+from .reader import StoreReader
+
+TEXT_NAME = "text"
+TEXT_ARRAYS = ("tokens", "mask", "embedding")
+TEXTS_PER_SHARD = 1024
+
+MAX_WORDS = 32
+"""M, start and end among them, where the text tower takes as many: what the reference trains and tests with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Some captions; an array that was not asked for is None."""
+
+    tokens: np.ndarray | None
+    """(n, M, E) float16, not normalised."""
+    mask: np.ndarray | None
+    """(n, M) bool."""
+    embedding: np.ndarray | None
+    """(n, E) float32, not normalised."""
+
+
+def has_current_texts(root: Path) -> bool:
+    """Whether a store holds the texts of the captions that it has now."""
+    metadata = root / TEXT_NAME / "zarr.json"
+    if not metadata.is_file():
+        return False
+    try:
+        recorded = read_json(metadata)["attributes"]["captions_sha256"]
+    except (ValueError, LookupError, TypeError):
+        return False
+    return recorded == hash_file(root / CAPTIONS_NAME)
+
+
+def write_texts(
+    store: StoreReader,
+    encode: Callable[[list[str]], Texts],
+    *,
+    num_words: int,
+    report: Callable[[str, int, int], None] = lambda *_: None,
+) -> None:
+    """Write the texts of all captions beside their place, and rename them.
+
+    Args:
+        store: With at least one caption; nobody else writes to it.
+        encode: Texts, `TEXTS_PER_SHARD` at most, to all three arrays.
+        num_words: M.
+        report: Told about progress.
+
+    Raises:
+        EnvironmentFailedError: If the file system refuses.
+    """
+    captions = store.read_captions()["text"].to_pylist()
+    partial, final = store.path / f"{TEXT_NAME}.partial", store.path / TEXT_NAME
+    shutil.rmtree(partial, ignore_errors=True)
+    write_group(partial, {"captions_sha256": hash_file(store.path / CAPTIONS_NAME)})
+    arrays = {
+        spec.name: create_array(partial, spec) for spec in _specs(len(captions), num_words, store.layout.embed_dim)
+    }
+    for first in range(0, len(captions), TEXTS_PER_SHARD):
+        span = slice(first, min(first + TEXTS_PER_SHARD, len(captions)))
+        texts = encode(captions[span])
+        try:
+            for name, array in arrays.items():
+                array[span].write(getattr(texts, name)).result()
+        except ValueError as error:  # tensorstore raises it for whatever the file system refuses
+            raise refused_write(final, error) from error
+        report("embedding captions", span.stop, len(captions))
+    for folder in [*partial.iterdir(), partial]:
+        if folder.is_dir():
+            sync_folder(folder)
+    remove_texts(store.path)
+    partial.rename(final)
+    sync_folder(store.path)
+    write_checksums(store.path)
+
+
+def remove_texts(root: Path) -> None:
+    """Take the texts out of a store, all at once."""
+    if (root / TEXT_NAME).is_dir():
+        gone = root / f"{TEXT_NAME}.partial.old"
+        shutil.rmtree(gone, ignore_errors=True)
+        (root / TEXT_NAME).rename(gone)
+        write_checksums(root)
+        shutil.rmtree(gone)
+
+
+class TextReader:
+    """The texts of a store's captions.
+
+    Raises:
+        StoreMismatchError: If the store has no texts, or those of other captions.
+    """
+
+    def __init__(self, store: StoreReader) -> None:
+        if not has_current_texts(store.path):
+            raise StoreMismatchError(
+                f"{store.path} holds no texts of its captions: extract a data set with captions, or run the command "
+                "that began this store once more, which adds them"
+            )
+        self._folder = store.path / TEXT_NAME
+        self._arrays = {name: open_array(self._folder, name) for name in TEXT_ARRAYS}
+
+    def __len__(self) -> int:
+        return int(self._arrays["tokens"].shape[0])
+
+    @property
+    def num_words(self) -> int:
+        """M."""
+        return int(self._arrays["tokens"].shape[1])
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """Shape and dtype of each array."""
+        return {name: {"shape": list(array.shape), "dtype": array.dtype.name} for name, array in self._arrays.items()}
+
+    def read(self, captions: Sequence[int] | np.ndarray, arrays: Sequence[str] = TEXT_ARRAYS) -> Texts:
+        """Texts by their rows, in the order asked for.
+
+        Raises:
+            StoreDamagedError: If a chunk is missing or its bytes do not match their checksum.
+        """
+        rows = np.asarray(captions, dtype=np.int64)
+        return Texts(**{name: self._read(name, rows) if name in arrays else None for name in TEXT_ARRAYS})
+
+    def _read(self, name: str, rows: np.ndarray) -> np.ndarray:
+        # Every chunk is fetched once, whatever the order and however often a row is asked for.
+        wanted, places = np.unique(rows, return_inverse=True)
+        if not len(wanted):
+            return np.empty((0, *self._arrays[name].shape[1:]), dtype=self._arrays[name].dtype.numpy_dtype)
+        try:
+            values = self._arrays[name].oindex[wanted].read().result()
+        except ValueError as error:
+            raise StoreDamagedError(f"{self._folder / name} is damaged: {error}. {_MEND}") from error
+        # A missing chunk reads as the fill value: NaN, and no word at all.
+        flat = values.reshape(len(wanted), -1)
+        is_there = np.asarray(flat.any(axis=1) if values.dtype == bool else ~np.isnan(flat[:, 0]))
+        if not is_there.all():
+            raise StoreDamagedError(f"{self._folder / name} has lost the text {wanted[~is_there][0]}. {_MEND}")
+        return values[places]
+
+
+_MEND = "The command that began the store mends it, with --repair."
+
+
+def _specs(num_captions: int, num_words: int, embed_dim: int) -> tuple[ArraySpec, ...]:
+    rows = TEXTS_PER_SHARD
+    return (
+        ArraySpec(
+            name="tokens",
+            shape=(num_captions, num_words, embed_dim),
+            dtype="float16",
+            shard_shape=(rows, num_words, embed_dim),
+            # A step of training wants single texts.
+            chunk_shape=(1, num_words, embed_dim),
+            dimension_names=("caption", "word", "channel"),
+        ),
+        ArraySpec(
+            name="mask",
+            shape=(num_captions, num_words),
+            dtype="bool",
+            shard_shape=(rows, num_words),
+            dimension_names=("caption", "word"),
+        ),
+        ArraySpec(
+            name="embedding",
+            shape=(num_captions, embed_dim),
+            dtype="float32",
+            shard_shape=(rows, embed_dim),
+            dimension_names=("caption", "channel"),
+        ),
+    )
