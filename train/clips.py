@@ -14,9 +14,15 @@ import torch
 from ..errors import ConfigError, StoreMismatchError
 from ..store.codec import Codec
 from ..store.reader import Clips, StoreReader
+from ..store.texts import TextReader, Texts
+from .interaction import TextBatch
 
 _BATCHES_AHEAD = 3
-_DEFAULT_FRAMES = 8
+DEFAULT_CLIP_FRAMES = 8
+
+
+_Read = tuple[Clips, Texts | None]
+"""A batch as it comes from the store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +36,7 @@ class ClipPlan:
     places: np.ndarray
     """(B, T) places on the axis F."""
     labels: np.ndarray
-    """(B,)."""
+    """(B,); for retrieval the captions, by their rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +50,18 @@ class ClipBatch:
     cls: torch.Tensor | None
     """(B, T, L, D) float32."""
     labels: torch.Tensor
-    """(B,)."""
+    """(B,); for retrieval the captions."""
+    texts: TextBatch | None = None
+    """Of those captions."""
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledRows:
-    """The good, labelled rows of a split."""
+    """The good, labelled rows of a split; for retrieval each row once for each of its captions."""
 
     rows: np.ndarray
     labels: np.ndarray
+    """For retrieval the captions, by their rows."""
     num_cached_frames: np.ndarray
     num_views: np.ndarray
     eval_clips: list[list[list[int]]]
@@ -81,15 +90,38 @@ def find_labelled_rows(store: StoreReader, split: str) -> LabelledRows:
     )
 
 
-def resolve_clip_frames(wanted: int | None, available: np.ndarray, store: StoreReader) -> int:
-    """T: what was asked for if every row holds as many frames, else 8 or the fewest that a row holds.
+def find_captioned_rows(store: StoreReader, split: str) -> LabelledRows:
+    """The captions of a split's good rows, each with its row, in the order of the captions."""
+    columns = ["video_id", "split", "status", "num_cached_frames", "num_views", "eval_clips"]
+    table = store.read_manifest(columns)
+    is_wanted = pyarrow.compute.and_(
+        pyarrow.compute.equal(table["split"], split), pyarrow.compute.equal(table["status"], "ok")
+    ).to_numpy()
+    row_of = {video_id: row for row, video_id in enumerate(table["video_id"].to_pylist()) if is_wanted[row]}
+    owners = [row_of.get(video_id, -1) for video_id in store.read_captions()["video_id"].to_pylist()]
+    rows = np.asarray(owners, dtype=np.int64)
+    captions = np.flatnonzero(rows >= 0)
+    rows = rows[captions]
+    return LabelledRows(
+        rows,
+        captions,
+        table["num_cached_frames"].take(rows).to_numpy().astype(np.int64),
+        table["num_views"].take(rows).to_numpy().astype(np.int64),
+        table["eval_clips"].take(rows).to_pylist(),
+    )
+
+
+def resolve_clip_frames(
+    wanted: int | None, available: np.ndarray, store: StoreReader, default: int = DEFAULT_CLIP_FRAMES
+) -> int:
+    """T: what was asked for if every row holds as many frames, else the default or the fewest that a row holds.
 
     Raises:
         StoreMismatchError: If a row holds fewer frames than were asked for.
     """
     fewest = int(available.min())
     if wanted is None:
-        return min(_DEFAULT_FRAMES, fewest)
+        return min(default, fewest)
     if wanted > fewest:
         raise StoreMismatchError(
             f"a clip of {wanted} frames was asked for, rows of {store.path} hold as few as {fewest}. "
@@ -199,9 +231,17 @@ class ClipLoader:
     """Reads planned batches with threads, a few ahead, and hands them over on the training device in order."""
 
     def __init__(
-        self, store: StoreReader, *, arrays: Sequence[str], layers: Sequence[int], device: torch.device
+        self,
+        store: StoreReader,
+        *,
+        arrays: Sequence[str],
+        layers: Sequence[int],
+        device: torch.device,
+        text_arrays: Sequence[str] = (),
     ) -> None:
         self._store = store
+        self._texts = TextReader(store) if text_arrays else None
+        self._text_arrays = text_arrays
         self._arrays = arrays
         self._layers = None if tuple(layers) == store.layout.layers else layers
         self._device = device
@@ -214,7 +254,7 @@ class ClipLoader:
     def load(self, plans: Sequence[ClipPlan]) -> Iterator[ClipBatch]:
         """Batches in the order of the plans."""
         with ThreadPoolExecutor(2, thread_name_prefix="s4v-read") as threads:
-            pending: deque[tuple[ClipPlan, Future[Clips]]] = deque()
+            pending: deque[tuple[ClipPlan, Future[_Read]]] = deque()
             try:
                 for plan in plans:
                     pending.append((plan, threads.submit(self._read, plan)))
@@ -226,10 +266,11 @@ class ClipLoader:
                 for _, future in pending:
                     future.cancel()
 
-    def _read(self, plan: ClipPlan) -> Clips:
-        return self._store.read_clips(
+    def _read(self, plan: ClipPlan) -> _Read:
+        clips = self._store.read_clips(
             plan.rows, plan.places, view=plan.views, layers=self._layers, arrays=self._arrays, allocate=self._allocate
         )
+        return clips, None if self._texts is None else self._texts.read(plan.labels, self._text_arrays)
 
     def _allocate(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """Room for an array; for a GPU pinned, so that its copy runs beside the step."""
@@ -240,8 +281,8 @@ class ClipLoader:
     def _copy(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)
 
-    def _hand_over(self, plan: ClipPlan, future: Future[Clips]) -> ClipBatch:
-        clips = future.result()
+    def _hand_over(self, plan: ClipPlan, future: Future[_Read]) -> ClipBatch:
+        clips, texts = future.result()
         pixels = None
         if clips.pixels is not None:
             raw = self._copy(clips.pixels)[:, :, self._shown]
@@ -251,7 +292,17 @@ class ClipLoader:
             None if clips.patches is None else self._copy(clips.patches),
             None if clips.cls is None else self._copy(clips.cls).float(),
             self._copy(plan.labels),
+            None if texts is None else hand_over_texts(texts, self._device),
         )
+
+
+def hand_over_texts(texts: Texts, device: torch.device) -> TextBatch:
+    """Texts on the training device, in float32."""
+    tokens, mask, embedding = (
+        None if values is None else torch.from_numpy(values).to(device, non_blocking=True)
+        for values in (texts.tokens, texts.mask, texts.embedding)
+    )
+    return TextBatch(None if tokens is None else tokens.float(), mask, embedding)
 
 
 def codec_for(store: StoreReader, layers: Sequence[int], device: torch.device) -> Codec:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ..errors import ConfigError
 
@@ -18,6 +18,9 @@ Family = Literal["clip", "eva"]
 Task = Literal["recognition", "retrieval"]
 """Clips to class scores, or frames to embeddings that are compared with texts."""
 
+Similarity = Literal["mean", "wti"]
+"""How a video and a text are compared: by their means, or by weighted token-wise interaction (train/interaction.py)."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
@@ -27,6 +30,10 @@ class TrainConfig:
     """The store."""
     out: Path
     """Folder of the run; it must not exist, but to resume."""
+    task: Task = "recognition"
+    """What is learnt: classes, or which text belongs to which video."""
+    interaction: Similarity = "mean"
+    """How frames are compared with texts, of retrieval."""
     head: str = "side4video"
     """What to train, by name."""
     preset: str = "auto"
@@ -38,19 +45,21 @@ class TrainConfig:
     inputs: Inputs = "all"
     """What the side network sees: `tokens` leaves out its pixel stem, `pixels` makes every token zero."""
     frames: int | None = None
-    """T, frames of a clip; None takes 8, fewer where rows hold fewer."""
+    """T, frames of a clip; None takes 8, for retrieval 12, fewer where rows hold fewer."""
     epochs: int | None = None
-    """None takes the preset's, else 30."""
-    batch_size: int = 32
-    """Clips in a step."""
+    """None takes the preset's, else 30, for retrieval 5."""
+    batch_size: int | None = None
+    """Clips in a step of one process; None takes 32, for retrieval 128: a text's negatives are the step's other
+    videos, of all processes."""
     learning_rate: float | None = None
     """Of AdamW, after the warm-up; None takes the preset's, else the reference's for the store's backbone: 1e-3 for B,
-    else 1e-4."""
+    else 1e-4; for retrieval 1e-4."""
     warmup_epochs: float | None = None
     """The rate rises from 0 over these, then falls as a cosine to 0; at most half of all epochs are used. None takes
-    the preset's, else 4."""
+    the preset's, else 4, for retrieval a tenth of all."""
     weight_decay: float | None = None
-    """On all parameters, as the reference has it; None takes the preset's, else 0.15."""
+    """On all parameters, as the reference has it; None takes the preset's, else 0.15. For retrieval on all but biases
+    and norms, 0.2."""
     label_smoothing: float | None = None
     """None takes the preset's, else 0.1."""
     checkpoint_activations: bool = False
@@ -66,7 +75,7 @@ class TrainConfig:
     accumulate: int = 1
     """Batches in one step of the optimiser."""
     clip_norm: float | None = None
-    """The gradient's norm is cut down to this; None leaves it, as the reference does."""
+    """The gradient's norm is cut down to this; None leaves it, as the reference does, but for retrieval takes 1."""
     validate_every: int = 1
     """Epochs between validations; the last epoch is always validated."""
     patience: int | None = None
@@ -105,11 +114,25 @@ class TrainConfig:
         for option, value in not_negative.items():
             if value is not None and not 0 <= value < math.inf:
                 raise ConfigError(f"{option} must be a number from 0 up; found {value:g}")
-        if self.inputs not in get_args(Inputs):
-            raise ConfigError(f"--inputs takes {', '.join(get_args(Inputs))}; found {self.inputs!r}")
+        _check_choice("--inputs", self.inputs, Inputs)
+        _check_choice("--task", self.task, Task)
+        _check_choice("--interaction", self.interaction, Similarity)
+        if self.task == "retrieval" and self.head != "side4video":
+            raise ConfigError(f"--task retrieval trains the side network; found --head {self.head}")
+        if self.task == "retrieval" and self.inputs == "pixels":
+            raise ConfigError("--inputs pixels leaves out the class token that retrieval adds to: take all or tokens")
+        if self.task == "retrieval" and self.label_smoothing is not None:
+            raise ConfigError("--label-smoothing has no effect on --task retrieval: leave it out")
+        if self.task == "recognition" and self.interaction != "mean":
+            raise ConfigError("--interaction has no effect on --task recognition: leave it out")
         if self.checkpoint_activations and self.head != "side4video":
             raise ConfigError(f"--checkpoint-activations has no effect on --head {self.head}: leave it out")
         if self.label_smoothing is not None and not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"--label-smoothing must lie in [0, 1); found {self.label_smoothing:g}")
         if self.precision not in (None, "fp32", "fp16", "bf16"):
             raise ConfigError(f"--precision takes fp32, fp16, bf16; found {self.precision!r}")
+
+
+def _check_choice(option: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ConfigError(f"{option} takes {', '.join(get_args(choices))}; found {value!r}")

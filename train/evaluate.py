@@ -146,21 +146,12 @@ def evaluate_run(
         StoreMismatchError: If the store does not fit the run, or the split has no good, labelled video.
         ConfigError: If the run is of retrieval, or was imported without a store and none is named.
     """
-    run = open_run(run_path)
+    run, store = open_run_and_store(run_path, features)
     if run.head.task == "retrieval":
         raise ConfigError(
-            f"{run.path} is a retrieval run: it embeds frames and knows no classes. s4v eval cannot evaluate retrieval "
-            "yet; s4v.train.run.load_checkpoint gives its network."
+            f"{run.path} is a retrieval run: it embeds frames and knows no classes; "
+            "s4v.train.retrieval.evaluate_retrieval_run evaluates it"
         )
-    if features is None and run.source["store"] is None:
-        raise ConfigError(f"{run.path} was imported without a store: name the one to evaluate on with --features")
-    try:
-        store = open_store(features if features is not None else run.source["store"])
-    except StoreNotFoundError as error:
-        if features is not None:
-            raise
-        raise StoreNotFoundError(f"the run's own store has gone: {error} Name where it is now: --features.") from error
-    require_matching_store(run, store)
     if not run.classes:
         _log.warning(
             "%s names no classes: taken in the order in which %s lists them. `s4v import --features` keeps them.",
@@ -219,6 +210,27 @@ def evaluate_run(
 
         write_results(run, store, result, figures, name)
     return figures
+
+
+def open_run_and_store(run_path: str | Path, features: str | Path | None) -> tuple[Run, StoreReader]:
+    """A run and a store that fits it: the one named, or the one that it was trained on.
+
+    Raises:
+        ConfigError: If the run was imported without a store and none is named.
+        StoreNotFoundError: If there is no such store.
+        StoreMismatchError: If they do not fit.
+    """
+    run = open_run(run_path)
+    if features is None and run.source["store"] is None:
+        raise ConfigError(f"{run.path} was imported without a store: name the one to evaluate on with --features")
+    try:
+        store = open_store(features if features is not None else run.source["store"])
+    except StoreNotFoundError as error:
+        if features is not None:
+            raise
+        raise StoreNotFoundError(f"the run's own store has gone: {error} Name where it is now: --features.") from error
+    require_matching_store(run, store)
+    return run, store
 
 
 def find_device(name: str) -> torch.device:

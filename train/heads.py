@@ -12,9 +12,9 @@ from torch import nn
 from ..errors import ConfigError, StoreMismatchError
 from ..store.codec import Codec
 from ..store.reader import StoreReader
-from .config import Family, Inputs, Task
+from .config import Family, Inputs, Similarity, Task
 from .presets import PAPER_SIDE_WIDTHS, side_family
-from .side_network import ARRAYS, RetrievalSideNetwork, SideNetwork, Tap
+from .side_network import ARRAYS, LadderSizes, RetrievalSideNetwork, SideNetwork, Tap
 
 _MOST_PROBE_WIDTH = 768
 """Of the attentive probe, beside backbones that are wider."""
@@ -46,6 +46,8 @@ class HeadConfig:
     """Of the tower's final norm, of retrieval."""
     has_projection_bias: bool = False
     """Whether the tower's projection has a bias, of retrieval."""
+    interaction: Similarity = "mean"
+    """How frames are compared with texts, of retrieval."""
 
 
 class LinearProbe(nn.Module):
@@ -148,6 +150,8 @@ def plan_head(
     layers: tuple[int, ...] | None = None,
     side_width: int | None = None,
     inputs: Inputs = "all",
+    task: Task = "recognition",
+    interaction: Similarity = "mean",
 ) -> HeadConfig:
     """Fit a head to a store.
 
@@ -157,6 +161,8 @@ def plan_head(
         layers: Backbone blocks to use; None takes all that the store holds.
         side_width: S; None takes the paper's for this backbone, about 0.4 D for others.
         inputs: What the side network sees.
+        task: What it is for.
+        interaction: How frames are compared with texts, of retrieval.
 
     Raises:
         ConfigError: If there is no such head, or the side width or the inputs do not fit it.
@@ -183,9 +189,23 @@ def plan_head(
         side_width = _default_side_width(name, layout.width)
     if side_width is not None and side_width % 64:
         raise ConfigError(f"--side-width must be a multiple of 64 (one attention head); found {side_width}")
+    if task == "retrieval" and chosen[-1] != (last := store.attributes["backbone"]["depth"] - 1):
+        raise StoreMismatchError(
+            f"retrieval adds to the class token of the backbone's last block, {last}; --layers ends with {chosen[-1]}"
+        )
+    ends: dict[str, Any] = {}
+    if task == "retrieval":
+        ends = {
+            "embed_dim": layout.embed_dim,
+            "norm_eps": float(store.head["norm_eps"]),
+            "has_projection_bias": "proj_bias" in store.head,
+            "interaction": interaction,
+        }
     return HeadConfig(
         name=name,
-        num_classes=len(store.classes.names),
+        task=task,
+        **ends,
+        num_classes=len(store.classes.names) if task == "recognition" else 0,
         layers=chosen,
         width=layout.width,
         num_patches=layout.num_patches,
@@ -214,20 +234,22 @@ def build_head(config: HeadConfig) -> Any:
             side_width=config.side_width,
             num_classes=config.num_classes,
         )
-    sizes: dict[str, Any] = {
+    sizes: LadderSizes = {
         "num_layers": len(config.layers),
         "width": config.width,
         "side_width": config.side_width,
         "num_patches": config.num_patches,
         "patch_px": config.patch_px,
         "family": config.family,
+        "inputs": config.inputs,
     }
     if config.task == "recognition":
-        return SideNetwork(**sizes, num_classes=config.num_classes, inputs=config.inputs)
+        return SideNetwork(**sizes, num_classes=config.num_classes)
     assert config.embed_dim is not None and config.norm_eps is not None
     return RetrievalSideNetwork(
         **sizes,
         embed_dim=config.embed_dim,
         norm_eps=config.norm_eps,
         has_projection_bias=config.has_projection_bias,
+        interaction=config.interaction,
     )

@@ -16,22 +16,39 @@ from torch import nn
 
 
 @dataclass(frozen=True, slots=True)
+class TextBatch:
+    """Texts as a store holds them, on the training device; what is not read is None."""
+
+    tokens: torch.Tensor | None
+    """(A, M, E) of words, not normalised."""
+    mask: torch.Tensor | None
+    """(A, M) bool, which of them are words; at least one a text."""
+    embedding: torch.Tensor | None
+    """(A, E) of the whole text, not normalised."""
+
+
+@dataclass(frozen=True, slots=True)
 class Interaction:
     """A batch of texts against a batch of videos."""
 
     similarities: torch.Tensor
     """(A, B) from -1 to 1, texts by videos."""
     decorrelation: torch.Tensor
-    """() the channel decorrelation loss of the pairs on the diagonal; zero where A and B differ."""
+    """() the channel decorrelation loss of the pairs on the diagonal; zero where A and B differ, and of means."""
 
 
 class MeanInteraction(nn.Module):
     """Cosine of the mean of a video's normalised frames and a text."""
 
-    def forward(self, texts: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
-        """Texts (A, E) and frames (B, T, E), neither normalised -> (A, B)."""
+    text_arrays = ("embedding",)
+    """What it reads of a text."""
+
+    def forward(self, texts: TextBatch, frames: torch.Tensor) -> Interaction:
+        """Compare (A) texts with (B) videos by their frames (B, T, E), not normalised."""
+        assert texts.embedding is not None
         videos = F.normalize(F.normalize(frames, dim=-1).mean(dim=1), dim=-1)
-        return F.normalize(texts, dim=-1) @ videos.T
+        similarities = F.normalize(texts.embedding, dim=-1) @ videos.T
+        return Interaction(similarities, similarities.new_zeros(()))
 
 
 class WeightedTokenInteraction(nn.Module):
@@ -43,6 +60,9 @@ class WeightedTokenInteraction(nn.Module):
         off_diagonal: Weight of how far different channels are from being uncorrelated; the reference's 0.
     """
 
+    text_arrays = ("tokens", "mask")
+    """What it reads of a text."""
+
     def __init__(self, width: int, *, on_diagonal: float = 0.11, off_diagonal: float = 0.0) -> None:
         super().__init__()
         self.text_weight = _make_weighting(width)
@@ -50,14 +70,10 @@ class WeightedTokenInteraction(nn.Module):
         self.on_diagonal = on_diagonal
         self.off_diagonal = off_diagonal
 
-    def forward(self, words: torch.Tensor, mask: torch.Tensor, frames: torch.Tensor) -> Interaction:
-        """Compare.
-
-        Args:
-            words: (A, M, E) tokens of texts, not normalised.
-            mask: (A, M) bool, which of them are words; at least one a text.
-            frames: (B, T, E), not normalised.
-        """
+    def forward(self, texts: TextBatch, frames: torch.Tensor) -> Interaction:
+        """Compare (A) texts, word by word, with (B) videos by their frames (B, T, E), not normalised."""
+        words, mask = texts.tokens, texts.mask
+        assert words is not None and mask is not None
         word_shares = self.text_weight(words)[..., 0].masked_fill(~mask, -torch.inf).softmax(dim=-1)  # (A, M)
         frame_shares = self.frame_weight(frames)[..., 0].softmax(dim=-1)  # (B, T)
         words, frames = F.normalize(words, dim=-1), F.normalize(frames, dim=-1)
@@ -108,8 +124,21 @@ def _make_weighting(width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
 
 
-def contrastive_loss(similarities: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
-    """CLIP's symmetric loss: each text's own video is on the diagonal of (A, A); the scale is a logarithm."""
+def contrastive_loss(
+    similarities: torch.Tensor, logit_scale: torch.Tensor, is_same: torch.Tensor | None = None
+) -> torch.Tensor:
+    """CLIP's symmetric loss: each text's own video is on the diagonal of (A, A); the scale is a logarithm.
+
+    Args:
+        similarities: (A, A), texts by videos.
+        logit_scale: ().
+        is_same: (A, A) bool, pairs off the diagonal that are right too, as where a video is there twice: they count
+            for neither side. None has none, as in the reference.
+    """
     logits = logit_scale.exp() * similarities
+    if is_same is not None:
+        logits = logits.masked_fill(
+            is_same & ~torch.eye(len(logits), dtype=torch.bool, device=logits.device), -torch.inf
+        )
     own = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2

@@ -15,24 +15,21 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
-from ..errors import ConfigError, EnvironmentFailedError, StoreMismatchError
+from ..errors import ConfigError, EnvironmentFailedError
 from ..store._files import write_json
 from ..store.reader import StoreReader, open_store
 from .clips import (
     ClipBatch,
     ClipLoader,
-    LabelledRows,
     codec_for,
-    find_labelled_rows,
     plan_training_epoch,
     resolve_clip_frames,
 )
 from .config import TrainConfig
-from .evaluate import accuracy_figures, evaluate_head
 from .heads import HeadConfig, build_head, plan_head
 from .logs import make_loggers
 from .presets import resolve_preset
-from .recipe import classification_loss, learning_rate_at, make_optimizer
+from .recipe import learning_rate_at, make_optimizer, set_learning_rate
 from .run import (
     CONFIG_NAME,
     Run,
@@ -45,6 +42,7 @@ from .run import (
     save_checkpoint,
 )
 from .state import STATE_NAME, Position, load_state, save_state
+from .tasks import TASKS, Task
 
 ReportEpoch = Callable[[dict[str, Any], int], None]
 """Called after each epoch with its metrics and the number of epochs."""
@@ -90,20 +88,24 @@ def train_run(config: TrainConfig, report: ReportEpoch = lambda *_: None) -> dic
     store = open_store(config.features)
     config = resolve_preset(config, store)
     head_config = plan_head(
-        config.head, store, layers=config.layers, side_width=config.side_width, inputs=config.inputs
+        config.head,
+        store,
+        layers=config.layers,
+        side_width=config.side_width,
+        inputs=config.inputs,
+        task=config.task,
+        interaction=config.interaction,
     )
-    training, validation = (find_labelled_rows(store, split) for split in (config.train_split, config.val_split))
-    _require_rows(store, training, config)
-    frames = resolve_clip_frames(
-        config.frames, np.concatenate([training.num_cached_frames, validation.num_cached_frames]), store
-    )
+    task = TASKS[config.task](config, store)
+    available = np.concatenate([task.training.num_cached_frames, task.validation.num_cached_frames])
+    frames = resolve_clip_frames(config.frames, available, store, task.default_frames)
     fabric = _make_fabric(config)
-    run = plan_run(config, frames, head_config, store, training.rows, fabric.world_size)
+    run = plan_run(config, frames, head_config, store, task.training.rows, fabric.world_size)
     fabric.barrier()  # no process looks at what the first one is about to write
     if fabric.is_global_zero:
         require_same_run(run) if can_resume else create_run(run)
     fabric.barrier()
-    return _Training(config, run, head_config, store, training, validation, fabric).fit(report)
+    return _Training(config, run, head_config, store, task, fabric).fit(report)
 
 
 class _Training:
@@ -115,26 +117,31 @@ class _Training:
         run: Run,
         head_config: HeadConfig,
         store: StoreReader,
-        training: LabelledRows,
-        validation: LabelledRows,
+        task: Task,
         fabric: Fabric,
     ) -> None:
         self._config = config
         self._run = run
         self._layers = head_config.layers
         self._store = store
-        self._training = training
-        self._validation = validation
+        self._task = task
         self._fabric = fabric
         torch.manual_seed(config.seed)
         self._module = build_head(head_config)
+        text_arrays = task.prepare_head(self._module)
         if config.checkpoint_activations:
             self._module.checkpoints_activations = True
         if config.with_compile:
             self._module.compile()
         self._head, self._optimizer = fabric.setup(self._module, make_optimizer(self._module, config))
         self._codec = codec_for(store, head_config.layers, fabric.device) if "patches" in self._module.arrays else None
-        self._loader = ClipLoader(store, arrays=self._module.arrays, layers=head_config.layers, device=fabric.device)
+        self._loader = ClipLoader(
+            store,
+            arrays=self._module.arrays,
+            layers=head_config.layers,
+            device=fabric.device,
+            text_arrays=text_arrays,
+        )
         self._position = Position()
         self._saved_at = time.monotonic()
         self._began = time.perf_counter()
@@ -181,7 +188,10 @@ class _Training:
             "run": str(self._run.path),
             "preset": self._config.preset,
             "epochs": self._position.epoch,
-            "videos": {"train": len(self._training), "val": len(self._validation)},
+            "videos": {
+                name: len(np.unique(data.rows))
+                for name, data in (("train", self._task.training), ("val", self._task.validation))
+            },
             "steps": self._position.steps,
             "best": self._position.best,
             "last": self._position.metrics,
@@ -214,8 +224,8 @@ class _Training:
 
         An epoch that was not validated is the best only as long as none was.
         """
-        old, found = self._position, metrics.get("val_top1")
-        highest = None if old.best is None else old.best.get("val_top1")
+        old, found = self._position, metrics.get(self._task.figure)
+        highest = None if old.best is None else old.best.get(self._task.figure)
         is_best = highest is None or (found is not None and found >= highest)
         is_better = highest is None or (found is not None and found > highest)
         self._position = Position(
@@ -230,13 +240,14 @@ class _Training:
 
     def _is_out_of_patience(self, patience: int | None) -> bool:
         """Whether the last epoch was validated, and so many went by since a better one."""
-        is_told = "val_top1" in self._position.metrics
+        is_told = self._task.figure in self._position.metrics
         return patience is not None and is_told and self._position.epoch - self._position.improved >= patience
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         config, position = self._config, self._position
+        assert config.batch_size is not None
         plans = plan_training_epoch(
-            self._training,
+            self._task.training,
             num_frames=self._run.frames,
             batch_size=config.batch_size,
             seed=config.seed,
@@ -256,9 +267,7 @@ class _Training:
         batches = self._loader.load(plans[position.step_in_epoch * accumulate : num_steps * accumulate])
         began, waited = time.perf_counter(), self._wait_s
         for step in range(position.step_in_epoch, num_steps):
-            rate = rate_at(step)
-            for group in self._optimizer.param_groups:
-                group["lr"] = rate
+            set_learning_rate(self._optimizer, rate_at(step))
             position.losses.append(self._step(batches, accumulate))
             position.steps += 1
             position.step_in_epoch = step + 1
@@ -280,8 +289,8 @@ class _Training:
             batch = next(batches)
             self._wait_s += time.perf_counter() - start
             with self._fabric.no_backward_sync(self._head, enabled=place + 1 < accumulate):
-                logits = self._head(batch.pixels, batch.patches, batch.cls, self._codec)
-                loss = classification_loss(logits, batch.labels, self._config)
+                output = self._head(batch.pixels, batch.patches, batch.cls, self._codec)
+                loss = self._task.compute_loss(self._module, output, batch, self._gather)
                 self._fabric.backward(loss / accumulate)
             losses.append(loss.detach())
         if self._config.clip_norm is not None:
@@ -291,22 +300,22 @@ class _Training:
         mean: torch.Tensor = self._fabric.all_reduce(torch.stack(losses).mean(), reduce_op="mean")  # type: ignore[assignment]
         return mean
 
+    def _gather(self, values: torch.Tensor) -> torch.Tensor:
+        """(B, ...) of this process to those of all, (B of all, ...), in the order of the processes."""
+        if self._fabric.world_size == 1:
+            return values
+        gathered: torch.Tensor = self._fabric.all_gather(values, sync_grads=True)  # type: ignore[assignment]
+        return gathered.flatten(0, 1)
+
     def _validate(self, epoch: int) -> dict[str, float]:
-        if not len(self._validation) or not self._fabric.is_global_zero:
+        if not len(self._task.validation) or not self._fabric.is_global_zero:
             return {}
         try:
-            result = evaluate_head(
-                self._module,
-                self._store,
-                self._validation,
-                layers=self._layers,
-                num_frames=self._run.frames,
-                batch_size=self._config.batch_size,
-                device=self._fabric.device,
+            return self._task.validate(
+                self._module, layers=self._layers, num_frames=self._run.frames, device=self._fabric.device
             )
         except EnvironmentFailedError:
             self._stop_as_diverged("a validation score", epoch, "")
-        return {"val_loss": result.loss, **{f"val_{k}": v for k, v in accuracy_figures(result).items()}}
 
     def _require_finite(self, losses: list[torch.Tensor], epoch: int, rows: np.ndarray) -> None:
         """Checked every 50 steps: asking a GPU for each loss would hold it up."""
@@ -325,29 +334,6 @@ class _Training:
             f"{what} became NaN or infinite in epoch {epoch + 1}, at or before step {self._position.steps}{where}. "
             f"Lower --learning-rate. {hint}"
         )
-
-
-def _require_rows(store: StoreReader, training: LabelledRows, config: TrainConfig) -> None:
-    """Refuse a store without training videos or without the validation split, and warn of an unfinished one."""
-    table = store.read_manifest(["split", "status", "label"])
-    counts = table.group_by(["split", "status"]).aggregate([("label", "count")]).to_pylist()
-    found = ", ".join(f"{c['split']}: {c['label_count']} labelled {c['status']}" for c in counts)
-    splits = set(table["split"].to_pylist())
-    if not len(training):
-        raise StoreMismatchError(
-            f"{store.path} has no good, labelled video in split {config.train_split!r}. It has {found}. "
-            "Name another --train-split, or extract a data set with labels."
-        )
-    if len(set(training.labels.tolist())) < 2:
-        raise StoreMismatchError(
-            f"the good training videos of {store.path} are all of one class: a classifier needs two or more"
-        )
-    if config.val_split not in splits and config.val_split != TrainConfig.__dataclass_fields__["val_split"].default:
-        raise StoreMismatchError(
-            f"{store.path} has no split {config.val_split!r} (--val-split); it has {', '.join(sorted(splits))}"
-        )
-    if any(c["status"] == "pending" for c in counts):
-        _log.warning("%s is not finished: %s. Training on what is there.", store.path, found)
 
 
 def _make_fabric(config: TrainConfig) -> Fabric:

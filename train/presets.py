@@ -1,8 +1,9 @@
 """The paper's networks and the reference's recipes by name, such as `b16-light-ssv2`: `--preset`.
 
-A preset is a size (which layers, S) and a recipe (epochs, rate, warm-up, weight decay, label smoothing). Options that
-were given win over it. What the facts that we hold do not state stays at s4v's default: frames of a clip (8; the
-paper tests with 8 and 16) and clips in a step (32; the reference takes 256 over 8 GPUs, for E/14 fewer).
+A preset is a size (which layers, S) and a recipe (epochs, rate, warm-up, weight decay, label smoothing, for retrieval
+also clips in a step and where gradients are cut). Options that were given win over it. What the facts that we hold do
+not state stays at s4v's default: frames of a clip (8; the paper tests with 8 and 16) and, for recognition, clips in a
+step (32; the reference takes 256 over 8 GPUs, for E/14 fewer).
 
 Source:
     Sizes: Side4Video, https://arxiv.org/abs/2311.15769. Recipes: the scripts and configurations of HJYao00/Side4Video
@@ -16,7 +17,7 @@ from typing import Any
 
 from ..errors import ConfigError, StoreMismatchError
 from ..store.reader import StoreReader
-from .config import Family, TrainConfig
+from .config import Family, Task, TrainConfig
 from .recipe import reference_learning_rate
 
 
@@ -52,7 +53,9 @@ class Recipe:
     learning_rate: float
     warmup_epochs: float = 4.0
     weight_decay: float = 0.15
-    label_smoothing: float = 0.1
+    label_smoothing: float | None = 0.1
+    batch_size: int = 32
+    clip_norm: float | None = None
 
 
 SIZES = {
@@ -75,12 +78,22 @@ _RECIPES = {
     ("e", "ssv2"): Recipe(25, 1e-4, warmup_epochs=6.0),
 }
 
+# The reference's of MSR-VTT, MSVD and VATEX, whatever the backbone.
+_RETRIEVAL_RECIPE = Recipe(5, 1e-4, weight_decay=0.2, label_smoothing=None, batch_size=128, clip_norm=1.0)
+_RETRIEVAL_SIDE_WIDTH = 320
+_RETRIEVAL_WARMUP = 0.1
+"""Of all epochs."""
+_RETRIEVAL_DATASETS = ("msrvtt", "msvd", "vatex")
+
 PAPER_SIDE_WIDTHS = {size.width: size.side_width for name, size in SIZES.items() if not name.endswith("-light")}
 """S of the paper's full networks, by the backbone's width."""
 
-DATASETS = tuple(sorted({dataset for _, dataset in _RECIPES}))
+DATASETS: dict[Task, tuple[str, ...]] = {
+    "recognition": tuple(sorted({dataset for _, dataset in _RECIPES})),
+    "retrieval": _RETRIEVAL_DATASETS,
+}
 
-PRESETS = tuple(f"{size}-{dataset}" for size in SIZES for dataset in DATASETS)
+PRESETS = tuple(f"{size}-{dataset}" for size in SIZES for sets in DATASETS.values() for dataset in sets)
 """Names that `--preset` takes beside auto and none."""
 
 
@@ -100,8 +113,9 @@ def resolve_preset(config: TrainConfig, store: StoreReader) -> TrainConfig:
         store: What it trains on.
 
     Returns:
-        The configuration with the preset's name, and neither rate, epochs, warm-up, weight decay nor label smoothing
-        None. `layers` and `side_width` stay None without a preset: they follow from the store.
+        The configuration with the preset's name, and neither rate, epochs, warm-up, weight decay, batch size nor, for
+        recognition, label smoothing None. `layers` and `side_width` stay None without a preset: they follow from the
+        store.
 
     Raises:
         ConfigError: If there is no such preset, or the head has no use for one.
@@ -112,13 +126,15 @@ def resolve_preset(config: TrainConfig, store: StoreReader) -> TrainConfig:
         name = find_preset(config, store) or "none"
     elif name != "none":
         _require_fitting_preset(config, store)
-    if name == "none":
-        recipe = Recipe(30, reference_learning_rate(store.layout.width))
-        sizes: dict[str, Any] = {}
-    else:
+    is_retrieval = config.task == "retrieval"
+    recipe = _RETRIEVAL_RECIPE if is_retrieval else Recipe(30, reference_learning_rate(store.layout.width))
+    sizes: dict[str, Any] = {"side_width": _RETRIEVAL_SIDE_WIDTH} if is_retrieval and _is_of_paper(store) else {}
+    if name != "none":
         size, recipe = _look_up(name)
-        sizes = {"layers": size.layers, "side_width": size.side_width}
+        sizes = {"layers": size.layers, "side_width": _RETRIEVAL_SIDE_WIDTH if is_retrieval else size.side_width}
     values = {**sizes, **asdict(recipe)}
+    if is_retrieval:
+        values["warmup_epochs"] = _RETRIEVAL_WARMUP * (config.epochs or recipe.epochs)
     chosen = {field: value for field, value in values.items() if getattr(config, field) is None}
     return replace(config, preset=name, **chosen)
 
@@ -126,7 +142,7 @@ def resolve_preset(config: TrainConfig, store: StoreReader) -> TrainConfig:
 def find_preset(config: TrainConfig, store: StoreReader) -> str | None:
     """The preset that `auto` takes; None where the backbone, the data set or the layers are in no preset."""
     dataset = store.attributes["dataset"]["name"]
-    if config.head != "side4video" or dataset not in DATASETS:
+    if config.head != "side4video" or dataset not in DATASETS[config.task]:
         return None
     layers = set(config.layers or store.layout.layers)
     # The full network comes before the light one of the same backbone: every layer in a store is the full one's.
@@ -139,7 +155,12 @@ def find_preset(config: TrainConfig, store: StoreReader) -> str | None:
 
 def _look_up(name: str) -> tuple[Size, Recipe]:
     size, _, dataset = name.rpartition("-")
-    return SIZES[size], _RECIPES[SIZES[size].recipe, dataset]
+    recipe = _RETRIEVAL_RECIPE if dataset in _RETRIEVAL_DATASETS else _RECIPES[SIZES[size].recipe, dataset]
+    return SIZES[size], recipe
+
+
+def _is_of_paper(store: StoreReader) -> bool:
+    return any(_is_beside(size, store) for size in SIZES.values())
 
 
 def _is_beside(size: Size, store: StoreReader) -> bool:
@@ -153,6 +174,8 @@ def _require_fitting_preset(config: TrainConfig, store: StoreReader) -> None:
         raise ConfigError(f"--preset takes auto, none, {', '.join(PRESETS)}; found {config.preset!r}")
     if config.head != "side4video":
         raise ConfigError(f"--preset has no effect on --head {config.head}: leave it out, or train --head side4video")
+    if config.preset.rpartition("-")[2] not in DATASETS[config.task]:
+        raise ConfigError(f"--preset {config.preset} is not for --task {config.task}")
     size, _ = _look_up(config.preset)
     if not _is_beside(size, store):
         backbone = store.attributes["backbone"]

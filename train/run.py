@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from ..errors import RunExistsError, RunNotFoundError, StoreDamagedError, StoreMismatchError
 from ..store._files import hash_file, hash_text, read_json, write_atomic, write_json, write_text
 from ..store.reader import StoreReader
-from .config import TrainConfig
+from .config import Task, TrainConfig
 from .heads import HeadConfig, build_head
 from .presets import side_family
 
@@ -143,16 +143,30 @@ def open_run(path: str | Path) -> Run:
         raise RunNotFoundError(f"{path / CONFIG_NAME} is not a run's configuration: {error!r}") from error
 
 
-def find_newest_run(folder: Path = Path("runs")) -> Path:
+def find_newest_run(folder: Path = Path("runs"), *, task: Task | None = None) -> Path:
     """The run whose best checkpoint was written last.
+
+    Args:
+        folder: Where runs are.
+        task: Only runs of this task, imported ones left out; None takes any.
 
     Raises:
         RunNotFoundError: If there is none.
     """
     checkpoints = sorted(folder.glob("*/best.json"), key=lambda p: p.stat().st_mtime)
+    if task is not None:
+        checkpoints = [path for path in checkpoints if _is_trained_for(task, path.parent)]
     if not checkpoints:
         raise RunNotFoundError(f"no run in {folder.resolve()}: name one with --run, or train one first")
     return checkpoints[-1].parent
+
+
+def _is_trained_for(task: Task, path: Path) -> bool:
+    try:
+        run = open_run(path)
+    except RunNotFoundError:
+        return False
+    return run.head.task == task and "imported_from" not in run.config
 
 
 def describe_source(store: StoreReader) -> dict[str, Any]:
@@ -197,7 +211,9 @@ def require_matching_store(run: Run, store: StoreReader) -> None:
         )
     if missing := sorted(set(run.head.layers) - set(store.layout.layers)):
         differences.append(f"layers {missing} are not in the store")
-    if not run.classes and len(store.classes.names) != run.head.num_classes:
+    if run.head.task == "retrieval":
+        pass  # it knows no classes
+    elif not run.classes and len(store.classes.names) != run.head.num_classes:
         differences.append(f"classes: {len(store.classes.names)} in the store, {run.head.num_classes} in the run")
     elif run.classes and set(store.classes.names) != set(run.classes):
         only_store = sorted(set(store.classes.names) - set(run.classes))

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NotRequired, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -29,7 +30,8 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from ..errors import StoreMismatchError
 from ..store.codec import Codec
-from .config import Family, Inputs
+from .config import Family, Inputs, Similarity
+from .interaction import MeanInteraction, WeightedTokenInteraction
 
 _HEAD_WIDTH = 64
 
@@ -50,6 +52,18 @@ ARRAYS: dict[str, tuple[str, ...]] = {
     "pixels": ("pixels",),
 }
 """By what a side network sees: the arrays of a store that it reads."""
+
+
+class LadderSizes(TypedDict):
+    """What every variant is built from; `SideLadder` says what each means."""
+
+    num_layers: int
+    width: int
+    side_width: int
+    num_patches: int
+    patch_px: int
+    family: NotRequired[Family]
+    inputs: NotRequired[Inputs]
 
 
 class SideLadder(nn.Module):
@@ -82,14 +96,14 @@ class SideLadder(nn.Module):
         self.arrays = ARRAYS[inputs]
         self.width = width
         self.num_patches = num_patches
+        self.is_post_norm = family == "eva"
         self._position_std = _POSITION_STD[family]
         self.checkpoints_activations = False
         """Whether each layer is computed again in the backward pass: less memory, a third more time."""
-        is_post_norm = family == "eva"
         self.stem = PixelStem(side_width, patch_px) if "pixels" in self.arrays else None
         self.position = nn.Parameter(torch.empty(num_patches + has_class_position, side_width))
-        self.taps = nn.ModuleList(Tap(width, side_width, is_post_norm) for _ in range(num_layers))
-        self.blocks = nn.ModuleList(SideBlock(side_width, is_post_norm) for _ in range(num_layers))
+        self.taps = nn.ModuleList(Tap(width, side_width, self.is_post_norm) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(SideBlock(side_width, self.is_post_norm) for _ in range(num_layers))
 
     def draw_position(self) -> None:
         """Initialise the position embedding: last of all, so that a seed gives the weights that it always gave."""
@@ -161,28 +175,10 @@ class SideNetwork(SideLadder):
     The others are those of `SideLadder`.
     """
 
-    def __init__(
-        self,
-        *,
-        num_layers: int,
-        width: int,
-        side_width: int,
-        num_patches: int,
-        patch_px: int,
-        num_classes: int,
-        family: Family = "clip",
-        inputs: Inputs = "all",
-    ) -> None:
-        super().__init__(
-            num_layers=num_layers,
-            width=width,
-            side_width=side_width,
-            num_patches=num_patches,
-            patch_px=patch_px,
-            family=family,
-            inputs=inputs,
-        )
-        self.norm = BatchNorm(side_width) if family == "clip" else None
+    def __init__(self, *, num_classes: int, **sizes: Unpack[LadderSizes]) -> None:
+        super().__init__(**sizes)
+        side_width = sizes["side_width"]
+        self.norm = None if self.is_post_norm else BatchNorm(side_width)
         self.classifier = nn.Linear(side_width, num_classes)
         self.draw_position()
 
@@ -208,6 +204,7 @@ class RetrievalSideNetwork(SideLadder):
         embed_dim: E, the backbone's.
         norm_eps: Of the tower's final norm: 1e-5 for CLIP, 1e-6 for EVA.
         has_projection_bias: Whether the tower's projection has a bias: EVA's has.
+        interaction: How its frames are compared with texts, by the module of that name; `forward` does not use it.
 
     The others are those of `SideLadder`.
     """
@@ -215,32 +212,23 @@ class RetrievalSideNetwork(SideLadder):
     def __init__(
         self,
         *,
-        num_layers: int,
-        width: int,
-        side_width: int,
-        num_patches: int,
-        patch_px: int,
         embed_dim: int,
         norm_eps: float,
         has_projection_bias: bool,
-        family: Family = "clip",
+        interaction: Similarity = "mean",
+        **sizes: Unpack[LadderSizes],
     ) -> None:
-        super().__init__(
-            num_layers=num_layers,
-            width=width,
-            side_width=side_width,
-            num_patches=num_patches,
-            patch_px=patch_px,
-            family=family,
-            has_class_position=family == "clip",
-        )
+        super().__init__(**sizes, has_class_position=sizes.get("family", "clip") == "clip")
+        width, side_width = sizes["width"], sizes["side_width"]
         self.norm = BatchNorm(side_width)
         self.widen = nn.Linear(side_width, width, bias=False)
         self.end = TowerEnd(width, embed_dim, norm_eps, has_projection_bias)
-        nn.init.normal_(self.widen.weight, std=side_width**-0.5)
+        # Before training, frames are embedded as the backbone alone embeds them.
+        nn.init.zeros_(self.widen.weight)
         # The reference trains the end of EVA's tower along, at a thousandth of the rate, and leaves CLIP's frozen.
-        self.end.requires_grad_(family == "eva")
+        self.end.requires_grad_(self.is_post_norm)
         self.draw_position()
+        self.interaction = WeightedTokenInteraction(embed_dim) if interaction == "wti" else MeanInteraction()
 
     def forward(
         self,

@@ -36,7 +36,7 @@ def test_all_methods_stand_in_one_table_and_nothing_is_trained_twice(int8_store,
     def refuse(*_):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("s4v.train.loop.classification_loss", refuse)
+    monkeypatch.setattr("s4v.train.tasks.classification_loss", refuse)
     assert compare_methods(base_for(int8_store, tmp_path / "c"), methods=methods, seeds=2) == lines
 
 

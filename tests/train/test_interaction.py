@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from s4v.train.interaction import MeanInteraction, WeightedTokenInteraction, contrastive_loss
+from s4v.train.interaction import MeanInteraction, TextBatch, WeightedTokenInteraction, contrastive_loss
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def interaction(golden):
 
 def test_it_is_the_references(golden, interaction):
     io, config = golden
-    found = interaction(io["text"], io["text_mask"].bool(), io["video"])
+    found = interaction(TextBatch(io["text"], io["text_mask"].bool(), None), io["video"])
     for name, ours in (("eval_t2v", found.similarities), ("eval_v2t", found.similarities.T)):
         assert (ours - io[name]).abs().max() <= 1e-5 * io[name].abs().max()
     scaled = math.exp(config["logit_scale_log"]) * found.similarities
@@ -39,20 +39,31 @@ def test_what_is_no_word_is_not_heard(golden, interaction):
     io, _ = golden
     mask = io["text_mask"].bool()
     noise = torch.where(mask[..., None], io["text"], torch.randn_like(io["text"]))
-    expected, found = (interaction(words, mask, io["video"]) for words in (io["text"], noise))
+    expected, found = (interaction(TextBatch(words, mask, None), io["video"]) for words in (io["text"], noise))
     torch.testing.assert_close(found.similarities, expected.similarities)
     torch.testing.assert_close(found.decorrelation, expected.decorrelation)
-    assert interaction(io["text"][:2], mask[:2], io["video"]).decorrelation == 0
+    assert interaction(TextBatch(io["text"][:2], mask[:2], None), io["video"]).decorrelation == 0
 
 
 def test_means_and_loss_by_hand():
     frames = torch.tensor([[[2.0, 0.0], [0.0, 5.0]], [[0.0, 1.0], [0.0, 1.0]]])
     texts = torch.tensor([[3.0, 0.0], [0.0, 0.1]])
     half = 0.5**0.5
-    torch.testing.assert_close(MeanInteraction()(texts, frames), torch.tensor([[half, 0.0], [half, 1.0]]))
+    found = MeanInteraction()(TextBatch(None, None, texts), frames)
+    torch.testing.assert_close(found.similarities, torch.tensor([[half, 0.0], [half, 1.0]]))
     similarities = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     expected = math.log(1 + math.exp(-2))
     assert contrastive_loss(similarities, torch.tensor(math.log(2.0))).item() == pytest.approx(expected, rel=1e-6)
     assert contrastive_loss(1 - similarities, torch.tensor(math.log(2.0))).item() == pytest.approx(
         2 + expected, rel=1e-6
     )
+
+
+def test_pairs_that_are_right_too_are_nobodys_negatives():
+    similarities = torch.tensor([[1.0, 0.9, 0.0], [0.9, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    is_same = torch.zeros(3, 3, dtype=torch.bool)
+    is_same[0, 1] = is_same[1, 0] = is_same[0, 0] = True
+    found = contrastive_loss(similarities, torch.tensor(0.0), is_same)
+    own, other = math.exp(1), math.exp(0)
+    expected = (2 * math.log(1 + other / own) + math.log(1 + 2 * other / own)) / 3
+    assert found.item() == pytest.approx(expected, rel=1e-6)

@@ -47,7 +47,7 @@ def test_the_table_holds_the_papers_sizes():
     found = {name: f"{len(size.layers)}x{size.side_width}" for name, size in SIZES.items()}
     assert found == {"b16": "12x320", "b16-light": "6x192", "l14": "24x512", "l14-light": "12x320", "e14": "32x576"}
     assert all(size.layers[-1] == size.depth - 1 for size in SIZES.values()), "the last block is always tapped"
-    assert len(PRESETS) == len(SIZES) * len(DATASETS) == 15
+    assert len(PRESETS) == len(SIZES) * sum(map(len, DATASETS.values())) == 30
 
 
 @pytest.mark.parametrize(
@@ -92,13 +92,33 @@ def test_where_no_preset_fits_the_defaults_hold(make_store, backbone, layers, da
         warmup_epochs=4.0,
         weight_decay=0.15,
         label_smoothing=0.1,
+        batch_size=32,
     )
+
+
+@pytest.mark.parametrize(
+    ("backbone", "layers", "dataset", "name"),
+    [
+        ("b16", range(12), "msrvtt", "b16-msrvtt"),
+        ("l14", every_second(24), "vatex", "l14-light-vatex"),
+        ("e14", every_second(64), "msvd", "e14-msvd"),
+        ("b16", range(12), "k400", "none"),
+    ],
+)
+def test_retrieval_has_one_recipe(make_store, backbone, layers, dataset, name):
+    found = resolve_preset(config(task="retrieval"), make_store(backbone, dataset, layers))
+    assert (found.preset, found.side_width, found.epochs, found.learning_rate) == (name, 320, 5, 1e-4)
+    assert (found.warmup_epochs, found.weight_decay, found.batch_size, found.clip_norm) == (0.5, 0.2, 128, 1.0)
+    longer = resolve_preset(config(task="retrieval", epochs=20), make_store(backbone, dataset, layers))
+    assert longer.warmup_epochs == 2.0, "a tenth of all epochs"
 
 
 def test_given_options_win(make_store):
     given = dict(epochs=3, learning_rate=0.5, warmup_epochs=0.0, weight_decay=0.0, label_smoothing=0.0, side_width=64)
     store = make_store("b16", "ssv1", range(12))
-    assert resolve_preset(config(**given), store) == config(**given, preset="b16-ssv1", layers=tuple(range(12)))
+    assert resolve_preset(config(**given), store) == config(
+        **given, preset="b16-ssv1", layers=tuple(range(12)), batch_size=32
+    )
     light = resolve_preset(config(layers=every_second(12)), store)
     assert light.preset == "b16-light-ssv1", "the layers that were asked for are the light network's"
     assert resolve_preset(config(preset="b16-light-k400"), store).layers == every_second(12)

@@ -1,10 +1,8 @@
 """Trainings that are killed and go on, in one process and in two."""
 
 import json
-import os
 import random
 import shutil
-import subprocess
 import sys
 import time
 
@@ -13,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from s4v.errors import ConfigError, RunExistsError, StoreDamagedError
-from s4v.train import loop
+from s4v.train import loop, tasks
 from s4v.train.config import TrainConfig
 from s4v.train.evaluate import evaluate_run
 from s4v.train.loop import train_run
@@ -34,14 +32,11 @@ def undisturbed(int8_store, tmp_path_factory):
     return out, train_run(config_for(int8_store, out))
 
 
-def assert_same_run(out, expected):
-    for name in ("metrics.jsonl", "last.safetensors", "best.safetensors", "last.json", "best.json"):
-        assert (out / name).read_bytes() == (expected / name).read_bytes(), name
-
-
 @pytest.mark.parametrize("step", range(NUM_STEPS))
-def test_a_run_that_was_stopped_in_a_step_goes_on_to_the_same_bit(step, undisturbed, int8_store, tmp_path, monkeypatch):
-    seen, loss = [], loop.classification_loss
+def test_a_run_that_was_stopped_in_a_step_goes_on_to_the_same_bit(
+    assert_same_run, step, undisturbed, int8_store, tmp_path, monkeypatch
+):
+    seen, loss = [], tasks.classification_loss
 
     def stop(*arguments):
         seen.append(None)
@@ -50,7 +45,7 @@ def test_a_run_that_was_stopped_in_a_step_goes_on_to_the_same_bit(step, undistur
         return loss(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "classification_loss", stop)
+        patch.setattr(tasks, "classification_loss", stop)
         with pytest.raises(KeyboardInterrupt):
             train_run(config_for(int8_store, tmp_path / "run"))
     before = len(seen)
@@ -61,7 +56,9 @@ def test_a_run_that_was_stopped_in_a_step_goes_on_to_the_same_bit(step, undistur
 
 
 @pytest.mark.parametrize("name", ["save_checkpoint", "save_state", "append_metrics"])
-def test_a_run_that_was_stopped_at_the_end_of_an_epoch_goes_on(name, undisturbed, int8_store, tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_at_the_end_of_an_epoch_goes_on(
+    assert_same_run, name, undisturbed, int8_store, tmp_path, monkeypatch
+):
     def stop(*_):
         raise KeyboardInterrupt
 
@@ -86,7 +83,7 @@ def test_resuming_a_finished_run_changes_nothing(undisturbed, int8_store, tmp_pa
     assert summary["seconds"] > 0
 
 
-def test_resume_starts_a_run_that_was_never_begun(undisturbed, int8_store, tmp_path):
+def test_resume_starts_a_run_that_was_never_begun(assert_same_run, undisturbed, int8_store, tmp_path):
     train_run(config_for(int8_store, tmp_path / "new", resume=True))
     assert_same_run(tmp_path / "new", undisturbed[0])
 
@@ -180,23 +177,7 @@ def test_wandb_is_asked_for_only_where_it_is_installed(int8_store, tmp_path, mon
         train_run(config_for(int8_store, tmp_path / "run", wandb="project"))
 
 
-def train(store, out, *options, processes=1, **environment):
-    command = [sys.executable, "-m"]
-    if processes > 1:
-        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    command += ["s4v", "train", "--features", str(store), "--out", str(out), "--epochs", "2", "--warmup-epochs", "1"]
-    command += ["--side-width", "64", "--device", "cpu", "--checkpoint-minutes", "0", *options]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process):
-    out, err = process.communicate(timeout=180)
-    assert process.returncode == 0, err
-    return out
-
-
-def test_two_processes_train_as_one_does_on_their_joined_batches(int8_store, tmp_path):
+def test_two_processes_train_as_one_does_on_their_joined_batches(finish, train, int8_store, tmp_path):
     out = finish(train(int8_store, tmp_path / "two", "--batch-size", "2", "--json", processes=2))
     assert len(out.strip().splitlines()) == 1, "one process speaks"
     assert json.loads(out.strip().splitlines()[-1])["steps"] == 4
@@ -206,7 +187,7 @@ def test_two_processes_train_as_one_does_on_their_joined_batches(int8_store, tmp
         assert ours == pytest.approx(theirs, rel=2e-4)
 
 
-def test_two_processes_have_the_statistics_and_gradients_of_one(int8_store, tmp_path):
+def test_two_processes_have_the_statistics_and_gradients_of_one(finish, train, int8_store, tmp_path):
     """At a rate that moves no weight: AdamW makes much of differences in the last bit of a gradient near zero."""
     finish(train(int8_store, tmp_path / "two", "--batch-size", "2", "--learning-rate", "1e-12", processes=2))
     train_run(config_for(int8_store, tmp_path / "one", batch_size=4, learning_rate=1e-12))
@@ -219,7 +200,7 @@ def test_two_processes_have_the_statistics_and_gradients_of_one(int8_store, tmp_
 
 
 @pytest.mark.slow
-def test_sigkill_at_random_moments_leaves_the_same_metrics(int8_store, tmp_path):
+def test_sigkill_at_random_moments_leaves_the_same_metrics(assert_same_run, finish, train, int8_store, tmp_path):
     start = time.monotonic()
     finish(train(int8_store, tmp_path / "whole", "--batch-size", "2"))
     seconds = time.monotonic() - start

@@ -1,0 +1,239 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from s4v.cli import app
+from s4v.errors import ConfigError, StoreMismatchError
+from s4v.store.manifest import read_table
+from s4v.store.reader import open_store
+from s4v.store.texts import TextReader
+from s4v.train import tasks
+from s4v.train.clips import find_captioned_rows
+from s4v.train.config import TrainConfig
+from s4v.train.evaluate import evaluate_run
+from s4v.train.heads import build_head, plan_head
+from s4v.train.loop import train_run
+from s4v.train.ranking import measure_retrieval
+from s4v.train.recipe import learning_rate_at, make_optimizer
+from s4v.train.retrieval import (
+    evaluate_frozen_retrieval,
+    evaluate_retrieval,
+    evaluate_retrieval_run,
+    read_frozen_clips,
+)
+from s4v.train.run import find_newest_run, open_run, read_metrics
+
+CPU = torch.device("cpu")
+
+
+def config_for(store, out, **changes):
+    values = dict(features=store, out=out, task="retrieval", epochs=2, batch_size=4, side_width=64, device="cpu")
+    return TrainConfig(**{**values, "checkpoint_minutes": 0.0, **changes})
+
+
+@pytest.fixture(scope="module", params=["mean", "wti"])
+def trained(request, captioned_store, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / request.param
+    return out, train_run(config_for(captioned_store, out, interaction=request.param))
+
+
+def test_each_caption_is_a_pair_with_its_good_video(captioned_store):
+    store = open_store(captioned_store)
+    captions = store.read_captions().to_pylist()
+    ids = store.read_manifest(["video_id"])["video_id"].to_pylist()
+    for split, count in (("train", 12), ("val", 6)):
+        data = find_captioned_rows(store, split)
+        assert len(data) == count
+        for row, caption in zip(data.rows, data.labels, strict=True):
+            assert captions[caption]["video_id"] == ids[row]
+    assert not len(find_captioned_rows(store, "test"))
+
+
+@pytest.mark.parametrize("interaction", ["mean", "wti"])
+def test_an_untrained_network_is_the_frozen_backbone(captioned_store, interaction):
+    """Of a float32 store to float32's last bits: the same class tokens through the same norm and projection."""
+    store = open_store(captioned_store)
+    head = build_head(plan_head("side4video", store, side_width=64, task="retrieval", interaction=interaction))
+    head.end.load_arrays(store.head)
+    data = find_captioned_rows(store, "val")
+    options = dict(layers=store.layout.layers, num_frames=4, batch_size=3, device=CPU)
+    found, frozen = evaluate_retrieval(head, store, data, **options), evaluate_frozen_retrieval(store, data, 4)
+    np.testing.assert_array_equal(found.video_of_text, frozen.video_of_text)
+    np.testing.assert_array_equal(
+        store.read_embeddings()[data.rows, 0, :4][[0]], read_frozen_clips(store, data, 4)[[0]]
+    )
+    if interaction == "mean":
+        np.testing.assert_allclose(found.scores, frozen.scores, rtol=0, atol=2e-6)
+
+
+def test_a_run_trains_and_knows_its_figures(trained, captioned_store):
+    out, summary = trained
+    metrics = read_metrics(open_run(out))
+    assert {"train_loss", "val_r1", "val_r5", "val_r10", "val_median_rank"} <= set(metrics[0])
+    assert summary["steps"] == 6 and summary["videos"] == {"train": 8, "val": 4}
+    assert summary["preset"] == "none"
+    saved = json.loads((out / "config.json").read_text())
+    assert saved["head"]["interaction"] == out.name and saved["train"]["clip_norm"] == 1.0
+    figures = evaluate_retrieval_run(out, checkpoint="last", with_dual_softmax=True)
+    assert figures["text_to_video"]["r1"] == metrics[-1]["val_r1"]
+    assert figures["videos"] == 4 and figures["captions"] == 6 and figures["lost_captions"] == 1
+    assert {"text_to_video", "video_to_text"} == set(figures["dual_softmax"]) == set(figures["frozen"])
+    ranks = read_table(out / "ranks_val.parquet").to_pylist()
+    assert np.mean([one["rank"] == 1 for one in ranks]) == figures["text_to_video"]["r1"]
+    assert all((one["first"] == one["video_id"]) for one in ranks if one["rank"] == 1)
+    backwards = evaluate_retrieval_run(out, checkpoint="last", is_backwards=True)
+    assert backwards["is_backwards"] and (out / "eval_val_backwards.json").exists()
+
+
+def test_weights_move_but_the_backbones_end_does_not(trained, captioned_store):
+    state, head = load_file(trained[0] / "last.safetensors"), open_store(captioned_store).head
+    np.testing.assert_array_equal(state["end.norm.weight"], head["norm_weight"])
+    np.testing.assert_array_equal(state["end.project.weight"], head["proj_weight"])
+    assert state["widen.weight"].abs().sum() > 0
+    assert any(name.startswith("interaction.") for name in state) == (trained[0].name == "wti")
+
+
+def test_captions_that_are_told_apart_can_be_learnt(captioned_store, tmp_path):
+    """Enough steps at a high rate overfit the training videos: their captions then stand nearer to them."""
+    quick = dict(epochs=16, validate_every=16, learning_rate=1e-2, val_split="train")
+    train_run(config_for(captioned_store, tmp_path / "run", **quick))
+    losses = [line["train_loss"] for line in read_metrics(open_run(tmp_path / "run"))]
+    assert losses[-1] < 0.8 * losses[0]
+    figures = evaluate_retrieval_run(tmp_path / "run", split="train")
+    assert figures["text_to_video"]["mean_rank"] < 0.75 * figures["frozen"]["text_to_video"]["mean_rank"]
+
+
+def test_negatives_are_other_videos_that_the_text_does_not_fit(captioned_store):
+    store = open_store(captioned_store)
+    task = tasks.Retrieval(config_for(captioned_store, None), store)
+    captions = store.read_captions().to_pylist()
+    pairs = task._identities[task.training.labels]
+    is_same = (pairs[:, None] == pairs[None]).any(dim=2).numpy()
+    told = [captions[place] for place in task.training.labels]
+    expected = [[a["video_id"] == b["video_id"] or a["text"] == b["text"] for b in told] for a in told]
+    np.testing.assert_array_equal(is_same, expected)
+    assert is_same.sum() == 12 + 2 * 4 + 2, "itself, the second caption of four videos, one text of two videos"
+    # The odd one of the two videos has a second caption, of which the text's equality does not tell.
+
+
+def test_two_processes_share_their_negatives(finish, train, captioned_store, tmp_path):
+    options = ["--task", "retrieval", "--interaction", "wti", "--learning-rate", "1e-12"]
+    finish(train(captioned_store, tmp_path / "two", "--batch-size", "3", *options, processes=2))
+    one = config_for(captioned_store, tmp_path / "one", batch_size=6, interaction="wti", learning_rate=1e-12)
+    train_run(TrainConfig(**{**{n: getattr(one, n) for n in TrainConfig.__dataclass_fields__}, "warmup_epochs": 1.0}))
+    first, second = (read_metrics(open_run(tmp_path / name)) for name in ("one", "two"))
+    for ours, theirs in zip(first, second, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4)
+    ours, theirs = (load_file(tmp_path / name / "state.safetensors") for name in ("one", "two"))
+    compared = [name for name in ours if name.endswith("exp_avg")]
+    assert len(compared) > 50
+    for name in compared:
+        largest = ours[name].abs().max()
+        assert (ours[name] - theirs[name]).abs().max() <= 1e-3 * largest + 1e-6, name
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_stopped_run_goes_on_to_the_same_bit(assert_same_run, step, trained, captioned_store, tmp_path, monkeypatch):
+    seen, loss = [], tasks.contrastive_loss
+
+    def stop(*arguments):
+        seen.append(None)
+        if len(seen) == step + 1:
+            raise KeyboardInterrupt
+        return loss(*arguments)
+
+    interaction = trained[0].name
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "contrastive_loss", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_run(config_for(captioned_store, tmp_path / "run", interaction=interaction))
+    train_run(config_for(captioned_store, tmp_path / "run", interaction=interaction, resume=True))
+    assert_same_run(tmp_path / "run", trained[0])
+
+
+def test_the_recipe_is_the_references():
+    config = TrainConfig(
+        features=None, out=None, task="retrieval", epochs=5, learning_rate=1e-4, warmup_epochs=0.5, weight_decay=0.2
+    )
+    assert learning_rate_at(0.25, config) == pytest.approx(0.5e-4)
+    for epoch in (0.5, 2.5, 4.9):
+        assert learning_rate_at(epoch, config) == pytest.approx(0.5e-4 * (1 + np.cos(np.pi * epoch / 5)))
+
+
+def test_biases_norms_and_the_backbones_end_are_spared(captioned_store):
+    store = open_store(captioned_store)
+    config = TrainConfig(features=None, out=None, task="retrieval", learning_rate=1e-4, weight_decay=0.2)
+    head = build_head(plan_head("side4video", store, side_width=64, task="retrieval", interaction="wti"))
+    head.end.requires_grad_(True)  # as beside EVA
+    optimizer = make_optimizer(head, config)
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert len(group_of) == len(list(head.parameters()))
+    for name, parameter in head.named_parameters():
+        group = group_of[id(parameter)]
+        is_plain = name.endswith("bias") or "norm" in name
+        assert group["weight_decay"] == (0.0 if is_plain else 0.2), name
+        assert group["rate_share"] == (1e-3 if name.startswith("end.") else 1.0), name
+
+
+def test_perfect_scores_are_perfect(captioned_store):
+    data = find_captioned_rows(open_store(captioned_store), "val")
+    frozen = evaluate_frozen_retrieval(open_store(captioned_store), data, 4)
+    scores = np.eye(len(frozen.rows), dtype=np.float32)[frozen.video_of_text]
+    assert measure_retrieval(scores, frozen.video_of_text)["text_to_video"].recall[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(head="linear"), "--task retrieval trains the side network; found --head linear"),
+        (dict(inputs="pixels"), "--inputs pixels leaves out the class token"),
+        (dict(label_smoothing=0.1), "--label-smoothing has no effect on --task retrieval"),
+        (dict(task="search"), "--task takes recognition, retrieval; found 'search'"),
+        (dict(interaction="dot"), "--interaction takes mean, wti; found 'dot'"),
+        (dict(task="recognition", interaction="wti"), "--interaction has no effect on --task recognition"),
+        (dict(preset="b16-k400"), "--preset b16-k400 is not for --task retrieval"),
+        (dict(task="recognition", preset="b16-msrvtt"), "--preset b16-msrvtt is not for --task recognition"),
+    ],
+)
+def test_what_does_not_fit_retrieval_is_refused(changes, message, captioned_store, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        train_run(config_for(captioned_store, tmp_path / "run", **changes))
+
+
+def test_stores_that_cannot_train_retrieval_are_refused(int8_store, captioned_store, tmp_path):
+    with pytest.raises(StoreMismatchError, match="has no good, captioned video in split 'train'"):
+        train_run(config_for(int8_store, tmp_path / "run"))
+    with pytest.raises(StoreMismatchError, match="the backbone's last block, 5; --layers ends with 3"):
+        train_run(config_for(captioned_store, tmp_path / "run", layers=(1, 3)))
+    assert len(TextReader(open_store(captioned_store))) == 19
+
+
+def test_runs_of_the_other_task_are_refused(trained, captioned_store, int8_store, tmp_path):
+    with pytest.raises(ConfigError, match="is a retrieval run"):
+        evaluate_run(trained[0])
+    train_run(TrainConfig(features=int8_store, out=tmp_path / "linear", head="linear", epochs=1, device="cpu"))
+    with pytest.raises(ConfigError, match="is a recognition run"):
+        evaluate_retrieval_run(tmp_path / "linear")
+    with pytest.raises(StoreMismatchError, match="has no good, captioned video in split 'test'; it has train, val"):
+        evaluate_retrieval_run(trained[0], split="test")
+
+
+def test_the_commands_train_and_evaluate(captioned_store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runner = CliRunner()
+    command = ["train", "--features", str(captioned_store), "--task", "retrieval", "--epochs", "1"]
+    options = ["--side-width", "64", "--device", "cpu", "--batch-size", "4"]
+    result = runner.invoke(app, [*command, *options], catch_exceptions=False)
+    assert result.exit_code == 0 and "runs/captioned-retrieval: val_r1" in result.stdout
+    assert find_newest_run(task="retrieval").name == "captioned-retrieval"
+    result = runner.invoke(app, ["eval", "--dual-softmax", "--device", "cpu"], catch_exceptions=False)
+    lines = result.stdout.splitlines()
+    assert "4 videos and 6 captions of val" in lines[0]
+    told = [line.split("  ")[0] for line in lines[2:]]
+    assert told == [name for name in ("trained", "frozen", "trained, dual softmax") for _ in range(2)]
+    result = runner.invoke(app, ["eval", "--clips", "2"])
+    assert result.exit_code == 1 and "--clips has no effect on a retrieval run" in result.stderr

@@ -1,0 +1,184 @@
+"""What a training is about: whose clips, which loss, and the figure that the best epoch is chosen by."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ..errors import StoreMismatchError
+from ..store.reader import StoreReader
+from .clips import DEFAULT_CLIP_FRAMES, ClipBatch, LabelledRows, find_captioned_rows, find_labelled_rows
+from .config import TrainConfig
+from .evaluate import accuracy_figures, evaluate_head
+from .interaction import TextBatch, contrastive_loss
+from .recipe import classification_loss
+from .retrieval import evaluate_retrieval
+from .side_network import RetrievalSideNetwork
+
+Gather = Callable[[torch.Tensor], torch.Tensor]
+"""(B, ...) of this process to (B of all processes, ...), gradients included; of one process the same."""
+
+_log = logging.getLogger(__name__)
+
+# The reference's S, T and weight of the decorrelation loss.
+_RETRIEVAL_FRAMES = 12
+_DECORRELATION = 1e-3
+
+
+class Task(Protocol):
+    """One kind of training, on one store."""
+
+    figure: str
+    """Of a validation: the higher, the better."""
+    default_frames: int
+    """T, where rows hold as many and nobody said otherwise."""
+    training: LabelledRows
+    validation: LabelledRows
+
+    def prepare_head(self, head: Any) -> tuple[str, ...]:
+        """Give a fresh head what it takes from the store; returns which arrays of texts its loss reads."""
+
+    def compute_loss(self, head: Any, output: torch.Tensor, batch: ClipBatch, gather: Gather) -> torch.Tensor:
+        """The loss (), of what the head said of a batch."""
+
+    def validate(
+        self, head: torch.nn.Module, *, layers: tuple[int, ...], num_frames: int, device: torch.device
+    ) -> dict[str, float]:
+        """Figures of the validation videos, `val_...`.
+
+        Raises:
+            EnvironmentFailedError: If a score is not finite.
+        """
+
+
+class Recognition:
+    """Clips to class scores."""
+
+    figure = "val_top1"
+    default_frames = DEFAULT_CLIP_FRAMES
+
+    def __init__(self, config: TrainConfig, store: StoreReader) -> None:
+        self._config = config
+        self._store = store
+        self.training = find_labelled_rows(store, config.train_split)
+        self.validation = find_labelled_rows(store, config.val_split)
+        _require_rows(store, self.training, config, "labelled")
+        if len(set(self.training.labels.tolist())) < 2:
+            raise StoreMismatchError(
+                f"the good training videos of {store.path} are all of one class: a classifier needs two or more"
+            )
+
+    def prepare_head(self, head: Any) -> tuple[str, ...]:
+        """Nothing: it learns all that it needs."""
+        return ()
+
+    def compute_loss(self, head: Any, output: torch.Tensor, batch: ClipBatch, gather: Gather) -> torch.Tensor:
+        """Cross-entropy of logits (B, classes)."""
+        return classification_loss(output, batch.labels, self._config)
+
+    def validate(
+        self, head: torch.nn.Module, *, layers: tuple[int, ...], num_frames: int, device: torch.device
+    ) -> dict[str, float]:
+        """Loss and accuracy."""
+        assert self._config.batch_size is not None
+        result = evaluate_head(
+            head,
+            self._store,
+            self.validation,
+            layers=layers,
+            num_frames=num_frames,
+            batch_size=self._config.batch_size,
+            device=device,
+        )
+        return {"val_loss": result.loss, **{f"val_{k}": v for k, v in accuracy_figures(result).items()}}
+
+
+class Retrieval:
+    """Frames to embeddings, near those of their captions and far from those of a step's other captions."""
+
+    figure = "val_r1"
+    default_frames = _RETRIEVAL_FRAMES
+
+    def __init__(self, config: TrainConfig, store: StoreReader) -> None:
+        self._config = config
+        self._store = store
+        self.training = find_captioned_rows(store, config.train_split)
+        self.validation = find_captioned_rows(store, config.val_split)
+        _require_rows(store, self.training, config, "captioned")
+        if len(set(self.training.rows.tolist())) < 2:
+            raise StoreMismatchError(
+                f"{store.path} has one good training video with captions: retrieval needs two or more"
+            )
+        captions = store.read_captions()
+        # Which video a caption is of, and which captions say the same: such pairs are nobody's negatives.
+        owner = np.full(len(captions), -1, dtype=np.int64)
+        owner[self.training.labels] = self.training.rows
+        texts = captions["text"].combine_chunks().dictionary_encode().indices.to_numpy()
+        self._identities = torch.from_numpy(np.stack([owner, texts.astype(np.int64)], axis=1))
+        self._logit_scale = torch.tensor(float(store.head["logit_scale"]))
+
+    def prepare_head(self, head: RetrievalSideNetwork) -> tuple[str, ...]:
+        """The backbone's final norm and projection."""
+        head.end.load_arrays(self._store.head)
+        return head.interaction.text_arrays
+
+    def compute_loss(
+        self, head: RetrievalSideNetwork, output: torch.Tensor, batch: ClipBatch, gather: Gather
+    ) -> torch.Tensor:
+        """CLIP's loss of frames (B, T, E), and a thousandth of the decorrelation loss where there is one."""
+        assert batch.texts is not None
+        own = (batch.texts.tokens, batch.texts.mask, batch.texts.embedding)
+        texts = TextBatch(*(None if values is None else gather(values) for values in own))
+        identities = gather(self._identities.to(batch.labels.device)[batch.labels])  # (A, 2)
+        is_same = (identities[:, None] == identities[None]).any(dim=2)
+        found = head.interaction(texts, gather(output.float()))
+        loss = contrastive_loss(found.similarities, self._logit_scale.to(output.device), is_same)
+        return loss + _DECORRELATION * found.decorrelation
+
+    def validate(
+        self, head: torch.nn.Module, *, layers: tuple[int, ...], num_frames: int, device: torch.device
+    ) -> dict[str, float]:
+        """Recalls and ranks of captions that look for their videos."""
+        assert isinstance(head, RetrievalSideNetwork) and self._config.batch_size is not None
+        result = evaluate_retrieval(
+            head,
+            self._store,
+            self.validation,
+            layers=layers,
+            num_frames=num_frames,
+            batch_size=self._config.batch_size,
+            device=device,
+        )
+        figures = result.describe()["text_to_video"]
+        return {f"val_{name}": figures[name] for name in ("r1", "r5", "r10", "median_rank")}
+
+
+TASKS: dict[str, Callable[[TrainConfig, StoreReader], Task]] = {"recognition": Recognition, "retrieval": Retrieval}
+
+
+def _require_rows(store: StoreReader, training: LabelledRows, config: TrainConfig, kind: str) -> None:
+    """Refuse a store without training videos or without the validation split, and warn of an unfinished one."""
+    table = store.read_manifest(["split", "status", "label"])
+    counts = table.group_by(["split", "status"]).aggregate([("label", "count"), ("status", "count")]).to_pylist()
+    by_label = kind == "labelled"
+    found = ", ".join(
+        f"{c['split']}: {c['label_count'] if by_label else c['status_count']} {'labelled ' * by_label}{c['status']}"
+        for c in counts
+    )
+    splits = set(table["split"].to_pylist())
+    if not len(training):
+        wanted = "labels" if by_label else "captions"
+        raise StoreMismatchError(
+            f"{store.path} has no good, {kind} video in split {config.train_split!r}. It has {found}. "
+            f"Name another --train-split, or extract a data set with {wanted}."
+        )
+    if config.val_split not in splits and config.val_split != TrainConfig.__dataclass_fields__["val_split"].default:
+        raise StoreMismatchError(
+            f"{store.path} has no split {config.val_split!r} (--val-split); it has {', '.join(sorted(splits))}"
+        )
+    if any(c["status"] == "pending" for c in counts):
+        _log.warning("%s is not finished: %s. Training on what is there.", store.path, found)
