@@ -404,22 +404,30 @@ def verify(store: Annotated[Path, typer.Argument(help="The store.")], as_json: J
 @app.command()
 def train(
     features: Annotated[Path, typer.Option(help="The store.")],
+    task: Annotated[str, typer.Option(help="recognition (of classes) or retrieval (by captions).")] = "recognition",
     head: Annotated[
         str, typer.Option(help="side4video; attentive or linear probe (linear is blind to order).")
     ] = "side4video",
-    out: Annotated[Path | None, typer.Option(help="The run's folder. [runs/STORE-HEAD]")] = None,
+    interaction: Annotated[
+        str, typer.Option(help="Retrieval: compare means, or words with frames, weighted (wti).")
+    ] = "mean",
+    out: Annotated[Path | None, typer.Option(help="The run's folder. [runs/STORE-HEAD, runs/STORE-retrieval]")] = None,
     preset: Annotated[
         str, typer.Option(help="The paper's size and recipe: auto, none, or such as b16-light-ssv2, e14-k400.")
     ] = "auto",
     layers: Annotated[str | None, typer.Option(help="Backbone blocks to use: 1,3,5. [preset, or all]")] = None,
     side_width: Annotated[int | None, typer.Option(help="Width of the side network. [the paper's]")] = None,
     inputs: Annotated[str, typer.Option(help="What the side network sees: all, tokens, pixels.")] = "all",
-    frames: Annotated[int | None, typer.Option(help="Frames of a clip. [8]")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training videos. [preset, or 30]")] = None,
-    batch_size: Annotated[int, typer.Option(help="Clips in a step.")] = 32,
+    frames: Annotated[int | None, typer.Option(help="Frames of a clip. [8; retrieval 12]")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the training videos (or captions). [preset, or 30; retrieval 5]")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Clips in a step. [32; retrieval 128]")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="[preset, or the reference's for the backbone]")] = None,
-    warmup_epochs: Annotated[float | None, typer.Option(help="The rate rises over these. [preset, or 4]")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="On all parameters. [preset, or 0.15]")] = None,
+    warmup_epochs: Annotated[
+        float | None, typer.Option(help="The rate rises over these. [preset, or 4; retrieval a tenth]")
+    ] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="[preset, or 0.15; retrieval 0.2]")] = None,
     label_smoothing: Annotated[float | None, typer.Option(help="In the cross-entropy. [preset, or 0.1]")] = None,
     checkpoint_activations: Annotated[
         bool, typer.Option("--checkpoint-activations", help="Less memory, a third more time.")
@@ -428,7 +436,9 @@ def train(
     precision: Annotated[str | None, typer.Option(help="fp32, fp16, bf16. [bf16 where a GPU has it]")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
     accumulate: Annotated[int, typer.Option(help="Batches in one step of the optimiser.")] = 1,
-    clip_norm: Annotated[float | None, typer.Option(help="Cut the gradient's norm down to this. [not at all]")] = None,
+    clip_norm: Annotated[
+        float | None, typer.Option(help="Cut the gradient's norm down to this. [not at all; retrieval 1]")
+    ] = None,
     validate_every: Annotated[int, typer.Option(help="Epochs between validations.")] = 1,
     patience: Annotated[int | None, typer.Option(help="Stop after so many epochs without a better one.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out where it was killed.")] = False,
@@ -449,7 +459,9 @@ def train(
         config = TrainConfig(
             features=features,
             out=out or Path(),
+            task=task,  # type: ignore[arg-type]
             head=head,
+            interaction=interaction,  # type: ignore[arg-type]
             preset=preset,
             layers=chosen,
             side_width=side_width,
@@ -483,7 +495,7 @@ def train(
 
         from .train.loop import default_run_path, train_run
 
-        path = out or default_run_path(features, head, resume=resume)
+        path = out or default_run_path(features, task if task == "retrieval" else head, resume=resume)
         summary = train_run(replace(config, out=path), _report_epoch)
         result.update(summary)
         if is_first and not as_json:
@@ -497,7 +509,10 @@ def evaluate(
     run: Annotated[Path | None, typer.Option(help="The run. [the newest in runs/]")] = None,
     features: Annotated[Path | None, typer.Option(help="The store. [the run's own]")] = None,
     split: Annotated[str, typer.Option(help="Which videos.")] = "val",
-    clips: Annotated[int | None, typer.Option(help="Clips of a video. [as the store recorded]")] = None,
+    clips: Annotated[int | None, typer.Option(help="Clips of a video, of recognition. [as the store recorded]")] = None,
+    dual_softmax: Annotated[
+        bool, typer.Option("--dual-softmax", help="Retrieval: also with scores that look at all queries at once.")
+    ] = False,
     checkpoint: Annotated[str, typer.Option(help="best (chosen on the validation split) or last.")] = "best",
     backwards: Annotated[
         bool, typer.Option("--backwards", help="Play every clip backwards: what is order worth?")
@@ -510,12 +525,26 @@ def evaluate(
         from .train.run import find_newest_run, open_run
 
         path = run or find_newest_run()
-        open_run(path)
-        if clips is not None and clips < 1:
-            from .errors import ConfigError
-
-            raise ConfigError(f"--clips must be at least 1; found {clips}")
+        is_retrieval = open_run(path).head.task == "retrieval"
+        _check_eval_options(is_retrieval, clips, dual_softmax)
         from .train.evaluate import evaluate_run, find_device
+
+        if is_retrieval:
+            from .train.retrieval import evaluate_retrieval_run
+
+            figures = evaluate_retrieval_run(
+                path,
+                features=features,
+                split=split,
+                checkpoint=checkpoint,
+                is_backwards=backwards,
+                with_dual_softmax=dual_softmax,
+                device=find_device(device),
+            )
+            result.update(figures)
+            if not as_json:
+                _print_retrieval(path, figures)
+            return
 
         figures = evaluate_run(
             path,
@@ -545,7 +574,7 @@ def compare(
     seeds: Annotated[int, typer.Option(help="Trainings of each.")] = 1,
     frames: Annotated[int | None, typer.Option(help="Frames of a clip. [8]")] = None,
     epochs: Annotated[int | None, typer.Option(help="As for train.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Clips in a step.")] = 32,
+    batch_size: Annotated[int | None, typer.Option(help="As for train.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="As for train, the same for all.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
     prompt: Annotated[str, typer.Option(help="Of zero-shot; {} is a class's name.")] = "a video of {}",
@@ -611,11 +640,17 @@ def retrieve(
     query: Annotated[str | None, typer.Option(help="What to look for, in words.")] = None,
     queries: Annotated[Path | None, typer.Option(help="A text file of queries, one a line.")] = None,
     like: Annotated[str | None, typer.Option(help="A video's id: find videos like it.")] = None,
-    features: Annotated[Path | None, typer.Option(help="The store. [the newest in store/]")] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="The store. [the run's; without a run the newest in store/]")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="A retrieval run. [without --features the newest in runs/, if there is one]")
+    ] = None,
     where: Annotated[str | None, typer.Option(help="Only rows such as \"split = 'val' and duration_s < 30\".")] = None,
     top: Annotated[int, typer.Option(help="Answers wanted.")] = 10,
     index_path: Annotated[
-        Path | None, typer.Option("--index", help="Folder of the index. [beside the store, made at first use]")
+        Path | None,
+        typer.Option("--index", help="Folder of the index. [beside the store or in the run, made at first use]"),
     ] = None,
     page: Annotated[Path | None, typer.Option("--html", help="Write a gallery with frame strips.")] = None,
     weights: Annotated[str | None, typer.Option(help="Where the backbone's weights are. [as recorded]")] = None,
@@ -627,18 +662,19 @@ def retrieve(
 
         if sum(option is not None for option in (query, queries, like)) != 1:
             raise ConfigError("retrieve wants one of --query TEXT, --queries FILE and --like VIDEO")
-        from .retrieve.search import Searcher, find_newest_store
-        from .store.reader import open_store
+        run = run or (_find_newest_retrieval_run() if features is None else None)
+        store = _open_searched_store(run, features)
+        from .retrieve.search import Searcher
 
-        store = open_store(features or find_newest_store())
-        with Searcher(store, index=index_path, where=where, weights=weights) as searcher:
+        with Searcher(store, index=index_path, run=run, where=where, weights=weights) as searcher:
             if like is not None:
                 found = {f"like {like}": searcher.find_like(like, top)}
             else:
                 asked = [query] if query is not None else _read_queries(queries)  # type: ignore[arg-type]
                 found = {text: searcher.find_text(text, top) for text in asked}
         answers = {text: [asdict(answer) for answer in one] for text, one in found.items()}
-        result.update(store=str(store.path))
+        result.update(store=str(store.path), run=None if run is None else str(run))
+        _say(f"{store.path}, {'the frozen backbone alone' if run is None else f'as {run} sees it'}")
         if queries is not None:
             result.update(queries=[{"query": text, "answers": one} for text, one in answers.items()])
         else:
@@ -659,8 +695,12 @@ def retrieve(
 
 @app.command()
 def index(
-    features: Annotated[Path, typer.Option(help="The store.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the index. [beside the store: STORE.index]")] = None,
+    features: Annotated[Path | None, typer.Option(help="The store. [the run's]")] = None,
+    run: Annotated[Path | None, typer.Option(help="A retrieval run. [none: the frozen backbone alone]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the index. [STORE.index beside the store, or in the run]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the run's network computes: auto, cpu, cuda.")] = "auto",
     export: Annotated[
         Path | None, typer.Option(help="Also write vectors as clip-retrieval's index reads them.")
     ] = None,
@@ -668,12 +708,18 @@ def index(
 ) -> None:
     """Build what `s4v retrieve` searches, ahead of the first query; an index that is up to date stays."""
     with _command("index", as_json) as result:
-        from .retrieve.index import open_index
-        from .store.reader import open_store
+        from .errors import ConfigError
 
-        store = open_store(features)
+        if features is None and run is None:
+            raise ConfigError("index wants --features STORE, --run RUN, or both")
+        store = _open_searched_store(run, features)
+        from .retrieve.index import open_index
+        from .retrieve.trained import TrainedFrames
+        from .train.evaluate import find_device
+
+        trained = None if run is None else TrainedFrames(run, store.path, find_device(device))
         with _progress() as report:
-            built = open_index(store, out, report)
+            built = open_index(store, out, report, trained=trained)
         result.update(index=str(built.path), videos=built.facts.videos)
         if export is not None:
             from .retrieve.export import export_vectors
@@ -818,8 +864,61 @@ def _report_epoch(metrics: dict[str, Any], epochs: int) -> None:
 
 
 def _percentages(metrics: dict[str, Any]) -> str:
-    names = [name for name in metrics if name.removeprefix("val_") in ("top1", "top5")]
+    names = [name for name in metrics if name.removeprefix("val_") in ("top1", "top5", "r1", "r5", "r10")]
     return ", ".join(f"{name} {metrics[name]:.1%}" for name in names) or "no validation videos"
+
+
+def _check_eval_options(is_retrieval: bool, clips: int | None, dual_softmax: bool) -> None:
+    from .errors import ConfigError
+
+    if clips is not None and clips < 1:
+        raise ConfigError(f"--clips must be at least 1; found {clips}")
+    if is_retrieval and clips is not None:
+        raise ConfigError("--clips has no effect on a retrieval run: leave it out")
+    if not is_retrieval and dual_softmax:
+        raise ConfigError("--dual-softmax has no effect on a recognition run: leave it out")
+
+
+def _print_retrieval(path: Path, figures: dict[str, Any]) -> None:
+    protocol = f", protocol {figures['protocol']}" if figures["protocol"] else ""
+    order = ", played backwards" if figures["is_backwards"] else ""
+    print(
+        f"{path}, {figures['checkpoint']} checkpoint, {figures['dataset']}{protocol}, {figures['videos']} videos and "
+        f"{figures['captions']} captions of {figures['split']}{order}"
+    )
+    tables = {"trained": figures, "frozen": figures["frozen"]}
+    if "dual_softmax" in figures:
+        tables["trained, dual softmax"] = figures["dual_softmax"]
+    print(f"{'':24}{'':15}{'R@1':>7}{'R@5':>7}{'R@10':>7}{'MdR':>7}{'MnR':>8}")
+    for name, table in tables.items():
+        for direction in ("text_to_video", "video_to_text"):
+            one = table[direction]
+            shares = "".join(f"{100 * one[k]:7.1f}" for k in ("r1", "r5", "r10"))
+            ranks = f"{one['median_rank']:7.1f}{one['mean_rank']:8.1f}"
+            print(f"{name:24}{direction.replace('_', ' '):15}{shares}{ranks}")
+
+
+def _find_newest_retrieval_run() -> Path | None:
+    from .errors import RunNotFoundError
+    from .train.run import find_newest_run
+
+    try:
+        return find_newest_run(task="retrieval")
+    except RunNotFoundError:
+        return None
+
+
+def _open_searched_store(run: Path | None, features: Path | None) -> Any:
+    """The store that was named, the run's own, or the newest."""
+    from .store.reader import open_store
+
+    if run is not None:
+        from .train.evaluate import open_run_and_store
+
+        return open_run_and_store(run, features)[1]
+    from .retrieve.search import find_newest_store
+
+    return open_store(features or find_newest_store())
 
 
 def _read_queries(path: Path) -> list[str]:

@@ -1,9 +1,12 @@
 """An index of a store's videos: pooled vectors for a first pass, every frame's for the moment.
 
+Frames are the backbone's own, or those of a trained retrieval network. Then too a video's vector is the mean of its
+frames' on the unit sphere: what the network was trained with, and what re-ranking starts from.
+
     index.json     what it was made of: hashes, sizes
     pooled.npy     (n, E) float32, L2-normalised; one row for each good row of the store
     pooled16.npy   the same in float16: what a query scans
-    frames.npy     (frames, E) float16, L2-normalised, row after row
+    frames.npy     (frames, E) float16, row after row; L2-normalised, but of a trained network as it gave them
     times.npy      (frames,) float64, NaN where a frame's time is not known
     offsets.npy    (n + 1,) where each row's frames begin
     rows.npy       (n,) rows of the store
@@ -25,8 +28,10 @@ import torch
 
 from ..errors import StoreDamagedError, StoreMismatchError
 from ..store._files import FolderLock, hash_file, hash_text, read_json, sync_folder, write_json
+from ..store.checksums import CHECKSUMS_NAME
 from ..store.manifest import PARTS_NAME
-from ..store.reader import CHECKSUMS_NAME, StoreReader
+from ..store.reader import StoreReader
+from .trained import TrainedFrames
 from .vectors import normalise_rows, pool_frames
 
 FORMAT_VERSION = 1
@@ -48,6 +53,8 @@ class IndexFacts:
     videos: int
     width: int
     """E."""
+    run: str | None = None
+    """The trained run; None for the backbone's own frames."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +110,14 @@ class VideoIndex:
         return [Match(int(places[i]), int(self.rows[places[i]]), float(scores[i])) for i in order]
 
     def frames_of(self, place: int) -> tuple[np.ndarray, np.ndarray]:
-        """Vectors (f, E) float32 and times (f,) of a video's frames."""
+        """Vectors (f, E) float32, L2-normalised, and times (f,) of a video's frames."""
         span = slice(int(self._offsets[place]), int(self._offsets[place + 1]))
-        return np.asarray(self._frames[span], dtype=np.float32), np.asarray(self._times[span])
+        return normalise_rows(self.raw_frames_of(place)), np.asarray(self._times[span])
+
+    def raw_frames_of(self, place: int) -> np.ndarray:
+        """Vectors (f, E) float32 of a video's frames as the index holds them."""
+        span = slice(int(self._offsets[place]), int(self._offsets[place + 1]))
+        return np.asarray(self._frames[span], dtype=np.float32)
 
     def read_vectors(self, places: slice) -> np.ndarray:
         """Pooled vectors in float16, (n, E)."""
@@ -116,41 +128,55 @@ class VideoIndex:
         return np.asarray(self._pooled[place])
 
 
-def default_index_path(store: Path) -> Path:
-    """`store/mine.zarr` has its index in `store/mine.index`."""
-    return store.with_name(f"{store.name.removesuffix('.zarr')}.index")
+def default_index_path(store: Path, run: Path | None = None) -> Path:
+    """`store/mine.zarr` has its index in `store/mine.index`, with the frames of `runs/a` in `runs/a/mine.index`."""
+    name = f"{store.name.removesuffix('.zarr')}.index"
+    return store.with_name(name) if run is None else run / name
 
 
 def open_index(
-    store: StoreReader, path: Path | None = None, report: Callable[[str, int, int], None] = lambda *_: None
+    store: StoreReader,
+    path: Path | None = None,
+    report: Callable[[str, int, int], None] = lambda *_: None,
+    *,
+    trained: TrainedFrames | None = None,
 ) -> VideoIndex:
-    """The index of a store: built where there is none, built anew where the store has changed since.
+    """The index of a store: built where there is none, built anew where the store or the run has changed since.
 
     Args:
         store: With at least one good video.
         path: Its folder; None takes `default_index_path`.
         report: Told about progress when it is built.
+        trained: Whose frames; None takes the backbone's own.
 
     Raises:
         StoreMismatchError: If the store has no good video, or another folder is in the way.
     """
-    path = path or default_index_path(store.path)
+    path = path or default_index_path(store.path, None if trained is None else trained.run.path)
     facts = _read_facts(path)
-    if facts is None or facts.fingerprint != fingerprint(store):
-        build_index(store, path, report)
+    if facts is None or facts.fingerprint != fingerprint(store, trained):
+        build_index(store, path, report, trained=trained)
         facts = _read_facts(path)
     assert facts is not None
     return VideoIndex(path, facts)
 
 
-def fingerprint(store: StoreReader) -> str:
-    """A hash that another state of the store does not have: of its list of hashes, and which shards are done."""
+def fingerprint(store: StoreReader, trained: TrainedFrames | None = None) -> str:
+    """A hash that another state of the store and of the run does not have.
+
+    Of the store's list of hashes, of which shards are done, and of the run's weights.
+    """
     done = sorted(path.name for path in (store.path / PARTS_NAME).glob("[0-9]*.parquet"))
-    return hash_text("\n".join([hash_file(store.path / CHECKSUMS_NAME), *done]))
+    weights = [] if trained is None else [trained.sha256]
+    return hash_text("\n".join([hash_file(store.path / CHECKSUMS_NAME), *done, *weights]))
 
 
 def build_index(
-    store: StoreReader, path: Path, report: Callable[[str, int, int], None] = lambda *_: None
+    store: StoreReader,
+    path: Path,
+    report: Callable[[str, int, int], None] = lambda *_: None,
+    *,
+    trained: TrainedFrames | None = None,
 ) -> IndexFacts:
     """Write the index of a store beside its place, and rename it.
 
@@ -159,13 +185,16 @@ def build_index(
     """
     if path.exists() and _read_facts(path) is None and (not path.is_dir() or any(path.iterdir())):
         raise StoreMismatchError(f"{path} exists and is no index. Nothing was written; name another --index.")
-    state = fingerprint(store)  # before what it is the state of
-    table = store.read_manifest(["status", "num_cached_frames", "num_views", "timestamps_s"])
+    state = fingerprint(store, trained)  # before what it is the state of
+    table = store.read_manifest(["status", "num_cached_frames", "timestamps_s", "eval_clips"])
     good = np.flatnonzero(np.asarray(table["status"].to_pylist()) == "ok")
     if not len(good):
         raise StoreMismatchError(f"{store.path} holds no good video: finish its extraction first")
-    facts = IndexFacts(FORMAT_VERSION, str(store.path.resolve()), state, len(good), store.layout.embed_dim)
+    run = None if trained is None else str(trained.run.path.resolve())
+    facts = IndexFacts(FORMAT_VERSION, str(store.path.resolve()), state, len(good), store.layout.embed_dim, run)
     counts = table["num_cached_frames"].to_numpy()[good].astype(np.int64)
+    if trained is not None:
+        counts = np.full_like(counts, trained.run.frames)
     offsets = np.concatenate([[0], counts.cumsum()])
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
@@ -189,14 +218,19 @@ def build_index(
             held = good[(good >= rows.start) & (good < rows.stop)]
             if not len(held):
                 continue
-            vectors = normalise_rows(store.read_embeddings(rows)[held - rows.start])
-            pooled[place : place + len(held)] = pool_frames(vectors)
-            told = table["timestamps_s"].take(held).to_pylist()
-            for video, stamps in zip(vectors, told, strict=True):
-                span = slice(offsets[place], offsets[place + 1])
-                frames[span] = _join_views(video)[: span.stop - span.start]
-                times[span] = stamps
-                place += 1
+            span = slice(offsets[place], offsets[place + len(held)])
+            stamps = table["timestamps_s"].take(held).to_pylist()
+            if trained is None:
+                vectors = normalise_rows(store.read_embeddings(rows)[held - rows.start])
+                pooled[place : place + len(held)] = pool_frames(vectors)
+                frames[span] = np.concatenate([_join_views(video) for video in vectors])
+                times[span] = np.concatenate(stamps)
+            else:
+                clips = trained.embed(held, [one[0] for one in table["eval_clips"].take(held).to_pylist()])
+                pooled[place : place + len(held)] = pool_frames(normalise_rows(clips.frames)[:, None])
+                frames[span] = clips.frames.reshape(-1, facts.width)
+                times[span] = np.concatenate([np.asarray(s)[p] for s, p in zip(stamps, clips.places, strict=True)])
+            place += len(held)
             report("indexing", place, len(good))
         scanned[:] = pooled
         for array in (pooled, scanned, frames, times):

@@ -1,4 +1,8 @@
-"""`s4v retrieve`: rank a store's videos by the similarity of their stored embeddings to a text's, or to a video's."""
+"""`s4v retrieve`: rank a store's videos by how close they are to a text, or to a video.
+
+By the backbone's stored embeddings, or by the frames of a trained run. A run that compares word by word gets its first
+hundred candidates by their means and ranks those again.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import math
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +21,15 @@ import torch
 from ..errors import ConfigError, StoreNotFoundError
 from ..extract.text_tower import TextTower, load_text_tower
 from ..store.reader import StoreReader, open_store
+from ..store.texts import MAX_WORDS
 from .filters import filter_rows, find_columns
 from .index import Match, VideoIndex, build_index, open_index
+from .trained import TrainedFrames
 from .vectors import find_moment, normalise_rows
 
 _log = logging.getLogger(__name__)
+
+_RERANKED = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +39,7 @@ class Answer:
     rank: int
     """From 1."""
     score: float
-    """Cosine of the query's embedding and the video's."""
+    """Cosine of the query's embedding and the video's; of a run that compares word by word, its similarity."""
     video_id: str
     path: str
     """Relative to the root that the store records."""
@@ -68,14 +76,15 @@ class Searcher:
 
     Args:
         store: An open store or its path.
-        index: Folder of its index; None takes the one beside the store.
+        index: Folder of its index; None takes the one beside the store, or in the run's folder.
+        run: A retrieval run whose frames are searched; None takes the backbone's own.
         where: Only rows that fulfil this condition on the manifest's columns are found.
         weights: Where the backbone's weights are now; None takes what the store recorded.
         device: Where the text tower runs; None takes the CPU.
 
     Raises:
-        StoreMismatchError: If the store has no good video.
-        ConfigError: If `where` is no condition.
+        StoreMismatchError: If the store has no good video, or does not fit the run.
+        ConfigError: If `where` is no condition, or the run is none that a search can use.
     """
 
     def __init__(
@@ -83,6 +92,7 @@ class Searcher:
         store: StoreReader | str | Path,
         *,
         index: Path | None = None,
+        run: Path | None = None,
         where: str | None = None,
         weights: str | None = None,
         device: torch.device | None = None,
@@ -91,6 +101,7 @@ class Searcher:
         self._weights = weights
         self._device = device
         self._tower: TextTower | None = None
+        self._trained = None if run is None else TrainedFrames(run, self.store.path, device)
         self._open = ExitStack()
         self._index = self._open_index(index)
         self._allowed = None if where is None else self._filter(where)
@@ -103,13 +114,13 @@ class Searcher:
 
     def _open_index(self, path: Path | None) -> VideoIndex:
         try:
-            return open_index(self.store, path)
+            return open_index(self.store, path, trained=self._trained)
         except OSError as error:
             if path is not None or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
             _log.warning("%s: no index can be kept there; it is built anew each time", error)
         folder = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="s4v-index-"))) / "index"
-        return VideoIndex(folder, build_index(self.store, folder))
+        return VideoIndex(folder, build_index(self.store, folder, trained=self._trained))
 
     def _filter(self, where: str) -> np.ndarray:
         known = self.store.videos.schema.names
@@ -124,7 +135,12 @@ class Searcher:
         """
         if not query.strip():
             raise ConfigError("--query is empty: say what to look for")
-        return self._find(self._embed([query])[0], top)
+        _require_top(top)
+        vector = normalise_rows(self._text_tower.encode([query]))[0]
+        if self._trained is None or not self._trained.reads_words:
+            return self._describe_all(self._find(vector, top), vector)
+        candidates = self._find(vector, max(top, _RERANKED))
+        return self._describe_all(self._rank_again(query, candidates, self._trained)[:top], vector)
 
     def find_like(self, video_id: str, top: int = 10) -> list[Answer]:
         """Videos like a video of the store, itself left out.
@@ -138,21 +154,31 @@ class Searcher:
         places = np.flatnonzero(self._index.rows == row)
         if not len(places):
             raise ConfigError(f"--like: {self.store.path} has no good video {video_id!r}; s4v info counts its videos")
-        found = self._find(self._index.vector_of(int(places[0])), top + 1)
-        others = [answer for answer in found if answer.video_id != video_id][:top]
-        return [
-            Answer(rank, *(getattr(answer, name) for name in Answer.__dataclass_fields__ if name != "rank"))
-            for rank, answer in enumerate(others, start=1)
-        ]
+        vector = self._index.vector_of(int(places[0]))
+        others = [match for match in self._find(vector, top + 1) if match.row != row][:top]
+        return self._describe_all(others, vector)
 
-    def _embed(self, texts: Sequence[str]) -> np.ndarray:
+    @property
+    def _text_tower(self) -> TextTower:
         if self._tower is None:
             self._tower = load_store_text_tower(self.store, weights=self._weights, device=self._device)
-        return normalise_rows(self._tower.encode(list(texts)))
+        return self._tower
 
-    def _find(self, vector: np.ndarray, top: int) -> list[Answer]:
-        _require_top(top)
-        matches = self._index.find(vector, top, allowed=self._allowed)
+    def _find(self, vector: np.ndarray, top: int) -> list[Match]:
+        return self._index.find(vector, top, allowed=self._allowed)
+
+    def _rank_again(self, query: str, candidates: Sequence[Match], trained: TrainedFrames) -> list[Match]:
+        """The same matches by what the run makes of words and frames; equal ones as they were."""
+        if not candidates:
+            return []
+        texts = self._text_tower.encode_words([query], min(MAX_WORDS, self._text_tower.context_length))
+        assert texts.tokens is not None and texts.mask is not None
+        frames = np.stack([self._index.raw_frames_of(match.place) for match in candidates])
+        scores = trained.compare_words(texts.tokens[0], texts.mask[0], frames)
+        order = np.argsort(-scores, kind="stable")
+        return [replace(candidates[place], score=float(scores[place])) for place in order]
+
+    def _describe_all(self, matches: Sequence[Match], vector: np.ndarray) -> list[Answer]:
         if not matches:
             return []
         facts = self.store.read_manifest(["video_id", "path"]).take([match.row for match in matches]).to_pylist()
@@ -179,19 +205,21 @@ def search_store(
     query: str,
     *,
     top: int = 10,
+    run: Path | None = None,
     where: str | None = None,
     weights: str | None = None,
     device: torch.device | None = None,
 ) -> list[Answer]:
-    """Find the videos of a store that fit a text best, with the frozen backbone alone.
+    """Find the videos of a store that fit a text best, with the frozen backbone alone or with a trained run.
 
     A video's embedding is the mean of its frames' normalised embeddings, over all views, normalised again. The index
-    beside the store is used, and built where there is none or the store has changed.
+    beside the store (in the run's folder) is used, and built where there is none or the store or run has changed.
 
     Args:
         store: An open store or its path.
         query: What to look for; cut at the text tower's context length.
         top: Answers wanted, fewer where the store has fewer good videos.
+        run: A retrieval run; None takes the backbone alone.
         where: A condition on the manifest's columns.
         weights: Where the backbone's weights are now; None takes what the store recorded.
         device: Where the text tower runs; None takes the CPU.
@@ -200,12 +228,12 @@ def search_store(
         Answers, best first; equal scores in row order.
 
     Raises:
-        ConfigError: If the query is empty, `top` below 1, or `where` no condition.
-        StoreMismatchError: If the store has no good video.
+        ConfigError: If the query is empty, `top` below 1, `where` no condition, or the run none to search with.
+        StoreMismatchError: If the store has no good video, or does not fit the run.
         WeightsError: If the weights cannot be had, or are not those that the store was made with.
     """
     _require_top(top)
-    with Searcher(store, where=where, weights=weights, device=device) as searcher:
+    with Searcher(store, run=run, where=where, weights=weights, device=device) as searcher:
         return searcher.find_text(query, top)
 
 

@@ -1,0 +1,122 @@
+"""Searching with the frames of a trained run."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from s4v.cli import app
+from s4v.errors import ConfigError
+from s4v.extract.text_tower import load_text_tower
+from s4v.retrieve.index import default_index_path, open_index
+from s4v.retrieve.search import Searcher, search_store
+from s4v.retrieve.trained import TrainedFrames
+from s4v.store.reader import open_store
+from s4v.store.texts import TextReader
+from s4v.train.clips import find_captioned_rows
+from s4v.train.config import TrainConfig
+from s4v.train.loop import train_run
+from s4v.train.retrieval import evaluate_retrieval
+from s4v.train.run import load_checkpoint, open_run
+
+CPU = torch.device("cpu")
+
+
+def train(store, out, **changes):
+    values = dict(features=store, out=out, task="retrieval", epochs=2, batch_size=4, side_width=64, device="cpu")
+    train_run(TrainConfig(**{**values, **changes}))
+    return out
+
+
+@pytest.fixture(scope="module", params=["mean", "wti"])
+def run(request, captioned_store, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / request.param
+    return train(captioned_store, out, interaction=request.param, learning_rate=1e-2)
+
+
+def test_a_search_ranks_as_the_evaluation_does(run, captioned_store):
+    """Captions as queries: the same scores, but for the float16 in which the index keeps frames."""
+    store = open_store(captioned_store)
+    opened, data = open_run(run), find_captioned_rows(store, "val")
+    head = load_checkpoint(opened)
+    result = evaluate_retrieval(
+        head, store, data, layers=opened.head.layers, num_frames=opened.frames, batch_size=4, device=CPU
+    )
+    texts = store.read_captions()["text"].to_pylist()
+    with Searcher(store, run=run, where="split = 'val'") as searcher:
+        for place, caption in enumerate(data.labels):
+            answers = searcher.find_text(texts[caption], top=4)
+            assert [a.rank for a in answers] == [1, 2, 3, 4]
+            expected = dict(zip(result.rows.tolist(), result.scores[place], strict=True))
+            for answer in answers:
+                assert answer.score == pytest.approx(expected[answer.row], abs=2e-3)
+            assert [a.score for a in answers] == sorted((a.score for a in answers), reverse=True)
+
+
+def test_the_index_of_a_run_is_the_runs_own(run, captioned_store, tmp_path):
+    store = open_store(captioned_store)
+    trained = TrainedFrames(run)
+    index = open_index(store, trained=trained)
+    assert index.path == default_index_path(store.path, run) == run / "captioned.index"
+    assert index.facts.videos == 12 and index.facts.run == str(run.resolve())
+    frames, times = index.frames_of(0)
+    assert len(frames) == len(times) == open_run(run).frames
+    np.testing.assert_allclose(np.linalg.norm(frames, axis=1), 1, rtol=1e-3)
+    stamps = store.read_manifest(["timestamps_s"])["timestamps_s"][int(index.rows[0])].as_py()
+    assert set(times) <= set(stamps)
+    before = (run / "captioned.index/index.json").stat().st_mtime_ns
+    open_index(store, trained=trained)
+    assert (run / "captioned.index/index.json").stat().st_mtime_ns == before
+    copied = shutil.copytree(run, tmp_path / "run")
+    told = json.loads((copied / "best.json").read_text())
+    (copied / "best.json").write_text(json.dumps({**told, "sha256": "0" * 64}))
+    from s4v.errors import StoreDamagedError
+
+    with pytest.raises(StoreDamagedError, match="does not match the hash"):
+        open_index(store, trained=TrainedFrames(copied))
+
+
+def test_a_run_that_was_never_moved_finds_what_the_backbone_finds(captioned_store, tmp_path):
+    run = train(captioned_store, tmp_path / "still", epochs=1, learning_rate=1e-12)
+    frozen, trained = (search_store(captioned_store, "a ring moves left", top=12, run=one) for one in (None, run))
+    # The backbone alone looks at all cached frames, the run at T of them: where they are the same, so are scores.
+    by_id = {a.video_id: a.score for a in frozen}
+    for answer in trained:
+        if answer.row >= 8:
+            assert answer.score == pytest.approx(by_id[answer.video_id], abs=1e-5)
+
+
+def test_the_command_takes_the_newest_retrieval_run(run, captioned_store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(run, tmp_path / "runs/mine")
+    result = CliRunner().invoke(app, ["retrieve", "--query", "a red cross", "--json"], catch_exceptions=False)
+    told = json.loads(result.stdout)
+    assert told["run"] == "runs/mine" and len(told["answers"]) == 10
+    result = CliRunner().invoke(app, ["index", "--run", "runs/mine", "--json"], catch_exceptions=False)
+    assert json.loads(result.stdout)["index"] == "runs/mine/captioned.index"
+    frozen = CliRunner().invoke(app, ["retrieve", "--query", "x", "--features", str(captioned_store), "--json"])
+    assert json.loads(frozen.stdout)["run"] is None
+    like = CliRunner().invoke(app, ["retrieve", "--like", "03.mp4", "--run", "runs/mine", "--top", "2", "--json"])
+    assert len(json.loads(like.stdout)["answers"]) == 2
+    assert CliRunner().invoke(app, ["index"]).exit_code == 1
+
+
+def test_other_runs_are_no_help(captioned_store, int8_store, tmp_path):
+    train_run(TrainConfig(features=int8_store, out=tmp_path / "linear", head="linear", epochs=1, device="cpu"))
+    with pytest.raises(ConfigError, match="linear knows classes: a search wants a run of `s4v train --task retrieval`"):
+        TrainedFrames(tmp_path / "linear")
+
+
+def test_words_of_a_query_are_those_of_the_store(captioned_store):
+    """What re-ranking compares is what training and evaluation compared."""
+    store = open_store(captioned_store)
+    texts = store.read_captions()["text"].to_pylist()
+    kept = TextReader(store).read([0])
+    tower = load_text_tower("tiny-clip", weights="random:0", device=CPU)
+    found = tower.encode_words([texts[0]], 28)
+    np.testing.assert_array_equal(found.tokens, kept.tokens)
+    np.testing.assert_array_equal(found.mask, kept.mask)
