@@ -10,12 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
-
 from ..errors import ConfigError, RunExistsError
 from ..extract.config import ExtractConfig
 from ..extract.pipeline import extract_dataset
-from ..retrieve.search import search_store
 from ..retrieve.zero_shot import classify_zero_shot
 from ..store._files import read_json, write_json
 from ..store.info import describe_store
@@ -25,6 +22,7 @@ from ..train.config import TrainConfig
 from ..train.evaluate import evaluate_run
 from ..train.loop import train_run
 from ..train.run import open_run, read_metrics
+from .asking import ask, judge_retrieval
 from .captions import prompt_motion
 from .judging import Share, describe_shares, judge_answers, judge_reversal, split_label
 from .report import write_report
@@ -66,6 +64,16 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 """What is trained, by the name it has in the report."""
 
+RETRIEVAL_RECIPE: dict[str, Any] = {
+    "task": "retrieval",
+    "epochs": 6,
+    "learning_rate": 5e-3,
+    "batch_size": 64,
+    "weight_decay": 0.05,
+    "side_width": 64,
+}
+"""How retrieval is trained; an epoch shows every video once for each of its captions."""
+
 Say = Callable[[str], None]
 Answers = list[tuple[str, str]]
 """Label and answer of each video."""
@@ -91,7 +99,8 @@ def run_demo(
         full: Train on tokens alone too, and ask the frozen model without training.
 
     Returns:
-        methods (their shares, by name, for the first seed, and top1 of every seed), reversal, zero_shot_frames (the
+        methods (their shares, by name, for the first seed, and top1 of every seed), retrieval (figures of `trained`
+        and `frozen`), reversal, zero_shot_frames (the
         share of single frames; None unless `full`), novel, chance, seconds by stage, store_bytes, report (its path).
 
     Raises:
@@ -156,9 +165,15 @@ def run_demo(
                 novel["zero-shot"], _ = _ask_frozen_model(store, "novel")
         top1["zero-shot"] = [judge_answers(*zip(*answers["zero-shot"], strict=True))["both"].value]
 
+    say(f"training retrieval, {RETRIEVAL_RECIPE['epochs']} epochs")
+    retrieval_run = out / "runs" / "retrieval-0"
+    with _timed(seconds, "train retrieval"):
+        recipe = RETRIEVAL_RECIPE if epochs is None else {**RETRIEVAL_RECIPE, "epochs": epochs}
+        train_run(TrainConfig(features=store_path, out=retrieval_run, **recipe), _epoch_reporter(say, "retrieval"))
     say("searching")
     with _timed(seconds, "retrieve"):
-        found = _search(store, side_run)
+        retrieval = judge_retrieval(store, retrieval_run)
+        found = ask(store, _QUERY, _ASKED, retrieval_run)
 
     labels, forwards = zip(*answers["side network"], strict=True)
     result: dict[str, Any] = {
@@ -169,6 +184,7 @@ def run_demo(
         "reversal": judge_reversal(labels, forwards, [answer for _, answer in backwards]).describe(),
         "zero_shot_frames": zero_shot_frames,
         "novel": {name: describe_shares(judge_answers(*zip(*told, strict=True))) for name, told in novel.items()},
+        "retrieval": retrieval,
         "chance": 1 / len(store.classes.names),
         "videos": videos,
         "world": asdict(world),
@@ -194,8 +210,9 @@ def run_demo(
 
 def _epoch_reporter(say: Say, name: str) -> Callable[[dict[str, Any], int], None]:
     def report(metrics: dict[str, Any], num_epochs: int) -> None:
+        figure, what = ("val_r1", "R@1") if name == "retrieval" else ("val_top1", "top1")
         if name != "linear probe":
-            say(f"  epoch {metrics['epoch']}/{num_epochs}: held-out top1 {metrics['val_top1']:.1%}")
+            say(f"  epoch {metrics['epoch']}/{num_epochs}: held-out {what} {metrics[figure]:.1%}")
 
     return report
 
@@ -219,31 +236,6 @@ def _ask_frozen_model(store: StoreReader, split: str = "val") -> tuple[Answers, 
         for label, scores in zip(labels, asked.frame_scores, strict=True)
     ]
     return list(zip(labels, asked.answers, strict=True)), sum(map(sum, by_frame)) / sum(map(len, by_frame))
-
-
-def _search(store: StoreReader, run_path: Path, top: int = 6) -> dict[str, list[dict[str, Any]]]:
-    """What the frozen model finds among held-out videos, and which of that the side network says is the motion asked.
-
-    Returns:
-        `frames`: the best of all; `motion`: the best of those that the side network takes for such a motion.
-    """
-    table = store.read_manifest(["video_id", "split", "class_name"])
-    held_out = table.filter(pc.equal(table["split"], "val"))
-    class_of = dict(zip(held_out["video_id"].to_pylist(), held_out["class_name"].to_pylist(), strict=True))
-    told = read_table(run_path / "predictions_val.parquet", ["video_id", "predicted"])
-    predicted = dict(zip(*told.to_pydict().values(), strict=True))
-    ranking = [
-        {
-            **asdict(answer),
-            "class_name": class_of[answer.video_id],
-            "is_right": class_of[answer.video_id] == _ASKED,
-            "predicted": predicted[answer.video_id],
-        }
-        for answer in search_store(store, _QUERY, top=store.layout.num_rows)
-        if answer.video_id in class_of
-    ]
-    asked = [answer for answer in ranking if split_label(answer["predicted"])[1] == split_label(_ASKED)[1]]
-    return {"frames": ranking[:top], "motion": asked[:top]}
 
 
 @contextmanager
