@@ -16,7 +16,7 @@ Source:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NotRequired, TypedDict, Unpack
 
@@ -331,11 +331,16 @@ class Tap(nn.Module):
             return self(codec.decode(codes, layer))
         weight = self.project.weight
         mean = basis.new_zeros(basis.shape[1]) if mean is None else mean
-        z = codes.float() if scale is None else codes * scale
+
+        def project(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+            """Codes are kept for the backward pass, and not the four times larger numbers that they stand for."""
+            return F.linear(codes.float() if scale is None else codes * scale, weight, bias)
+
         if self.is_post_norm:
-            return self.norm(F.linear(z, weight @ basis.T, weight @ mean + self.project.bias))
+            return self.norm(make_again(project, weight @ basis.T, weight @ mean + self.project.bias))
         # No gradient reaches a token: what describes it is computed once, in float32 whatever the step's precision.
-        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(codes.device.type, enabled=False):
+            z = codes.float() if scale is None else codes * scale
             row_mean, centre = basis.mean(1), mean - mean.mean()
             centred = basis - row_mean[:, None]
             width = basis.shape[1]
@@ -343,7 +348,7 @@ class Tap(nn.Module):
             variance = (square + centre.square().sum()).clamp(min=0) / width
             inverse_std = (variance + self.norm.eps).rsqrt()[..., None]
         weight = weight * self.norm.weight
-        read = F.linear(z, weight @ centred.T, weight @ centre)
+        read = make_again(project, weight @ centred.T, weight @ centre)
         return read * inverse_std + (self.project.weight @ self.norm.bias + self.project.bias)
 
 
@@ -361,20 +366,17 @@ class SideBlock(nn.Module):
         self.attention_norm = nn.LayerNorm(side_width)
         self.attention = FrameAttention(side_width)
         self.mlp_norm = BatchNorm(side_width)
-        widen, narrow = nn.Linear(side_width, 4 * side_width), nn.Linear(4 * side_width, side_width)
-        nn.init.normal_(widen.weight, std=(2 * side_width) ** -0.5)
-        nn.init.normal_(narrow.weight, std=_residual_std(side_width))
-        self.mlp = nn.Sequential(widen, nn.GELU(), narrow)
+        self.mlp = Mlp(side_width)
 
     def forward(self, x: torch.Tensor, cls: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """Side tokens (B, T, N, S), the tap's class tokens (B, T, S), position (N or 1+N, S) -> (B, T, N, S)."""
         if self.is_post_norm:
             x = x + normalise_tokens(self.temporal_norm, self.temporal(x))
-            x = x + self.attention_norm(self.attention(prepend_class_token(x, cls, position)))
+            x = x + self.attention_norm(self.attention(x, cls, position))
             return x + normalise_tokens(self.mlp_norm, self.mlp(x))
-        x = x + self.temporal(normalise_tokens(self.temporal_norm, x))
-        x = x + self.attention(self.attention_norm(prepend_class_token(x, cls, position)))
-        return x + self.mlp(normalise_tokens(self.mlp_norm, x))
+        x = x + self.temporal(x, self.temporal_norm)
+        x = x + self.attention(x, cls, position, self.attention_norm)
+        return x + self.mlp(x, self.mlp_norm)
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -418,11 +420,15 @@ class TemporalConv(nn.Module):
         for parameter in (self.weight, self.bias):  # PyTorch's default for a depthwise kernel of 3
             nn.init.uniform_(parameter, -(3**-0.5), 3**-0.5)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, N, S) -> (B, T, N, S)."""
-        x = self.expand(x)
-        before, at, after = self.weight.to(x.dtype)
-        return self.project(sum_shifted(x * before, x * at, x * after) + self.bias.to(x.dtype))
+    def forward(self, x: torch.Tensor, norm: nn.Module | None = None) -> torch.Tensor:
+        """(B, T, N, S) -> (B, T, N, S); with a batch norm, of what that makes of it."""
+
+        def convolve(x: torch.Tensor) -> torch.Tensor:
+            x = self.expand(x if norm is None else normalise_tokens(norm, x))
+            before, at, after = self.weight.to(x.dtype)
+            return self.project(sum_shifted(x * before, x * at, x * after) + self.bias.to(x.dtype))
+
+        return make_again(convolve, x)
 
 
 class FrameAttention(nn.Module):
@@ -438,24 +444,63 @@ class FrameAttention(nn.Module):
         nn.init.zeros_(self.qkv.bias)
         nn.init.zeros_(self.project.bias)
 
-    def forward(self, keys: torch.Tensor) -> torch.Tensor:
-        """(B, T, 1+N, S) -> (B, T, N, S): the first token is looked at and does not look."""
-        b, t, n, s = keys.shape
-        qkv = self.qkv(keys).view(b * t, n, 3, self.num_heads, s // self.num_heads)
+    def forward(
+        self, x: torch.Tensor, cls: torch.Tensor, position: torch.Tensor, norm: nn.Module | None = None
+    ) -> torch.Tensor:
+        """What `prepend_class_token` takes -> (B, T, N, S); the first token is looked at and does not look.
+
+        With a layer norm, of what that makes of all tokens.
+        """
+        b, t, n, s = x.shape
+
+        def read_keys(x: torch.Tensor, cls: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+            keys = prepend_class_token(x, cls, position)
+            return self.qkv(keys if norm is None else norm(keys))
+
+        qkv = make_again(read_keys, x, cls, position).view(b * t, 1 + n, 3, self.num_heads, s // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B*T, heads, 1+N, 64)
         x = F.scaled_dot_product_attention(q[:, :, 1:], k, v)
-        return self.project(x.transpose(1, 2).reshape(b, t, n - 1, s))
+        return make_again(lambda x: self.project(x.transpose(1, 2).reshape(b, t, n, s)), x)
+
+
+class Mlp(nn.Sequential):
+    """To four times the width and back."""
+
+    def __init__(self, side_width: int) -> None:
+        widen, narrow = nn.Linear(side_width, 4 * side_width), nn.Linear(4 * side_width, side_width)
+        nn.init.normal_(widen.weight, std=(2 * side_width) ** -0.5)
+        nn.init.normal_(narrow.weight, std=_residual_std(side_width))
+        super().__init__(widen, nn.GELU(), narrow)
+
+    def forward(self, x: torch.Tensor, norm: nn.Module | None = None) -> torch.Tensor:
+        """(B, T, N, S) -> (B, T, N, S); with a batch norm, of what that makes of it."""
+        widen, gelu, narrow = self
+        x = widen(x) if norm is None else make_again(lambda x: widen(normalise_tokens(norm, x)), x)
+        return make_again(lambda x: narrow(gelu(x)), x)
+
+
+def make_again(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """`function(*inputs)`, keeping nothing but the inputs for the backward pass.
+
+    For a matrix product and what cheaply comes before it (a norm, an activation, a reordering): that is computed again
+    when the product's gradient needs it, the product itself is not, for torch stops when it has what it wants.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(*inputs)
+    return recompute_in_backward(
+        function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=_recomputing
+    )
 
 
 def _recomputing() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     @contextmanager
     def again() -> Iterator[None]:
         global _is_recomputing
-        _is_recomputing = True
+        before, _is_recomputing = _is_recomputing, True
         try:
             yield
         finally:
-            _is_recomputing = False
+            _is_recomputing = before
 
     return nullcontext(), again()
 
