@@ -411,6 +411,9 @@ def train(
     interaction: Annotated[
         str, typer.Option(help="Retrieval: compare means, or words with frames, weighted (wti).")
     ] = "mean",
+    negatives: Annotated[
+        str, typer.Option(help="Retrieval: tell a video from the captions of its step, or from all.")
+    ] = "step",
     out: Annotated[Path | None, typer.Option(help="The run's folder. [runs/STORE-HEAD, runs/STORE-retrieval]")] = None,
     preset: Annotated[
         str, typer.Option(help="The paper's size and recipe: auto, none, or such as b16-light-ssv2, e14-k400.")
@@ -462,6 +465,7 @@ def train(
             task=task,  # type: ignore[arg-type]
             head=head,
             interaction=interaction,  # type: ignore[arg-type]
+            negatives=negatives,  # type: ignore[arg-type]
             preset=preset,
             layers=chosen,
             side_width=side_width,
@@ -913,9 +917,14 @@ def _open_searched_store(run: Path | None, features: Path | None) -> Any:
     from .store.reader import open_store
 
     if run is not None:
+        from .errors import StoreNotFoundError
         from .train.evaluate import open_run_and_store
 
-        return open_run_and_store(run, features)[1]
+        try:
+            return open_run_and_store(run, features)[1]
+        except StoreNotFoundError as error:
+            # --features alone would search another way, without the run.
+            raise StoreNotFoundError(f"{error} Together with it, name the run: --run {run}.") from error
     from .retrieve.search import find_newest_store
 
     return open_store(features or find_newest_store())

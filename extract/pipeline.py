@@ -168,9 +168,9 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
             is_alone = config.num_workers is None and config.scheduler is None
             meter = job.run(writer, shards) if is_alone else job.run_on_workers(shards)
             table = writer.consolidate()
-            job.embed_captions()
         if job.wants_measuring(table):
             job.measure(table)
+        job.embed_captions()
     summary = _summarise(config.out, table, time.perf_counter() - start)
     if meter.rows:  # a run that had nothing to do leaves the last one's figures
         _write_stats(config.out, clock, meter, job.describe_work(meter) if is_alone else {}, summary.seconds)
@@ -584,7 +584,8 @@ class _Extraction:
 
     def _require_space(self, shards: Sequence[int]) -> None:
         frames = sum(self._num_frames[row] for shard in shards for row in self.layout.shard_rows(shard))
-        require_space(self.layout, NUM_VIEWS * frames, self._config.out)
+        num_captions = 0 if has_current_texts(self._config.out) else sum(len(r.captions) for r in self._records)
+        require_space(self.layout, NUM_VIEWS * frames, self._config.out, num_captions=num_captions)
 
     def _limit(self, shards: list[int]) -> list[int]:
         """Those of this machine's part, of them the first that hold `limit` rows together, the last one whole."""

@@ -17,6 +17,7 @@ from ..errors import ConfigError, StoreMismatchError
 from ..store._files import describe_bytes
 from ..store.layout import StoreLayout
 from ..store.reader import StoreReader, open_store
+from ..store.texts import count_text_bytes
 from .backbone import Backbone, build_backbone, parse_layers, resolve_device
 from .config import ExtractConfig
 
@@ -116,6 +117,7 @@ def plan_extraction(
     layout: StoreLayout,
     frames_by_split: Mapping[str, tuple[int, int]],
     *,
+    num_captions: int = 0,
     clip_frames: int = 8,
     frames_per_second: float | None = None,
     price_per_hour: float | None = None,
@@ -127,6 +129,7 @@ def plan_extraction(
     Args:
         layout: Of the store; its number of rows does not matter.
         frames_by_split: Videos and cached frames of each video, by split.
+        num_captions: Of all videos; their texts are stored too.
         clip_frames: T, frames of a training clip.
         frames_per_second: Of the backbone on one device: stated, or from `probe_backbone`.
         price_per_hour: Of that device.
@@ -147,10 +150,13 @@ def plan_extraction(
         saved = forward_s - read_s
         break_even = extract_s / saved if saved > 0 else float("inf")
     hours = None if extract_s is None else extract_s / 3600
+    sizes = {name: size * frames for name, size in frame_bytes.items()}
+    if num_captions:
+        sizes["text"] = count_text_bytes(num_captions, layout.embed_dim)
     return Plan(
         videos=videos,
         frames=frames,
-        bytes_by_array={name: size * frames for name, size in frame_bytes.items()},
+        bytes_by_array=sizes,
         free_bytes=None if folder is None else _free_bytes(folder),
         frames_per_second=frames_per_second,
         hours=hours,
@@ -185,7 +191,8 @@ def plan_command(
     Raises:
         S4vError: If the model, the data set or an option is not one that an extraction could have.
     """
-    splits = Counter(record.split for record in config.read_records()) if videos is None else {"train": videos}
+    records = config.read_records() if videos is None else []
+    splits = {"train": videos} if videos is not None else Counter(record.split for record in records)
     backbone = build_backbone(
         config.model, weights="random", device=resolve_device(config.device), precision=config.precision
     )
@@ -197,6 +204,7 @@ def plan_command(
     return plan_extraction(
         layout,
         by_split,
+        num_captions=sum(len(record.captions) for record in records),
         clip_frames=clip_frames,
         frames_per_second=rate,
         price_per_hour=price,
@@ -228,18 +236,20 @@ def probe_backbone(backbone: Backbone, layout: StoreLayout, batch_size: int, sec
     return passes * batch_size / (time.perf_counter() - start)
 
 
-def require_space(layout: StoreLayout, frames: int, out: Path) -> None:
+def require_space(layout: StoreLayout, frames: int, out: Path, *, num_captions: int = 0) -> None:
     """Refuse an extraction whose store cannot fit.
 
     Args:
         layout: Of the store.
         frames: Cached frames that are still to be written, of all rows and views.
         out: The store.
+        num_captions: Whose texts are still to be written.
 
     Raises:
         ConfigError: With what is needed and what is free.
     """
-    needed, free = frames * sum(layout.bytes_per_frame.values()), _free_bytes(out)
+    needed = frames * sum(layout.bytes_per_frame.values()) + count_text_bytes(num_captions, layout.embed_dim)
+    free = _free_bytes(out)
     # Compressed patches need less, nobody knows how much.
     if layout.keep_bits is None and needed > free:
         raise ConfigError(

@@ -60,10 +60,12 @@ class TextTower:
             mask; embeddings (n, E), those of the end token.
 
         Raises:
-            BackboneError: If the tower is not one of open_clip's own.
+            BackboneError: If the tower is not one of open_clip's own that ends a text with its highest token, as CLIP
+                does.
         """
-        if not isinstance(getattr(self._tower, "ln_final", None), nn.Module):
-            raise BackboneError("the text tower has no final norm that s4v knows: no tokens of words can be had of it")
+        is_known = isinstance(getattr(self._tower, "ln_final", None), nn.Module)
+        if not is_known or getattr(self._tower, "pool_type", None) != "argmax" or self._tower.output_tokens:
+            raise BackboneError("this text tower is not like CLIP's: s4v cannot tell where its words end")
         tokens = self._tokenise(texts, num_words)
         padded = F.pad(tokens, (0, 0, 0, -len(texts) % _TEXTS_PER_PASS))
         parts = [self._encode_words(part) for part in padded.split(_TEXTS_PER_PASS)]
@@ -119,6 +121,7 @@ def load_text_tower(
 
     Raises:
         WeightsError: If the weights cannot be had, do not fit, or have another hash.
+        BackboneError: If its tokenizer cannot be had.
     """
     architecture, _ = resolve_model(name)
     config = read_architecture(architecture)
@@ -133,4 +136,8 @@ def load_text_tower(
     tensors = open_tensors(source)
     fill_tower(tower, tensors, source, ("text.", ""), device, torch.float32)
     known_words = None if tensors is None else tensors.get(KNOWN_WORDS)
-    return TextTower(tower, open_clip.get_tokenizer(architecture), device, known_words)
+    try:
+        tokenizer = open_clip.get_tokenizer(architecture)
+    except (ImportError, OSError) as error:  # those of others are downloaded, by a library that s4v does not need
+        raise BackboneError(f"the tokenizer of {name} cannot be had: {str(error).splitlines()[0]}") from error
+    return TextTower(tower, tokenizer, device, known_words)

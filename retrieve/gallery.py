@@ -30,7 +30,7 @@ def _describe(store: StoreReader, answer: Answer) -> str:
     moment = "" if answer.start_s is None else f", {describe_moment(answer)}"
     caption = (
         f"{answer.rank}. {html.escape(answer.path)}{moment} "
-        f"<span class='note'>cosine {answer.score:.3f}, best frame {answer.frame_score:.3f}</span>"
+        f"<span class='note'>score {answer.score:.3f}, best frame {answer.frame_score:.3f}</span>"
     )
     if not store.layout.with_pixels:
         return f"<p>{caption}</p>"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, RunNotFoundError
 from ..store._files import read_json
 from ..store.reader import StoreReader
 from ..train.clips import LabelledRows, thin
@@ -41,6 +41,7 @@ class TrainedFrames:
 
     Raises:
         ConfigError: If the run is not one that `s4v train --task retrieval` made.
+        RunNotFoundError: If it has no such checkpoint.
         StoreMismatchError: If the store does not fit the run.
     """
 
@@ -58,7 +59,10 @@ class TrainedFrames:
             kind = "was imported with a text tower of its own" if self.run.head.task == "retrieval" else "knows classes"
             raise ConfigError(f"{run} {kind}: a search wants a run of `s4v train --task retrieval`")
         self._checkpoint = checkpoint
-        self.sha256: str = read_json(self.run.path / f"{checkpoint}.json")["sha256"]
+        told = self.run.path / f"{checkpoint}.json"
+        if not told.is_file():
+            raise RunNotFoundError(f"{run} has no checkpoint {checkpoint!r} yet: wait for its first epoch")
+        self.sha256: str = read_json(told)["sha256"]
         self._device = device or torch.device("cpu")
         self._head: RetrievalSideNetwork | None = None
 

@@ -10,6 +10,7 @@ void, and an extraction writes them anew.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import StoreDamagedError, StoreMismatchError
-from ._files import hash_file, read_json, sync_folder
+from ..errors import EnvironmentFailedError, StoreDamagedError, StoreMismatchError
+from ._files import FolderLock, hash_file, kill_point, read_json, sync_folder
 from ._zarr import create_array, open_array, refused_write, write_group
 from .checksums import write_checksums
 from .layout import ArraySpec
@@ -65,20 +66,36 @@ def write_texts(
     num_words: int,
     report: Callable[[str, int, int], None] = lambda *_: None,
 ) -> None:
-    """Write the texts of all captions beside their place, and rename them.
+    """Write the texts of all captions beside their place, and rename them; a kill on the way costs them all.
 
     Args:
-        store: With at least one caption; nobody else writes to it.
+        store: With at least one caption.
         encode: Texts, `TEXTS_PER_SHARD` at most, to all three arrays.
         num_words: M.
         report: Told about progress.
 
     Raises:
-        EnvironmentFailedError: If the file system refuses.
+        EnvironmentFailedError: If the file system refuses; what was written of the texts is removed.
+        StoreBusyError: If another process writes to the store.
     """
+    with FolderLock(store.path, f"another process is writing to {store.path}: run the command again in a moment"):
+        try:
+            _write_texts(store, encode, num_words, report)
+        except EnvironmentFailedError:
+            shutil.rmtree(store.path / f"{TEXT_NAME}.partial", ignore_errors=True)
+            raise
+
+
+def _write_texts(
+    store: StoreReader,
+    encode: Callable[[list[str]], Texts],
+    num_words: int,
+    report: Callable[[str, int, int], None],
+) -> None:
     captions = store.read_captions()["text"].to_pylist()
     partial, final = store.path / f"{TEXT_NAME}.partial", store.path / TEXT_NAME
-    shutil.rmtree(partial, ignore_errors=True)
+    for leftover in (partial, _old(store.path)):
+        shutil.rmtree(leftover, ignore_errors=True)
     write_group(partial, {"captions_sha256": hash_file(store.path / CAPTIONS_NAME)})
     arrays = {
         spec.name: create_array(partial, spec) for spec in _specs(len(captions), num_words, store.layout.embed_dim)
@@ -95,20 +112,32 @@ def write_texts(
     for folder in [*partial.iterdir(), partial]:
         if folder.is_dir():
             sync_folder(folder)
+    kill_point("texts written")
     remove_texts(store.path)
     partial.rename(final)
     sync_folder(store.path)
+    kill_point("texts in place")
     write_checksums(store.path)
+
+
+def count_text_bytes(num_captions: int, embed_dim: int) -> int:
+    """What the texts of so many captions take, checksums aside."""
+    specs = _specs(num_captions, MAX_WORDS, embed_dim)
+    return sum(math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in specs)
 
 
 def remove_texts(root: Path) -> None:
     """Take the texts out of a store, all at once."""
     if (root / TEXT_NAME).is_dir():
-        gone = root / f"{TEXT_NAME}.partial.old"
+        gone = _old(root)
         shutil.rmtree(gone, ignore_errors=True)
         (root / TEXT_NAME).rename(gone)
         write_checksums(root)
         shutil.rmtree(gone)
+
+
+def _old(root: Path) -> Path:
+    return root / f"{TEXT_NAME}.partial.old"
 
 
 class TextReader:
@@ -169,6 +198,7 @@ _MEND = "The command that began the store mends it, with --repair."
 
 
 def _specs(num_captions: int, num_words: int, embed_dim: int) -> tuple[ArraySpec, ...]:
+    """Chunks of one caption: a step of training wants single ones, from anywhere."""
     rows = TEXTS_PER_SHARD
     return (
         ArraySpec(
@@ -176,7 +206,6 @@ def _specs(num_captions: int, num_words: int, embed_dim: int) -> tuple[ArraySpec
             shape=(num_captions, num_words, embed_dim),
             dtype="float16",
             shard_shape=(rows, num_words, embed_dim),
-            # A step of training wants single texts.
             chunk_shape=(1, num_words, embed_dim),
             dimension_names=("caption", "word", "channel"),
         ),
@@ -185,6 +214,7 @@ def _specs(num_captions: int, num_words: int, embed_dim: int) -> tuple[ArraySpec
             shape=(num_captions, num_words),
             dtype="bool",
             shard_shape=(rows, num_words),
+            chunk_shape=(1, num_words),
             dimension_names=("caption", "word"),
         ),
         ArraySpec(
@@ -192,6 +222,7 @@ def _specs(num_captions: int, num_words: int, embed_dim: int) -> tuple[ArraySpec
             shape=(num_captions, embed_dim),
             dtype="float32",
             shard_shape=(rows, embed_dim),
+            chunk_shape=(1, embed_dim),
             dimension_names=("caption", "channel"),
         ),
     )

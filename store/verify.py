@@ -91,7 +91,7 @@ def _check_small_arrays(store: StoreReader) -> Iterator[Damage]:
 
 
 def _check_texts(store: StoreReader) -> Iterator[Damage]:
-    """Captions' texts, if there are any: tokens in shards, the others in files of one chunk."""
+    """Captions' texts, if there are any."""
     for metadata in sorted(store.path.glob(f"{TEXT_NAME}/*/zarr.json")):
         try:
             shape = json.loads(metadata.read_bytes())["shape"]
@@ -100,10 +100,6 @@ def _check_texts(store: StoreReader) -> Iterator[Damage]:
         for shard in range(-(-shape[0] // TEXTS_PER_SHARD)):
             file = metadata.parent / ".".join(["c", str(shard), *["0"] * (len(shape) - 1)])
             where = str(file.relative_to(store.path))
-            if metadata.parent.name != "tokens":
-                if (what := verify_chunk_file(file)) is not None:
-                    yield Damage(where=where, what=what)
-                continue
             try:
                 is_there, problems = verify_shard(file, TEXTS_PER_SHARD)
             except DamagedChunkError as error:

@@ -22,6 +22,10 @@ Similarity = Literal["mean", "wti"]
 """How a video and a text are compared: by their means, or by weighted token-wise interaction (train/interaction.py)."""
 
 
+Negatives = Literal["step", "all"]
+"""The other captions of a step, as in the reference, or all captions of the training split: they are cached."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """Everything that decides what a run learns."""
@@ -38,6 +42,8 @@ class TrainConfig:
     """What to train, by name."""
     preset: str = "auto"
     """A name of train/presets.py, `none`, or `auto`: by the store's backbone and data set. What is given here wins."""
+    negatives: Negatives = "step"
+    """What a video is told apart from, of retrieval."""
     layers: tuple[int, ...] | None = None
     """Backbone blocks to use; None takes the preset's, else all that the store holds."""
     side_width: int | None = None
@@ -123,8 +129,11 @@ class TrainConfig:
             raise ConfigError("--inputs pixels leaves out the class token that retrieval adds to: take all or tokens")
         if self.task == "retrieval" and self.label_smoothing is not None:
             raise ConfigError("--label-smoothing has no effect on --task retrieval: leave it out")
-        if self.task == "recognition" and self.interaction != "mean":
-            raise ConfigError("--interaction has no effect on --task recognition: leave it out")
+        _check_choice("--negatives", self.negatives, Negatives)
+        if self.task == "recognition" and (self.interaction, self.negatives) != ("mean", "step"):
+            raise ConfigError("--interaction and --negatives have no effect on --task recognition: leave them out")
+        if self.negatives == "all" and self.interaction != "mean":
+            raise ConfigError("--negatives all compares means: word by word, all captions are too many")
         if self.checkpoint_activations and self.head != "side4video":
             raise ConfigError(f"--checkpoint-activations has no effect on --head {self.head}: leave it out")
         if self.label_smoothing is not None and not 0 <= self.label_smoothing < 1:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+_LEAST_STD = 1e-6
+
 
 @dataclass(frozen=True, slots=True)
 class TextBatch:
@@ -116,7 +118,8 @@ class WeightedTokenInteraction(nn.Module):
 
 def _correlate(first: torch.Tensor, second: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
     """(n, E) each and (n,) -> (E, E): products of standardised channels, weighted and summed."""
-    first, second = ((x - x.mean(0)) / x.std(0) for x in (first, second))
+    # A channel that is the same in all, as where every frame's best word is the start: it correlates with nothing.
+    first, second = ((x - x.mean(0)) / x.std(0).clamp(min=_LEAST_STD) for x in (first, second))
     return (first * shares[:, None]).T @ second
 
 
@@ -125,7 +128,10 @@ def _make_weighting(width: int) -> nn.Sequential:
 
 
 def contrastive_loss(
-    similarities: torch.Tensor, logit_scale: torch.Tensor, is_same: torch.Tensor | None = None
+    similarities: torch.Tensor,
+    logit_scale: torch.Tensor,
+    is_same: torch.Tensor | None = None,
+    texts_of_videos: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """CLIP's symmetric loss: each text's own video is on the diagonal of (A, A); the scale is a logarithm.
 
@@ -134,11 +140,15 @@ def contrastive_loss(
         logit_scale: ().
         is_same: (A, A) bool, pairs off the diagonal that are right too, as where a video is there twice: they count
             for neither side. None has none, as in the reference.
+        texts_of_videos: (A, C), what videos choose from instead of the A texts, their own first and what is right too
+            left out with -inf.
     """
-    logits = logit_scale.exp() * similarities
-    if is_same is not None:
-        logits = logits.masked_fill(
-            is_same & ~torch.eye(len(logits), dtype=torch.bool, device=logits.device), -torch.inf
-        )
+    scale = logit_scale.exp()
+    logits = scale * similarities
     own = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    if is_same is not None:
+        logits = logits.masked_fill(is_same & (own != own[:, None]), -torch.inf)
+    by_text = F.cross_entropy(logits, own)
+    if texts_of_videos is None:
+        return (by_text + F.cross_entropy(logits.T, own)) / 2
+    return (by_text + F.cross_entropy(scale * texts_of_videos, torch.zeros_like(own))) / 2

@@ -100,6 +100,9 @@ def train_run(config: TrainConfig, report: ReportEpoch = lambda *_: None) -> dic
     available = np.concatenate([task.training.num_cached_frames, task.validation.num_cached_frames])
     frames = resolve_clip_frames(config.frames, available, store, task.default_frames)
     fabric = _make_fabric(config)
+    assert config.batch_size is not None
+    if config.task == "retrieval" and config.batch_size * fabric.world_size < 2:
+        raise ConfigError("a step of one pair has no negatives, and teaches nothing: --batch-size 2 or more")
     run = plan_run(config, frames, head_config, store, task.training.rows, fabric.world_size)
     fabric.barrier()  # no process looks at what the first one is about to write
     if fabric.is_global_zero:
@@ -294,7 +297,10 @@ class _Training:
                 self._fabric.backward(loss / accumulate)
             losses.append(loss.detach())
         if self._config.clip_norm is not None:
-            self._fabric.clip_gradients(self._head, self._optimizer, max_norm=self._config.clip_norm)
+            # What is not finite is told by the loss and the weights; under fp16 such a step is left out, not an error.
+            self._fabric.clip_gradients(
+                self._head, self._optimizer, max_norm=self._config.clip_norm, error_if_nonfinite=False
+            )
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         mean: torch.Tensor = self._fabric.all_reduce(torch.stack(losses).mean(), reduce_op="mean")  # type: ignore[assignment]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,9 @@ def require_same_run(run: Run) -> None:
         RunExistsError: With all differences.
     """
     begun = open_run(run.path)
-    ours, theirs = ({**r.config, **r.source, "classes": r.classes, "head": r.head} for r in (run, begun))
+    # A run that is older than an option was begun with its default.
+    options = {f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING}
+    ours, theirs = ({**options, **r.config, **r.source, "classes": r.classes, "head": r.head} for r in (run, begun))
     skipped = {*_INCIDENTAL, "store"}
     plain = lambda value: json.loads(json.dumps(value, default=asdict))  # noqa: E731 (tuples are lists on disk)
     differences = [

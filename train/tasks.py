@@ -11,7 +11,15 @@ import torch
 
 from ..errors import StoreMismatchError
 from ..store.reader import StoreReader
-from .clips import DEFAULT_CLIP_FRAMES, ClipBatch, LabelledRows, find_captioned_rows, find_labelled_rows
+from ..store.texts import TextReader
+from .clips import (
+    DEFAULT_CLIP_FRAMES,
+    ClipBatch,
+    LabelledRows,
+    find_captioned_rows,
+    find_labelled_rows,
+    hand_over_texts,
+)
 from .config import TrainConfig
 from .evaluate import accuracy_figures, evaluate_head
 from .interaction import TextBatch, contrastive_loss
@@ -113,6 +121,7 @@ class Retrieval:
             raise StoreMismatchError(
                 f"{store.path} has one good training video with captions: retrieval needs two or more"
             )
+        self._texts = TextReader(store)  # told before a run's folder is made, where there are none
         captions = store.read_captions()
         # Which video a caption is of, and which captions say the same: such pairs are nobody's negatives.
         owner = np.full(len(captions), -1, dtype=np.int64)
@@ -120,10 +129,15 @@ class Retrieval:
         texts = captions["text"].combine_chunks().dictionary_encode().indices.to_numpy()
         self._identities = torch.from_numpy(np.stack([owner, texts.astype(np.int64)], axis=1))
         self._logit_scale = torch.tensor(float(store.head["logit_scale"]))
+        self._bank: TextBatch | None = None
+        self._bank_identities = self._identities[self.training.labels]
 
     def prepare_head(self, head: RetrievalSideNetwork) -> tuple[str, ...]:
         """The backbone's final norm and projection."""
         head.end.load_arrays(self._store.head)
+        if self._config.negatives == "all":
+            texts = self._texts.read(self.training.labels, head.interaction.text_arrays)
+            self._bank = hand_over_texts(texts, torch.device("cpu"))
         return head.interaction.text_arrays
 
     def compute_loss(
@@ -133,11 +147,28 @@ class Retrieval:
         assert batch.texts is not None
         own = (batch.texts.tokens, batch.texts.mask, batch.texts.embedding)
         texts = TextBatch(*(None if values is None else gather(values) for values in own))
-        identities = gather(self._identities.to(batch.labels.device)[batch.labels])  # (A, 2)
+        self._identities = self._identities.to(batch.labels.device)
+        identities = gather(self._identities[batch.labels])  # (A, 2)
         is_same = (identities[:, None] == identities[None]).any(dim=2)
-        found = head.interaction(texts, gather(output.float()))
-        loss = contrastive_loss(found.similarities, self._logit_scale.to(output.device), is_same)
+        frames = gather(output.float())
+        found = head.interaction(texts, frames)
+        choices = None
+        if self._config.negatives == "all":
+            choices = self._compare_with_all(head, frames, found.similarities.diagonal(), identities)
+        loss = contrastive_loss(found.similarities, self._logit_scale.to(output.device), is_same, choices)
         return loss + _DECORRELATION * found.decorrelation
+
+    def _compare_with_all(
+        self, head: RetrievalSideNetwork, frames: torch.Tensor, own: torch.Tensor, identities: torch.Tensor
+    ) -> torch.Tensor:
+        """Videos (A, T, E) with their own captions, whose similarities (A,) are there, then with all others."""
+        assert self._bank is not None and self._bank.embedding is not None
+        if self._bank.embedding.device != frames.device:
+            self._bank = TextBatch(None, None, self._bank.embedding.to(frames.device))
+            self._bank_identities = self._bank_identities.to(frames.device)
+        others = head.interaction(self._bank, frames).similarities.T  # (A, C)
+        fits = (identities[:, None] == self._bank_identities[None]).any(dim=2)
+        return torch.cat([own[:, None], others.masked_fill(fits, -torch.inf)], dim=1)
 
     def validate(
         self, head: torch.nn.Module, *, layers: tuple[int, ...], num_frames: int, device: torch.device

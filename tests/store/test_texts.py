@@ -1,4 +1,8 @@
+import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import open_clip
@@ -106,7 +110,7 @@ def test_damage_is_found_and_mended(
     with pytest.raises(StoreDamagedError, match=r"text/mask is damaged.*--repair"):
         texts = TextReader(open_store(shutil.copytree(captioned_store, tmp_path / "other.zarr")))
         flip_byte(tmp_path / "other.zarr/text/mask/c.0.0")
-        texts.read([0])
+        texts.read(range(19))
     (tmp_path / "other.zarr/text/embedding/c.0.0").unlink()
     with pytest.raises(StoreDamagedError, match=r"text/embedding has lost the text 3"):
         texts.read([3], ("embedding",))
@@ -161,3 +165,36 @@ def test_without_a_text_tower_the_frames_are_there_all_the_same(
     summary = extract_dataset(make_captioned_config(captioned_folder, tmp_path / "store.zarr"))
     assert summary.videos["ok"] == 12
     assert "its captions cannot train retrieval, for lack of a text tower: no text tower in this file" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ["texts written 1", "texts in place 1"])
+def test_a_run_killed_between_texts_is_completed(point, captioned_folder, captioned_store, contents, tmp_path):
+    out = tmp_path / "killed.zarr"
+    command = [
+        sys.executable,
+        "-m",
+        "s4v",
+        "extract",
+        "--model",
+        "tiny-clip",
+        "--weights",
+        "random",
+        "--dataset",
+        "table",
+    ]
+    command += [
+        "--root",
+        str(captioned_folder),
+        "--annotations",
+        str(captioned_folder / "videos.csv"),
+        "--out",
+        str(out),
+    ]
+    command += ["--frames", "train=6,4", "--dtype", "float32", "--device", "cpu", "--decoders", "2", "--resize", "224"]
+    killed = subprocess.run(command, env={**os.environ, "S4V_KILL_AT": point}, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    subprocess.run(command, check=True, capture_output=True)
+    assert contents(out, "zarr.json") == contents(captioned_store, "zarr.json")
+    assert verify_store(open_store(out)) == []
+    assert not list(out.glob("text.*"))

@@ -67,3 +67,13 @@ def test_pairs_that_are_right_too_are_nobodys_negatives():
     own, other = math.exp(1), math.exp(0)
     expected = (2 * math.log(1 + other / own) + math.log(1 + 2 * other / own)) / 3
     assert found.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_words_that_are_all_the_same_are_no_accident():
+    """Captions begin alike: where every frame's best word is that beginning, channels do not vary."""
+    module = WeightedTokenInteraction(8)
+    words = torch.ones(3, 2, 8)
+    found = module(TextBatch(words, torch.ones(3, 2, dtype=torch.bool), None), torch.randn(3, 4, 8))
+    (found.similarities.sum() + found.decorrelation).backward()
+    assert torch.isfinite(found.decorrelation)
+    assert all(bool(torch.isfinite(parameter.grad).all()) for parameter in module.parameters())

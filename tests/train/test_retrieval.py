@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -7,19 +8,19 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from s4v.cli import app
-from s4v.errors import ConfigError, StoreMismatchError
+from s4v.errors import ConfigError, EnvironmentFailedError, StoreMismatchError
 from s4v.store.manifest import read_table
 from s4v.store.reader import open_store
 from s4v.store.texts import TextReader
 from s4v.train import tasks
-from s4v.train.clips import find_captioned_rows
+from s4v.train.clips import ClipBatch, find_captioned_rows, hand_over_texts
 from s4v.train.config import TrainConfig
 from s4v.train.evaluate import evaluate_run
 from s4v.train.heads import build_head, plan_head
 from s4v.train.loop import train_run
-from s4v.train.ranking import measure_retrieval
 from s4v.train.recipe import learning_rate_at, make_optimizer
 from s4v.train.retrieval import (
+    embed_clips,
     evaluate_frozen_retrieval,
     evaluate_retrieval,
     evaluate_retrieval_run,
@@ -63,9 +64,9 @@ def test_an_untrained_network_is_the_frozen_backbone(captioned_store, interactio
     options = dict(layers=store.layout.layers, num_frames=4, batch_size=3, device=CPU)
     found, frozen = evaluate_retrieval(head, store, data, **options), evaluate_frozen_retrieval(store, data, 4)
     np.testing.assert_array_equal(found.video_of_text, frozen.video_of_text)
-    np.testing.assert_array_equal(
-        store.read_embeddings()[data.rows, 0, :4][[0]], read_frozen_clips(store, data, 4)[[0]]
-    )
+    expected = read_frozen_clips(store, data, 4)
+    np.testing.assert_array_equal(store.read_embeddings()[data.rows, 0, :4], expected)
+    np.testing.assert_allclose(embed_clips(head, store, data, **options), expected, rtol=0, atol=1e-5)
     if interaction == "mean":
         np.testing.assert_allclose(found.scores, frozen.scores, rtol=0, atol=2e-6)
 
@@ -118,6 +119,31 @@ def test_negatives_are_other_videos_that_the_text_does_not_fit(captioned_store):
     np.testing.assert_array_equal(is_same, expected)
     assert is_same.sum() == 12 + 2 * 4 + 2, "itself, the second caption of four videos, one text of two videos"
     # The odd one of the two videos has a second caption, of which the text's equality does not tell.
+
+
+def test_a_video_can_choose_among_all_captions(captioned_store):
+    """By brute force: each video against its own caption and every caption that is neither of it nor says the same."""
+    store = open_store(captioned_store)
+    task = tasks.Retrieval(config_for(captioned_store, None, negatives="all"), store)
+    head = build_head(plan_head("side4video", store, side_width=64, task="retrieval"))
+    assert task.prepare_head(head) == ("embedding",)
+    captions, reader = store.read_captions().to_pylist(), TextReader(store)
+    chosen = task.training.labels[[0, 3, 7, 8]]
+    batch = ClipBatch(None, None, None, torch.from_numpy(chosen), hand_over_texts(reader.read(chosen), CPU))
+    frames = torch.randn(4, 3, store.layout.embed_dim, generator=torch.Generator().manual_seed(0))
+    found = task.compute_loss(head, frames, batch, lambda values: values)
+    videos = torch.nn.functional.normalize(torch.nn.functional.normalize(frames, dim=-1).mean(1), dim=-1)
+    texts = torch.nn.functional.normalize(torch.from_numpy(reader.read(range(19), ("embedding",)).embedding), dim=-1)
+    scores = torch.exp(task._logit_scale) * texts @ videos.T  # (19, 4)
+    told = [captions[place] for place in chosen]
+    fits = lambda a, b: a["video_id"] == b["video_id"] or a["text"] == b["text"]  # noqa: E731
+    losses = []
+    for place, caption in enumerate(chosen):
+        others = [c for c in task.training.labels if not fits(captions[c], captions[caption])]
+        losses.append(-(scores[caption, place] - torch.logsumexp(scores[[caption, *others], place], 0)))
+        step = [p for p, other in enumerate(told) if p == place or not fits(other, captions[caption])]
+        losses.append(-(scores[caption, place] - torch.logsumexp(scores[caption, step], 0)))
+    torch.testing.assert_close(found, torch.stack(losses).mean(), rtol=1e-5, atol=1e-6)
 
 
 def test_two_processes_share_their_negatives(finish, train, captioned_store, tmp_path):
@@ -179,11 +205,28 @@ def test_biases_norms_and_the_backbones_end_are_spared(captioned_store):
         assert group["rate_share"] == (1e-3 if name.startswith("end.") else 1.0), name
 
 
-def test_perfect_scores_are_perfect(captioned_store):
-    data = find_captioned_rows(open_store(captioned_store), "val")
-    frozen = evaluate_frozen_retrieval(open_store(captioned_store), data, 4)
-    scores = np.eye(len(frozen.rows), dtype=np.float32)[frozen.video_of_text]
-    assert measure_retrieval(scores, frozen.video_of_text)["text_to_video"].recall[1] == 1
+@pytest.mark.parametrize("interaction", ["mean", "wti"])
+def test_a_rate_that_is_far_too_high_is_told_in_one_line(interaction, captioned_store, tmp_path):
+    config = config_for(captioned_store, tmp_path / "run", learning_rate=1e30, interaction=interaction, epochs=1)
+    with pytest.raises(EnvironmentFailedError, match="became NaN or infinite in epoch 1.*Lower --learning-rate"):
+        train_run(config)
+
+
+def test_a_store_without_texts_leaves_no_run_behind(captioned_store, tmp_path):
+    bare = shutil.copytree(captioned_store, tmp_path / "bare.zarr", ignore=shutil.ignore_patterns("text"))
+    with pytest.raises(StoreMismatchError, match="holds no texts of its captions"):
+        train_run(config_for(bare, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_from_before_there_were_tasks_goes_on(int8_store, tmp_path):
+    config = dict(features=int8_store, out=tmp_path / "run", head="linear", epochs=1, device="cpu")
+    train_run(TrainConfig(**config))
+    saved = json.loads((tmp_path / "run/config.json").read_text())
+    for name in ("task", "interaction", "negatives"):
+        del saved["train"][name]
+    (tmp_path / "run/config.json").write_text(json.dumps(saved))
+    assert train_run(TrainConfig(**config, resume=True))["epochs"] == 1
 
 
 @pytest.mark.parametrize(
@@ -194,7 +237,9 @@ def test_perfect_scores_are_perfect(captioned_store):
         (dict(label_smoothing=0.1), "--label-smoothing has no effect on --task retrieval"),
         (dict(task="search"), "--task takes recognition, retrieval; found 'search'"),
         (dict(interaction="dot"), "--interaction takes mean, wti; found 'dot'"),
-        (dict(task="recognition", interaction="wti"), "--interaction has no effect on --task recognition"),
+        (dict(task="recognition", interaction="wti"), "--interaction and --negatives have no effect on --task recog"),
+        (dict(batch_size=1), "a step of one pair has no negatives"),
+        (dict(negatives="all", interaction="wti"), "--negatives all compares means"),
         (dict(preset="b16-k400"), "--preset b16-k400 is not for --task retrieval"),
         (dict(task="recognition", preset="b16-msrvtt"), "--preset b16-msrvtt is not for --task recognition"),
     ],
