@@ -415,6 +415,7 @@ def train(
         str, typer.Option(help="Retrieval: tell a video from the captions of its step, or from all.")
     ] = "step",
     out: Annotated[Path | None, typer.Option(help="The run's folder. [runs/STORE-HEAD, runs/STORE-retrieval]")] = None,
+    init: Annotated[Path | None, typer.Option(help="A run whose side network to begin with.")] = None,
     preset: Annotated[
         str, typer.Option(help="The paper's size and recipe: auto, none, or such as b16-light-ssv2, e14-k400.")
     ] = "auto",
@@ -466,6 +467,7 @@ def train(
             head=head,
             interaction=interaction,  # type: ignore[arg-type]
             negatives=negatives,  # type: ignore[arg-type]
+            init=init,
             preset=preset,
             layers=chosen,
             side_width=side_width,

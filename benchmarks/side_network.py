@@ -126,7 +126,7 @@ def run_arm(arm: str, preset: str, num_clips: int, device: torch.device, precisi
         if arm == "decoded":
             codes = torch.stack([codec.decode(codes[:, :, layer], layer) for layer in range(codes.shape[2])], dim=2)
             codec = None
-            side_network.make_again = lambda function, *inputs: function(*inputs)
+            side_network.make_again = lambda function, *inputs, side_width: function(*inputs)
 
         def train() -> None:
             with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):

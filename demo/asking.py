@@ -91,7 +91,7 @@ def ask(store: StoreReader, query: str, asked: str, run: Path, top: int = 6) -> 
     classes = store.read_manifest(["class_name"])["class_name"]
     found = {}
     for name, one in (("frozen", None), ("trained", run)):
-        with Searcher(store, run=one, where="split = 'val'") as searcher:
+        with Searcher(store, run=one, checkpoint="last", where="split = 'val'") as searcher:
             found[name] = [
                 {
                     "video_id": answer.video_id,

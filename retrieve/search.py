@@ -78,6 +78,7 @@ class Searcher:
         store: An open store or its path.
         index: Folder of its index; None takes the one beside the store, or in the run's folder.
         run: A retrieval run whose frames are searched; None takes the backbone's own.
+        checkpoint: Of the run, `best` or `last`.
         where: Only rows that fulfil this condition on the manifest's columns are found.
         weights: Where the backbone's weights are now; None takes what the store recorded.
         device: Where the text tower runs; None takes the CPU.
@@ -93,6 +94,7 @@ class Searcher:
         *,
         index: Path | None = None,
         run: Path | None = None,
+        checkpoint: str = "best",
         where: str | None = None,
         weights: str | None = None,
         device: torch.device | None = None,
@@ -101,7 +103,7 @@ class Searcher:
         self._weights = weights
         self._device = device
         self._tower: TextTower | None = None
-        self._trained = None if run is None else TrainedFrames(run, self.store.path, device)
+        self._trained = None if run is None else TrainedFrames(run, self.store.path, device, checkpoint)
         self._open = ExitStack()
         self._index = self._open_index(index)
         self._allowed = None if where is None else self._filter(where)

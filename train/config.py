@@ -44,6 +44,8 @@ class TrainConfig:
     """A name of train/presets.py, `none`, or `auto`: by the store's backbone and data set. What is given here wins."""
     negatives: Negatives = "step"
     """What a video is told apart from, of retrieval."""
+    init: Path | None = None
+    """A run whose side network to begin with, of either task; None begins with random weights."""
     layers: tuple[int, ...] | None = None
     """Backbone blocks to use; None takes the preset's, else all that the store holds."""
     side_width: int | None = None
@@ -134,6 +136,8 @@ class TrainConfig:
             raise ConfigError("--interaction and --negatives have no effect on --task recognition: leave them out")
         if self.negatives == "all" and self.interaction != "mean":
             raise ConfigError("--negatives all compares means: word by word, all captions are too many")
+        if self.init is not None and self.head != "side4video":
+            raise ConfigError(f"--init has no effect on --head {self.head}: leave it out")
         if self.checkpoint_activations and self.head != "side4video":
             raise ConfigError(f"--checkpoint-activations has no effect on --head {self.head}: leave it out")
         if self.label_smoothing is not None and not 0 <= self.label_smoothing < 1:

@@ -34,6 +34,7 @@ from .run import (
     CONFIG_NAME,
     Run,
     append_metrics,
+    begin_with,
     create_run,
     cut_metrics,
     plan_run,
@@ -99,6 +100,12 @@ def train_run(config: TrainConfig, report: ReportEpoch = lambda *_: None) -> dic
     task = TASKS[config.task](config, store)
     available = np.concatenate([task.training.num_cached_frames, task.validation.num_cached_frames])
     frames = resolve_clip_frames(config.frames, available, store, task.default_frames)
+    # Before anything is written: it may not fit.
+    torch.manual_seed(config.seed)
+    module = build_head(head_config)
+    if config.init is not None:
+        begin_with(config.init, module)
+    text_arrays = task.prepare_head(module)
     fabric = _make_fabric(config)
     assert config.batch_size is not None
     if config.task == "retrieval" and config.batch_size * fabric.world_size < 2:
@@ -108,7 +115,7 @@ def train_run(config: TrainConfig, report: ReportEpoch = lambda *_: None) -> dic
     if fabric.is_global_zero:
         require_same_run(run) if can_resume else create_run(run)
     fabric.barrier()
-    return _Training(config, run, head_config, store, task, fabric).fit(report)
+    return _Training(config, run, head_config, store, task, module, text_arrays, fabric).fit(report)
 
 
 class _Training:
@@ -121,6 +128,8 @@ class _Training:
         head_config: HeadConfig,
         store: StoreReader,
         task: Task,
+        module: Any,
+        text_arrays: tuple[str, ...],
         fabric: Fabric,
     ) -> None:
         self._config = config
@@ -129,9 +138,7 @@ class _Training:
         self._store = store
         self._task = task
         self._fabric = fabric
-        torch.manual_seed(config.seed)
-        self._module = build_head(head_config)
-        text_arrays = task.prepare_head(self._module)
+        self._module = module
         if config.checkpoint_activations:
             self._module.checkpoints_activations = True
         if config.with_compile:

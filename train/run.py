@@ -19,6 +19,7 @@ from ..store.reader import StoreReader
 from .config import Task, TrainConfig
 from .heads import HeadConfig, build_head
 from .presets import side_family
+from .side_network import SideLadder, load_ladder
 
 CONFIG_NAME = "config.json"
 METRICS_NAME = "metrics.jsonl"
@@ -66,6 +67,7 @@ def plan_run(
     resolved = {
         **asdict(config),
         "features": str(config.features),
+        "init": None if config.init is None else str(config.init),
         "out": str(config.out),
         "frames": frames,
         "processes": num_processes,
@@ -256,6 +258,22 @@ def load_checkpoint(run: Run, name: str = "best") -> torch.nn.Module:
     except (SafetensorError, RuntimeError) as error:
         raise StoreDamagedError(f"{path} is not a checkpoint of this head: {str(error).splitlines()[0]}") from error
     return head.eval()
+
+
+def begin_with(path: Path, network: torch.nn.Module) -> None:
+    """Give a fresh side network the weights of a run's best checkpoint, its end left as it is.
+
+    Raises:
+        RunNotFoundError: If there is no such run or checkpoint.
+        StoreMismatchError: If its network is another, or has other sizes.
+    """
+    other = load_checkpoint(open_run(path))
+    if not isinstance(other, SideLadder) or not isinstance(network, SideLadder):
+        raise StoreMismatchError(f"{path} (--init) is no run of a side network")
+    try:
+        load_ladder(network, other.state_dict())
+    except StoreMismatchError as error:
+        raise StoreMismatchError(f"{path} (--init) does not fit: {error}") from error
 
 
 def append_metrics(run: Run, metrics: Mapping[str, Any]) -> None:

@@ -21,9 +21,12 @@ def test_small_demo_writes_a_report_and_never_clears_a_foreign_folder(tmp_path):
     assert [len(method["top1_by_seed"]) for method in methods.values()] == [2, 2, 2, 2, 1]
     assert all(method["both"]["total"] == 4 for method in methods.values())
     assert set(result["novel"]) == set(methods)
+    assert set(result["retrieval"]) == {"trained", "frozen"}
+    assert result["retrieval"]["trained"]["text_to_video"]["queries"] == 12
+    assert result["retrieval"]["trained"]["reversed"]["total"] == 4
     report = (out / "report.html").read_text()
     assert "://" not in report, "self-contained"
-    for text in ("side network", "linear probe", "pixels only", "tokens only", "zero-shot", "Played backwards"):
+    for text in ("side network", "linear probe", "pixels only", "tokens only", "zero-shot", "backwards", "R@10"):
         assert text in report
     for text in ("data:image/png;base64", ", predicted ", "Novel combinations", "a ring moves left", " MB"):
         assert text in report
@@ -61,3 +64,8 @@ def test_the_demo_shows_what_it_claims(tmp_path):
     assert blind.total >= 60
     assert blind.interval[0] <= 0.5 <= blind.interval[1]
     assert result["reversal"]["value"] >= 0.8
+    trained, frozen = result["retrieval"]["trained"], result["retrieval"]["frozen"]
+    assert trained["text_to_video"]["r1"] >= 2 * frozen["text_to_video"]["r1"]
+    assert trained["reversed"]["value"] >= 0.9
+    low, high = frozen["reversed"]["interval"]
+    assert low <= 0.5 <= high

@@ -282,3 +282,21 @@ def test_the_commands_train_and_evaluate(captioned_store, tmp_path, monkeypatch)
     assert told == [name for name in ("trained", "frozen", "trained, dual softmax") for _ in range(2)]
     result = runner.invoke(app, ["eval", "--clips", "2"])
     assert result.exit_code == 1 and "--clips has no effect on a retrieval run" in result.stderr
+
+
+def test_a_run_can_begin_with_the_network_of_another_task(captioned_store, int8_store, tmp_path):
+    recognition = dict(features=int8_store, epochs=1, batch_size=4, side_width=64, device="cpu")
+    train_run(TrainConfig(**recognition, out=tmp_path / "classes", learning_rate=1e-2))
+    begun = config_for(captioned_store, tmp_path / "run", epochs=1, learning_rate=1e-12, init=tmp_path / "classes")
+    train_run(begun)
+    old, new = (load_file(tmp_path / name / "best.safetensors") for name in ("classes", "run"))
+    for name in ("stem.weight", "taps.0.project.weight", "blocks.5.mlp.2.weight"):
+        torch.testing.assert_close(new[name], old[name], rtol=0, atol=1e-9)
+    torch.testing.assert_close(new["position"][1:], old["position"], rtol=0, atol=1e-9)
+    assert new["widen.weight"].abs().max() < 1e-9, "what ranks is still the frozen backbone"
+    train_run(TrainConfig(**recognition, out=tmp_path / "again", init=tmp_path / "run"))
+    with pytest.raises(StoreMismatchError, match="classes .--init. does not fit: its network has other sizes"):
+        train_run(config_for(captioned_store, tmp_path / "wide", side_width=128, init=tmp_path / "classes"))
+    assert not (tmp_path / "wide").exists()
+    with pytest.raises(ConfigError, match="--init has no effect on --head linear"):
+        TrainConfig(features=int8_store, out=tmp_path / "x", head="linear", init=tmp_path / "run")
