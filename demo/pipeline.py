@@ -74,7 +74,7 @@ RETRIEVAL_RECIPE: dict[str, Any] = {
     "side_width": 64,
     "negatives": "all",
 }
-"""How retrieval is trained, from the side network that learned the classes; an epoch shows a video with each caption."""
+"""How retrieval is trained, from the side network that learned the classes; an epoch has each caption once."""
 
 Say = Callable[[str], None]
 Answers = list[tuple[str, str]]
