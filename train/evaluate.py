@@ -146,12 +146,12 @@ def evaluate_run(
         StoreMismatchError: If the store does not fit the run, or the split has no good, labelled video.
         ConfigError: If the run is of retrieval, or was imported without a store and none is named.
     """
-    run, store = open_run_and_store(run_path, features)
-    if run.head.task == "retrieval":
+    if open_run(run_path).head.task == "retrieval":
         raise ConfigError(
-            f"{run.path} is a retrieval run: it embeds frames and knows no classes; "
+            f"{run_path} is a retrieval run: it embeds frames and knows no classes; "
             "s4v.train.retrieval.evaluate_retrieval_run evaluates it"
         )
+    run, store = open_run_and_store(run_path, features)
     if not run.classes:
         _log.warning(
             "%s names no classes: taken in the order in which %s lists them. `s4v import --features` keeps them.",

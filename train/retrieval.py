@@ -29,7 +29,7 @@ from .clips import (
 from .evaluate import open_run_and_store
 from .interaction import Interaction, MeanInteraction, TextBatch
 from .ranking import apply_dual_softmax, measure_retrieval, rank_videos
-from .run import load_checkpoint
+from .run import load_checkpoint, open_run
 from .side_network import RetrievalSideNetwork
 
 # Cosines that are compared at once, words and frames counted.
@@ -233,14 +233,15 @@ def evaluate_retrieval_run(
         StoreMismatchError: If the store does not fit the run, holds no texts, or the split has no captioned video.
         ConfigError: If the run is not of retrieval, or was imported.
     """
-    run, store = open_run_and_store(run_path, features)
+    run = open_run(run_path)
     if run.head.task != "retrieval":
         raise ConfigError(f"{run.path} is a recognition run: it knows classes and no texts")
     if "imported_from" in run.config:
         raise ConfigError(
-            f"{run.path} was imported: its text tower was fine-tuned beside it, and the texts in {store.path} are the "
-            "frozen tower's. No figures of such a pair: train a run with --task retrieval."
+            f"{run.path} was imported: its text tower was fine-tuned beside it, and a store's texts are the frozen "
+            "tower's. No figures of such a pair: train a run with --task retrieval."
         )
+    run, store = open_run_and_store(run_path, features)
     data = find_captioned_rows(store, split)
     if not len(data):
         splits = ", ".join(sorted(set(store.input_columns()["split"].to_pylist())))

@@ -47,6 +47,7 @@ def test_a_store_holds_its_captions_as_the_text_tower_has_them(captioned_store, 
     assert describe_store(store)["arrays"]["text/tokens"]["shape"] == [19, 28, 128]
 
 
+@pytest.mark.slow
 def test_words_are_those_of_open_clip():
     """A text tower of the usual size, cut at 32 words: its own tokens, and those of open_clip's model."""
     name, texts = "ViT-B-32-quickgelu", ["a red ring moves left", "!! an odd one, !!! is it?", "a long " * 60]

@@ -16,6 +16,7 @@ from s4v.train.config import TrainConfig
 from s4v.train.evaluate import evaluate_run
 from s4v.train.importing import import_checkpoint
 from s4v.train.loop import train_run
+from s4v.train.retrieval import evaluate_retrieval_run
 from s4v.train.run import load_checkpoint, open_run
 
 VISUAL, LADDER = r"visual.", r"visual.transformer."
@@ -157,8 +158,10 @@ def test_a_retrieval_run_keeps_its_text_tower_and_says_what_it_cannot_do(data_pa
     import_checkpoint(tmp_path / "with_text.pt", tmp_path / "in")
     shapes = {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / "in/text.safetensors").items()}
     assert shapes.items() >= {"clip.text.proj": (2, 3), "video_weight_fc.bias": (1,)}.items()
-    with pytest.raises(ConfigError, match="is a retrieval run.*s4v eval cannot evaluate retrieval yet"):
+    with pytest.raises(ConfigError, match="is a retrieval run: it embeds frames and knows no classes"):
         evaluate_run(tmp_path / "in", features=int8_store)
+    with pytest.raises(ConfigError, match="was imported: its text tower was fine-tuned beside it"):
+        evaluate_retrieval_run(tmp_path / "in", features=int8_store)
 
 
 def test_nothing_is_written_where_something_is_wrong(trained, tmp_path):
