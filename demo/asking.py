@@ -18,6 +18,8 @@ from .captions import prompt_motion
 from .judging import Share, describe_shares, split_label
 from .scenes import MOTIONS, REVERSED
 
+_WAYS = ("text_to_video", "video_to_text")
+
 
 def judge_retrieval(store: StoreReader, run: Path, split: str = "val") -> dict[str, Any]:
     """What captions of held-out videos find, with a trained run and with the frozen model.
@@ -46,9 +48,6 @@ def judge_retrieval(store: StoreReader, run: Path, split: str = "val") -> dict[s
         }
         for name, one in frames.items()
     }
-
-
-_WAYS = ("text_to_video", "video_to_text")
 
 
 def judge_motions(videos: np.ndarray, labels: list[str], texts: Mapping[str, np.ndarray]) -> dict[str, Share]:

@@ -6,6 +6,7 @@ import torch
 
 from s4v.errors import StoreMismatchError
 from s4v.store.codec import Codec, fit_absmax_scale
+from s4v.train import side_network
 from s4v.train.side_network import RetrievalSideNetwork, SideNetwork, Tap, shift_class_token, sum_shifted
 
 LADDER = dict(num_layers=2, width=24, side_width=64, num_patches=9, patch_px=4)
@@ -245,3 +246,34 @@ def test_layers_that_are_computed_again_change_nothing_but_memory(network):
         torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
     for (name, ours), theirs in zip(networks[0].named_buffers(), networks[1].buffers(), strict=True):
         torch.testing.assert_close(ours, theirs, msg=name)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_is_made_again_is_what_would_have_been_kept(network, again, monkeypatch):
+    """From S = 192 on blocks keep little; here narrow ones do too. Alone, and inside layers that are computed again."""
+    codec = Codec(
+        dtype="int8",
+        basis=np.linalg.qr(np.random.default_rng(0).normal(size=(2, 24, 6)))[0].transpose(0, 2, 1).astype(np.float32),
+        scale=np.full((2, 6), 0.05, np.float32),
+    ).map_parts(torch.from_numpy)
+    pixels, _, cls = clips()
+    codes = torch.randint(-127, 128, (2, 4, 2, 9, 6), dtype=torch.int8, generator=torch.Generator().manual_seed(2))
+    networks, kept = [network, copy.deepcopy(network)], []
+    for one, least_width in zip(networks, (10**6, 0), strict=True):
+        monkeypatch.setattr(side_network, "_LEAN_FROM_WIDTH", least_width)
+        one.checkpoints_activations = again and least_width == 0
+        stored = {}
+
+        def keep(tensor, stored=stored):
+            stored[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = one(pixels, codes, cls, codec).square().sum()
+        kept.append(sum(size for size, _ in stored.values()))
+        loss.backward()
+    for (name, ours), theirs in zip(networks[0].named_parameters(), networks[1].parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad), name
+    for (name, ours), theirs in zip(networks[0].named_buffers(), networks[1].buffers(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert kept[1] < 0.8 * kept[0]
