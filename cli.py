@@ -499,8 +499,10 @@ def train(
         open_store(features)  # a wrong path is told before torch is imported
         from dataclasses import replace
 
+        from .train.allocator import keep_freed_memory
         from .train.loop import default_run_path, train_run
 
+        keep_freed_memory()
         path = out or default_run_path(features, task if task == "retrieval" else head, resume=resume)
         summary = train_run(replace(config, out=path), _report_epoch)
         result.update(summary)

@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from s4v.extract.backbone import build_backbone
 from s4v.store.codec import Codec
 from s4v.train import side_network
+from s4v.train.allocator import keep_freed_memory
 from s4v.train.presets import SIZES, Size
 from s4v.train.side_network import SideNetwork
 
@@ -99,6 +100,7 @@ def make_batch(size: Size, num_clips: int, device: torch.device) -> tuple[Any, .
 def run_arm(arm: str, preset: str, num_clips: int, device: torch.device, precision: str) -> dict[str, float]:
     """Seconds of each of some steps after a first one, and the peak of memory above an empty process."""
     size = SIZES[preset]
+    keep_freed_memory()  # as `s4v train` does; not where memory is measured, see RETURNED_AT_ONCE
     take_first_step(device)
     torch.manual_seed(0)
     empty = peak_bytes(device)
