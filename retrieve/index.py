@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 
 from ..errors import StoreDamagedError, StoreMismatchError
-from ..store._files import FolderLock, hash_file, hash_text, read_json, sync_folder, write_json
+from ..store._files import hash_file, hash_text, read_json, sync_folder, wait_for_folder, write_json
 from ..store.checksums import CHECKSUMS_NAME
 from ..store.manifest import PARTS_NAME
 from ..store.reader import StoreReader
@@ -198,9 +199,12 @@ def build_index(
     offsets = np.concatenate([[0], counts.cumsum()])
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    with FolderLock(path.parent, f"another process is writing in {path.parent}: run the command again in a moment"):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+    with _hold_partial(partial):
+        for file in partial.iterdir():  # what one that was killed has left
+            file.unlink()
+        if _read_facts(path) == facts:  # another process has built it meanwhile
+            partial.rmdir()
+            return facts
         pooled, scanned, frames, times = (
             np.lib.format.open_memmap(partial / f"{name}.npy", "w+", dtype, shape)
             for name, dtype, shape in (
@@ -244,6 +248,22 @@ def build_index(
         partial.rename(path)
         sync_folder(path.parent)
     return facts
+
+
+@contextmanager
+def _hold_partial(partial: Path) -> Iterator[None]:
+    """Be the only one that builds an index, in the folder that is renamed into its place at the end."""
+    while True:
+        partial.mkdir(exist_ok=True)
+        with ExitStack() as held:
+            try:
+                folder = held.enter_context(wait_for_folder(partial, f"another process builds {partial.stem}: waiting"))
+                is_still_there = os.path.samestat(os.fstat(folder), partial.stat())
+            except FileNotFoundError:
+                continue
+            if is_still_there:
+                yield
+                return
 
 
 def _join_views(video: np.ndarray) -> np.ndarray:

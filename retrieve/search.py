@@ -10,6 +10,7 @@ import errno
 import logging
 import math
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -103,6 +104,8 @@ class Searcher:
         self._weights = weights
         self._device = device
         self._tower: TextTower | None = None
+        self.text_tower_seconds: float | None = None
+        """What loading the text tower took; None as long as nothing has needed it."""
         self._trained = None if run is None else TrainedFrames(run, self.store.path, device, checkpoint)
         self._open = ExitStack()
         self._index = self._open_index(index)
@@ -163,7 +166,9 @@ class Searcher:
     @property
     def _text_tower(self) -> TextTower:
         if self._tower is None:
+            start = time.perf_counter()
             self._tower = load_store_text_tower(self.store, weights=self._weights, device=self._device)
+            self.text_tower_seconds = round(time.perf_counter() - start, 3)
         return self._tower
 
     def _find(self, vector: np.ndarray, top: int) -> list[Match]:

@@ -97,13 +97,26 @@ class FolderLock:
 
 
 @contextmanager
-def wait_for_folder(path: Path) -> Iterator[None]:
-    """Hold a folder's lock for a moment, after whoever has it; where a file system has no locks, without."""
+def wait_for_folder(path: Path, waiting: str | None = None) -> Iterator[int]:
+    """Hold a folder's lock, after whoever has it; where a file system has no locks, without.
+
+    Args:
+        path: The folder.
+        waiting: What to tell the user if another process has it.
+
+    Yields:
+        The folder, open: it may have been renamed while somebody else had it.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if waiting is not None:
+                    _log.warning(waiting)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield handle
     finally:
         os.close(handle)
 

@@ -1,4 +1,5 @@
 import shutil
+import threading
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -82,6 +83,39 @@ def test_an_index_is_built_once_and_anew_when_its_store_changed(
     make_video(root / "val/run/new.mp4", seed=5)
     extract_dataset(make_config(root, store.path, dtype="int8", append=True))
     assert open_index(open_store(store.path)).facts.videos == 11
+
+
+def test_the_second_of_two_first_searches_waits(store, caplog):
+    has_begun, may_end, built = threading.Event(), threading.Event(), []
+
+    def build(name, wait):
+        def report(*_):
+            built.append(name)
+            has_begun.set()
+            assert not wait or may_end.wait(30)
+
+        open_index(open_store(store.path), report=report)
+
+    first = threading.Thread(target=build, args=("first", True))
+    first.start()
+    assert has_begun.wait(30)
+    second = threading.Thread(target=build, args=("second", False))
+    second.start()
+    second.join(0.3)
+    assert second.is_alive()
+    may_end.set()
+    for thread in (first, second):
+        thread.join(30)
+    assert set(built) == {"first"}
+    assert "another process builds s.index: waiting" in caplog.text
+    assert open_index(store).facts.videos == 10
+    assert [p.name for p in store.path.parent.iterdir() if "partial" in p.name] == []
+
+
+def test_a_store_without_embeddings_is_told(store):
+    shutil.rmtree(store.path / "embedding")
+    with pytest.raises(StoreDamagedError, match="embedding"):
+        open_index(open_store(store.path))
 
 
 def test_damage_and_foreign_folders_are_told(store, tmp_path):
