@@ -43,6 +43,10 @@ Protocol = Annotated[
     str | None, typer.Option(help="split1 to split3, 1k-A-9k, ...: see s4v datasets. [the data set's first]")
 ]
 Frames = Annotated[str, typer.Option(help="Cached frames: 8, or by split; a bare number is for the rest.")]
+Segment = Annotated[
+    float | None,
+    typer.Option(help="Cut videos into rows of so many seconds, to search long ones. [one row]"),
+]
 Layers = Annotated[str, typer.Option(help="paper, all, or 0-based blocks: 1,3,5.")]
 Dtype = Annotated[str, typer.Option(help="Of stored patch tokens: int8, float16, float32.")]
 Channels = Annotated[int | None, typer.Option(help="Stored channels of a token. [int8: at most 256; else all]")]
@@ -82,6 +86,7 @@ def extract(
     out: Annotated[Path | None, typer.Option(help="The store to write. [store/DATASET.zarr]")] = None,
     split: Annotated[list[str] | None, typer.Option(help="Only this split. Repeatable.")] = None,
     frames: Frames = _FRAMES,
+    segment: Segment = None,
     sampling: Annotated[str, typer.Option(help="Which frames: uniform.")] = "uniform",
     resize: Annotated[str, typer.Option(help="256: short side 256, crop 224. 224: the backbone's own.")] = "256",
     layers: Layers = "paper",
@@ -138,6 +143,7 @@ def extract(
             protocol=protocol,
             splits=tuple(split) if split else None,
             frames=parsed_frames,
+            segment_s=segment,
             sampling=sampling,
             resize=resize,
             layers=layers,
@@ -191,6 +197,7 @@ def plan(
     protocol: Protocol = None,
     out: Annotated[Path | None, typer.Option(help="Where the store would lie. [store/DATASET.zarr]")] = None,
     frames: Frames = _FRAMES,
+    segment: Segment = None,
     layers: Layers = "paper",
     dtype: Dtype = "int8",
     channels: Channels = None,
@@ -235,6 +242,7 @@ def plan(
             protocol=protocol,
             out=store_path,
             frames=parsed_frames,
+            segment_s=segment,
             layers=layers,
             dtype=dtype,  # type: ignore[arg-type]
             channels=channels,
@@ -681,8 +689,10 @@ def retrieve(
                 asked = [query] if query is not None else _read_queries(queries)  # type: ignore[arg-type]
                 found = {text: searcher.find_text(text, top) for text in asked}
         answers = {text: [asdict(answer) for answer in one] for text, one in found.items()}
-        result.update(store=str(store.path), run=None if run is None else str(run))
-        _say(f"{store.path}, {'the frozen backbone alone' if run is None else f'as {run} sees it'}")
+        seconds = searcher.text_tower_seconds
+        result.update(store=str(store.path), run=None if run is None else str(run), text_tower_seconds=seconds)
+        loaded = "" if seconds is None else f"; text tower loaded in {seconds:.1f} s"
+        _say(f"{store.path}, {'the frozen backbone alone' if run is None else f'as {run} sees it'}{loaded}")
         if queries is not None:
             result.update(queries=[{"query": text, "answers": one} for text, one in answers.items()])
         else:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import av
 import numpy as np
 
-from ._video import DecodeFailure, decode_video, decord, read_timeline, scrub_message
+from ._video import DecodeFailure, VideoFile, decord, scrub_message
 from .resizing import centre_view, render_view
 from .sampling import SAMPLINGS
 
@@ -29,12 +29,33 @@ from .sampling import SAMPLINGS
 _MAX_BUDGET_S = 24 * 3600.0
 
 
-def decode(request: dict[str, Any], announce: Callable[[float], None]) -> tuple[dict[str, Any], np.ndarray]:
+class LastVideo:
+    """The video that was asked for last: segments of a long one come one after another."""
+
+    def __init__(self) -> None:
+        self._key: tuple[object, ...] = ()
+        self._video: VideoFile | None = None
+
+    def open(self, path: Path, frame_fps: float | None) -> VideoFile:
+        """The same one, if it is asked for again and has not changed."""
+        stat = path.stat()
+        key = (path, frame_fps, stat.st_size, stat.st_mtime_ns)
+        if self._video is None or key != self._key:
+            self._video = None  # two at once are never open
+            self._video, self._key = VideoFile(path, frame_fps), key
+        return self._video
+
+
+def decode(
+    request: dict[str, Any], announce: Callable[[float], None], last_video: LastVideo | None = None
+) -> tuple[dict[str, Any], np.ndarray]:
     """Decode, resize and crop the wanted frames of one video.
 
     Args:
-        request: path, num_frames, sampling, start_s, end_s, resize, crop_px, decoder; frame_fps for folders of JPEGs.
+        request: path, num_frames (0 asks for the video's length alone), sampling, start_s, end_s, resize, crop_px,
+            decoder; frame_fps for folders of JPEGs.
         announce: Called with the video's length in seconds as soon as it is known.
+        last_video: What the request before this one has left open.
 
     Returns:
         What the manifest records, and (1, F, 1, H, W, 3) uint8 pixels of one centre view.
@@ -47,9 +68,12 @@ def decode(request: dict[str, Any], announce: Callable[[float], None]) -> tuple[
         raise DecodeFailure("missing-file", "")
     if path.is_file() and path.stat().st_size == 0:
         raise DecodeFailure("empty-file", "")
-    timeline = read_timeline(path, request.get("frame_fps"))
+    video = (last_video or LastVideo()).open(path, request.get("frame_fps"))
+    timeline = video.timeline
     announce(timeline.duration_s or 0.0)
-    decoded = decode_video(request["decoder"], path, timeline, lambda times_s: _choose_frames(times_s, request))
+    if request["num_frames"] == 0:
+        return {"duration_s": timeline.duration_s, "views": []}, np.empty(0, np.uint8)
+    decoded = video.decode(request["decoder"], lambda times_s: _choose_frames(times_s, request))
     height, width = next(iter(decoded.frames.values())).shape[:2]
     view = centre_view(width, height, request["resize"], request["crop_px"])
     rendered = {index: render_view(frame, view) for index, frame in decoded.frames.items()}
@@ -85,6 +109,7 @@ def _choose_frames(times_s: np.ndarray, request: dict[str, Any]) -> list[int]:
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """Answer requests until standard input ends."""
     _send(answers, {"event": "ready", "versions": library_versions()})
+    last_video = LastVideo()
     for line in requests:
         request = json.loads(line)
         timeout_s = request["timeout_s"]
@@ -96,7 +121,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
             _send(answers, {"event": "opened", "duration_s": duration_s})
 
         try:
-            facts, pixels = decode(request, announce)
+            facts, pixels = decode(request, announce, last_video)
         except DecodeFailure as failure:
             _send(answers, {"event": "done", "ok": False, "code": failure.code, "detail": str(failure)})
         except Exception as error:  # one odd file must not end the process: it becomes a row with its reason

@@ -85,35 +85,101 @@ Choose = Callable[[np.ndarray], list[int]]
 """Times of the frames that can be had, in seconds -> places of the wanted ones among them."""
 
 
-def decode_video(decoder: str, path: Path, timeline: Timeline, choose: Choose) -> Decoded:
-    """Decode the wanted frames.
+class VideoFile:
+    """A video whose frames are taken once or, of a long one, segment after segment.
+
+    What the whole file costs is paid once: reading its packets, decord's index of them, and decoding in order, which
+    goes on where the last segment ended.
 
     Args:
-        decoder: `auto` (decord where its seeking is right, PyAV after an error and elsewhere), `decord` or `pyav`.
         path: The file, or a folder of numbered JPEGs.
-        timeline: Of the same.
-        choose: Which frames.
+        frame_fps: Rate of frames in folders; None where it is not known.
 
     Raises:
-        DecodeFailure: With the reason.
+        DecodeFailure: If there is no container, no video stream or no frame.
     """
-    indices = choose(timeline.times_s)
-    if timeline.frame_files:
-        return _decode_frame_files(timeline, indices)
-    is_possible = decord is not None and timeline.is_seekable
-    if decoder == "decord" and not is_possible:
-        why = "has no wheel for this system" if decord is None else "seeks to wrong frames in this kind of stream"
-        raise DecodeFailure("decode-error", f"decord {why}: use --decoder auto")
-    if decoder != "pyav" and is_possible:
+
+    def __init__(self, path: Path, frame_fps: float | None = None) -> None:
+        self.timeline = _read_timeline(path, frame_fps)
+        self._path = path
+        self._decord: Any = None
+        self._in_order: Iterator[tuple[int, Any]] = iter(())
+        self._last_taken = len(self.timeline.times_s)  # nothing is left of the empty iterator
+        self._decodable: list[int] | None = None
+
+    def decode(self, decoder: str, choose: Choose) -> Decoded:
+        """Decode the wanted frames.
+
+        Args:
+            decoder: `auto` (decord where its seeking is right, PyAV after an error and elsewhere), `decord` or `pyav`.
+            choose: Which frames.
+
+        Raises:
+            DecodeFailure: With the reason.
+        """
+        indices = choose(self.timeline.times_s)
+        if self.timeline.frame_files:
+            return _decode_frame_files(self.timeline, indices)
+        is_possible = decord is not None and self.timeline.is_seekable
+        if decoder == "decord" and not is_possible:
+            why = "has no wheel for this system" if decord is None else "seeks to wrong frames in this kind of stream"
+            raise DecodeFailure("decode-error", f"decord {why}: use --decoder auto")
+        if decoder != "pyav" and is_possible:
+            try:
+                return self._decode_decord(indices)
+            except DecodeFailure:
+                self._decord = None
+                if decoder == "decord":
+                    raise
+        return self._decode_pyav(indices, choose)
+
+    def _decode_decord(self, indices: list[int]) -> Decoded:
+        """Decode with decord, which seeks; any frame it cannot decode is an error."""
+        wanted = sorted(set(indices))
+        num_announced = len(self.timeline.times_s)
         try:
-            return _decode_decord(path, timeline, indices)
-        except DecodeFailure:
-            if decoder == "decord":
-                raise
-    return _decode_pyav(path, timeline, indices, choose)
+            if self._decord is None:
+                self._decord = decord.VideoReader(str(self._path), num_threads=1, fault_tol=_NO_REPLACED_FRAMES)
+            reader = self._decord
+            if len(reader) != num_announced:
+                raise DecodeFailure("decode-error", f"decord counts {len(reader)} frames of {num_announced}")
+            frames = reader.get_batch(wanted).asnumpy()
+        except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, ValueError, IndexError) as error:
+            raise DecodeFailure("decode-error", scrub_message(error, self._path)) from error
+        return Decoded("decord", num_announced, indices, dict(zip(wanted, frames, strict=True)))
+
+    def _decode_pyav(self, indices: list[int], choose: Choose) -> Decoded:
+        """Decode with PyAV, in order; a slightly short video is clamped, a shorter one refused."""
+        num_announced = len(self.timeline.times_s)
+        frames = self._take_in_order(set(indices))
+        if set(indices) <= frames.keys():
+            return Decoded("pyav", num_announced, indices, frames)
+        if self._decodable is None:
+            self._decodable = sorted(index for index, _ in _read_in_order(self._path, self.timeline))
+        good = self._decodable
+        lost = num_announced - len(good)
+        if not good or lost > max(_ALLOWED_LOSS_FRAMES, _ALLOWED_LOSS_SHARE * num_announced):
+            raise DecodeFailure("truncated", f"{len(good)} of {num_announced} frames decode")
+        chosen = [good[place] for place in choose(self.timeline.times_s[good])]
+        note = f"clamped: {len(good)} of {num_announced} frames decode"
+        return Decoded("pyav", len(good), chosen, self._take_in_order(set(chosen)), note)
+
+    def _take_in_order(self, wanted: set[int]) -> dict[int, np.ndarray]:
+        """Those of the wanted frames that decode, from where the last call ended, if they all come later."""
+        if self._last_taken >= min(wanted):
+            self._in_order = _read_in_order(self._path, self.timeline)
+        last = max(wanted)
+        frames = {}
+        for index, frame in self._in_order:
+            self._last_taken = index
+            if index in wanted:
+                frames[index] = _upright(frame)
+            if index >= last:
+                break
+        return frames
 
 
-def read_timeline(path: Path, frame_fps: float | None = None) -> Timeline:
+def _read_timeline(path: Path, frame_fps: float | None) -> Timeline:
     """Read the packets of a file's first video stream, or the names in a folder of numbered JPEGs.
 
     Args:
@@ -224,42 +290,11 @@ def _nal_units(data: bytes, length_size: int) -> Iterator[bytes]:
         place += length_size + length
 
 
-def _decode_decord(path: Path, timeline: Timeline, indices: list[int]) -> Decoded:
-    """Decode with decord, which seeks; any frame it cannot decode is an error."""
-    wanted = sorted(set(indices))
-    try:
-        reader = decord.VideoReader(str(path), num_threads=1, fault_tol=_NO_REPLACED_FRAMES)
-        if len(reader) != len(timeline.times_s):
-            raise DecodeFailure("decode-error", f"decord counts {len(reader)} frames of {len(timeline.times_s)}")
-        frames = reader.get_batch(wanted).asnumpy()
-    except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, ValueError, IndexError) as error:
-        raise DecodeFailure("decode-error", scrub_message(error, path)) from error
-    return Decoded("decord", len(reader), indices, dict(zip(wanted, frames, strict=True)))
-
-
-def _decode_pyav(path: Path, timeline: Timeline, indices: list[int], choose: Choose) -> Decoded:
-    """Decode with PyAV, in order from the start; a slightly short video is clamped, a shorter one refused."""
-    num_announced = len(timeline.times_s)
-    frames = dict(_read_pyav(path, timeline, set(indices)))
-    if set(indices) <= frames.keys():
-        return Decoded("pyav", num_announced, indices, frames)
-    good = sorted(index for index, _ in _read_pyav(path, timeline, set(range(num_announced)), keep=False))
-    lost = num_announced - len(good)
-    if not good or lost > max(_ALLOWED_LOSS_FRAMES, _ALLOWED_LOSS_SHARE * num_announced):
-        raise DecodeFailure("truncated", f"{len(good)} of {num_announced} frames decode")
-    chosen = [good[place] for place in choose(timeline.times_s[good])]
-    note = f"clamped: {len(good)} of {num_announced} frames decode"
-    return Decoded("pyav", len(good), chosen, dict(_read_pyav(path, timeline, set(chosen))), note)
-
-
-def _read_pyav(
-    path: Path, timeline: Timeline, wanted: set[int], *, keep: bool = True
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield wanted frames that decode, by index; after an error, nothing until the next clean key frame.
+def _read_in_order(path: Path, timeline: Timeline) -> Iterator[tuple[int, Any]]:
+    """Yield PyAV's frames that decode, by rising index; after an error, nothing until the next clean key frame.
 
     What follows a broken frame is predicted from it: the decoder shows it, and it is wrong.
     """
-    last = max(wanted)
     with av.open(str(path)) as container:
         stream: Any = container.streams.video[0]
         stream.codec_context.thread_count = 1
@@ -276,12 +311,8 @@ def _read_pyav(
                 is_broken = frame.is_corrupt or (is_broken and (timeline.is_counted or not frame.key_frame))
                 index = count if timeline.is_counted else timeline.index_of_tick.get(frame.pts)
                 count += 1
-                if is_broken or index is None:
-                    continue
-                if index in wanted:
-                    yield index, _upright(frame) if keep else np.empty(0)
-                if index >= last:
-                    return
+                if not is_broken and index is not None:
+                    yield index, frame
 
 
 def _upright(frame: Any) -> np.ndarray:

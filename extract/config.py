@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -39,6 +40,8 @@ class ExtractConfig:
     """Only these splits; None takes all."""
     frames: dict[str, int] = field(default_factory=lambda: dict(DEFAULT_FRAMES))
     """Cached frames by split; the key "" is for splits that are not named."""
+    segment_s: float | None = None
+    """Make each video so many rows of about so many seconds; None makes it one row."""
     sampling: str = "uniform"
     """Which frames, by name."""
     resize: str = "256"
@@ -121,6 +124,8 @@ class ExtractConfig:
             raise ConfigError(
                 f"--decode-timeout takes seconds above 0, at most {_MAX_TIMEOUT_S}; found {self.decode_timeout_s:g}"
             )
+        if self.segment_s is not None and not 1 <= self.segment_s < math.inf:
+            raise ConfigError(f"--segment takes seconds, at least 1; found {self.segment_s:g}")
         if self.num_workers is not None and self.scheduler is not None:
             raise ConfigError("--workers starts a cluster here, --scheduler joins one that is there: take one of them")
         if self.append and self.overwrite:

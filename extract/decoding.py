@@ -36,6 +36,7 @@ class DecodeRequest:
 
     path: str
     num_frames: int
+    """0 asks for the video's length alone."""
     sampling: str
     resize: str
     crop_px: int

@@ -32,12 +32,12 @@ import torch
 
 from ..errors import BackboneError, DataNotFoundError, NoGoodVideoError, StoreDamagedError, WeightsError
 from ..store._files import hash_text, write_json
-from ..store.appending import append_rows, finish_appending, order_records
+from ..store.appending import append_rows
 from ..store.codec import Codec, check_finite, round_mantissas
 from ..store.fidelity import FIDELITY_NAME, write_fidelity
 from ..store.layout import STATS_NAME, StoreLayout
 from ..store.manifest import ClassList
-from ..store.reader import StoreReader, open_store
+from ..store.reader import StoreReader, is_store, open_store
 from ..store.records import VideoRecord, VideoResult
 from ..store.texts import MAX_WORDS, has_current_texts, write_texts
 from ..store.verify import verify_store
@@ -55,6 +55,7 @@ from .config import DEFAULT_FRAMES, ExtractConfig
 from .datasets import resolve_protocol
 from .decoding import DecodedVideo, DecodeRequest, DecoderPool
 from .planning import NUM_VIEWS, plan_layout, require_space
+from .segments import list_rows
 from .text_tower import load_text_tower
 
 ReportProgress = Callable[..., None]
@@ -157,10 +158,10 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
     """
     start = time.perf_counter()
     clock = StageClock()
-    records = _read_records(config)
-    if not _is_store(config.out):
+    if not is_store(config.out):
         refuse_existing(config.out, overwrite=config.overwrite)
     with DecoderPool(config.num_decoders) as pool:
+        records = list_rows(config, pool, report)
         report("building the backbone", 0, len(records))
         job, attributes = _set_up(config, records, pool, clock, report)
         with job.open_store(attributes) as writer:
@@ -178,15 +179,6 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
         reasons = "; ".join(sorted({row["reason"] for row in summary.failed})[:3])
         raise NoGoodVideoError(f"not one of {len(records)} videos decodes. First reasons: {reasons}")
     return summary
-
-
-def _read_records(config: ExtractConfig) -> list[VideoRecord]:
-    """The data set's videos in row order: that of the store, where there is one."""
-    records = config.read_records()
-    if config.overwrite or not _is_store(config.out):
-        return records
-    finish_appending(config.out)
-    return order_records(config.out, records)
 
 
 def _set_up(
@@ -207,7 +199,7 @@ def _set_up(
         if config.with_compile:
             backbone.compile()
         layout = plan_layout(config, backbone, len(records), max(num_frames))
-        if _is_store(config.out) and not config.overwrite:
+        if is_store(config.out) and not config.overwrite:
             layout = replace(layout, rows_per_shard=open_store(config.out).layout.rows_per_shard)
         attributes = _describe(config, backbone, records, pool.library_versions())
     return _Extraction(config, records, num_frames, backbone, layout, pool, clock, report), attributes
@@ -221,8 +213,9 @@ class WorkerJob:
         self._open = ExitStack()
 
     def __enter__(self) -> WorkerJob:
-        config, records = self._config, _read_records(self._config)
+        config = self._config
         pool = self._open.enter_context(DecoderPool(config.num_decoders))
+        records = list_rows(config, pool)
         self._clock = StageClock()
         self._job, attributes = _set_up(config, records, pool, self._clock, lambda *_: None)
         writer = resume_store(
@@ -285,7 +278,7 @@ class _Extraction:
     def open_store(self, attributes: dict[str, Any]) -> StoreWriter:
         """Go on with the store that is there, or calibrate and create one."""
         config = self._config
-        if _is_store(config.out) and not config.overwrite:
+        if is_store(config.out) and not config.overwrite:
             if config.repair:
                 self._repair(attributes)
             store = open_store(config.out)
@@ -611,10 +604,6 @@ class _Extraction:
             self._weights_loaded = True
 
 
-def _is_store(path: Path) -> bool:
-    return (path / "zarr.json").is_file()
-
-
 def _describe(
     config: ExtractConfig, backbone: Backbone, records: Sequence[VideoRecord], decoder_versions: dict[str, str]
 ) -> dict[str, Any]:
@@ -633,6 +622,7 @@ def _describe(
         # Only where it is so: stores from before there was a choice do not say.
         "backbone": {**info, "batch_size": config.batch_size, **({"compiled": True} if config.with_compile else {})},
         "frames": dict(sorted(config.frames.items())),
+        **({} if config.segment_s is None else {"segment_s": config.segment_s}),
         "sampling": config.sampling,
         "resize": config.resize,
         "decoder": config.decoder,

@@ -17,9 +17,12 @@ from ..errors import ConfigError, StoreMismatchError
 from ..store._files import describe_bytes
 from ..store.layout import StoreLayout
 from ..store.reader import StoreReader, open_store
+from ..store.records import VideoRecord
 from ..store.texts import count_text_bytes
 from .backbone import Backbone, build_backbone, parse_layers, resolve_device
 from .config import ExtractConfig
+from .decoding import DecoderPool
+from .segments import list_rows
 
 NUM_VIEWS = 1
 _DEFAULT_INT8_CHANNELS = 256
@@ -191,7 +194,9 @@ def plan_command(
     Raises:
         S4vError: If the model, the data set or an option is not one that an extraction could have.
     """
-    records = config.read_records() if videos is None else []
+    if videos is not None and config.segment_s is not None:
+        raise ConfigError("--segment needs the videos' lengths: name a --dataset, or count the segments in --videos")
+    records = [] if videos is not None else _read_rows(config)
     splits = {"train": videos} if videos is not None else Counter(record.split for record in records)
     backbone = build_backbone(
         config.model, weights="random", device=resolve_device(config.device), precision=config.precision
@@ -211,6 +216,13 @@ def plan_command(
         read_bytes_per_s=read_bytes_per_s,
         folder=config.out,
     )
+
+
+def _read_rows(config: ExtractConfig) -> list[VideoRecord]:
+    if config.segment_s is None:
+        return config.read_records()
+    with DecoderPool(config.num_decoders) as pool:
+        return list_rows(config, pool)
 
 
 def probe_backbone(backbone: Backbone, layout: StoreLayout, batch_size: int, seconds: float = 20.0) -> float:

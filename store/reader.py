@@ -315,6 +315,11 @@ class StoreReader:
         )
 
 
+def is_store(path: Path) -> bool:
+    """Whether a store was begun there, whatever its state."""
+    return (path / "zarr.json").is_file()
+
+
 def open_store(path: str | Path) -> StoreReader:
     """Open a store for reading.
 

@@ -1,4 +1,4 @@
-"""`folder`: a folder for each class, `train/` and `val/` above the classes or a seeded split."""
+"""`folder`: a folder for each class, `train/` and `val/` above the classes or a seeded split; or videos alone."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ _SPLIT_OF_FOLDER = {
 def read_folder(root: Path, *, dataset: str = "folder") -> list[VideoRecord]:
     """List the videos below `root`: SPLIT/CLASS/.../VIDEO, or CLASS/.../VIDEO with the split left open.
 
+    Of `folder` they may all lie in no class folder, as an archive to search: they have no class then.
+
     Args:
         root: The folder. Hidden files and files without a video's ending are ignored; a folder of numbered JPEGs is
             a video.
@@ -26,7 +28,7 @@ def read_folder(root: Path, *, dataset: str = "folder") -> list[VideoRecord]:
 
     Raises:
         DataNotFoundError: If the folder is not there.
-        DatasetError: If it holds no video, or videos outside a class folder.
+        DatasetError: If it holds no video, or videos outside a class folder beside others in one.
     """
     if not root.is_dir():
         files = "" if dataset == "folder" else f" `s4v datasets {dataset}` says which files its annotations come in."
@@ -50,15 +52,12 @@ def read_folder(root: Path, *, dataset: str = "folder") -> list[VideoRecord]:
     # All or nothing: with "test" as a class among others, it is a class.
     has_splits = not others
     records = []
-    homeless = []
     for path in paths:
         folders = path.split("/")[:-1]
         split = _SPLIT_OF_FOLDER[folders.pop(0).lower()] if has_splits and folders else ""
-        if not folders:
-            homeless.append(path)
-            continue
-        records.append(VideoRecord(video_id=path, path=path, split=split, class_name=folders[0]))
-    if homeless:
+        records.append(VideoRecord(video_id=path, path=path, split=split, class_name=folders[0] if folders else None))
+    homeless = [record.path for record in records if record.class_name is None]
+    if homeless and (len(homeless) < len(records) or dataset != "folder"):
         raise DatasetError(
             f"{len(homeless)} videos below {root} lie in no class folder: {', '.join(homeless[:3])}. "
             "Put each into a folder named after its class, or list them in a table (--dataset table)."

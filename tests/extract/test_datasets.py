@@ -63,6 +63,11 @@ def test_missing_empty_and_classless_folders_are_refused(root, tmp_path):
         read_dataset("folder", root("a.mp4", "run/b.mp4"))
 
 
+def test_videos_alone_are_an_archive_without_classes(root):
+    records = read_dataset("folder", root("a.mp4", "b.mp4"))
+    assert [(r.video_id, r.class_name) for r in records] == [("a.mp4", None), ("b.mp4", None)]
+
+
 def test_unknown_data_set_names_the_closest():
     with pytest.raises(ConfigError, match="unknown data set 'k40'. Closest: k400"):
         read_dataset("k40", None)
