@@ -43,6 +43,7 @@ Protocol = Annotated[
     str | None, typer.Option(help="split1 to split3, 1k-A-9k, ...: see s4v datasets. [the data set's first]")
 ]
 Frames = Annotated[str, typer.Option(help="Cached frames: 8, or by split; a bare number is for the rest.")]
+Views = Annotated[str, typer.Option(help="centre, flip (with its mirror image), three; by split: test=three,centre.")]
 Segment = Annotated[
     float | None,
     typer.Option(help="Cut videos into rows of so many seconds, to search long ones. [one row]"),
@@ -87,8 +88,14 @@ def extract(
     split: Annotated[list[str] | None, typer.Option(help="Only this split. Repeatable.")] = None,
     frames: Frames = _FRAMES,
     segment: Segment = None,
-    sampling: Annotated[str, typer.Option(help="Which frames: uniform.")] = "uniform",
-    resize: Annotated[str, typer.Option(help="256: short side 256, crop 224. 224: the backbone's own.")] = "256",
+    sampling: Annotated[
+        str, typer.Option(help="Which frames: uniform, reference-k400, reference-sth, reference-retrieval.")
+    ] = "uniform",
+    clips: Annotated[str, typer.Option(help="Evaluation clips, which share the frames; by split: test=4,1.")] = "1",
+    resize: Annotated[
+        str, typer.Option(help="256: short side 256, crop 224. 256x320: that size. 224: the backbone's own.")
+    ] = "256",
+    views: Views = "centre",
     layers: Layers = "paper",
     dtype: Dtype = "int8",
     channels: Channels = None,
@@ -124,9 +131,10 @@ def extract(
     """Run the backbone once over all videos and write their tokens to a store; run again to continue."""
     with _command("extract", as_json) as result:
         from .extract.datasets import default_paths
-        from .extract.sampling import parse_frames
+        from .extract.sampling import parse_clips, parse_frames, parse_views
 
         parsed_frames = parse_frames(frames)
+        parsed_clips, parsed_views = parse_clips(clips), parse_views(views)
         data_root, store_path = default_paths(dataset, root, out)
         columns = _parse_columns(column or [])
         # Cheap checks are done; what follows imports torch.
@@ -145,7 +153,9 @@ def extract(
             frames=parsed_frames,
             segment_s=segment,
             sampling=sampling,
+            clips=parsed_clips,
             resize=resize,
+            views=parsed_views,
             layers=layers,
             dtype=dtype,  # type: ignore[arg-type]
             channels=channels,
@@ -197,6 +207,7 @@ def plan(
     protocol: Protocol = None,
     out: Annotated[Path | None, typer.Option(help="Where the store would lie. [store/DATASET.zarr]")] = None,
     frames: Frames = _FRAMES,
+    views: Views = "centre",
     segment: Segment = None,
     layers: Layers = "paper",
     dtype: Dtype = "int8",
@@ -217,9 +228,9 @@ def plan(
     with _command("plan", as_json) as result:
         from .errors import ConfigError
         from .extract.datasets import default_paths
-        from .extract.sampling import parse_frames
+        from .extract.sampling import parse_frames, parse_views
 
-        parsed_frames = parse_frames(frames)
+        parsed_frames, parsed_views = parse_frames(frames), parse_views(views)
         if (videos is None) == (dataset is None):
             raise ConfigError("plan wants one of --videos N and --dataset NAME")
         above_zero = {"--videos": videos, "--rate": rate, "--clip-frames": clip_frames, "--read-rate": read_rate}
@@ -242,6 +253,7 @@ def plan(
             protocol=protocol,
             out=store_path,
             frames=parsed_frames,
+            views=parsed_views,
             segment_s=segment,
             layers=layers,
             dtype=dtype,  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,7 +22,7 @@ import av
 import numpy as np
 
 from ._video import DecodeFailure, VideoFile, decord, scrub_message
-from .resizing import centre_view, render_view
+from .resizing import VIEWS, render_view
 from .sampling import SAMPLINGS
 
 # A container may announce any length; no file gets more CPU time than this beyond the timeout.
@@ -52,13 +52,13 @@ def decode(
     """Decode, resize and crop the wanted frames of one video.
 
     Args:
-        request: path, num_frames (0 asks for the video's length alone), sampling, start_s, end_s, resize, crop_px,
-            decoder; frame_fps for folders of JPEGs.
+        request: path, num_frames (0 asks for the video's length alone), sampling, num_clips, start_s, end_s, resize,
+            crop_px, views, decoder; frame_fps for folders of JPEGs.
         announce: Called with the video's length in seconds as soon as it is known.
         last_video: What the request before this one has left open.
 
     Returns:
-        What the manifest records, and (1, F, 1, H, W, 3) uint8 pixels of one centre view.
+        What the manifest records, and (A, F, 1, H, W, 3) uint8 pixels, frames in the order of time.
 
     Raises:
         DecodeFailure: With the reason.
@@ -75,9 +75,10 @@ def decode(
         return {"duration_s": timeline.duration_s, "views": []}, np.empty(0, np.uint8)
     decoded = video.decode(request["decoder"], lambda times_s: _choose_frames(times_s, request))
     height, width = next(iter(decoded.frames.values())).shape[:2]
-    view = centre_view(width, height, request["resize"], request["crop_px"])
-    rendered = {index: render_view(frame, view) for index, frame in decoded.frames.items()}
-    pixels = np.stack([rendered[index] for index in decoded.frame_indices])
+    views = VIEWS[request.get("views", "centre")](width, height, request["resize"], request["crop_px"])
+    rendered = [{index: render_view(frame, view) for index, frame in decoded.frames.items()} for view in views]
+    frame_indices = sorted(decoded.frame_indices)
+    pixels = np.stack([[frames[index] for index in frame_indices] for frames in rendered])
     facts = {
         "decoder": decoded.decoder,
         "reason": decoded.note,
@@ -86,15 +87,23 @@ def decode(
         "duration_s": timeline.duration_s,
         "width": width,
         "height": height,
-        "frame_indices": decoded.frame_indices,
-        "timestamps_s": [float(timeline.times_s[index]) for index in decoded.frame_indices],
-        "views": [asdict(view)],
+        "frame_indices": frame_indices,
+        "timestamps_s": [float(timeline.times_s[index]) for index in frame_indices],
+        "views": [asdict(view) for view in views],
+        "eval_clips": _find_clips(decoded.frame_indices, request.get("num_clips", 1)),
     }
-    return facts, pixels[None, :, None]
+    return facts, pixels[:, :, None]
+
+
+def _find_clips(indices: Sequence[int], num_clips: int) -> list[list[int]]:
+    """Where the frames of each clip stand: from clip after clip to places in the order of time."""
+    places = np.empty(len(indices), dtype=int)
+    places[np.argsort(indices, kind="stable")] = np.arange(len(indices))
+    return places.reshape(num_clips, -1).tolist()
 
 
 def _choose_frames(times_s: np.ndarray, request: dict[str, Any]) -> list[int]:
-    """Sample among the frames of the wanted segment; a whole video is one segment."""
+    """Sample among the frames of the wanted segment, clip after clip; a whole video is one segment."""
     start_s, end_s = request["start_s"], request["end_s"]
     if np.isnan(times_s).any() and (start_s, end_s) != (None, None):
         raise DecodeFailure("no-frames", "a segment was asked for, and the rate of the frames is not known")
@@ -103,7 +112,9 @@ def _choose_frames(times_s: np.ndarray, request: dict[str, Any]) -> list[int]:
     if last <= first:
         what = "no frame" if start_s is None and end_s is None else f"no frame from {start_s} s to {end_s} s"
         raise DecodeFailure("no-frames", f"{what} among {len(times_s)}")
-    return [first + index for index in SAMPLINGS[request["sampling"]](last - first, request["num_frames"])]
+    num_clips = request.get("num_clips", 1)
+    clips = SAMPLINGS[request["sampling"]](last - first, request["num_frames"] // num_clips, num_clips)
+    return [first + index for clip in clips for index in clip]
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:

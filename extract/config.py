@@ -11,7 +11,7 @@ from ..errors import ConfigError
 from ..store.layout import PATCH_DTYPES, PatchDtype
 from ..store.records import VideoRecord
 from .datasets import read_dataset, resolve_protocol
-from .resizing import RESIZES
+from .resizing import RESIZES, VIEWS
 from .sampling import SAMPLINGS
 
 DEFAULT_FRAMES = {"train": 16, "": 8}
@@ -44,8 +44,12 @@ class ExtractConfig:
     """Make each video so many rows of about so many seconds; None makes it one row."""
     sampling: str = "uniform"
     """Which frames, by name."""
+    clips: dict[str, int] = field(default_factory=lambda: {"": 1})
+    """Evaluation clips by split, which share its cached frames evenly; the key "" is for splits that are not named."""
     resize: str = "256"
     """How frames are resized before the crop, by name."""
+    views: dict[str, str] = field(default_factory=lambda: {"": "centre"})
+    """Crops and mirror images by split, by name; the key "" is for splits that are not named."""
     layers: str = "paper"
     """`paper`, `all`, or 0-based backbone blocks: `1,3,5`."""
     dtype: PatchDtype = "int8"
@@ -99,7 +103,12 @@ class ExtractConfig:
 
     def __post_init__(self) -> None:
         _check_choice("--sampling", self.sampling, SAMPLINGS)
+        SAMPLINGS[self.sampling](1, 1, max(self.clips.values(), default=1))  # refuses clips that it does not have
         _check_choice("--resize", self.resize, RESIZES)
+        for name in self.views.values():
+            _check_choice("--views", name, VIEWS)
+        if self.dataset in ("ssv1", "ssv2") and "flip" in self.views.values():
+            raise ConfigError("--views flip would turn left into right, and these classes too: take three or centre")
         _check_choice("--dtype", self.dtype, PATCH_DTYPES)
         _check_choice("--decoder", self.decoder, ("auto", "decord", "pyav"))
         if self.precision is not None:
@@ -167,7 +176,24 @@ class ExtractConfig:
             raise ConfigError(
                 f"--frames names {', '.join(sorted(self.frames))}, but there is a split {split!r}: add {split}=N"
             )
+        clips = self.clips_of(split)
+        if frames % clips:
+            raise ConfigError(
+                f"the {frames} frames of split {split!r} (--frames) cannot be shared evenly by {clips} clips (--clips)"
+            )
         return frames
+
+    def clips_of(self, split: str) -> int:
+        """Evaluation clips of a row of this split: of training rows all cached frames are one."""
+        return 1 if split == "train" else self.clips.get(split, self.clips.get("", 1))
+
+    def sampling_of(self, split: str) -> str:
+        """Which frames of this split are cached: of training rows, from which clips are drawn, uniform ones."""
+        return "uniform" if split == "train" else self.sampling
+
+    def views_of(self, split: str) -> str:
+        """The name of the views of a row of this split."""
+        return self.views.get(split, self.views.get("", "centre"))
 
 
 def _check_choice(option: str, value: str, choices: object) -> None:

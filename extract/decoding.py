@@ -40,6 +40,9 @@ class DecodeRequest:
     sampling: str
     resize: str
     crop_px: int
+    num_clips: int = 1
+    """Which share the frames evenly."""
+    views: str = "centre"
     start_s: float | None = None
     end_s: float | None = None
     frame_fps: float | None = None
@@ -48,14 +51,18 @@ class DecodeRequest:
     timeout_s: float = 60.0
 
     @classmethod
-    def of(cls, record: VideoRecord, config: ExtractConfig, *, num_frames: int, crop_px: int) -> Self:
-        """What an extraction asks of one video's decoding."""
+    def of(cls, record: VideoRecord, config: ExtractConfig, *, crop_px: int, num_frames: int | None = None) -> Self:
+        """What an extraction asks of one video's decoding: what its split caches, or so many frames of one view."""
+        split = record.split
+        is_sample = num_frames is not None
         return cls(
             path=str(config.root.resolve() / record.path),
-            num_frames=num_frames,
-            sampling=config.sampling,
+            num_frames=config.frames_of(split) if num_frames is None else num_frames,
+            sampling="uniform" if is_sample else config.sampling_of(split),
+            num_clips=1 if is_sample else config.clips_of(split),
             resize=config.resize,
             crop_px=crop_px,
+            views="centre" if is_sample else config.views_of(split),
             start_s=record.start_s,
             end_s=record.end_s,
             frame_fps=frame_rate(config.dataset),

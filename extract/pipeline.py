@@ -54,7 +54,8 @@ from .cluster import run_on_workers
 from .config import DEFAULT_FRAMES, ExtractConfig
 from .datasets import resolve_protocol
 from .decoding import DecodedVideo, DecodeRequest, DecoderPool
-from .planning import NUM_VIEWS, plan_layout, require_space
+from .planning import plan_layout, require_space
+from .resizing import NUM_VIEWS
 from .segments import list_rows
 from .text_tower import load_text_tower
 
@@ -112,13 +113,13 @@ class _Meter:
     def __init__(
         self,
         layout: StoreLayout,
-        num_frames: Sequence[int],
+        passes: Sequence[int],
         shards: Sequence[int],
         clock: StageClock,
         report: ReportProgress,
     ) -> None:
         self._layout = layout
-        self._num_frames = num_frames
+        self._passes = passes
         self._total = sum(len(layout.shard_rows(shard)) for shard in shards)
         self._clock = clock
         self._report = report
@@ -131,7 +132,7 @@ class _Meter:
         """One more shard is done."""
         rows = self._layout.shard_rows(shard)
         self.rows += len(rows)
-        self.frames += NUM_VIEWS * sum(self._num_frames[row] for row in rows)
+        self.frames += sum(self._passes[row] for row in rows)
         self.seconds = time.perf_counter() - self._start
         rate = f"{self.frames_per_second:.1f} frames/s, held up by {self._clock.bottleneck}"
         self._report("extracting", self.rows, self._total, rate)
@@ -186,8 +187,10 @@ def _set_up(
 ) -> tuple[_Extraction, dict[str, Any]]:
     """An extraction without its weights as yet, and what its store records of it."""
     num_frames = [config.frames_of(record.split) for record in records]
-    if unused := sorted(set(config.frames) - {""} - {record.split for record in records} - set(DEFAULT_FRAMES)):
-        _log.warning("--frames names %s: no video is in such a split", ", ".join(unused))
+    splits = {"", *DEFAULT_FRAMES, *(record.split for record in records)}
+    for option, by_split in (("--frames", config.frames), ("--clips", config.clips), ("--views", config.views)):
+        if unused := sorted(set(by_split) - splits):
+            _log.warning("%s names %s: no video is in such a split", option, ", ".join(unused))
     with clock.stage("start"):
         backbone = build_backbone(
             config.model,
@@ -198,11 +201,12 @@ def _set_up(
         )
         if config.with_compile:
             backbone.compile()
-        layout = plan_layout(config, backbone, len(records), max(num_frames))
+        num_views = [NUM_VIEWS[config.views_of(record.split)] for record in records]
+        layout = plan_layout(config, backbone, len(records), max(num_frames), max(num_views))
         if is_store(config.out) and not config.overwrite:
             layout = replace(layout, rows_per_shard=open_store(config.out).layout.rows_per_shard)
         attributes = _describe(config, backbone, records, pool.library_versions())
-    return _Extraction(config, records, num_frames, backbone, layout, pool, clock, report), attributes
+    return _Extraction(config, records, num_frames, num_views, backbone, layout, pool, clock, report), attributes
 
 
 class WorkerJob:
@@ -235,7 +239,9 @@ class WorkerJob:
         return seconds
 
 
-def batch_slots(num_frames: Sequence[int], num_views: int, batch_size: int) -> list[list[tuple[int, int, int]]]:
+def batch_slots(
+    num_frames: Sequence[int], num_views: Sequence[int], batch_size: int
+) -> list[list[tuple[int, int, int]]]:
     """Group the frames of a shard's rows into batches: a pure function of counts.
 
     Args:
@@ -246,7 +252,12 @@ def batch_slots(num_frames: Sequence[int], num_views: int, batch_size: int) -> l
     Returns:
         Batches of (place of the row in the shard, view, place on the axis F), in order; the last may be short.
     """
-    slots = [(row, view, f) for row, count in enumerate(num_frames) for view in range(num_views) for f in range(count)]
+    slots = [
+        (row, view, frame)
+        for row, (frames, views) in enumerate(zip(num_frames, num_views, strict=True))
+        for view in range(views)
+        for frame in range(frames)
+    ]
     return [slots[first : first + batch_size] for first in range(0, len(slots), batch_size)]
 
 
@@ -258,6 +269,7 @@ class _Extraction:
         config: ExtractConfig,
         records: Sequence[VideoRecord],
         num_frames: Sequence[int],
+        num_views: Sequence[int],
         backbone: Backbone,
         layout: StoreLayout,
         pool: DecoderPool,
@@ -267,6 +279,8 @@ class _Extraction:
         self._config = config
         self._records = records
         self._num_frames = num_frames
+        self._num_views = num_views
+        self._passes = [frames * views for frames, views in zip(num_frames, num_views, strict=True)]
         self._backbone = backbone
         self.layout = layout
         self._pool = pool
@@ -447,7 +461,7 @@ class _Extraction:
         return meter
 
     def _start_meter(self, shards: Sequence[int]) -> _Meter:
-        return _Meter(self.layout, self._num_frames, shards, self._clock, self._report)
+        return _Meter(self.layout, self._passes, shards, self._clock, self._report)
 
     def describe_work(self, meter: _Meter) -> dict[str, Any]:
         """The backbone's work, and how much of what the device could do that is: None where it is not known."""
@@ -466,7 +480,7 @@ class _Extraction:
             return meter
         device = self._backbone.device
         self._codec = writer.codec.map_parts(lambda array: torch.from_numpy(np.asarray(array)).to(device))
-        videos = self._decode((self._records[row], self._num_frames[row]) for row in rows)
+        videos = self._decode(self._records[row] for row in rows)
         with ThreadPoolExecutor(1, thread_name_prefix="s4v-write") as thread:
             writing: Future[None] | None = None
             for shard in shards:
@@ -487,7 +501,8 @@ class _Extraction:
         """Decode, forward and encode the rows of one shard."""
         decoded: list[DecodedVideo] = []
         tokens: dict[int, RowTokens] = {}
-        batches = batch_slots([self._num_frames[row] for row in rows], NUM_VIEWS, self._config.batch_size)
+        num_frames, num_views = ([counts[row] for row in rows] for counts in (self._num_frames, self._num_views))
+        batches = batch_slots(num_frames, num_views, self._config.batch_size)
         # A shard smaller than a batch is one batch of its own size.
         batch_size = min(self._config.batch_size, len(batches[0]))
         for batch in batches:
@@ -565,20 +580,19 @@ class _Extraction:
     def _decode_records(
         self, records: Sequence[VideoRecord], num_frames: int
     ) -> Iterator[tuple[VideoRecord, DecodedVideo]]:
-        yield from zip(records, self._decode((record, num_frames) for record in records), strict=True)
+        yield from zip(records, self._decode(records, num_frames), strict=True)
 
-    def _decode(self, wanted: Iterable[tuple[VideoRecord, int]]) -> Iterator[DecodedVideo]:
-        """Videos and how many of their frames, to pixels, in order."""
+    def _decode(self, records: Iterable[VideoRecord], num_frames: int | None = None) -> Iterator[DecodedVideo]:
+        """Videos to pixels, in order: what is cached of them, or so many frames."""
         side_px = self.layout.image_size[0]
         return self._pool.decode_ahead(
-            DecodeRequest.of(record, self._config, num_frames=num_frames, crop_px=side_px)
-            for record, num_frames in wanted
+            DecodeRequest.of(record, self._config, crop_px=side_px, num_frames=num_frames) for record in records
         )
 
     def _require_space(self, shards: Sequence[int]) -> None:
-        frames = sum(self._num_frames[row] for shard in shards for row in self.layout.shard_rows(shard))
+        frames = sum(self._passes[row] for shard in shards for row in self.layout.shard_rows(shard))
         num_captions = 0 if has_current_texts(self._config.out) else sum(len(r.captions) for r in self._records)
-        require_space(self.layout, NUM_VIEWS * frames, self._config.out, num_captions=num_captions)
+        require_space(self.layout, frames, self._config.out, num_captions=num_captions)
 
     def _limit(self, shards: list[int]) -> list[int]:
         """Those of this machine's part, of them the first that hold `limit` rows together, the last one whole."""
@@ -623,6 +637,8 @@ def _describe(
         "backbone": {**info, "batch_size": config.batch_size, **({"compiled": True} if config.with_compile else {})},
         "frames": dict(sorted(config.frames.items())),
         **({} if config.segment_s is None else {"segment_s": config.segment_s}),
+        **({} if set(config.clips.values()) == {1} else {"clips": dict(sorted(config.clips.items()))}),
+        **({} if set(config.views.values()) == {"centre"} else {"views": dict(sorted(config.views.items()))}),
         "sampling": config.sampling,
         "resize": config.resize,
         "decoder": config.decoder,
@@ -642,7 +658,6 @@ def _as_result(record: VideoRecord, video: DecodedVideo) -> VideoResult:
         status="ok",
         num_cached_frames=num_frames,
         num_views=num_views,
-        eval_clips=[list(range(num_frames))],
         **video.facts,
     )
 

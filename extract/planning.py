@@ -22,9 +22,9 @@ from ..store.texts import count_text_bytes
 from .backbone import Backbone, build_backbone, parse_layers, resolve_device
 from .config import ExtractConfig
 from .decoding import DecoderPool
+from .resizing import NUM_VIEWS
 from .segments import list_rows
 
-NUM_VIEWS = 1
 _DEFAULT_INT8_CHANNELS = 256
 _READ_BYTES_PER_S = 500e6
 """What a cheap solid-state disk reads at random; the default where the user states none."""
@@ -64,7 +64,9 @@ class Plan:
         return None if self.free_bytes is None else self.total_bytes <= self.free_bytes
 
 
-def plan_layout(config: ExtractConfig, backbone: Backbone, num_rows: int, num_frames: int) -> StoreLayout:
+def plan_layout(
+    config: ExtractConfig, backbone: Backbone, num_rows: int, num_frames: int, num_views: int
+) -> StoreLayout:
     """The sizes of the store that an extraction makes.
 
     Raises:
@@ -79,7 +81,7 @@ def plan_layout(config: ExtractConfig, backbone: Backbone, num_rows: int, num_fr
         raise ConfigError(f"--channels {channels} is more than the {info.width} channels of {config.model}")
     return StoreLayout(
         num_rows=num_rows,
-        num_views=NUM_VIEWS,
+        num_views=num_views,
         num_frames=num_frames,
         layers=parse_layers(config.layers, info.depth),
         num_patches=info.num_patches,
@@ -120,6 +122,7 @@ def plan_extraction(
     layout: StoreLayout,
     frames_by_split: Mapping[str, tuple[int, int]],
     *,
+    views_by_split: Mapping[str, int] | None = None,
     num_captions: int = 0,
     clip_frames: int = 8,
     frames_per_second: float | None = None,
@@ -132,6 +135,7 @@ def plan_extraction(
     Args:
         layout: Of the store; its number of rows does not matter.
         frames_by_split: Videos and cached frames of each video, by split.
+        views_by_split: Views of each video; None is one of all.
         num_captions: Of all videos; their texts are stored too.
         clip_frames: T, frames of a training clip.
         frames_per_second: Of the backbone on one device: stated, or from `probe_backbone`.
@@ -140,7 +144,8 @@ def plan_extraction(
         folder: Where the store would lie.
     """
     videos = sum(count for count, _ in frames_by_split.values())
-    frames = layout.num_views * sum(count * cached for count, cached in frames_by_split.values())
+    views = views_by_split or {}
+    frames = sum(count * cached * views.get(split, 1) for split, (count, cached) in frames_by_split.items())
     num_training, cached_in_training = frames_by_split.get(
         "train", (videos, max(c for _, c in frames_by_split.values()))
     )
@@ -203,12 +208,14 @@ def plan_command(
     )
     by_split = {split: (count, config.frames_of(split)) for split, count in splits.items()}
     num_rows, num_frames = sum(splits.values()), max(cached for _, cached in by_split.values())
-    layout = plan_layout(config, backbone, num_rows, num_frames)
+    views = {split: NUM_VIEWS[config.views_of(split)] for split in splits}
+    layout = plan_layout(config, backbone, num_rows, num_frames, max(views.values()))
     if with_probe:
         rate = probe_backbone(backbone.load_weights(), layout, config.batch_size)
     return plan_extraction(
         layout,
         by_split,
+        views_by_split=views,
         num_captions=sum(len(record.captions) for record in records),
         clip_frames=clip_frames,
         frames_per_second=rate,

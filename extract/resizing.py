@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
@@ -30,7 +31,16 @@ def _resize_own(width: int, height: int, crop_px: int) -> Size:
     return _short_side(width, height, crop_px)
 
 
-RESIZES: dict[str, Callable[[int, int, int], Size]] = {"256": _resize_recognition, "224": _resize_own}
+def _resize_something(width: int, height: int, crop_px: int) -> Size:
+    """320 x 256 for crops of 224 pixels, whatever the video's shape, in proportion for others."""
+    return round(crop_px * 320 / 224), round(crop_px * 256 / 224)
+
+
+RESIZES: dict[str, Callable[[int, int, int], Size]] = {
+    "256": _resize_recognition,
+    "256x320": _resize_something,
+    "224": _resize_own,
+}
 """By the name that `--resize` takes: (width, height, side of the crop) -> size of the whole frame before cropping."""
 
 
@@ -55,6 +65,33 @@ def centre_view(width: int, height: int, resize: str, crop_px: int) -> View:
         width=crop_px,
         height=crop_px,
     )
+
+
+def _centre_and_mirrored(width: int, height: int, resize: str, crop_px: int) -> list[View]:
+    view = centre_view(width, height, resize, crop_px)
+    return [view, replace(view, flip=True)]
+
+
+def _three_crops(width: int, height: int, resize: str, crop_px: int) -> list[View]:
+    """Left, right and centre, as the reference tests."""
+    view = centre_view(width, height, resize, crop_px)
+    step_x, step_y = (view.resized_width - crop_px) // 4, (view.resized_height - crop_px) // 4
+    return [replace(view, x=place * step_x, y=2 * step_y) for place in (0, 4, 2)]
+
+
+VIEWS: dict[str, Callable[[int, int, str, int], list[View]]] = {
+    "centre": lambda *frame: [centre_view(*frame)],
+    "flip": _centre_and_mirrored,
+    "three": _three_crops,
+}
+"""By the name that `--views` takes: (width, height, resize, side of the crop) -> views.
+
+Source:
+    The three crops are those of https://github.com/HJYao00/Side4Video at 5d72352.
+"""
+
+NUM_VIEWS = {name: len(make(224, 224, "224", 224)) for name, make in VIEWS.items()}
+"""How many there are of each."""
 
 
 def render_view(frame: np.ndarray, view: View) -> np.ndarray:

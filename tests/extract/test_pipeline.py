@@ -25,7 +25,7 @@ from s4v.store.reader import open_store
     num_frames=st.lists(st.integers(1, 20), min_size=1, max_size=30), views=st.integers(1, 3), size=st.integers(1, 40)
 )
 def test_batches_hold_every_frame_once_in_order(num_frames, views, size):
-    batches = batch_slots(num_frames, views, size)
+    batches = batch_slots(num_frames, [views] * len(num_frames), size)
     slots = [slot for batch in batches for slot in batch]
     assert slots == sorted(slots)
     assert len(slots) == len(set(slots)) == views * sum(num_frames)
@@ -40,7 +40,7 @@ def run_live(store, row):
     rows = layout.shard_rows(row // layout.rows_per_shard)
     table = store.read_manifest(["status", "num_cached_frames", "split"]).to_pylist()
     frames = [store.attributes["frames"].get(table[r]["split"], store.attributes["frames"][""]) for r in rows]
-    batches = batch_slots(frames, 1, info["batch_size"])
+    batches = batch_slots(frames, [1] * len(frames), info["batch_size"])
     size = min(info["batch_size"], len(batches[0]))
     found = {}
     for batch in batches:
@@ -264,8 +264,11 @@ def test_absurd_length_in_a_container_costs_only_its_video(tmp_path, make_config
 
 def test_options_out_of_range_are_refused_before_any_work(video_folder, tmp_path, make_config):
     for changes, message in (
-        ({"sampling": "dense"}, "--sampling takes uniform; found 'dense'"),
-        ({"resize": "300"}, "--resize takes 256, 224; found '300'"),
+        ({"sampling": "dense"}, "--sampling takes uniform, reference-k400, .*; found 'dense'"),
+        ({"resize": "300"}, "--resize takes 256, 256x320, 224; found '300'"),
+        ({"views": {"": "ten"}}, "--views takes centre, flip, three; found 'ten'"),
+        ({"dataset": "ssv2", "views": {"": "flip"}}, "--views flip would turn left into right"),
+        ({"sampling": "reference-retrieval", "clips": {"": 3}}, "reference-retrieval has one clip; found --clips 3"),
         ({"dtype": "int4"}, "--dtype takes int8, float16, float32; found 'int4'"),
         ({"batch_size": 0}, "--batch-size must be at least 1; found 0"),
         ({"decode_timeout_s": 0.0}, "--decode-timeout takes seconds above 0"),

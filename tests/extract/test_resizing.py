@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
-from s4v.extract.resizing import RESIZES, centre_view, render_view
+from s4v.extract.resizing import NUM_VIEWS, RESIZES, VIEWS, centre_view, render_view
 
 SIDES = st.integers(16, 500)
 
@@ -16,6 +16,30 @@ def test_view_lies_inside_the_resized_frame(width, height, resize, crop):
     assert 0 <= view.x <= view.resized_width - crop
     assert 0 <= view.y <= view.resized_height - crop
     assert min(view.resized_width, view.resized_height) == (crop if resize == "224" else round(crop * 256 / 224))
+
+
+@given(width=SIDES, height=SIDES, resize=st.sampled_from(sorted(RESIZES)), name=st.sampled_from(sorted(VIEWS)))
+def test_all_views_lie_inside_the_resized_frame(width, height, resize, name):
+    views = VIEWS[name](width, height, resize, 224)
+    assert len(views) == NUM_VIEWS[name]
+    for view in views:
+        assert 0 <= view.x <= view.resized_width - 224
+        assert 0 <= view.y <= view.resized_height - 224
+
+
+def test_three_crops_are_left_right_and_centre():
+    boxes = [(view.x, view.y) for view in VIEWS["three"](340, 256, "256", 224)]
+    assert boxes == [(0, 16), (116, 16), (58, 16)]
+    sizes = {(view.resized_width, view.resized_height) for view in VIEWS["three"](340, 256, "256x320", 224)}
+    assert sizes == {(320, 256)}
+    tall = [(view.x, view.y) for view in VIEWS["three"](256, 340, "256", 224)]
+    assert tall == [(0, 58), (32, 58), (16, 58)], "of a tall video too the crops stand side by side, as the reference's"
+
+
+def test_a_mirrored_view_is_the_mirror_image():
+    frame = np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8)
+    plain, mirrored = (render_view(frame, view) for view in VIEWS["flip"](320, 240, "256", 224))
+    assert np.array_equal(plain[:, ::-1], mirrored)
 
 
 @pytest.mark.parametrize("size", [(340, 256), (256, 340), (426, 240), (568, 320), (641, 333), (224, 224), (50, 50)])

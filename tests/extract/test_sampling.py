@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s4v.errors import ConfigError
-from s4v.extract.sampling import parse_frames, sample_uniform
+from s4v.extract.sampling import SAMPLINGS, parse_clips, parse_frames, parse_views, sample_uniform
 
 
 @given(num_frames=st.integers(1, 10_000), num_steps=st.integers(1, 200))
@@ -39,6 +39,66 @@ def test_counts_below_one_are_refused():
 )
 def test_frames_option_is_read(text, frames):
     assert parse_frames(text) == frames
+
+
+@pytest.mark.parametrize(
+    ("name", "counts", "clips"),
+    [
+        ("uniform", (50, 5, 1), [[5, 15, 25, 35, 45]]),
+        ("uniform", (16, 4, 2), [[1, 5, 9, 13], [3, 7, 11, 15]]),
+        ("reference-k400", (50, 8, 1), [[0, 6, 12, 18, 25, 31, 37, 43]]),
+        (
+            "reference-k400",
+            (50, 8, 4),  # starts 0, 1.75, 3.5 and 5.25, cut to integers
+            [
+                [0, 6, 12, 18, 25, 31, 37, 43],
+                [1, 7, 13, 19, 26, 32, 38, 44],
+                [3, 9, 15, 21, 28, 34, 40, 46],
+                [5, 11, 17, 23, 30, 36, 42, 48],
+            ],
+        ),
+        ("reference-k400", (3, 4, 1), [[0, 0, 1, 2]]),
+        ("reference-sth", (50, 8, 1), [[3, 9, 15, 21, 27, 34, 40, 46]]),  # 24.5 is rounded to 24
+        (
+            "reference-sth",
+            (50, 8, 2),
+            [[2, 8, 14, 20, 26, 33, 39, 45], [4, 10, 16, 22, 28, 35, 41, 47]],
+        ),
+        ("reference-retrieval", (50, 12, 1), [[2, 6, 10, 14, 18, 22, 27, 31, 35, 39, 43, 47]]),
+        ("reference-retrieval", (12, 12, 1), [[0] * 12]),
+    ],
+)
+def test_clips_are_those_of_the_formulas(name, counts, clips):
+    """Worked out by hand from the reference's formulas."""
+    assert SAMPLINGS[name](*counts) == clips
+
+
+@given(
+    name=st.sampled_from(sorted(SAMPLINGS)),
+    num_frames=st.integers(1, 5000),
+    num_steps=st.integers(1, 64),
+    num_clips=st.integers(1, 10),
+)
+def test_every_clip_has_its_frames_and_all_are_there(name, num_frames, num_steps, num_clips):
+    clips = SAMPLINGS[name](num_frames, num_steps, 1 if name == "reference-retrieval" else num_clips)
+    assert len(clips) == (1 if name == "reference-retrieval" else num_clips)
+    for clip in clips:
+        assert len(clip) == num_steps
+        assert all(0 <= index < num_frames for index in clip)
+
+
+def test_retrieval_has_one_clip():
+    with pytest.raises(ConfigError, match="reference-retrieval has one clip; found --clips 2"):
+        SAMPLINGS["reference-retrieval"](50, 12, 2)
+
+
+def test_clips_and_views_are_read_by_split():
+    assert parse_clips("test=4,1") == {"test": 4, "": 1}
+    assert parse_views("test=three, centre") == {"test": "three", "": "centre"}
+    with pytest.raises(ConfigError, match=r"--clips takes a number \(1\) or one for each split"):
+        parse_clips("test=two")
+    with pytest.raises(ConfigError, match=r"--views takes a name \(centre\) or one for each split"):
+        parse_views("test=")
 
 
 @pytest.mark.parametrize("text", ["", "x", "train=", "0", "8,4", "train=8=9", "-3"])
