@@ -14,7 +14,7 @@ import tensorstore as ts
 
 from ..errors import StoreDamagedError, StoreExistsError, StoreMismatchError
 from . import manifest
-from ._files import FolderLock, hash_file, kill_point, sync_folder
+from ._files import FolderLock, hash_file, kill_point, sync_folder, wait_for_folder
 from ._zarr import create_array, open_array, refused_write, write_group, write_small_array
 from .checksums import forget_checksum, read_recorded_hashes, write_checksums
 from .codec import Codec
@@ -188,8 +188,7 @@ def create_store(
     path = path.resolve()  # what a link points to is replaced, not the link
     partial, old = (path.with_name(f"{path.name}.{word}") for word in ("partial", "old"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    busy = f"another process is creating a store in {path.parent}: run the command again in a moment"
-    with FolderLock(path.parent, busy):
+    with wait_for_folder(path.parent, f"another process creates a store in {path.parent}: waiting"):
         refuse_existing(path, overwrite=overwrite)
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -201,7 +200,7 @@ def create_store(
         partial.rename(path)
         sync_folder(path.parent)
         shutil.rmtree(old, ignore_errors=True)
-    return StoreWriter(path, layout, codec, inputs)
+        return StoreWriter(path, layout, codec, inputs)  # locked before another one may replace it
 
 
 def write_skeleton(
