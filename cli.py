@@ -560,6 +560,12 @@ def evaluate(
         if is_retrieval:
             from .train.retrieval import evaluate_retrieval_run
 
+            read_tuned_texts: Any = None
+            if open_run(path).is_imported:  # only this needs a text tower, and with it open_clip
+                from .retrieve.tuned_texts import TunedTexts
+
+                read_tuned_texts = TunedTexts
+
             figures = evaluate_retrieval_run(
                 path,
                 features=features,
@@ -568,6 +574,7 @@ def evaluate(
                 is_backwards=backwards,
                 with_dual_softmax=dual_softmax,
                 device=find_device(device),
+                read_tuned_texts=read_tuned_texts,
             )
             result.update(figures)
             if not as_json:

@@ -132,9 +132,10 @@ def load_text_tower(
             "Name the file that the store was made with (--weights)."
         )
     tower = build_tower(name, _build_text_tower, config["embed_dim"], config["text_cfg"], config)
-    # Custom-text models keep the tower under `text.`, plain CLIP keeps its parts at the top.
+    # Custom-text models keep the tower under `text.`, plain CLIP keeps its parts at the top; Side4Video's own
+    # checkpoints keep either of them under `clip.`.
     tensors = open_tensors(source)
-    fill_tower(tower, tensors, source, ("text.", ""), device, torch.float32)
+    fill_tower(tower, tensors, source, ("text.", "", "clip.text.", "clip."), device, torch.float32)
     known_words = None if tensors is None else tensors.get(KNOWN_WORDS)
     try:
         tokenizer = open_clip.get_tokenizer(architecture)

@@ -26,6 +26,7 @@ from ..store.texts import MAX_WORDS
 from .filters import filter_rows, find_columns
 from .index import Match, VideoIndex, build_index, open_index
 from .trained import TrainedFrames
+from .tuned_texts import load_tuned_text_tower
 from .vectors import find_moment, normalise_rows
 
 _log = logging.getLogger(__name__)
@@ -167,7 +168,10 @@ class Searcher:
     def _text_tower(self) -> TextTower:
         if self._tower is None:
             start = time.perf_counter()
-            self._tower = load_store_text_tower(self.store, weights=self._weights, device=self._device)
+            if self._trained is not None and self._trained.run.is_imported:
+                self._tower = load_tuned_text_tower(self._trained.run, self.store, device=self._device)
+            else:
+                self._tower = load_store_text_tower(self.store, weights=self._weights, device=self._device)
             self.text_tower_seconds = round(time.perf_counter() - start, 3)
         return self._tower
 

@@ -40,7 +40,7 @@ class TrainedFrames:
         checkpoint: `best` or `last`.
 
     Raises:
-        ConfigError: If the run is not one that `s4v train --task retrieval` made.
+        ConfigError: If the run is not of retrieval.
         RunNotFoundError: If it has no such checkpoint.
         StoreMismatchError: If the store does not fit the run.
     """
@@ -55,9 +55,8 @@ class TrainedFrames:
         self.run: Run
         self.store: StoreReader
         self.run, self.store = open_run_and_store(run, features)
-        if self.run.head.task != "retrieval" or "imported_from" in self.run.config:
-            kind = "was imported with a text tower of its own" if self.run.head.task == "retrieval" else "knows classes"
-            raise ConfigError(f"{run} {kind}: a search wants a run of `s4v train --task retrieval`")
+        if self.run.head.task != "retrieval":
+            raise ConfigError(f"{run} knows classes: a search wants a run of `s4v train --task retrieval`")
         self._checkpoint = checkpoint
         told = self.run.path / f"{checkpoint}.json"
         if not told.is_file():

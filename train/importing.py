@@ -49,7 +49,7 @@ def import_checkpoint(
 
     The names of the classes are in no checkpoint. With a store named, its classes are taken in their order (sorted);
     without, each evaluation takes those of its own store, and warns. A retrieval run keeps its own final norm and
-    projection inside the network, and its text tower and weighting networks as they are in text.safetensors.
+    projection and the networks that weigh words and frames, and its text tower as it is in text.safetensors.
 
     Args:
         checkpoint: The reference's file.

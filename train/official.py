@@ -60,6 +60,8 @@ _NAMES = tuple(
         (r"visual\.proj$", r"end.project.weight"),
         (r"visual\.head\.", r"end.project."),
         (r"fc\.", r"classifier."),
+        (r"text_weight_fc\.", r"interaction.text_weight."),
+        (r"video_weight_fc\.", r"interaction.frame_weight."),
     )
 )
 
@@ -81,7 +83,7 @@ class OfficialCheckpoint:
     depth: int | None
     """Blocks of the backbone that the file carries; None where it carries none."""
     text: dict[str, torch.Tensor]
-    """Of retrieval, what was trained outside the vision tower (text tower, weighting networks), under its own names."""
+    """Of retrieval, the rest of what was trained outside the vision tower: the text tower, under its own names."""
     unused: dict[str, int]
     """What nothing of ours takes: places in the file, and how many tensors lie there."""
 
@@ -157,7 +159,7 @@ def read_official_checkpoint(path: str | Path, layers: tuple[int, ...] | None = 
     text: dict[str, torch.Tensor] = {}
     unused = []
     for name, tensor in tensors.items():
-        if task == "retrieval" and not _VISION_TOWER.match(name):
+        if task == "retrieval" and name not in new_names and not _VISION_TOWER.match(name):
             text[name.removeprefix("module.")] = tensor
         elif name not in new_names or (task == "recognition" and new_names[name].startswith("end.")):
             unused.append(name)
@@ -190,6 +192,7 @@ def _read_head_config(
         side_width=side_width,
         family=family,
         task=task,
+        interaction="wti" if any(name.startswith("interaction.") for name in ours) else "mean",
         embed_dim=len(ours["end.project.weight"]) if is_retrieval else None,
         norm_eps=_FINAL_NORM_EPS[family] if is_retrieval else None,
         has_projection_bias=is_retrieval and "end.project.bias" in ours,

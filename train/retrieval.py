@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,7 @@ from ..errors import ConfigError, EnvironmentFailedError, StoreMismatchError
 from ..store._files import write_json
 from ..store.manifest import write_table
 from ..store.reader import StoreReader
-from ..store.texts import TextReader
+from ..store.texts import TextReader, Texts
 from .clips import (
     ClipLoader,
     LabelledRows,
@@ -29,7 +29,7 @@ from .clips import (
 from .evaluate import open_run_and_store
 from .interaction import Interaction, MeanInteraction, TextBatch
 from .ranking import apply_dual_softmax, measure_retrieval, rank_videos
-from .run import load_checkpoint, open_run
+from .run import Run, load_checkpoint, open_run
 from .side_network import RetrievalSideNetwork
 
 # Cosines that are compared at once, words and frames counted.
@@ -38,6 +38,19 @@ _COSINES_AT_ONCE = 2**25
 Compare = Callable[[TextBatch, torch.Tensor], Interaction]
 
 _log = logging.getLogger(__name__)
+
+
+class TextSource(Protocol):
+    """A store's captions, embedded: by the frozen tower (`TextReader`), or by one that a run has brought along."""
+
+    @property
+    def num_words(self) -> int:
+        """M."""
+        ...
+
+    def read(self, captions: np.ndarray, arrays: tuple[str, ...]) -> Texts:
+        """Texts by their rows, in the order asked for."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +136,7 @@ def read_frozen_clips(store: StoreReader, data: LabelledRows, num_frames: int) -
 def score_texts(
     compare: Compare,
     text_arrays: tuple[str, ...],
-    texts: TextReader,
+    texts: TextSource,
     captions: np.ndarray,
     frames: np.ndarray,
     device: torch.device,
@@ -133,7 +146,7 @@ def score_texts(
     Args:
         compare: A module of train/interaction.py on `device`.
         text_arrays: What it reads of a text.
-        texts: Of the store.
+        texts: Of the store's captions.
         captions: (q,) rows.
         frames: (n, T, E), not normalised.
         device: Where to compute.
@@ -161,6 +174,7 @@ def evaluate_retrieval(
     batch_size: int,
     device: torch.device,
     is_backwards: bool = False,
+    texts: TextSource | None = None,
 ) -> RetrievalEvaluation:
     """Score captions against videos with a head that sits on `device`.
 
@@ -173,6 +187,7 @@ def evaluate_retrieval(
         batch_size: Clips in a batch.
         device: Where the head is.
         is_backwards: Show the head every clip from its last frame to its first.
+        texts: Captions as the head knows them; None takes those in the store.
 
     Raises:
         EnvironmentFailedError: If a number is not finite.
@@ -190,7 +205,8 @@ def evaluate_retrieval(
         is_backwards=is_backwards,
     )
     interaction = head.interaction
-    scores = score_texts(interaction, interaction.text_arrays, TextReader(store), data.labels, frames, device)
+    texts = texts or TextReader(store)
+    scores = score_texts(interaction, interaction.text_arrays, texts, data.labels, frames, device)
     return RetrievalEvaluation(videos.rows, data.labels, video_of_text, scores)
 
 
@@ -211,6 +227,7 @@ def evaluate_retrieval_run(
     is_backwards: bool = False,
     with_dual_softmax: bool = False,
     device: torch.device | None = None,
+    read_tuned_texts: Callable[[Run, StoreReader], TextSource] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a retrieval run on a split of a store, and leave the figures and every query's rank in its folder.
 
@@ -223,6 +240,8 @@ def evaluate_retrieval_run(
         with_dual_softmax: Add figures of scores that look at all queries of the split at once, under a name of their
             own.
         device: Where to compute; None takes the CPU.
+        read_tuned_texts: Of an imported run, whose text tower is not the store's: `retrieve.tuned_texts.TunedTexts`.
+            This module knows no text tower.
 
     Returns:
         text_to_video and video_to_text of the run; `frozen` with the same of the backbone alone, on the same frames;
@@ -231,15 +250,15 @@ def evaluate_retrieval_run(
 
     Raises:
         StoreMismatchError: If the store does not fit the run, holds no texts, or the split has no captioned video.
-        ConfigError: If the run is not of retrieval, or was imported.
+        ConfigError: If the run is not of retrieval, or was imported and nothing reads its texts.
     """
     run = open_run(run_path)
     if run.head.task != "retrieval":
         raise ConfigError(f"{run.path} is a recognition run: it knows classes and no texts")
-    if "imported_from" in run.config:
+    if run.is_imported and read_tuned_texts is None:
         raise ConfigError(
             f"{run.path} was imported: its text tower was fine-tuned beside it, and a store's texts are the frozen "
-            "tower's. No figures of such a pair: train a run with --task retrieval."
+            "tower's. `s4v eval` embeds captions with its own; from Python, give read_tuned_texts."
         )
     run, store = open_run_and_store(run_path, features)
     data = find_captioned_rows(store, split)
@@ -259,6 +278,7 @@ def evaluate_retrieval_run(
         batch_size=run.config["batch_size"],
         device=device,
         is_backwards=is_backwards,
+        texts=read_tuned_texts(run, store) if read_tuned_texts is not None and run.is_imported else None,
     )
     lost = _count_captions(store, split) - len(data)
     if lost:

@@ -46,6 +46,11 @@ class Run:
         """T, frames of a clip."""
         return self.config["frames"]
 
+    @property
+    def is_imported(self) -> bool:
+        """Whether it is a released checkpoint; one of retrieval has a text tower of its own."""
+        return "imported_from" in self.config
+
 
 # How a training is run, not what it comes to.
 _INCIDENTAL = (
@@ -170,7 +175,7 @@ def _is_trained_for(task: Task, path: Path) -> bool:
         run = open_run(path)
     except RunNotFoundError:
         return False
-    return run.head.task == task and "imported_from" not in run.config
+    return run.head.task == task and not run.is_imported
 
 
 def describe_source(store: StoreReader) -> dict[str, Any]:

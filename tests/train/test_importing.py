@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 from s4v.cli import app
 from s4v.errors import ConfigError, RunExistsError, StoreMismatchError, WeightsError
+from s4v.extract.text_tower import load_text_tower
+from s4v.retrieve.search import search_store
 from s4v.store.reader import open_store
 from s4v.train.config import TrainConfig
 from s4v.train.evaluate import evaluate_run
@@ -25,6 +27,11 @@ OFFICIAL = (
     (r"^stem\.", VISUAL + "side_conv1."),
     (r"^norm\.", VISUAL + "side_post_bn."),
     (r"^classifier\.", "fc."),
+    (r"^widen\.weight$", VISUAL + "side_proj"),
+    (r"^end\.norm\.", VISUAL + "ln_post."),
+    (r"^end\.project\.weight$", VISUAL + "proj"),
+    (r"^interaction\.text_weight\.", "text_weight_fc."),
+    (r"^interaction\.frame_weight\.", "video_weight_fc."),
     (r"^position$", LADDER + "side_spatial_position_embeddings"),
     (r"^taps\.(\d+)\.norm\.", LADDER + r"side_lns.\1."),
     (r"^taps\.(\d+)\.project\.", LADDER + r"side_linears.\1."),
@@ -42,7 +49,7 @@ OFFICIAL = (
 
 
 def as_official(network, patch_px):
-    """A CLIP recognition network in the reference's names and shapes."""
+    """A network beside CLIP in the reference's names and shapes."""
     state = {}
     for name, tensor in network.state_dict().items():
         new_name = next(re.sub(ours, theirs, name) for ours, theirs in OFFICIAL if re.search(ours, name))
@@ -52,6 +59,8 @@ def as_official(network, patch_px):
             tensor = tensor.T[:, None, :, None, None]
         elif re.search(r"temporal\.(expand|project)\.weight", name):
             tensor = tensor[:, :, None, None, None]
+        elif name in ("widen.weight", "end.project.weight"):
+            tensor = tensor.T
         state[new_name] = tensor.contiguous()
     return state
 
@@ -153,15 +162,68 @@ def test_every_variant_opens_as_the_network_that_was_imported(data_path, tmp_pat
 
 def test_a_retrieval_run_keeps_its_text_tower_and_says_what_it_cannot_do(data_path, tmp_path, int8_store):
     state = torch.load(data_path / "retrieval_eva/checkpoint.pt", weights_only=True)
-    added = {"clip.text.proj": torch.ones(2, 3), "module.video_weight_fc.bias": torch.ones(1)}
-    torch.save(state | added, tmp_path / "with_text.pt")
+    torch.save(state | {"clip.text.proj": torch.ones(2, 3)}, tmp_path / "with_text.pt")
     import_checkpoint(tmp_path / "with_text.pt", tmp_path / "in")
     shapes = {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / "in/text.safetensors").items()}
-    assert shapes.items() >= {"clip.text.proj": (2, 3), "video_weight_fc.bias": (1,)}.items()
+    assert shapes["clip.text.proj"] == (2, 3)
     with pytest.raises(ConfigError, match="is a retrieval run: it embeds frames and knows no classes"):
         evaluate_run(tmp_path / "in", features=int8_store)
     with pytest.raises(ConfigError, match="was imported: its text tower was fine-tuned beside it"):
         evaluate_retrieval_run(tmp_path / "in", features=int8_store)
+    torch.save(state | {"module.video_weight_fc.bias": torch.ones(1)}, tmp_path / "half.pt")
+    with pytest.raises(WeightsError, match="is not a whole EVA retrieval checkpoint of Side4Video: .*text_weight"):
+        import_checkpoint(tmp_path / "half.pt", tmp_path / "half")
+
+
+@pytest.fixture(scope="module", params=["mean", "wti"])
+def trained_retrieval(request, captioned_store, tmp_path_factory):
+    """A run of ours, and what of it the reference's file would hold; the text tower is not in it."""
+    out = tmp_path_factory.mktemp("retrieval") / request.param
+    recipe = dict(epochs=2, batch_size=4, side_width=64, learning_rate=1e-2, device="cpu")
+    kind = dict(task="retrieval", interaction=request.param)
+    train_run(TrainConfig(features=captioned_store, out=out, **recipe, **kind))
+    run = open_run(out)
+    state = as_official(load_checkpoint(run), run.head.patch_px)
+    return out, {name if "weight_fc" in name else f"clip.{name}": tensor for name, tensor in state.items()}
+
+
+def text_tower_of(seed):
+    tower = load_text_tower("tiny-clip", weights=f"random:{seed}", device=torch.device("cpu"))
+    return {f"clip.{name}": tensor for name, tensor in tower._tower.state_dict().items()}
+
+
+def test_an_imported_retrieval_run_compares_with_its_own_text_tower(trained_retrieval, captioned_store, tmp_path):
+    ours, state = trained_retrieval
+    layers = open_run(ours).head.layers
+    found, answers = {}, {}
+    for seed in (0, 1):  # the store's own text tower, and another
+        torch.save(state | text_tower_of(seed), tmp_path / f"{seed}.pt")
+        theirs = tmp_path / f"in{seed}"
+        frames = open_run(ours).frames
+        import_checkpoint(tmp_path / f"{seed}.pt", theirs, layers=layers, frames=frames, features=captioned_store)
+        assert open_run(theirs).head.interaction == open_run(ours).head.interaction
+        result = CliRunner().invoke(app, ["eval", "--run", str(theirs), "--json"], catch_exceptions=False)
+        found[seed] = json.loads(result.stdout)
+        answers[seed] = search_store(captioned_store, "a red ring moves left", run=theirs, top=12)
+    expected = evaluate_retrieval_run(ours)
+    assert found[0]["frozen"] == found[1]["frozen"] == expected["frozen"]
+    for direction in ("text_to_video", "video_to_text"):
+        assert found[0][direction] == pytest.approx(expected[direction])
+    ranked = [(a.video_id, a.score) for a in search_store(captioned_store, "a red ring moves left", run=ours, top=12)]
+    assert [a.video_id for a in answers[0]] == [video for video, _ in ranked]
+    assert [a.score for a in answers[0]] == pytest.approx([score for _, score in ranked], abs=1e-5)
+    assert [a.score for a in answers[1]] != pytest.approx([score for _, score in ranked], abs=1e-3)
+
+
+def test_an_imported_run_without_a_text_tower_is_told(trained_retrieval, captioned_store, tmp_path):
+    ours, state = trained_retrieval
+    torch.save(state, tmp_path / "no_text.pt")
+    layers, frames = open_run(ours).head.layers, open_run(ours).frames
+    import_checkpoint(tmp_path / "no_text.pt", tmp_path / "in", layers=layers, frames=frames, features=captioned_store)
+    with pytest.raises(ConfigError, match="its checkpoint held no text tower"):
+        search_store(captioned_store, "a ring", run=tmp_path / "in")
+    result = CliRunner().invoke(app, ["eval", "--run", str(tmp_path / "in")])
+    assert result.exit_code == 1 and "its checkpoint held no text tower" in result.stderr
 
 
 def test_nothing_is_written_where_something_is_wrong(trained, tmp_path):
