@@ -16,7 +16,7 @@ import s4v.extract.pipeline as pipeline
 from s4v.cli import main
 if "--unasked" in sys.argv:
     sys.argv.remove("--unasked")
-    pipeline.require_space = lambda *_: None
+    pipeline.require_space = lambda *_, **__: None
 main()
 """
 
