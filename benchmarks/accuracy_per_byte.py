@@ -24,6 +24,7 @@ from s4v.extract.config import ExtractConfig
 from s4v.extract.pipeline import extract_dataset
 from s4v.store.info import describe_store
 from s4v.store.reader import open_store
+from s4v.train.allocator import keep_freed_memory
 from s4v.train.config import TrainConfig
 from s4v.train.evaluate import evaluate_run
 from s4v.train.loop import train_run
@@ -202,6 +203,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="arms, by name; repeatable")
     parser.add_argument("--folder", type=Path, default=Path("runs/accuracy-per-byte"))
     options = parser.parse_args()
+    keep_freed_memory()
     world = WorldConfig(num_train=options.train, num_val=options.val, num_novel=0)
     marker = options.folder / "world" / ANNOTATIONS_NAME
     if not marker.is_file():
