@@ -6,7 +6,7 @@ The sample is a pure function of the manifest and the seed: the same whatever th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,8 +123,7 @@ def fit_codec(
             "another store was fitted with (--codec-from)."
         )
     moments = _Moments(len(layers), width, with_products=is_projected, device=backbone.device)
-    for tokens in _run_sample(sample, backbone, layers, batch_size):
-        moments.add(tokens)
+    _run_sample(sample, backbone, layers, batch_size, moments.add)
     mean = moments.mean
     if not is_projected:
         absmax = np.maximum(moments.largest - mean, mean - moments.smallest)
@@ -135,10 +134,13 @@ def fit_codec(
         return Codec(dtype=dtype, mean=codec.mean, basis=codec.basis)
     on_device = codec.map_parts(lambda array: torch.from_numpy(array).to(backbone.device))
     absmax = np.zeros(basis.shape[:2], dtype=np.float32)
-    for tokens in _run_sample(sample, backbone, layers, batch_size):
+
+    def count_largest(tokens: list[torch.Tensor]) -> None:
         for place, values in enumerate(tokens):
             largest = on_device.encode(values, place).abs().amax(dim=(0, 1))
             absmax[place] = np.maximum(absmax[place], largest.cpu().numpy())
+
+    _run_sample(sample, backbone, layers, batch_size, count_largest)
     return Codec(dtype=dtype, mean=codec.mean, basis=basis, scale=fit_absmax_scale(absmax))
 
 
@@ -165,24 +167,37 @@ def measure_codec(
         One for each layer.
     """
     meters = [FidelityMeter(layer) for layer in layers]
-    # Twice through the backbone: all tokens of a giant's layers would fill the memory.
-    for tokens in _run_sample(sample, backbone, layers, batch_size):
+
+    def count_mean(tokens: list[torch.Tensor]) -> None:
         for meter, values in zip(meters, tokens, strict=True):
             meter.count_mean(values.float().cpu().numpy())
-    for tokens in _run_sample(sample, backbone, layers, batch_size):
+
+    def compare(tokens: list[torch.Tensor]) -> None:
         for place, (meter, values) in enumerate(zip(meters, tokens, strict=True)):
             live = values.float().cpu().numpy()
             codes = round_mantissas(codec.encode(live, place), keep_bits)
             meter.compare(live, codec.decode(codes, place))
+
+    # Twice through the backbone: all tokens of a giant's layers would fill the memory.
+    _run_sample(sample, backbone, layers, batch_size, count_mean)
+    _run_sample(sample, backbone, layers, batch_size, compare)
     return [meter.summarise() for meter in meters]
 
 
 def _run_sample(
-    sample: FrameSample, backbone: Backbone, layers: Sequence[int], batch_size: int
-) -> Iterator[list[torch.Tensor]]:
-    """Patch tokens of the sample's frames, (B, N, D) for each layer, batch by batch without the padding."""
+    sample: FrameSample,
+    backbone: Backbone,
+    layers: Sequence[int],
+    batch_size: int,
+    use: Callable[[list[torch.Tensor]], None],
+) -> None:
+    """Hand over the patch tokens of the sample's frames, (B, N, D) for each layer, batch by batch without the padding.
+
+    A batch is freed before the next pass, as an iterator's would not be: 16 frames of ViT-E's layers are 0.5 GB.
+    """
     pixels = sample.pixels
-    for first in range(0, len(pixels), batch_size):
+
+    def encode(first: int) -> list[torch.Tensor]:
         batch = pixels[first : first + batch_size]
         padded = np.zeros((min(batch_size, len(pixels)), *batch.shape[1:]), dtype=np.uint8)
         padded[: len(batch)] = batch
@@ -190,7 +205,10 @@ def _run_sample(
         ids = sample.video_ids[first : first + batch_size]
         for layer, values in zip(layers, tokens, strict=True):
             check_finite(values, values, layer, ids)
-        yield tokens
+        return tokens
+
+    for first in range(0, len(pixels), batch_size):
+        use(encode(first))
 
 
 class _Moments:

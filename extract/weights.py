@@ -116,8 +116,13 @@ def fill_tower(
 ) -> None:
     """Give a tower built on meta its memory and its weights, one tensor at a time, frozen and in evaluation mode."""
     names = {} if tensors is None else _match_names(tower, tensors, prefixes, source)
+    for module in tower.modules():  # all memory first: taken between the values' it leaves holes, 1.2 GB beside ViT-E
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, dtype=dtype, device=device)
+                module._parameters[name] = nn.Parameter(empty, requires_grad=False)
     for module_name, module in tower.named_modules():
-        for name, parameter in list(module._parameters.items()):
+        for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
             full = f"{module_name}.{name}" if module_name else name
@@ -130,9 +135,7 @@ def fill_tower(
                         f"{source.label}: {names[full]} has shape {tuple(values.shape)}, "
                         f"this model needs {tuple(parameter.shape)}. They belong to another model."
                     )
-            filled = torch.empty(parameter.shape, dtype=dtype, device=device)
-            filled.copy_(values)
-            module._parameters[name] = nn.Parameter(filled, requires_grad=False)
+            parameter.copy_(values)
         for name, buffer in list(module._buffers.items()):
             if buffer is None:
                 continue
