@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..errors import ConfigError, NoGoodVideoError
-from ..store.codec import Codec, check_finite, fit_absmax_scale, fit_basis, round_mantissas
+from ..store.codec import Codec, check_finite, fit_basis, fit_scale, round_mantissas
 from ..store.fidelity import FidelityMeter, LayerFidelity
 from ..store.layout import PatchDtype
 from ..store.records import VideoRecord
@@ -127,21 +127,22 @@ def fit_codec(
     mean = moments.mean
     if not is_projected:
         absmax = np.maximum(moments.largest - mean, mean - moments.smallest)
-        return Codec(dtype=dtype, mean=mean.astype(np.float32), scale=fit_absmax_scale(absmax))
+        return Codec(dtype=dtype, mean=mean.astype(np.float32), scale=fit_scale(absmax, moments.deviation))
     basis = np.stack([fit_basis(covariance, channels) for covariance in moments.covariances()])
     codec = Codec(dtype="float32", mean=mean.astype(np.float32), basis=basis)
     if dtype != "int8":
         return Codec(dtype=dtype, mean=codec.mean, basis=codec.basis)
     on_device = codec.map_parts(lambda array: torch.from_numpy(array).to(backbone.device))
-    absmax = np.zeros(basis.shape[:2], dtype=np.float32)
-
-    def count_largest(tokens: list[torch.Tensor]) -> None:
-        for place, values in enumerate(tokens):
-            largest = on_device.encode(values, place).abs().amax(dim=(0, 1))
-            absmax[place] = np.maximum(absmax[place], largest.cpu().numpy())
-
-    _run_sample(sample, backbone, layers, batch_size, count_largest)
-    return Codec(dtype=dtype, mean=codec.mean, basis=basis, scale=fit_absmax_scale(absmax))
+    projected = _Moments(len(layers), channels, with_products=False, device=backbone.device)
+    _run_sample(
+        sample,
+        backbone,
+        layers,
+        batch_size,
+        lambda tokens: projected.add([on_device.encode(values, place) for place, values in enumerate(tokens)]),
+    )
+    absmax = np.maximum(projected.largest, -projected.smallest)
+    return Codec(dtype=dtype, mean=codec.mean, basis=basis, scale=fit_scale(absmax, projected.deviation))
 
 
 def measure_codec(
@@ -212,13 +213,14 @@ def _run_sample(
 
 
 class _Moments:
-    """Mean, extremes and, if wanted, second moments of each channel of each layer, summed in float64."""
+    """Mean, deviation, extremes and, if wanted, products of the channels of each layer, summed in float64."""
 
     def __init__(self, num_layers: int, width: int, *, with_products: bool, device: torch.device) -> None:
         self._count = 0
         # Apple's GPUs have no float64.
         options: dict[str, Any] = {"dtype": torch.float64, "device": "cpu" if device.type == "mps" else device}
         self._sum = torch.zeros(num_layers, width, **options)
+        self._squares = torch.zeros(num_layers, width, **options)
         self._smallest = torch.full((num_layers, width), torch.inf, **options)
         self._largest = torch.full((num_layers, width), -torch.inf, **options)
         self._products = torch.zeros(num_layers, width, width, **options) if with_products else None
@@ -229,6 +231,7 @@ class _Moments:
         for place, values in enumerate(tokens):
             rows = values.to(self._sum.device).flatten(0, 1).double()
             self._sum[place] += rows.sum(dim=0)
+            self._squares[place] += rows.square().sum(dim=0)
             self._smallest[place] = torch.minimum(self._smallest[place], rows.amin(dim=0))
             self._largest[place] = torch.maximum(self._largest[place], rows.amax(dim=0))
             if self._products is not None:
@@ -238,6 +241,11 @@ class _Moments:
     def mean(self) -> np.ndarray:
         """(L, D) float64."""
         return (self._sum / self._count).cpu().numpy()
+
+    @property
+    def deviation(self) -> np.ndarray:
+        """(L, D) float64: the square root of the mean square of what is left when the mean is subtracted."""
+        return np.sqrt(np.maximum((self._squares / self._count).cpu().numpy() - self.mean**2, 0))
 
     @property
     def smallest(self) -> np.ndarray:

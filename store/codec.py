@@ -23,8 +23,12 @@ from .layout import PATCH_DTYPES, PatchDtype
 # -128 is the fill value of int8 stores: a code never takes it.
 INT8_LIMIT = 127
 
-# Of 1 to 1.3 the factor with the smallest worst error on tokens as giant ViTs have them (tests/store/test_codec.py).
-_HEADROOM = np.float32(1.2)
+# Other videos reach further than the sample: channels whose extremes are a few enormous tokens by a little, ordinary
+# ones by their tails. Measured on tokens as giant ViTs have them and on tiny-clip's (docs/decisions.md).
+_HEADROOM = 1.2
+_DEVIATIONS = 6.0
+
+_FLOAT16_MAX = 65504.0
 
 
 class Codec:
@@ -130,22 +134,25 @@ class Codec:
         return mean, basis, scale
 
 
-def fit_absmax_scale(absmax: np.ndarray) -> np.ndarray:
-    """The int8 step per layer and channel that maps a fifth more than the largest absolute value seen to 127.
+def fit_scale(absmax: np.ndarray, deviation: np.ndarray) -> np.ndarray:
+    """The int8 step per layer and channel: 127 of them reach a fifth beyond the largest value seen, and six deviations.
 
-    Values beyond it are clipped: other videos reach further than the sample. No percentile: giant ViTs have a few
-    enormous tokens and channels, and clipping those makes them wrong by more than their own size.
+    Values beyond that are clipped. No percentile: giant ViTs have a few enormous tokens and channels, and clipping
+    those makes them wrong by more than their own size.
 
     Args:
         absmax: (L, K) largest absolute value of each channel in the calibration sample.
+        deviation: (L, K) standard deviation of each channel there.
 
     Returns:
         (L, K) float32, positive. A channel that was all but constant gets a hundredth of the layer's median step: it
         may move in a video that the sample does not hold.
     """
-    scale = _HEADROOM * np.asarray(absmax, dtype=np.float32) / INT8_LIMIT
-    floor = np.median(scale, axis=1, keepdims=True) / 100
-    return np.maximum(scale, np.where(floor > 0, floor, np.float32(1)))
+    scale = np.maximum(_HEADROOM * absmax, _DEVIATIONS * deviation) / INT8_LIMIT
+    for steps in scale:
+        moving = steps[steps > 0]
+        np.maximum(steps, np.median(moving) / 100 if len(moving) else 1.0, out=steps)
+    return np.maximum(scale, np.finfo(np.float32).tiny).astype(np.float32)
 
 
 def fit_basis(covariance: np.ndarray, channels: int) -> np.ndarray:
@@ -191,10 +198,11 @@ def check_finite(codes: Any, tokens: Any, block: int, video_ids: Sequence[str] =
             "Run it in float32 (--precision fp32), or check its weights."
         )
     if xp.isdtype(codes.dtype, "real floating") and not bool(xp.all(xp.isfinite(codes))):
-        raise EnvironmentFailedError(
-            f"the tokens of backbone block {block} reach {float(xp.max(xp.abs(tokens))):.3g}"
-            f"{_first_bad_video(codes, video_ids)}, above float16's 65504. Store them as float32 (--dtype float32)."
-        )
+        reach, video = float(xp.max(xp.abs(tokens))), _first_bad_video(codes, video_ids)
+        why = f"the tokens of backbone block {block} reach {reach:.3g}{video}, above float16's 65504"
+        if reach <= _FLOAT16_MAX:  # projected or rounded they may
+            why = f"the codes of backbone block {block} pass float16's 65504{video}; its tokens reach {reach:.3g}"
+        raise EnvironmentFailedError(f"{why}. Store them as float32 (--dtype float32).")
 
 
 def _first_bad_video(values: Any, video_ids: Sequence[str]) -> str:

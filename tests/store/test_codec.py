@@ -6,10 +6,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from s4v.errors import ConfigError, EnvironmentFailedError
-from s4v.store.codec import Codec, check_finite, fit_absmax_scale, fit_basis, round_mantissas
+from s4v.store.codec import Codec, check_finite, fit_basis, fit_scale, round_mantissas
 from s4v.store.fidelity import measure_fidelity
 
 TOKENS = hnp.arrays(np.float32, (3, 5, 8), elements=st.floats(-1000, 1000, width=32))
+
+
+def scale_of(tokens):
+    """(1, K) int8 steps for what is left of tokens (n, K) without their mean."""
+    return fit_scale(np.abs(tokens).max(axis=0)[None], tokens.astype(np.float64).std(axis=0)[None])
 
 
 @given(tokens=TOKENS)
@@ -20,7 +25,7 @@ def test_float32_codes_are_the_tokens(tokens):
 
 @given(tokens=TOKENS)
 def test_int8_error_is_at_most_half_a_step(tokens):
-    scale = fit_absmax_scale(np.abs(tokens).max(axis=(0, 1))[None])
+    scale = scale_of(tokens.reshape(-1, tokens.shape[-1]))
     codec = Codec(dtype="int8", scale=scale)
     codes = codec.encode(tokens, 0)
     assert codes.dtype == np.int8
@@ -41,7 +46,7 @@ def test_projection_keeps_what_lies_in_its_basis():
 @pytest.mark.parametrize("dtype", ["int8", "float16", "float32"])
 def test_torch_and_numpy_give_the_same_codes(dtype):
     tokens = np.random.default_rng(1).normal(size=(4, 6, 8)).astype(np.float32)
-    scale = fit_absmax_scale(np.abs(tokens).max(axis=(0, 1))[None]) if dtype == "int8" else None
+    scale = scale_of(tokens.reshape(-1, tokens.shape[-1])) if dtype == "int8" else None
     codec = Codec(dtype=dtype, scale=scale)
     codes = codec.encode(tokens, 0)
     on_torch = codec.map_parts(torch.from_numpy)
@@ -51,7 +56,7 @@ def test_torch_and_numpy_give_the_same_codes(dtype):
 
 
 def test_constant_zero_channel_decodes_to_zero():
-    scale = fit_absmax_scale(np.array([[0.0, 2.0]]))
+    scale = fit_scale(np.array([[0.0, 2.0]]), np.array([[0.0, 0.4]]))
     codec = Codec(dtype="int8", scale=scale)
     tokens = np.array([[[0.0, -2.0]]], dtype=np.float32)
     found = codec.decode(codec.encode(tokens, 0), 0)
@@ -98,9 +103,24 @@ def test_nan_names_the_video():
         check_finite(tokens, tokens, 3, ["a.mp4", "b.mp4"])
 
 
+def test_where_most_channels_stand_still_the_others_keep_their_steps():
+    absmax = np.array([[0.0, 0.0, 0.0, 2.0, 0.3]])
+    scale = fit_scale(absmax, absmax / 4)
+    np.testing.assert_allclose(scale[0, 3:], 1.5 * absmax[0, 3:] / 127, rtol=1e-6)
+    assert (scale[0, :3] > 0).all() and (scale[0, :3] < scale[0, 4]).all()
+    assert (fit_scale(np.zeros((1, 2)), np.zeros((1, 2))) == 1).all()
+
+
+def test_a_code_that_overflows_where_its_token_does_not_is_told_so():
+    tokens = np.full((1, 4), 4e4, dtype=np.float32)
+    codec = Codec(dtype="float16", basis=np.full((1, 1, 4), 0.5, dtype=np.float32))
+    with pytest.raises(EnvironmentFailedError, match=r"codes of backbone block 2 pass .* its tokens reach 4e\+04"):
+        check_finite(codec.encode(tokens, 0), tokens, 2)
+
+
 def test_a_channel_that_stood_still_may_move_later():
     absmax = np.array([[4.0, 2.0, 1.0, 0.0]])
-    codec = Codec(dtype="int8", scale=fit_absmax_scale(absmax))
+    codec = Codec(dtype="int8", scale=fit_scale(absmax, absmax / 4))
     tokens = np.array([[[0.0, 0.0, 0.0, 0.01]]], dtype=np.float32)
     np.testing.assert_allclose(codec.decode(codec.encode(tokens, 0), 0), tokens, atol=1e-4)
 
@@ -163,10 +183,11 @@ def massive_tokens(seed=0, num_tokens=4000, width=1024):
     return tokens.astype(np.float32)
 
 
-def test_int8_keeps_massive_tokens_and_all_others():
-    fitted, fresh = massive_tokens(0), massive_tokens(1)
+@pytest.mark.parametrize("seed", range(4))
+def test_int8_keeps_massive_tokens_and_all_others(seed):
+    fitted, fresh = massive_tokens(2 * seed), massive_tokens(2 * seed + 1)
     mean = fitted.mean(axis=0, keepdims=True)
-    codec = Codec(dtype="int8", mean=mean, scale=fit_absmax_scale(np.abs(fitted - mean).max(axis=0)[None]))
+    codec = Codec(dtype="int8", mean=mean, scale=scale_of(fitted - mean))
     found = measure_fidelity(fresh, codec.decode(codec.encode(fresh, 0), 0), 0)
     assert found.error_median < 0.03
     assert found.normed_error_worst < 0.05
@@ -175,9 +196,8 @@ def test_int8_keeps_massive_tokens_and_all_others():
 def test_clipping_massive_tokens_is_what_absmax_avoids():
     tokens = massive_tokens()
     mean = tokens.mean(axis=0, keepdims=True)
-    clipped = Codec(
-        dtype="int8", mean=mean, scale=fit_absmax_scale(np.percentile(np.abs(tokens - mean), 99, axis=0)[None])
-    )
+    absmax = np.percentile(np.abs(tokens - mean), 99, axis=0)[None]
+    clipped = Codec(dtype="int8", mean=mean, scale=fit_scale(absmax, np.zeros_like(absmax)))
     found = measure_fidelity(tokens, clipped.decode(clipped.encode(tokens, 0), 0), 0)
     assert found.normed_error_worst > 0.5
 
