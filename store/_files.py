@@ -41,9 +41,9 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        kill_point("before rename")
+        kill_point(f"before rename of {path.name}")
         temporary.replace(path)
-        kill_point("after rename")
+        kill_point(f"after rename of {path.name}")
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)

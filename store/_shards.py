@@ -6,12 +6,13 @@ s4v writes by default, at nearly all of it. What it does not know (compression, 
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ _ABSENT = 2**64 - 1
 _CHECKSUM_BYTES = 4
 _OPEN_SHARDS = 64
 """For each array: three arrays of a process stay below the 256 files that macOS lets it open."""
+_INDEX_BYTES = 128 * 2**20
+"""For each array, of the indices that are kept of shards which are no longer open: those of K400 are 60 to 120 MB."""
 
 
 class DamagedChunkError(Exception):
@@ -58,6 +61,30 @@ class _Geometry:
         return self.rows_per_shard * self.views_per_shard * self.chunks_per_view
 
 
+@dataclass(frozen=True, slots=True)
+class ClipsUnderWay:
+    """A batch that threads are reading."""
+
+    clips: np.ndarray
+    """(B, T, ...); not whole before `wait` has returned."""
+    tasks: list[Future[None]]
+
+    def wait(self) -> np.ndarray:
+        """The clips, when they are there.
+
+        Raises:
+            DamagedChunkError: For the first clip of the batch that has one.
+        """
+        for task in self.tasks:
+            task.result()
+        return self.clips
+
+    def cancel(self) -> None:
+        """Read no more of them."""
+        for task in self.tasks:
+            task.cancel()
+
+
 class ShardedArray:
     """A sharded array with the axes row, view, frame, and whatever comes behind; safe to read from several threads."""
 
@@ -65,6 +92,7 @@ class ShardedArray:
         self._folder = folder
         self._geometry = geometry
         self._shards: OrderedDict[str, _Shard] = OrderedDict()
+        self._indices: OrderedDict[str, _Index] = OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
@@ -81,8 +109,8 @@ class ShardedArray:
         layers: Sequence[int] | None,
         threads: ThreadPoolExecutor,
         allocate: Callable[[tuple[int, ...], np.dtype], np.ndarray] = np.empty,
-    ) -> np.ndarray:
-        """Read clips, one task for each.
+    ) -> ClipsUnderWay:
+        """Begin to read clips, one task for each.
 
         Args:
             rows: (B,).
@@ -93,10 +121,7 @@ class ShardedArray:
             allocate: Makes room for the clips.
 
         Returns:
-            (B, T, ...), the axes behind the frame's.
-
-        Raises:
-            DamagedChunkError: For the first clip of the batch that has one.
+            (B, T, ...), the axes behind the frame's, to be waited for.
         """
         tail = self._geometry.tail
         if layers is not None:
@@ -106,13 +131,7 @@ class ShardedArray:
             threads.submit(self._read_clip, int(row), int(view), steps, layers, clip)
             for row, view, steps, clip in zip(rows, views, places, clips, strict=True)
         ]
-        try:
-            for task in tasks:
-                task.result()
-        finally:
-            for task in tasks:
-                task.cancel()
-        return clips
+        return ClipsUnderWay(clips, tasks)
 
     def _read_clip(
         self, row: int, view: int, places: np.ndarray, layers: Sequence[int] | None, clip: np.ndarray
@@ -128,6 +147,13 @@ class ShardedArray:
                 shard.read_chunk(first_chunk + place, frame, row)
             return
         chunk = np.empty((size, *geometry.tail), dtype=geometry.dtype)
+        if size == 1:
+            assert layers is not None
+            for place, frame in zip(places.tolist(), clip, strict=True):
+                shard.read_chunk(first_chunk + place, chunk, row)
+                for tokens, layer in zip(frame, layers, strict=True):
+                    tokens[...] = chunk[0, layer]
+            return
         for number in np.unique(places // size).tolist():
             shard.read_chunk(first_chunk + number, chunk, row)
             wanted = np.flatnonzero(places // size == number)
@@ -142,11 +168,16 @@ class ShardedArray:
             if (shard := self._shards.get(key)) is not None:
                 self._shards.move_to_end(key)
                 return shard
-        shard = _Shard(self._folder / key, geometry.chunks_per_shard, row)
+            known = self._indices.get(key)
+        shard = _Shard(self._folder / key, geometry.chunks_per_shard, row, known)
         with self._lock:
             self._shards[key] = shard
+            self._indices[key] = shard.index_as_read
+            self._indices.move_to_end(key)
             if len(self._shards) > _OPEN_SHARDS:
                 self._shards.popitem(last=False)  # its file closes when the last thread lets go of it
+            if len(self._indices) * shard.index.nbytes > _INDEX_BYTES:
+                self._indices.popitem(last=False)
         return shard
 
 
@@ -186,22 +217,47 @@ def verify_chunk_file(path: Path) -> str | None:
     return None if is_right else f"{path.name} does not match its checksum"
 
 
-class _Shard:
-    """An open shard and its index."""
+@dataclass(frozen=True, slots=True)
+class _Index:
+    """Where the chunks of a shard are, and of which state of the file that is true."""
 
-    def __init__(self, path: Path, num_chunks: int, row: int) -> None:
+    places: np.ndarray
+    """(chunks, 2) offset and length."""
+    state: tuple[int, int, int]
+    """Inode, size and time of the last change."""
+
+
+class _Shard:
+    """An open shard and its index, which is read unless it is known of this state of the file."""
+
+    def __init__(self, path: Path, num_chunks: int, row: int, known: _Index | None = None) -> None:
+        self._name = path.name
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise DamagedChunkError(row, f"the file {path.name} is missing") from None
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # not the shard's fault
+                raise
+            raise DamagedChunkError(row, f"{path.name}: {error.strerror}") from error
+        stat = os.fstat(self._descriptor)
+        state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if known is None or known.state != state:
+            known = _Index(self._read_index(stat.st_size, num_chunks, row), state)
+        self.index_as_read = known
+        self.index = known.places
+
+    def _read_index(self, file_bytes: int, num_chunks: int, row: int) -> np.ndarray:
         size = 16 * num_chunks
-        start = os.fstat(self._descriptor).st_size - size - _CHECKSUM_BYTES
-        found = os.pread(self._descriptor, size + _CHECKSUM_BYTES, start) if start >= 0 else b""
+        start = file_bytes - size - _CHECKSUM_BYTES
+        try:
+            found = os.pread(self._descriptor, size + _CHECKSUM_BYTES, start) if start >= 0 else b""
+        except OSError as error:
+            raise DamagedChunkError(row, f"the index of {self._name}: {error.strerror}") from error
         index, checksum = found[:size], found[size:]
         if len(checksum) != _CHECKSUM_BYTES or crc32c(index) != int.from_bytes(checksum, "little"):
-            raise DamagedChunkError(row, f"the index at the end of {path.name} is cut short or damaged")
-        self._name = path.name
-        self.index = np.frombuffer(index, dtype="<u8").reshape(num_chunks, 2)
+            raise DamagedChunkError(row, f"the index at the end of {self._name} is cut short or damaged")
+        return np.frombuffer(index, dtype="<u8").reshape(num_chunks, 2)
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):

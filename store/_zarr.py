@@ -99,11 +99,12 @@ def write_small_array(root: Path, name: str, values: np.ndarray) -> None:
         raise refused_write(root / name, error) from error
 
 
-def refused_write(path: Path, error: ValueError, *, needed: int | None = None) -> EnvironmentFailedError:
-    """What the file system refused, as tensorstore tells it, in one clear line; `needed` bytes were to be written."""
+def refused_write(path: Path, error: ValueError | OSError, *, needed: int | None = None) -> EnvironmentFailedError:
+    """What the file system refused, itself or through tensorstore, in one clear line; `needed` bytes were to come."""
     why = str(error)
-    if "No space left" in why:
-        why = "no space left" if needed is None else f"no space left; it needs {describe_bytes(needed)}"
+    for said, short in (("No space left", "no space left"), ("quota exceeded", "the disk quota is used up")):
+        if said in why:
+            why = short if needed is None else f"{short}; it needs {describe_bytes(needed)}"
     return EnvironmentFailedError(
         f"{path} could not be written: {why}. Finished shards are kept: mend that, and the same command continues."
     )

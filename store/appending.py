@@ -15,7 +15,7 @@ from .checksums import APPEND_NAME, write_checksums
 from .layout import StoreLayout
 from .reader import StoreReader, open_store
 from .records import VideoRecord
-from .writer import full_attributes, list_differences, write_skeleton
+from .writer import full_attributes, list_codec_differences, list_differences, write_skeleton
 
 _TO_DO_NAME = "append.json"
 
@@ -111,6 +111,7 @@ def _require_same_rows(
 ) -> None:
     wanted = full_attributes(attributes, layout, store.codec)
     differences = [one for one in list_differences(store.attributes, wanted) if not one.startswith(_GROWING)]
+    differences += list_codec_differences(store, attributes)
     known = records[: store.layout.num_rows]
     inputs = manifest.input_table(known, manifest.ClassList.of(known))
     old = store.input_columns()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,22 @@ def read_recorded_hashes(path: Path) -> dict[str, Any]:
     return read_damageable_json(file) if file.is_file() else {}
 
 
-def forget_checksum(root: Path, name: str) -> None:
-    """Take one file out of the recorded hashes; workers of a cluster do so one after another."""
+def forget_checksums(root: Path, names: Collection[str]) -> None:
+    """Take files out of the recorded hashes; workers of a cluster do so one after another."""
     with wait_for_folder(root / manifest.PARTS_NAME):
         path = root / CHECKSUMS_NAME
         known = read_json(path) if path.exists() else {}
-        if known.pop(name, None) is not None:
-            write_json(path, known)
+        left = {name: value for name, value in known.items() if name not in names}
+        if left != known:
+            write_json(path, left)
+
+
+def forget_missing_parts(root: Path) -> None:
+    """Take done-markers that are gone out of the recorded hashes: their shards are pending, and get other ones."""
+    names = [name for name in read_recorded_hashes(root) if name.startswith(f"{manifest.PARTS_NAME}/")]
+    there = {file.name for file in (root / manifest.PARTS_NAME).iterdir()}
+    if gone := {name for name in names if name.rpartition("/")[2] not in there}:
+        forget_checksums(root, gone)
 
 
 def write_checksums(root: Path, *, without: str | None = None) -> None:

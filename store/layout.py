@@ -49,6 +49,11 @@ class ArraySpec:
     dimension_names: tuple[str, ...] = ()
     is_compressed: bool = False
 
+    def shard_keys(self, shard: int) -> list[str]:
+        """Names of the files of one shard of rows: one, or several where a row is split along its views."""
+        views = math.ceil(self.shape[1] / self.shard_shape[1])
+        return [".".join(["c", str(shard), str(view), *["0"] * (len(self.shape) - 2)]) for view in range(views)]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreLayout:

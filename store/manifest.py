@@ -152,6 +152,8 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
         StoreDamagedError: If it is missing, not Parquet, or a checksum does not match.
     """
     try:
+        if path.is_dir():  # as a data set of no files it would read as an empty table
+            raise IsADirectoryError("a folder is in its place")
         return pq.read_table(path, columns=columns, page_checksum_verification=True)
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise StoreDamagedError(f"{path} is missing or damaged: {error}. Extract the store anew.") from error

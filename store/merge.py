@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from ..errors import StoreExistsError, StoreMismatchError
+from ..errors import ConfigError, StoreDamagedError, StoreExistsError, StoreMismatchError
 from . import manifest
-from ._files import sync_folder, write_atomic
-from .checksums import CHECKSUMS_NAME
+from ._files import describe_bytes, hash_file, kill_point, sync_folder, write_atomic
+from .checksums import read_recorded_hashes, write_checksums
 from .fidelity import FIDELITY_NAME
-from .layout import STATS_NAME
+from .layout import STATS_NAME, StoreLayout
 from .reader import StoreReader, open_store
-from .writer import StoreWriter, list_differences
+from .writer import StoreWriter, list_differences, naming_what_is_refused
 
 
 def merge_stores(
@@ -32,6 +33,9 @@ def merge_stores(
     Raises:
         StoreMismatchError: If they are not parts of one extraction; all differences listed.
         StoreExistsError: If something else stands at `out`.
+        StoreDamagedError: If the first source's metadata are not as they were written.
+        ConfigError: If the disk cannot hold what is to be copied.
+        EnvironmentFailedError: If the file system refuses; shards that are there stay.
     """
     stores = [open_store(path) for path in sources]
     first = stores[0]
@@ -39,13 +43,17 @@ def merge_stores(
     for other in [*stores[1:], *([open_store(out)] if is_there else [])]:
         _require_same(first, other)
     if not is_there:
-        _copy_skeleton(first.path, out)
+        with naming_what_is_refused(out):
+            _copy_skeleton(first.path, out)
     with StoreWriter(out, first.layout, first.codec, first.input_columns()) as writer:
         pending = writer.pending_shards()
+        found = {shard: source for shard in pending if (source := _find_source(stores, shard)) is not None}
+        sizes = {shard: _count_bytes(source, first.layout, shard) for shard, source in found.items()}
+        _require_space(out, sum(sizes.values()))
         for done, shard in enumerate(pending, start=1):
-            source = next((s.path for s in stores if manifest.part_path(s.path, shard).exists()), None)
-            if source is not None:
-                _copy_shard(source, out, shard, [spec.name for spec in first.layout.array_specs()])
+            if shard in found:
+                with naming_what_is_refused(out / f"shard {shard}", needed=sizes[shard]):
+                    _copy_shard(found[shard], out, first.layout, shard)
             report("merging", done, len(pending))
         statuses = writer.consolidate()["status"].to_pylist()
     return {status: statuses.count(status) for status in ("ok", "failed", "pending")}
@@ -61,12 +69,35 @@ def _require_same(first: StoreReader, other: StoreReader) -> None:
         raise StoreMismatchError(f"{first.path} and {other.path} are not parts of one store: {'; '.join(differences)}")
 
 
+def _find_source(stores: Sequence[StoreReader], shard: int) -> Path | None:
+    return next((store.path for store in stores if manifest.part_path(store.path, shard).exists()), None)
+
+
+def _shard_files(source: Path, layout: StoreLayout, shard: int) -> list[Path]:
+    """The files of a finished shard, its done-marker last; arrays in which no row of it is good have none."""
+    files = [source / spec.name / key for spec in layout.array_specs() for key in spec.shard_keys(shard)]
+    return [*(file for file in files if file.exists()), manifest.part_path(source, shard)]
+
+
+def _count_bytes(source: Path, layout: StoreLayout, shard: int) -> int:
+    return sum(file.stat().st_size for file in _shard_files(source, layout, shard))
+
+
+def _require_space(out: Path, needed: int) -> None:
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise ConfigError(
+            f"{out} needs {describe_bytes(needed)} more and its disk has {describe_bytes(free)} free. What is there is "
+            "kept: make room and run the same command, or begin with another --out."
+        )
+
+
 def _copy_skeleton(source: Path, out: Path) -> None:
     """All of a store but its shards and their markers, renamed into place whole."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StoreExistsError(f"{out} exists and is not a store. Nothing was written; choose another --out.")
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    fresh = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(fresh, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     arrays = {spec.name for spec in open_store(source).layout.array_specs()}
 
@@ -76,28 +107,24 @@ def _copy_skeleton(source: Path, out: Path) -> None:
             return set(names)
         return {name for name in names if name.startswith("c.")} if place in arrays else set()
 
-    shutil.copytree(source, partial, ignore=skip)
+    shutil.copytree(source, fresh, ignore=skip)
     for name in (FIDELITY_NAME, STATS_NAME):  # of that machine, not of the whole
-        (partial / name).unlink(missing_ok=True)
-    manifest.write_table(
-        partial / manifest.MANIFEST_NAME, manifest.pending_manifest(open_store(source).input_columns())
-    )
-    (partial / CHECKSUMS_NAME).unlink()  # written anew at the end
-    partial.rename(out)
+        (fresh / name).unlink(missing_ok=True)
+    manifest.write_table(fresh / manifest.MANIFEST_NAME, manifest.pending_manifest(open_store(source).input_columns()))
+    for name, recorded in read_recorded_hashes(source).items():
+        file = fresh / name
+        if name != manifest.MANIFEST_NAME and file.is_file() and hash_file(file) != recorded:
+            raise StoreDamagedError(
+                f"{source / name} does not match its recorded hash. Mend it first: the command that began the store, "
+                "with --repair."
+            )
+    write_checksums(fresh)
+    fresh.rename(out)
     sync_folder(out.parent)
 
 
-def _copy_shard(source: Path, out: Path, shard: int, arrays: Sequence[str]) -> None:
+def _copy_shard(source: Path, out: Path, layout: StoreLayout, shard: int) -> None:
     """Data first, then the marker: killed in between, the shard is pending."""
-
-    def copy(file: Path, target: Path) -> None:
-        def write(temporary: Path) -> None:
-            shutil.copyfile(file, temporary)
-
-        write_atomic(target, write)
-
-    for name in arrays:
-        for file in sorted((source / name).glob(f"c.{shard}.*")):
-            copy(file, out / name / file.name)
-    marker = manifest.part_path(source, shard)
-    copy(marker, manifest.part_path(out, shard))
+    for file in _shard_files(source, layout, shard):
+        write_atomic(out / file.relative_to(source), partial(shutil.copyfile, file))
+    kill_point("shard merged")

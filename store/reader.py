@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,19 @@ import tensorstore as ts
 from ..errors import StoreBusyError, StoreDamagedError, StoreMismatchError, StoreNotFoundError
 from . import manifest
 from ._files import hash_file
-from ._shards import DamagedChunkError, ShardedArray
+from ._shards import ClipsUnderWay, DamagedChunkError, ShardedArray
 from ._zarr import fill_value_of, open_array, read_small_array
-from .checksums import APPEND_NAME, read_damageable_json, read_recorded_hashes
+from .checksums import APPEND_NAME, CHECKSUMS_NAME, read_damageable_json, read_recorded_hashes
 from .codec import Codec
 from .layout import FORMAT_VERSION, StoreLayout
 
 _CLIP_ARRAYS = ("patches", "cls", "pixels")
-_MAX_THREADS = 16
+_CODEC_PARTS = ("mean", "basis", "scale")
+
+_THREADS = (8, 16)
+"""Fewest and most: a cold disk wants more reads under way than a small machine has cores."""
+
+_MEND = "The command that began the store mends it, with --repair."
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +61,17 @@ class StoreReader:
     def codec(self) -> Codec:
         """How patches are coded, with numpy arrays."""
         recorded = self.attributes["codec"]
+        if unknown := sorted(set(recorded["parts"]) - set(_CODEC_PARTS)):
+            raise StoreMismatchError(
+                f"the codec of {self.path} has {', '.join(unknown)}; this s4v knows {', '.join(_CODEC_PARTS)}. "
+                "Update s4v."
+            )
         codec = Codec(
             dtype=recorded["dtype"],
             **{part: read_small_array(self.path, f"codec/{part}") for part in recorded["parts"]},
         )
         if codec.sha256 != recorded["sha256"]:
-            raise StoreDamagedError(f"{self.path / 'codec'} is not the codec that the store was written with.")
+            raise StoreDamagedError(f"{self.path / 'codec'} is not the codec that the store was written with. {_MEND}")
         return codec
 
     @cached_property
@@ -79,21 +89,28 @@ class StoreReader:
         """The manifest; while an extraction is under way, with the results of the shards finished so far."""
         self._require_recorded_hash(manifest.MANIFEST_NAME)
         table = manifest.read_table(self.path / manifest.MANIFEST_NAME, columns=columns)
-        if columns is not None and "status" not in columns:
+        if columns is not None and set(columns) <= set(manifest.INPUT_SCHEMA.names):
+            return table
+        if "pending" not in self._statuses(table):
             return table
         finished = set(range(self.layout.num_shards)) & {
             int(p.stem) for p in (self.path / manifest.PARTS_NAME).glob("[0-9]*.parquet")
         }
-        if "pending" not in set(table["status"].unique().to_pylist()) or not finished:
-            return table
-        sha256 = self.codec.sha256
         parts = {}
-        for shard in finished:
-            part = manifest.read_part(self.path, shard, sha256)
-            assert part is not None
-            parts[self.layout.shard_rows(shard)] = part
+        for shard in sorted(finished):
+            part = manifest.read_part(self.path, shard, self.codec.sha256)
+            if part is not None:  # a retry may have undone it since
+                parts[self.layout.shard_rows(shard)] = part
+        if not parts:
+            return table
         joined = manifest.join_parts(self.input_columns(), parts)
         return joined if columns is None else joined.select(columns)
+
+    def _statuses(self, table: pa.Table) -> set[str]:
+        """The statuses that a manifest has; its own column where some were read without it."""
+        if "status" not in table.column_names:
+            table = manifest.read_table(self.path / manifest.MANIFEST_NAME, columns=["status"])
+        return set(table["status"].unique().to_pylist())
 
     def input_columns(self) -> pa.Table:
         """The manifest's input columns: which videos, whatever became of them."""
@@ -138,23 +155,38 @@ class StoreReader:
             raise StoreMismatchError(
                 f"frames must be (B, T) places for {len(rows)} videos; found shape {places.shape} in {self.path}"
             )
-        views = np.broadcast_to(np.asarray(view, dtype=np.int64), rows.shape)
+        views = np.asarray(view, dtype=np.int64)
+        if views.shape not in ((), rows.shape):
+            raise StoreMismatchError(
+                f"view must be one view, or one for each of {len(rows)} videos; found shape {views.shape}"
+            )
+        views = np.broadcast_to(views, rows.shape)
         if unknown := sorted(set(arrays) - set(_CLIP_ARRAYS)):
             raise StoreMismatchError(f"read_clips reads {', '.join(_CLIP_ARRAYS)}; found {', '.join(unknown)}")
         self._check_rows(rows, places, views)
         layer_places = None if layers is None else self.layer_places(layers)
+        chosen = {name: layer_places if name in ("patches", "cls") else None for name in arrays}
         found: dict[str, np.ndarray | None] = dict.fromkeys(_CLIP_ARRAYS)
-        for name in arrays:
-            chosen = layer_places if name in ("patches", "cls") else None
-            sharded = self._sharded(name)
-            if sharded is None:
-                found[name] = self._read_with_tensorstore(name, rows, views, places, chosen)
-                continue
-            try:
-                found[name] = sharded.read(rows, views, places, chosen, self._threads, allocate)
-            except DamagedChunkError as error:
-                raise self._damage(name, np.array([error.row]), str(error)) from error
+        under_way: dict[str, ClipsUnderWay] = {}
+        try:
+            for name in arrays:
+                if (sharded := self._sharded(name)) is not None:
+                    under_way[name] = sharded.read(rows, views, places, chosen[name], self._threads, allocate)
+            for name in arrays:
+                if name in under_way:
+                    found[name] = self._wait_for(name, under_way[name])
+                else:
+                    found[name] = self._read_with_tensorstore(name, rows, views, places, chosen[name])
+        finally:
+            for clips in under_way.values():
+                clips.cancel()
         return Clips(**found)
+
+    def _wait_for(self, name: str, clips: ClipsUnderWay) -> np.ndarray:
+        try:
+            return clips.wait()
+        except DamagedChunkError as error:
+            raise self._damage(name, np.array([error.row]), str(error)) from error
 
     def decode_patches(self, codes: np.ndarray, layers: Sequence[int] | None = None) -> np.ndarray:
         """Patch tokens from codes.
@@ -183,7 +215,8 @@ class StoreReader:
         try:
             values = self._array("embedding")[span].read().result()
         except ValueError as error:
-            raise self._damage("embedding", np.arange(rows.start, rows.stop), str(error)) from error
+            firsts = np.arange(rows.start, rows.stop, self.layout.rows_per_shard)
+            raise self._damage("embedding", self._find_unreadable("embedding", firsts), str(error)) from error
         missing = self._row_states[0][span] & np.isnan(values[:, 0, 0, 0])
         if missing.any():
             raise self._damage("embedding", rows.start + np.flatnonzero(missing), "the chunk is missing")
@@ -209,10 +242,10 @@ class StoreReader:
             return
         file = self.path / name
         if not file.is_file():
-            raise StoreDamagedError(f"{file} is missing. Extract the store anew (--overwrite).")
+            raise StoreDamagedError(f"{file} is missing. {_MEND}")
         # Both read now: an extraction under way replaces them.
-        if read_recorded_hashes(self.path).get(name) not in (None, hash_file(file)):
-            raise StoreDamagedError(f"{file} does not match its recorded hash. Extract the store anew (--overwrite).")
+        if _recorded_hashes(self.path).get(name) not in (None, hash_file(file)):
+            raise StoreDamagedError(f"{file} does not match its recorded hash. {_MEND}")
         self._verified.add(name)
 
     @cached_property
@@ -267,7 +300,7 @@ class StoreReader:
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="s4v-preadv")
+        return ThreadPoolExecutor(count_threads(), thread_name_prefix="s4v-preadv")
 
     def _read_with_tensorstore(
         self, name: str, rows: np.ndarray, views: np.ndarray, places: np.ndarray, layer_places: list[int] | None
@@ -280,9 +313,18 @@ class StoreReader:
         try:
             values = selected.read().result()
         except ValueError as error:
-            raise self._damage(name, rows, str(error)) from error
+            raise self._damage(name, self._find_unreadable(name, rows, views, places), str(error)) from error
         self._check_present(name, values, rows, views)
         return values
+
+    def _find_unreadable(self, name: str, rows: np.ndarray, *places: np.ndarray) -> np.ndarray:
+        """The first of some rows that cannot be read by itself: tensorstore does not say which one it was."""
+        for place, index in enumerate(zip(rows, *places, strict=True)):
+            try:
+                self._array(name).vindex[index].read().result()
+            except ValueError:
+                return rows[place : place + 1]
+        return rows
 
     def _check_present(self, name: str, values: np.ndarray, rows: np.ndarray, views: np.ndarray) -> None:
         """A missing chunk reads as the fill value, which no written token has; a black pixel has it."""
@@ -310,9 +352,14 @@ class StoreReader:
         ids = self.read_manifest(["video_id"])["video_id"]
         named = ", ".join(ids[int(row)].as_py() for row in rows[:3])
         return StoreDamagedError(
-            f"{self.path / name}, shard {_join(shards[:3])}: {why}. Read for video {named}. "
-            "Extract the store anew (--overwrite)."
+            f"{self.path / name}, shard {_join(shards[:3])}: {why}. Read for video {named}. {_MEND}"
         )
+
+
+def count_threads() -> int:
+    """How many threads of a reader read clips."""
+    fewest, most = _THREADS
+    return min(max(fewest, os.cpu_count() or 1), most)
 
 
 def is_store(path: Path) -> bool:
@@ -349,9 +396,23 @@ def open_store(path: str | Path) -> StoreReader:
         raise StoreMismatchError(
             f"{path} has format {attributes['format_version']}, this s4v reads up to {FORMAT_VERSION}. Update s4v."
         )
-    if read_recorded_hashes(path).get("zarr.json") not in (None, hash_file(metadata)):
+    if _recorded_hashes(path).get("zarr.json") not in (None, hash_file(metadata)):
         raise StoreDamagedError(f"{metadata} does not match its recorded hash. Extract the store anew (--overwrite).")
     return StoreReader(path, attributes)
+
+
+def _recorded_hashes(path: Path) -> dict[str, Any]:
+    """The recorded hashes as they are now; a store of a million videos has 15,000 of them."""
+    try:
+        state = (path / CHECKSUMS_NAME).stat()
+    except FileNotFoundError:
+        return {}
+    return _parse_hashes(path, state.st_mtime_ns, state.st_size, state.st_ino)
+
+
+@lru_cache(maxsize=8)
+def _parse_hashes(path: Path, *_state: int) -> dict[str, Any]:
+    return read_recorded_hashes(path)
 
 
 def _as_tuple(value: Any) -> Any:

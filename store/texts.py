@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorstore as ts
 
 from ..errors import EnvironmentFailedError, StoreDamagedError, StoreMismatchError
 from ._files import FolderLock, hash_file, kill_point, read_json, sync_folder
+from ._shards import DamagedChunkError, verify_shard
 from ._zarr import create_array, open_array, refused_write, write_group
 from .checksums import write_checksums
 from .layout import ArraySpec
@@ -66,7 +68,9 @@ def write_texts(
     num_words: int,
     report: Callable[[str, int, int], None] = lambda *_: None,
 ) -> None:
-    """Write the texts of all captions beside their place, and rename them; a kill on the way costs them all.
+    """Write the texts of all captions beside their place, and rename them.
+
+    Whole shards that a killed one has left there are kept: what is encoded together depends on their place alone.
 
     Args:
         store: With at least one caption.
@@ -94,20 +98,22 @@ def _write_texts(
 ) -> None:
     captions = store.read_captions()["text"].to_pylist()
     partial, final = store.path / f"{TEXT_NAME}.partial", store.path / TEXT_NAME
-    for leftover in (partial, _old(store.path)):
-        shutil.rmtree(leftover, ignore_errors=True)
-    write_group(partial, {"captions_sha256": hash_file(store.path / CAPTIONS_NAME)})
-    arrays = {
-        spec.name: create_array(partial, spec) for spec in _specs(len(captions), num_words, store.layout.embed_dim)
-    }
-    for first in range(0, len(captions), TEXTS_PER_SHARD):
+    shutil.rmtree(_old(store.path), ignore_errors=True)
+    specs = _specs(len(captions), num_words, store.layout.embed_dim)
+    arrays = _open_partial(partial, specs, hash_file(store.path / CAPTIONS_NAME))
+    for shard, first in enumerate(range(0, len(captions), TEXTS_PER_SHARD)):
         span = slice(first, min(first + TEXTS_PER_SHARD, len(captions)))
-        texts = encode(captions[span])
-        try:
-            for name, array in arrays.items():
-                array[span].write(getattr(texts, name)).result()
-        except ValueError as error:  # tensorstore raises it for whatever the file system refuses
-            raise refused_write(final, error) from error
+        files = [partial / spec.name / key for spec in specs for key in spec.shard_keys(shard)]
+        if not all(_is_whole(file, span.stop - span.start) for file in files):
+            for file in files:
+                file.unlink(missing_ok=True)  # else tensorstore would merge the new chunks into it
+            texts = encode(captions[span])
+            try:
+                for name, array in arrays.items():
+                    array[span].write(getattr(texts, name)).result()
+            except ValueError as error:  # tensorstore raises it for whatever the file system refuses
+                raise refused_write(final, error) from error
+            kill_point("shard of texts written")
         report("embedding captions", span.stop, len(captions))
     for folder in [*partial.iterdir(), partial]:
         if folder.is_dir():
@@ -118,6 +124,39 @@ def _write_texts(
     sync_folder(store.path)
     kill_point("texts in place")
     write_checksums(store.path)
+
+
+def _open_partial(partial: Path, specs: Sequence[ArraySpec], captions_sha256: str) -> dict[str, ts.TensorStore]:
+    """Arrays to fill: those that a killed process has left, if they are of the same captions and sizes, or new ones."""
+    wanted = {"captions_sha256": captions_sha256}
+    try:
+        goes_on = read_json(partial / "zarr.json")["attributes"] == wanted and all(
+            _describe_sizes(read_json(partial / spec.name / "zarr.json")) == (spec.shape, spec.dtype, spec.shard_shape)
+            for spec in specs
+        )
+    except (OSError, ValueError, LookupError, TypeError):
+        goes_on = False
+    if not goes_on:
+        shutil.rmtree(partial, ignore_errors=True)
+        write_group(partial, wanted)
+        return {spec.name: create_array(partial, spec) for spec in specs}
+    for file in partial.glob("*/*.__lock"):  # which it was still filling
+        file.unlink()
+    return {spec.name: open_array(partial, spec.name, write=True) for spec in specs}
+
+
+def _describe_sizes(metadata: dict[str, Any]) -> tuple[tuple[int, ...], str, tuple[int, ...]]:
+    shard_shape = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    return tuple(metadata["shape"]), metadata["data_type"], tuple(shard_shape)
+
+
+def _is_whole(shard: Path, num_texts: int) -> bool:
+    """Whether a shard is there and holds so many texts, all as they were written."""
+    try:
+        is_there, problems = verify_shard(shard, TEXTS_PER_SHARD)
+    except DamagedChunkError:
+        return False
+    return not problems and bool(is_there[:num_texts].all())
 
 
 def count_text_bytes(num_captions: int, embed_dim: int) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import pyarrow as pa
 
 from ..errors import StoreDamagedError
 from . import manifest
+from ._cores import count_cores
 from ._files import hash_file
 from ._shards import DamagedChunkError, verify_chunk_file, verify_shard
 from .checksums import CHECKSUMS_NAME, read_recorded_hashes
@@ -52,7 +54,7 @@ def verify_store(store: StoreReader, report: Callable[[str, int, int], None] = l
     sha256 = store.attributes["codec"]["sha256"]
     video_ids = _read_ids(store)
     parts: dict[range, pa.Table] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    with ThreadPoolExecutor(count_cores()) as threads:
         checks = threads.map(partial(_check_shard, store, sha256, video_ids), finished)
         for done, (shard, (part, damage)) in enumerate(zip(finished, checks, strict=True), start=1):
             found += [one for one in damage if one.where not in mismatched]
@@ -64,18 +66,28 @@ def verify_store(store: StoreReader, report: Callable[[str, int, int], None] = l
 
 def _check_hashes(store: StoreReader) -> Iterator[Damage]:
     """Files that Zarr does not checksum."""
+    if not (store.path / CHECKSUMS_NAME).exists():
+        yield Damage(where=CHECKSUMS_NAME, what="the file is missing: nothing vouches for the metadata")
+        return
     try:
         hashes = read_recorded_hashes(store.path)
-    except StoreDamagedError as error:
+    except (StoreDamagedError, OSError) as error:
         yield Damage(where=CHECKSUMS_NAME, what=str(error))
         return
     for name, wanted in sorted(hashes.items()):
-        file = store.path / name
-        shard = int(file.stem) if name.startswith(f"{manifest.PARTS_NAME}/") else None
-        if not file.is_file():
-            yield Damage(where=name, what="the file is missing", shard=shard)
-        elif hash_file(file) != wanted:
-            yield Damage(where=name, what="it does not match its recorded hash", shard=shard)
+        part = re.fullmatch(rf"{manifest.PARTS_NAME}/(\d+)\.parquet", name)
+        if (what := _compare_hash(store.path / name, wanted)) is not None:
+            yield Damage(where=name, what=what, shard=int(part[1]) if part else None)
+
+
+def _compare_hash(file: Path, wanted: str) -> str | None:
+    """What is wrong with a file whose sha256 is known; None if nothing is."""
+    try:
+        return None if hash_file(file) == wanted else "it does not match its recorded hash"
+    except FileNotFoundError:
+        return "the file is missing"
+    except OSError as error:  # something else in its place, or a disk that does not read it
+        return f"it cannot be read: {error.strerror}"
 
 
 def _check_small_arrays(store: StoreReader) -> Iterator[Damage]:
@@ -83,7 +95,7 @@ def _check_small_arrays(store: StoreReader) -> Iterator[Damage]:
     for metadata in sorted([*store.path.glob("codec/*/zarr.json"), *store.path.glob("head/*/zarr.json")]):
         try:
             num_axes = len(json.loads(metadata.read_bytes())["shape"])
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, OSError):
             continue  # its hash tells
         chunk = metadata.parent / ".".join(["c", *["0"] * num_axes])
         if (what := verify_chunk_file(chunk)) is not None:
@@ -95,15 +107,15 @@ def _check_texts(store: StoreReader) -> Iterator[Damage]:
     for metadata in sorted(store.path.glob(f"{TEXT_NAME}/*/zarr.json")):
         try:
             shape = json.loads(metadata.read_bytes())["shape"]
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, OSError):
             continue  # its hash tells
         for shard in range(-(-shape[0] // TEXTS_PER_SHARD)):
             file = metadata.parent / ".".join(["c", str(shard), *["0"] * (len(shape) - 1)])
             where = str(file.relative_to(store.path))
             try:
                 is_there, problems = verify_shard(file, TEXTS_PER_SHARD)
-            except DamagedChunkError as error:
-                yield Damage(where=where, what=str(error))
+            except (DamagedChunkError, OSError) as error:
+                yield Damage(where=where, what=_describe(error))
                 continue
             yield from (Damage(where=where, what=what) for what in problems.values())
             if missing := np.flatnonzero(~is_there[: shape[0] - shard * TEXTS_PER_SHARD]).tolist():
@@ -137,10 +149,10 @@ def _check_shard(
             counts[place] = row["num_views"], row["num_cached_frames"]
     damage = []
     for spec in store.layout.array_specs():
-        for first_view in range(0, store.layout.num_views, spec.shard_shape[1]):
-            wanted = _wanted_chunks(spec, counts, first_view)
+        for place, key in enumerate(spec.shard_keys(shard)):
+            wanted = _wanted_chunks(spec, counts, place * spec.shard_shape[1])
             if wanted.any():
-                damage += _check_file(store, spec, shard, first_view, wanted, part["video_id"].to_pylist())
+                damage += _check_file(store, spec, shard, key, wanted, part["video_id"].to_pylist())
     return part, damage
 
 
@@ -155,9 +167,8 @@ def _wanted_chunks(spec: ArraySpec, counts: np.ndarray, first_view: int) -> np.n
 
 
 def _check_file(
-    store: StoreReader, spec: ArraySpec, shard: int, first_view: int, wanted: np.ndarray, video_ids: list[str]
+    store: StoreReader, spec: ArraySpec, shard: int, key: str, wanted: np.ndarray, video_ids: list[str]
 ) -> list[Damage]:
-    key = ".".join(["c", str(shard), str(first_view // spec.shard_shape[1]), *["0"] * (len(spec.shape) - 2)])
     file = store.path / spec.name / key
     where = f"{spec.name}/{key}"
 
@@ -170,14 +181,18 @@ def _check_file(
         return [] if what is None else [damage(what)]
     try:
         is_there, problems = verify_shard(file, wanted.size)
-    except DamagedChunkError as error:
-        return [damage(str(error))]
+    except (DamagedChunkError, OSError) as error:
+        return [damage(_describe(error))]
     per_row = wanted[0].size
     found = [damage(what, number // per_row) for number, what in problems.items()]
     for number in np.flatnonzero(is_there != wanted.ravel()).tolist():
         what = "has no chunk" if wanted.flat[number] else "has a chunk that the manifest does not know of"
         found.append(damage(f"{what} {number}", min(number // per_row, len(video_ids) - 1)))
     return found
+
+
+def _describe(error: Exception) -> str:
+    return f"it cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
 
 
 def _check_manifest(store: StoreReader, parts: dict[range, pa.Table]) -> list[Damage]:

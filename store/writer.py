@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 import tensorstore as ts
 
-from ..errors import StoreDamagedError, StoreExistsError, StoreMismatchError
+from ..errors import S4vError, StoreDamagedError, StoreError, StoreExistsError, StoreMismatchError
 from . import manifest
 from ._files import FolderLock, hash_file, kill_point, sync_folder, wait_for_folder
 from ._zarr import create_array, open_array, refused_write, write_group, write_small_array
-from .checksums import forget_checksum, read_recorded_hashes, write_checksums
+from .checksums import CHECKSUMS_NAME, forget_checksums, forget_missing_parts, read_recorded_hashes, write_checksums
 from .codec import Codec
 from .layout import FORMAT_VERSION, StoreLayout
 from .reader import StoreReader, open_store
@@ -24,9 +26,15 @@ from .records import VideoRecord, VideoResult
 from .texts import TEXT_NAME, remove_texts
 from .verify import Damage
 
-# May differ between two runs without making their stores differ: data and weights may lie elsewhere by now, what they
-# are is told by paths below the root and by the weights' hash.
-_VOLATILE_ATTRIBUTES = ("created", "codec", "dataset.root", "backbone.weights")
+_log = logging.getLogger(__name__)
+
+# May differ between two runs without making their stores differ: data, weights and a codec's source may lie elsewhere
+# by now. What they are is told by paths below the root, by the weights' hash and by the codec's.
+_VOLATILE_ATTRIBUTES = ("created", "codec", "codec_from", "dataset.root", "backbone.weights")
+
+
+MarkerState = tuple[int, int]
+"""Tells one done-marker from another one in its place."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +55,7 @@ class StoreWriter:
     """Writes shards into a store whose skeleton exists; `create_store` and `resume_store` make one.
 
     It is the store's only writer until `close`, or until its process ends however it ends; also a context manager.
-    A worker of the one that is takes no lock: it is told which shards are its own.
+    A worker of the one that is takes no lock: it is told which shards are its own (`expect_markers`).
     """
 
     def __init__(
@@ -60,7 +68,12 @@ class StoreWriter:
         self.codec = codec
         self._codec_sha256 = codec.sha256
         self._inputs = inputs
-        self._arrays = {spec.name: open_array(path, spec.name, write=True) for spec in layout.array_specs()}
+        self._specs = {spec.name: spec for spec in layout.array_specs()}
+        self._arrays = {name: open_array(path, name, write=True) for name in self._specs}
+        self._expected: dict[int, MarkerState | None] = {}
+        if not is_worker:
+            self._remove_leftovers()
+            forget_missing_parts(path)
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -86,8 +99,18 @@ class StoreWriter:
                 found.append(shard)
         return found
 
+    def expect_markers(self, markers: Mapping[int, MarkerState | None]) -> None:
+        """Tell a worker which done-markers its shards had when they were handed out.
+
+        A worker that the scheduler took for dead (a frozen machine, a lost network) may wake up when another one has
+        done its shard. It then finds another marker than was there, and leaves what is finished alone.
+        """
+        self._expected.update(markers)
+
     def write_shard(self, shard: int, tokens: Mapping[int, RowTokens], results: Sequence[VideoResult]) -> None:
         """Write one shard of every array whole, make it durable, then mark it done.
+
+        A worker does not write what another one has finished since the shard was handed out (`expect_markers`).
 
         Args:
             shard: Which one.
@@ -100,28 +123,41 @@ class StoreWriter:
         rows = self.layout.shard_rows(shard)
         assert [r.video_id for r in results] == self._inputs["video_id"].slice(rows.start, len(rows)).to_pylist()
         assert set(tokens) == {row for row, r in zip(rows, results, strict=True) if r.status == "ok"}
-        # Done before: until the new one is whole, it is not done, and what was recorded of its marker is void.
+        if shard in self._expected and not is_undone(self.path, shard, self._expected[shard]):
+            _log.warning("shard %d of %s was finished by another worker meanwhile", shard, self.path)
+            return
+        needed = sum(getattr(row, name).nbytes for row in tokens.values() for name in self._arrays)
+        with naming_what_is_refused(self.path / f"shard {shard}", needed=needed):
+            self._undo_shard(shard)
+            self._write_arrays(tokens)
+            kill_point("shard written")
+            for name in self._arrays:
+                sync_folder(self.path / name)
+            kill_point("shard durable")
+            manifest.write_part(self.path, shard, results, self._codec_sha256)
+        kill_point("shard done")
+
+    def _undo_shard(self, shard: int) -> None:
+        """Take back a shard that was done before, or what a killed writer left of it."""
         marker = manifest.part_path(self.path, shard)
         if marker.exists():
-            marker.unlink()
+            # In this order: a marker without a recorded hash is a marker, a hash of another marker is damage.
+            forget_checksums(self.path, {f"{manifest.PARTS_NAME}/{marker.name}"})
+            kill_point("shard forgotten")
+            marker.unlink(missing_ok=True)
             sync_folder(marker.parent)
-            forget_checksum(self.path, f"{manifest.PARTS_NAME}/{marker.name}")
         kill_point("shard undone")
+        # Gone first: tensorstore would merge the rows of the new shard into the file of the old one.
+        for name, spec in self._specs.items():
+            for key in spec.shard_keys(shard):
+                (self.path / name / key).unlink(missing_ok=True)
+
+    def _remove_leftovers(self) -> None:
+        """Files that killed writers were still filling. Only while no worker writes: each fills one of these."""
         for name in self._arrays:
-            for stale in [*(self.path / name).glob(f"c.{shard}.*"), *(self.path / name).glob(f"c.{shard}__lock")]:
-                stale.unlink()
-        try:
-            self._write_arrays(tokens)
-        except ValueError as error:  # tensorstore raises it for whatever the file system refuses
-            arrays = [getattr(row, name) for row in tokens.values() for name in self._arrays]
-            needed = sum(array.nbytes for array in arrays)
-            raise refused_write(self.path / f"shard {shard}", error, needed=needed) from error
-        kill_point("shard written")
-        for name in self._arrays:
-            sync_folder(self.path / name)
-        kill_point("shard durable")
-        manifest.write_part(self.path, shard, results, self._codec_sha256)
-        kill_point("shard done")
+            for file in (self.path / name).iterdir():
+                if file.name.endswith(".__lock"):
+                    file.unlink(missing_ok=True)
 
     def _write_arrays(self, tokens: Mapping[int, RowTokens]) -> None:
         # A transaction gathers the rows of a shard into one write of its file, and leaves unused places absent.
@@ -139,7 +175,16 @@ class StoreWriter:
             commit.result()
 
     def consolidate(self) -> pa.Table:
-        """Write the manifest with the results of all finished shards; returns it."""
+        """Write the manifest with the results of all finished shards; returns it.
+
+        Raises:
+            EnvironmentFailedError: If the file system refuses; finished shards stay so.
+        """
+        with naming_what_is_refused(self.path / manifest.MANIFEST_NAME):
+            self._remove_leftovers()
+            return self._consolidate()
+
+    def _consolidate(self) -> pa.Table:
         parts = {}
         for shard in range(self.layout.num_shards):
             part = manifest.read_part(self.path, shard, self._codec_sha256)
@@ -157,6 +202,20 @@ class StoreWriter:
         write_checksums(self.path)
         kill_point("after consolidation")
         return table
+
+
+def read_marker_state(path: Path, shard: int) -> MarkerState | None:
+    """Which done-marker a shard has; None where it has none."""
+    try:
+        state = manifest.part_path(path, shard).stat()
+    except FileNotFoundError:
+        return None
+    return state.st_ino, state.st_mtime_ns
+
+
+def is_undone(path: Path, shard: int, handed_out: MarkerState | None) -> bool:
+    """Whether nobody has finished a shard since it was handed out, with that marker or none."""
+    return read_marker_state(path, shard) in (None, handed_out)
 
 
 def create_store(
@@ -192,7 +251,8 @@ def create_store(
         refuse_existing(path, overwrite=overwrite)
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        inputs = write_skeleton(partial, layout, attributes, records, codec, head)
+        with naming_what_is_refused(path):
+            inputs = write_skeleton(partial, layout, attributes, records, codec, head)
         # Renamed away first: a kill leaves the old store, none, or the new one, never a gutted one.
         if path.exists():
             FolderLock(path, f"another process is writing to {path}: stop it before replacing its store").close()
@@ -252,6 +312,7 @@ def resume_store(
     inputs = manifest.input_table(records, manifest.ClassList(tuple(attributes["classes"]["names"])))
     wanted = full_attributes(attributes, layout, store.codec)
     differences = list_differences(store.attributes, wanted) + _list_video_differences(store, inputs)
+    differences += list_codec_differences(store, attributes)
     if not store.read_captions().equals(manifest.caption_table(records)):
         differences.append("captions differ")
     if differences:
@@ -303,19 +364,26 @@ def repair_store(
         shutil.rmtree(fresh, ignore_errors=True)
         try:
             write_skeleton(fresh, layout, attributes, records, codec, head)
+            if CHECKSUMS_NAME in whole_store:  # nothing tells whether these are as they were: they are put back too
+                whole_store = sorted({*whole_store, *(n for n in read_recorded_hashes(fresh) if n != "zarr.json")})
             for name in whole_store:
-                # The manifest is joined from its parts again; the others are what they always were.
-                is_same = name == manifest.MANIFEST_NAME or hashes.get(name) in (None, hash_file(fresh / name))
-                if not (fresh / name).is_file() or not is_same:
+                if not (fresh / name).is_file() or not _is_as_before(fresh / name, path / name, hashes.get(name)):
                     raise StoreDamagedError(
                         f"{path / name} is damaged and this command does not give the same file. Nothing was changed. "
                         "Run the command that began the store, or extract it anew (--overwrite)."
                     )
             for name in whole_store:
+                if (path / name).is_dir():
+                    shutil.rmtree(path / name)
                 (fresh / name).replace(path / name)
                 sync_folder((path / name).parent)
-            for shard in {one.shard for one in damage if one.shard is not None}:
-                manifest.part_path(path, shard).unlink(missing_ok=True)
+            markers = [manifest.part_path(path, one.shard) for one in damage if one.shard is not None]
+            forget_checksums(path, {f"{manifest.PARTS_NAME}/{marker.name}" for marker in markers})
+            for file in {*markers, *(path / one.where for one in damage if one.shard is not None)}:
+                if file.is_dir():  # in a file's place
+                    shutil.rmtree(file)
+            for marker in markers:
+                marker.unlink(missing_ok=True)
             sync_folder(path / manifest.PARTS_NAME)
             if has_bad_texts:
                 remove_texts(path)
@@ -363,6 +431,21 @@ def list_differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix
     return differences
 
 
+def list_codec_differences(store: StoreReader, attributes: Mapping[str, Any]) -> list[str]:
+    """Whether a command that names the source of its codec means the one that the store has.
+
+    Which path it names does not matter: the codec's hash decides, and where the source is no longer there, nothing.
+    """
+    found, wanted = store.attributes.get("codec_from"), attributes.get("codec_from")
+    if wanted is None:
+        return [] if found is None else [f"codec_from {_shorten(found)} there, None here"]
+    try:
+        source = open_store(wanted).attributes["codec"]["sha256"]
+    except StoreError:
+        return [] if found is not None else [f"codec_from None there, {_shorten(wanted)} here"]
+    return [] if source == store.attributes["codec"]["sha256"] else [f"the codec of {wanted} is not the one there"]
+
+
 def _shorten(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
@@ -382,6 +465,28 @@ def _list_video_differences(store: StoreReader, inputs: pa.Table) -> list[str]:
     if changed := {i for i in here.keys() & there.keys() if here[i] != there[i]}:
         parts.append(f"{examples(changed)} videos have another path, split, class or segment")
     return parts
+
+
+def _is_as_before(fresh: Path, file: Path, recorded: str | None) -> bool:
+    """Whether a file that was written anew is the one that was there; its recorded hash may be what is damaged."""
+    if recorded is None or file.name == manifest.MANIFEST_NAME:  # which is joined from its parts again
+        return True
+    found = hash_file(fresh)
+    try:
+        return found == recorded or found == hash_file(file)
+    except OSError:
+        return False
+
+
+@contextmanager
+def naming_what_is_refused(path: Path, *, needed: int | None = None) -> Iterator[None]:
+    """Say what could not be written, and how much it takes, when the file system refuses (full, quota, read-only)."""
+    try:
+        yield
+    except S4vError:
+        raise
+    except (ValueError, OSError) as error:  # tensorstore raises ValueError for whatever the file system refuses
+        raise refused_write(path, error, needed=needed) from error
 
 
 def _write_named(root: Path, group: str, arrays: Mapping[str, np.ndarray]) -> None:

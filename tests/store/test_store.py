@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from s4v.errors import (
     StoreMismatchError,
     StoreNotFoundError,
 )
-from s4v.store import manifest
+from s4v.store import _shards, manifest
 from s4v.store._files import wait_for_folder
 from s4v.store.codec import Codec, round_mantissas
 from s4v.store.info import describe_store
@@ -177,6 +178,90 @@ def test_many_shards_do_not_keep_many_files_open(tmp_path, monkeypatch):
         for row in good:
             assert np.array_equal(store.read_clips([row], [[1]], arrays=["cls"]).cls[0, 0], make_tokens(row).cls[0, 1])
     assert len(list(folder.iterdir())) <= before + 4
+
+
+def test_threads_share_a_reader_whose_files_come_and_go(tmp_path, monkeypatch):
+    monkeypatch.setattr("s4v.store._shards._OPEN_SHARDS", 2)
+    path = tmp_path / "many.zarr"
+    with create(path) as writer:
+        for shard in writer.pending_shards():
+            write_shard(writer, shard)
+    store = open_store(path)
+    good = np.array([row for row in range(20) if row % 7 != 3])
+
+    def read(seed):
+        rows = np.random.default_rng(seed).permutation(good)
+        found = store.read_clips(rows, [[2, 1]] * len(rows), view=1).patches
+        return all(np.array_equal(clip, make_tokens(row).patches[1, [2, 1]]) for row, clip in zip(rows, found))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(read, range(12)))
+
+
+def test_the_index_of_a_shard_is_read_once_unless_the_shard_is_replaced(store_path, monkeypatch):
+    monkeypatch.setattr("s4v.store._shards._OPEN_SHARDS", 1)
+    read = []
+    original = _shards._Shard._read_index
+    monkeypatch.setattr(
+        _shards._Shard, "_read_index", lambda shard, *rest: read.append(shard._name) or original(shard, *rest)
+    )
+    store = open_store(store_path)
+    for row in (2, 0, 2, 0):
+        store.read_clips([row], [[1]], arrays=["patches"])
+    assert len(read) == len(set(read)) == 2
+    file = next((store_path / "patches").glob("c.1.*"))
+    file.unlink()
+    resumed = resume_store(store_path, layout=LAYOUT, attributes=ATTRIBUTES, records=RECORDS)
+    write_shard(resumed, 1)
+    found = store.read_clips([2], [[1]], arrays=["patches"]).patches
+    assert np.array_equal(found[0, 0], make_tokens(2).patches[0, 1])
+    assert read.count(file.name) == 2
+
+
+def test_a_folder_in_place_of_a_shard_is_damage(store_path):
+    file = next((store_path / "cls").glob("c.1.*"))
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(StoreDamagedError, match=r"cls, shard 1: .*Read for video 002\.mp4"):
+        open_store(store_path).read_clips([2], [[1]])
+
+
+def test_damage_of_a_compressed_shard_names_its_own_video(tmp_path):
+    path = tmp_path / "rounded.zarr"
+    layout = replace(LAYOUT, keep_bits=3)
+    with create(path, layout=layout) as writer:
+        for shard in writer.pending_shards():
+            write_shard(writer, shard)
+    file = next((path / "patches").glob("c.3.*"))
+    data = bytearray(file.read_bytes())
+    data[11] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(StoreDamagedError, match=r"patches, shard 3: .*Read for video 006\.mp4\. .*--repair"):
+        open_store(path).read_clips([0, 2, 6, 8], [[0]] * 4)
+
+
+def test_what_an_unfinished_store_has_is_read_whatever_columns_are_asked_for(tmp_path):
+    path = tmp_path / "half.zarr"
+    with create(path) as writer:
+        write_shard(writer, 1)
+    found = open_store(path).read_manifest(["video_id", "num_cached_frames"])
+    assert found.column_names == ["video_id", "num_cached_frames"]
+    assert found["num_cached_frames"].to_pylist()[:4] == [None, None, 4, None]
+
+
+def test_a_view_for_each_video_and_no_other_number(store_path):
+    with pytest.raises(StoreMismatchError, match=r"one for each of 2 videos; found shape \(3,\)"):
+        open_store(store_path).read_clips([0, 2], [[0], [0]], view=[0, 1, 0])
+
+
+def test_a_codec_with_parts_of_a_later_version_is_refused(store_path):
+    metadata = store_path / "zarr.json"
+    told = json.loads(metadata.read_text())
+    told["attributes"]["s4v"]["codec"]["parts"] = ["rotation"]
+    metadata.write_text(json.dumps(told))
+    (store_path / "checksums.json").write_text("{}")
+    with pytest.raises(StoreMismatchError, match="has rotation; this s4v knows mean, basis, scale"):
+        _ = open_store(store_path).codec
 
 
 def test_a_store_from_before_the_codec_was_fitted_still_opens(data_path):

@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s4v.errors import StoreDamagedError, StoreMismatchError, WeightsError
-from s4v.extract import pipeline
-from s4v.extract.pipeline import extract_dataset
+from s4v.extract import finishing
+from s4v.extract.extraction import extract_dataset
 from s4v.extract.text_tower import load_text_tower
 from s4v.store import texts as texts_module
 from s4v.store.info import describe_store
 from s4v.store.reader import open_store
-from s4v.store.texts import MAX_WORDS, TextReader, has_current_texts
+from s4v.store.texts import MAX_WORDS, TextReader, has_current_texts, remove_texts, write_texts
 from s4v.store.verify import verify_store
 
 
@@ -156,20 +156,90 @@ def test_an_interrupted_run_leaves_no_half_texts(
     assert not (config.out / "text.partial").exists()
 
 
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+@pytest.fixture
+def bare_store(captioned_store, tmp_path):
+    """A store that has its captions and no texts of them."""
+    path = shutil.copytree(captioned_store, tmp_path / "bare.zarr")
+    remove_texts(path)
+    return open_store(path)
+
+
+def write_some(store, tower, monkeypatch, *, until=None, num_words=28):
+    """Write texts in shards of four, and be killed after so many of them; how many texts the tower was given."""
+    asked, passed = [], []
+
+    def encode(texts):
+        asked.extend(texts)
+        return tower.encode_words(texts, num_words)
+
+    def pass_by(name):
+        passed.append(name)
+        if name.startswith("shard") and passed.count(name) == until:
+            raise Killed
+
+    monkeypatch.setattr(texts_module, "TEXTS_PER_SHARD", 4)
+    monkeypatch.setattr(texts_module, "kill_point", pass_by)
+    try:
+        write_texts(store, encode, num_words=num_words)
+    except Killed:
+        assert until is not None
+    return len(asked)
+
+
+@pytest.mark.parametrize("done", [1, 3, 5])
+def test_texts_go_on_where_they_were_killed(bare_store, tower, monkeypatch, contents, tmp_path, done):
+    undisturbed = open_store(shutil.copytree(bare_store.path, tmp_path / "undisturbed.zarr"))
+    assert write_some(undisturbed, tower, monkeypatch) == 19
+    assert write_some(bare_store, tower, monkeypatch, until=done) == min(4 * done, 19)
+    assert not has_current_texts(bare_store.path)
+    (bare_store.path / "text.partial/tokens/c.4.0.0.__lock").write_bytes(b"half")
+    assert write_some(bare_store, tower, monkeypatch) == 19 - min(4 * done, 19)
+    assert contents(bare_store.path) == contents(undisturbed.path)
+    assert has_current_texts(bare_store.path)
+
+
+def test_shards_that_are_not_whole_are_done_again(bare_store, tower, monkeypatch, contents, flip_byte, tmp_path):
+    undisturbed = open_store(shutil.copytree(bare_store.path, tmp_path / "undisturbed.zarr"))
+    write_some(undisturbed, tower, monkeypatch)
+    write_some(bare_store, tower, monkeypatch, until=4)
+    partial = bare_store.path / "text.partial"
+    flip_byte(partial / "tokens/c.0.0.0")
+    (partial / "mask/c.1.0").unlink()
+    cut = partial / "embedding/c.2.0"
+    cut.write_bytes(cut.read_bytes()[:-9])
+    assert write_some(bare_store, tower, monkeypatch) == 19 - 4, "the fourth is whole"
+    assert contents(bare_store.path) == contents(undisturbed.path)
+
+
+def test_what_is_of_other_captions_or_sizes_is_begun_anew(bare_store, tower, monkeypatch):
+    write_some(bare_store, tower, monkeypatch, until=2, num_words=20)
+    assert write_some(bare_store, tower, monkeypatch, until=2) == 8
+    partial = bare_store.path / "text.partial/zarr.json"
+    partial.write_text(partial.read_text().replace('"captions_sha256": "', '"captions_sha256": "0'))
+    assert write_some(bare_store, tower, monkeypatch, until=2) == 8
+    (bare_store.path / "text.partial/mask/zarr.json").unlink()
+    assert write_some(bare_store, tower, monkeypatch) == 19
+    assert TextReader(bare_store).num_words == 28
+
+
 def test_without_a_text_tower_the_frames_are_there_all_the_same(
     captioned_folder, make_captioned_config, tmp_path, monkeypatch, caplog
 ):
     def lack(*_, **__):
         raise WeightsError("no text tower in this file")
 
-    monkeypatch.setattr(pipeline, "load_text_tower", lack)
+    monkeypatch.setattr(finishing, "load_text_tower", lack)
     summary = extract_dataset(make_captioned_config(captioned_folder, tmp_path / "store.zarr"))
     assert summary.videos["ok"] == 12
     assert "its captions cannot train retrieval, for lack of a text tower: no text tower in this file" in caplog.text
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("point", ["texts written 1", "texts in place 1"])
+@pytest.mark.parametrize("point", ["shard of texts written 1", "texts written 1", "texts in place 1"])
 def test_a_run_killed_between_texts_is_completed(point, captioned_folder, captioned_store, contents, tmp_path):
     out = tmp_path / "killed.zarr"
     command = [

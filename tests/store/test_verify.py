@@ -1,10 +1,14 @@
+import json
+import random
 import shutil
+import sys
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from s4v.errors import StoreDamagedError
+from s4v.extract.extraction import extract_dataset
 from s4v.store import manifest
 from s4v.store.reader import open_store
 from s4v.store.verify import verify_store
@@ -82,3 +86,99 @@ def test_chunks_that_the_manifest_does_not_know_of_are_found(store_path):
     shutil.copy(store_path / "pixels/c.0.0.0.0.0.0.0", store_path / f"pixels/c.{val}.0.0.0.0.0.0")
     said = [(one.shard, one.what) for one in verify_store(open_store(store_path))]
     assert all(shard == val and "does not know of" in what for shard, what in said) and len(said) == 2
+
+
+def test_missing_checksums_are_damage_that_repair_mends(store_path, int8_store, video_folder, make_config, contents):
+    (store_path / "checksums.json").unlink()
+    (damage,) = verify_store(open_store(store_path))
+    assert damage.where == "checksums.json" and damage.what.startswith("the file is missing")
+    # What nothing vouches for any more is put back too.
+    metadata = store_path / "cls/zarr.json"
+    metadata.write_text(metadata.read_text().replace('"channel"', '"chanel"'))
+    extract_dataset(make_config(video_folder, store_path, dtype="int8", repair=True))
+    assert verify_store(open_store(store_path)) == []
+    assert contents(store_path, "zarr.json") == contents(int8_store, "zarr.json")
+
+
+def test_a_flip_in_the_recorded_hashes_is_found_and_mended(store_path, int8_store, video_folder, make_config, contents):
+    hashes = store_path / "checksums.json"
+    known = json.loads(hashes.read_text())
+    for name in ("cls/zarr.json", "_parts/000002.parquet", "videos.parquet"):
+        known[name] = known[name][::-1]
+    hashes.write_text(json.dumps({**known, "_parts/00x.parquet": "0"}))
+    found = {(one.where, one.shard) for one in verify_store(open_store(store_path))}
+    wrong = {("cls/zarr.json", None), ("_parts/000002.parquet", 2), ("videos.parquet", None)}
+    assert found == wrong | {("_parts/00x.parquet", None)}
+    del known["_parts/000002.parquet"]
+    hashes.write_text(json.dumps(known))
+    extract_dataset(make_config(video_folder, store_path, dtype="int8", repair=True))
+    assert verify_store(open_store(store_path)) == []
+    assert contents(store_path, "zarr.json") == contents(int8_store, "zarr.json")
+
+
+@pytest.mark.parametrize("name", ["_parts/000003.parquet", "patches/c.1.0.0.0.0.0", "cls/zarr.json", "videos.parquet"])
+def test_a_folder_in_the_place_of_a_file_is_damage_and_the_rest_is_verified(
+    name, store_path, int8_store, video_folder, make_config, contents, flip_byte
+):
+    (store_path / name).unlink()
+    (store_path / name).mkdir()
+    flip_byte(store_path / "pixels/c.9.0.0.0.0.0.0")
+    found = {one.where for one in verify_store(open_store(store_path))}
+    assert {name, "pixels/c.9.0.0.0.0.0.0"} <= found
+    extract_dataset(make_config(video_folder, store_path, dtype="int8", repair=True))
+    assert contents(store_path, "zarr.json") == contents(int8_store, "zarr.json")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reading /proc/self/mem from its start is an input/output error")
+@pytest.mark.parametrize("name", ["_parts/000003.parquet", "patches/c.1.0.0.0.0.0", "embedding/c.4.0.0.0"])
+def test_a_disk_that_does_not_read_a_file_is_damage_and_the_rest_is_verified(name, store_path, flip_byte):
+    (store_path / name).unlink()
+    (store_path / name).symlink_to("/proc/self/mem")
+    flip_byte(store_path / "pixels/c.9.0.0.0.0.0.0")
+    assert {one.where for one in verify_store(open_store(store_path))} == {name, "pixels/c.9.0.0.0.0.0.0"}
+
+
+@pytest.mark.slow
+def test_one_byte_in_each_of_50_shards_is_named_refused_and_mended(
+    make_video, make_config, flip_byte, tmp_path, monkeypatch, contents
+):
+    monkeypatch.setattr("s4v.store.layout._MIN_SHARDS", 56)  # small stores have 16 shards at most
+    for number in range(56):
+        make_video(tmp_path / f"videos/a/{number:02d}.mp4", num_frames=3, size=(64, 64), seed=number)
+    config = make_config(tmp_path / "videos", tmp_path / "56.zarr", frames={"": 2}, dtype="int8")
+    extract_dataset(config)
+    store = open_store(config.out)
+    assert store.layout.num_shards == 56 and verify_store(store) == []
+    whole = shutil.copytree(config.out, tmp_path / "whole.zarr")
+    draw = random.Random(7)
+    shards = sorted(draw.sample(range(56), 50))
+    arrays = {spec.name: spec for spec in store.layout.array_specs()}
+    flipped = {}
+    for shard in shards:
+        name = draw.choice([*arrays, "_parts"])
+        key = f"{shard:06d}.parquet" if name == "_parts" else arrays[name].shard_keys(shard)[0]
+        flip_byte(config.out / name / key, draw.randrange((config.out / name / key).stat().st_size))
+        flipped[shard] = name, f"{name}/{key}"
+    assert {one.shard: one.where for one in verify_store(open_store(config.out))} == {
+        shard: where for shard, (_, where) in flipped.items()
+    }
+    damaged = open_store(config.out)
+    for shard, (name, _) in flipped.items():
+        if name == "_parts":  # the reader needs none of a finished store
+            continue
+        with pytest.raises(StoreDamagedError, match=f"{name}, shard {shard}:"):
+            if name == "embedding":
+                damaged.read_embeddings(range(shard, shard + 1))
+            else:
+                damaged.read_clips([shard], [[0, 1]], arrays=[name])
+    before = {path: path.stat().st_mtime_ns for path in config.out.rglob("*") if path.is_file()}
+    assert extract_dataset(make_config(config.root, config.out, frames={"": 2}, dtype="int8", repair=True)).videos == {
+        "ok": 56,
+        "failed": 0,
+        "pending": 0,
+    }
+    assert contents(config.out) == contents(whole)
+    kept = set(range(56)) - set(shards)
+    files = [config.out / name / key for name, spec in arrays.items() for s in kept for key in spec.shard_keys(s)]
+    files += [config.out / f"_parts/{shard:06d}.parquet" for shard in kept]
+    assert all(file.stat().st_mtime_ns == before[file] for file in files) and len(files) == 6 * (len(arrays) + 1)
