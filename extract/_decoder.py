@@ -1,8 +1,8 @@
 """The decoder process: `python -m s4v.extract._decoder`. Reads requests, writes frames, imports no torch.
 
 One JSON request a line on standard input. For each, on standard output: `opened` (a JSON line, once the video's
-length is known), then `done` (a JSON line), then the frames' bytes, when there are any. A file that hangs or
-crashes the decoder takes this process with it and nothing else: the parent starts another.
+length is known, with the CPU seconds it gets), then `done` (a JSON line), then the frames' bytes, when there are any.
+A file that hangs or crashes the decoder takes this process with it and nothing else: the parent starts another.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from ._video import DecodeFailure, VideoFile, decord, scrub_message
 from .resizing import VIEWS, render_view
 from .sampling import SAMPLINGS
 
-# A container may announce any length; no file gets more CPU time than this beyond the timeout.
+# A container may announce any length: it gets at most so many CPU seconds for each packet that it really holds.
+_MOST_PER_PACKET_S = 0.1
+# No file gets more CPU time than this beyond the timeout.
 _MAX_BUDGET_S = 24 * 3600.0
 
 
@@ -54,7 +56,7 @@ def decode(
     Args:
         request: path, num_frames (0 asks for the video's length alone), sampling, num_clips, start_s, end_s, resize,
             crop_px, views, decoder; frame_fps for folders of JPEGs.
-        announce: Called with the video's length in seconds as soon as it is known.
+        announce: Called with the CPU seconds that the video's length is worth, as soon as it is known.
         last_video: What the request before this one has left open.
 
     Returns:
@@ -70,7 +72,7 @@ def decode(
         raise DecodeFailure("empty-file", "")
     video = (last_video or LastVideo()).open(path, request.get("frame_fps"))
     timeline = video.timeline
-    announce(timeline.duration_s or 0.0)
+    announce(min(timeline.duration_s or 0.0, _MOST_PER_PACKET_S * len(timeline.times_s), _MAX_BUDGET_S))
     if request["num_frames"] == 0:
         return {"duration_s": timeline.duration_s, "views": []}, np.empty(0, np.uint8)
     decoded = video.decode(request["decoder"], lambda times_s: _choose_frames(times_s, request))
@@ -126,10 +128,9 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         timeout_s = request["timeout_s"]
         _limit_cpu(timeout_s)
 
-        def announce(duration_s: float, timeout_s: float = timeout_s) -> None:
-            duration_s = min(duration_s, _MAX_BUDGET_S)
-            _limit_cpu(timeout_s + duration_s)
-            _send(answers, {"event": "opened", "duration_s": duration_s})
+        def announce(length_s: float, timeout_s: float = timeout_s) -> None:
+            _limit_cpu(timeout_s + length_s)
+            _send(answers, {"event": "opened", "budget_s": timeout_s + length_s})
 
         try:
             facts, pixels = decode(request, announce, last_video)

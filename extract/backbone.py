@@ -7,6 +7,7 @@ weights' size in the precision they run in.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,15 +28,22 @@ _DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16,
 # "Paper" layers: up to this depth every block is tapped, above it every second one (ViT-E: 32 of 64).
 _EVERY_BLOCK_UP_TO = 32
 
-# By a part of the device's name, the longer ones first.
+# By words of the device's name, the more exact first; None for relatives that the words would take in.
 _PEAK_FLOPS = {
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200 NVL": 835e12,
+    "RTX 4090 Laptop": None,
+    "RTX 4090 D": None,
+    "RTX 3090 Ti": None,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
     "H100": 989e12,
     "H200": 989e12,
+    "GH200": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "V100": 125e12,
     "L4": 121e12,
     "T4": 65e12,
@@ -90,7 +98,7 @@ class FrameTokens:
 class Backbone:
     """A frozen vision tower that gives the tokens of chosen blocks; `build_backbone` makes one.
 
-    Until `load_weights` is called it has no weights and takes no memory for them.
+    Until `load_weights` is called, and after `free_weights`, it has no weights and takes no memory for them.
     """
 
     def __init__(self, tower: Any, info: BackboneInfo, source: WeightsSource, device: torch.device) -> None:
@@ -104,6 +112,11 @@ class Backbone:
         self._mean = torch.tensor(info.mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(info.std, device=device).view(1, 3, 1, 1)
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether the tower has its weights, and the memory for them."""
+        return not any(parameter.is_meta for parameter in self.tower.parameters())
+
     def load_weights(self) -> Backbone:
         """Give the tower its memory and weights; returns itself.
 
@@ -115,6 +128,15 @@ class Backbone:
         if tensors is not None and "logit_scale" in tensors:
             self._logit_scale = float(tensors["logit_scale"])
         return self
+
+    def free_weights(self) -> None:
+        """Give the memory of the weights back; `load_weights` fills the tower again."""
+        for module in self.tower.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def compile(self) -> None:
         """Have `torch.compile` make the tower's kernels, at the first pass."""
@@ -185,8 +207,13 @@ def find_peak_flops(device: torch.device, precision: Precision) -> float | None:
     """
     if device.type != "cuda" or precision == "fp32":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAK_FLOPS.items() if part in name), None)
+    return read_peak_flops(torch.cuda.get_device_name(device))
+
+
+def read_peak_flops(device_name: str) -> float | None:
+    """The same by a GPU's name, such as `NVIDIA A100-SXM4-80GB`."""
+    peaks = (peak for words, peak in _PEAK_FLOPS.items() if re.search(rf"\b{words}\b", device_name))
+    return next(peaks, None)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..errors import ConfigError
+from ..errors import ConfigError, EnvironmentFailedError
 from ..store.layout import PATCH_DTYPES, PatchDtype
 from ..store.records import VideoRecord
 from .datasets import read_dataset, resolve_protocol
@@ -164,6 +164,18 @@ class ExtractConfig:
             splits=self.splits,
             seed=self.seed,
         )
+
+    def require_root(self) -> None:
+        """Stop where the folder of the videos has disappeared: unmounted, it would make failed rows of all that follow.
+
+        Raises:
+            EnvironmentFailedError: If it is not there, or empty as a mount point is.
+        """
+        if not (self.root.is_dir() and any(self.root.iterdir())):
+            raise EnvironmentFailedError(
+                f"{self.root} is gone, with all its videos (unmounted?). Stopped before they become failed rows; "
+                "what is finished is kept. Bring it back and run the same command again."
+            )
 
     def frames_of(self, split: str) -> int:
         """Frames that a row of this split caches.

@@ -21,6 +21,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from ..errors import EnvironmentFailedError
+from ..store._cores import count_cores
 from ..store.records import VideoRecord, View
 from .config import ExtractConfig
 from .datasets import frame_rate
@@ -88,7 +89,7 @@ class DecoderPool:
     """
 
     def __init__(self, num_processes: int | None = None) -> None:
-        num_processes = num_processes or os.cpu_count() or 1
+        num_processes = num_processes or count_cores()
         self._num_ahead = 2 * num_processes + 2
         self._local = threading.local()
         self._children: list[_Child] = []
@@ -197,7 +198,7 @@ class _Child:
         budget_s = request.timeout_s
         message = self._read_message(budget_s * _WALL_FACTOR)
         if message["event"] == "opened":
-            budget_s = request.timeout_s + message["duration_s"]
+            budget_s = message["budget_s"]
             message = self._read_message(budget_s * _WALL_FACTOR)
         if not message["ok"]:
             reason = message["code"] + (f": {message['detail']}" if message["detail"] else "")

@@ -1,247 +1,45 @@
-"""`s4v extract`: decode -> forward -> encode -> write, one shard of whole videos after another.
+"""Shards of whole videos through four stages, each of which runs while the next one is at work.
 
-    decoder processes      pixels, a few videos ahead of the backbone
-    backbone               tokens, in batches across the videos of a shard
-    codec                  codes, on the backbone's device
-    writer thread          one shard behind
-    text tower             once over all captions, where there are any
-    at the end             what the codec costs, measured on videos that it was not fitted on
+    decode     decoder processes: a video's frames, resized and cropped
+      |          2n + 2 videos ahead of n decoders (decoding.py)
+    forward    the backbone, on batches across the videos of a shard
+      |          one batch at a time
+    encode     codes by the store's codec, on the same device; then put where they belong in the shard
+      |          beside a GPU one more batch is under way there meanwhile, with its copies (buffers.py)
+      |          one finished shard
+    write      a thread: the shard of every array, then its done-marker
 
-What is batched together depends on row numbers alone: batches restart at each shard, have a fixed size, the last is
-padded with zeros, and a video that failed leaves its slots zero. So a store does not depend on timing or on resumes.
+Each stage is a generator that pulls from the one before it. What is batched together depends on row numbers alone:
+batches restart at each shard, have a fixed size, the last is padded with zeros, and a video that failed leaves its
+slots zero. So a store does not depend on timing or on resumes.
 """
 
 from __future__ import annotations
 
-import logging
-import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
-from functools import partial
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
-import pyarrow as pa
 import torch
 
-from ..errors import BackboneError, DataNotFoundError, NoGoodVideoError, StoreDamagedError, WeightsError
-from ..store._files import hash_text, write_json
-from ..store.appending import append_rows
-from ..store.codec import Codec, check_finite, round_mantissas
-from ..store.fidelity import FIDELITY_NAME, write_fidelity
-from ..store.layout import STATS_NAME, StoreLayout
-from ..store.manifest import ClassList
-from ..store.reader import StoreReader, is_store, open_store
+from ..store.reader import open_store
 from ..store.records import VideoRecord, VideoResult
-from ..store.texts import MAX_WORDS, has_current_texts, write_texts
-from ..store.verify import verify_store
-from ..store.writer import RowTokens, StoreWriter, create_store, refuse_existing, repair_store, resume_store
-from .backbone import Backbone, build_backbone, find_peak_flops, resolve_device
-from .calibration import (
-    fit_codec,
-    frames_per_video,
-    gather_sample,
-    group_for_calibration,
-    measure_codec,
-)
-from .cluster import run_on_workers
-from .config import DEFAULT_FRAMES, ExtractConfig
-from .datasets import resolve_protocol
-from .decoding import DecodedVideo, DecodeRequest, DecoderPool
-from .planning import plan_layout, require_space
-from .resizing import NUM_VIEWS
-from .segments import list_rows
-from .text_tower import load_text_tower
+from ..store.writer import RowTokens, StoreWriter
+from .backbone import FrameTokens
+from .buffers import BatchBuffers
+from .coding import BatchCoder
+from .decoding import DecodedVideo
+from .job import Job
+from .keeping import GoodRows
 
-ReportProgress = Callable[..., None]
-"""Called with what is under way, how many videos are done, how many there are and, where it is known, how fast."""
-
-_MEASURED_VIDEOS = 16
-
-_BOTTLENECKS = {
-    "decoding": ("waiting for decoders",),
-    "backbone": ("backbone", "encoding"),
-    "writing": ("waiting for the writer",),
-}
-
-_log = logging.getLogger(__name__)
+Slot = tuple[int, int, int]
+"""One frame of a batch: place of its row in the shard, view, place on the axis F."""
 
 
-@dataclass(frozen=True, slots=True)
-class ExtractSummary:
-    """What an extraction left behind."""
-
-    store: Path
-    videos: dict[str, int]
-    """Rows by status: ok, failed, pending."""
-    failed: list[dict[str, str]]
-    """video_id, path and reason of every failed row."""
-    seconds: float
-
-
-@dataclass(slots=True)
-class StageClock:
-    """Seconds that the main thread spends on, or waits for, each stage."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def bottleneck(self) -> str | None:
-        """What the main thread spent most of its time on, of what a longer run has more of."""
-        shares = {name: sum(self.seconds.get(stage, 0.0) for stage in stages) for name, stages in _BOTTLENECKS.items()}
-        return max(shares, key=lambda name: shares[name]) if any(shares.values()) else None
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Count the time of a block to a stage."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-class _Meter:
-    """Counts what gets done, from its making on."""
-
-    def __init__(
-        self,
-        layout: StoreLayout,
-        passes: Sequence[int],
-        shards: Sequence[int],
-        clock: StageClock,
-        report: ReportProgress,
-    ) -> None:
-        self._layout = layout
-        self._passes = passes
-        self._total = sum(len(layout.shard_rows(shard)) for shard in shards)
-        self._clock = clock
-        self._report = report
-        self._start = time.perf_counter()
-        self.rows = 0
-        self.frames = 0
-        self.seconds = 0.0
-
-    def count(self, shard: int) -> None:
-        """One more shard is done."""
-        rows = self._layout.shard_rows(shard)
-        self.rows += len(rows)
-        self.frames += sum(self._passes[row] for row in rows)
-        self.seconds = time.perf_counter() - self._start
-        rate = f"{self.frames_per_second:.1f} frames/s, held up by {self._clock.bottleneck}"
-        self._report("extracting", self.rows, self._total, rate)
-
-    @property
-    def frames_per_second(self) -> float:
-        return self.frames / self.seconds if self.seconds else 0.0
-
-
-def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: None) -> ExtractSummary:
-    """Run the backbone once over a data set's videos and write the store.
-
-    The same call on an unfinished store goes on with it; on a finished one it changes nothing.
-
-    Args:
-        config: What to extract, and how.
-        report: Told about progress.
-
-    Returns:
-        Counts and failures of the whole store, earlier runs included.
-
-    Raises:
-        S4vError: One of `s4v.errors`, before anything is written unless the machine itself fails.
-    """
-    start = time.perf_counter()
-    clock = StageClock()
-    if not is_store(config.out):
-        refuse_existing(config.out, overwrite=config.overwrite)
-    with DecoderPool(config.num_decoders) as pool:
-        records = list_rows(config, pool, report)
-        report("building the backbone", 0, len(records))
-        job, attributes = _set_up(config, records, pool, clock, report)
-        with job.open_store(attributes) as writer:
-            shards = [] if config.prepare else job.undone_shards(writer)
-            is_alone = config.num_workers is None and config.scheduler is None
-            meter = job.run(writer, shards) if is_alone else job.run_on_workers(shards)
-            table = writer.consolidate()
-        if job.wants_measuring(table):
-            job.measure(table)
-        job.embed_captions()
-    summary = _summarise(config.out, table, time.perf_counter() - start)
-    if meter.rows:  # a run that had nothing to do leaves the last one's figures
-        _write_stats(config.out, clock, meter, job.describe_work(meter) if is_alone else {}, summary.seconds)
-    if summary.videos["ok"] == 0 and summary.videos["pending"] == 0:
-        reasons = "; ".join(sorted({row["reason"] for row in summary.failed})[:3])
-        raise NoGoodVideoError(f"not one of {len(records)} videos decodes. First reasons: {reasons}")
-    return summary
-
-
-def _set_up(
-    config: ExtractConfig, records: Sequence[VideoRecord], pool: DecoderPool, clock: StageClock, report: ReportProgress
-) -> tuple[_Extraction, dict[str, Any]]:
-    """An extraction without its weights as yet, and what its store records of it."""
-    num_frames = [config.frames_of(record.split) for record in records]
-    splits = {"", *DEFAULT_FRAMES, *(record.split for record in records)}
-    for option, by_split in (("--frames", config.frames), ("--clips", config.clips), ("--views", config.views)):
-        if unused := sorted(set(by_split) - splits):
-            _log.warning("%s names %s: no video is in such a split", option, ", ".join(unused))
-    with clock.stage("start"):
-        backbone = build_backbone(
-            config.model,
-            weights=config.weights,
-            device=resolve_device(config.device),
-            precision=config.precision,
-            seed=config.seed,
-        )
-        if config.with_compile:
-            backbone.compile()
-        num_views = [NUM_VIEWS[config.views_of(record.split)] for record in records]
-        layout = plan_layout(config, backbone, len(records), max(num_frames), max(num_views))
-        if is_store(config.out) and not config.overwrite:
-            layout = replace(layout, rows_per_shard=open_store(config.out).layout.rows_per_shard)
-        attributes = _describe(config, backbone, records, pool.library_versions())
-    return _Extraction(config, records, num_frames, num_views, backbone, layout, pool, clock, report), attributes
-
-
-class WorkerJob:
-    """An extraction in a worker of a cluster, one shard after another; a context manager."""
-
-    def __init__(self, config: ExtractConfig) -> None:
-        self._config = config
-        self._open = ExitStack()
-
-    def __enter__(self) -> WorkerJob:
-        config = self._config
-        pool = self._open.enter_context(DecoderPool(config.num_decoders))
-        records = list_rows(config, pool)
-        self._clock = StageClock()
-        self._job, attributes = _set_up(config, records, pool, self._clock, lambda *_: None)
-        writer = resume_store(
-            config.out, layout=self._job.layout, attributes=attributes, records=records, is_worker=True
-        )
-        self._writer = self._open.enter_context(writer)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
-
-    def process(self, shard: int) -> dict[str, float]:
-        """Do one shard; seconds by stage."""
-        self._job.run(self._writer, [shard])
-        seconds = dict(self._clock.seconds)
-        self._clock.seconds.clear()
-        return seconds
-
-
-def batch_slots(
-    num_frames: Sequence[int], num_views: Sequence[int], batch_size: int
-) -> list[list[tuple[int, int, int]]]:
+def batch_slots(num_frames: Sequence[int], num_views: Sequence[int], batch_size: int) -> list[list[Slot]]:
     """Group the frames of a shard's rows into batches: a pure function of counts.
 
     Args:
@@ -261,313 +59,165 @@ def batch_slots(
     return [slots[first : first + batch_size] for first in range(0, len(slots), batch_size)]
 
 
-class _Extraction:
-    """One run over the pending shards of a store."""
+def batches_ahead(device: torch.device) -> int:
+    """Batches that are under way on a device beside the one whose results are waited for.
 
-    def __init__(
-        self,
-        config: ExtractConfig,
-        records: Sequence[VideoRecord],
-        num_frames: Sequence[int],
-        num_views: Sequence[int],
-        backbone: Backbone,
-        layout: StoreLayout,
-        pool: DecoderPool,
-        clock: StageClock,
-        report: ReportProgress,
-    ) -> None:
-        self._config = config
-        self._records = records
-        self._num_frames = num_frames
-        self._num_views = num_views
-        self._passes = [frames * views for frames, views in zip(num_frames, num_views, strict=True)]
-        self._backbone = backbone
-        self.layout = layout
-        self._pool = pool
-        self._clock = clock
-        self._report = report
-        self._weights_loaded = False
-        self._codec: Codec | None = None
+    A CPU works while we wait for it: a second batch would be in memory for nothing.
+    """
+    return 1 if device.type == "cuda" else 0
 
-    def open_store(self, attributes: dict[str, Any]) -> StoreWriter:
-        """Go on with the store that is there, or calibrate and create one."""
-        config = self._config
-        if is_store(config.out) and not config.overwrite:
-            if config.repair:
-                self._repair(attributes)
-            store = open_store(config.out)
-            if config.append and len(self._records) > store.layout.num_rows:
-                self._require_appendable(store)
-                append_rows(config.out, layout=self.layout, attributes=attributes, records=self._records)
-            return resume_store(config.out, layout=self.layout, attributes=attributes, records=self._records)
-        if not (config.overwrite or config.prepare):  # what is overwritten makes room first
-            self._require_space(self._limit(list(range(self.layout.num_shards))))
-        self._load_weights()
-        self._report("calibrating the codec", 0, len(self._records))
-        with self._clock.stage("calibration"):
-            codec = self._make_codec()
-        return create_store(
-            config.out,
-            layout=self.layout,
-            attributes=attributes,
-            records=self._records,
-            codec=codec,
-            head=self._backbone.read_head(),
-            overwrite=config.overwrite,
-        )
 
-    def _require_appendable(self, store: StoreReader) -> None:
-        """Refuse new rows that do not fit on the disk, and old ones of a last shard that cannot be done again."""
-        first = store.layout.num_rows // store.layout.rows_per_shard
-        self._require_space(self._limit(list(range(first, self.layout.num_shards))))
-        begun = range(first * store.layout.rows_per_shard, store.layout.num_rows)
-        statuses = store.read_manifest(["status"])["status"].slice(begun.start, len(begun)).to_pylist()
-        gone = [
-            self._records[row].path
-            for row, status in zip(begun, statuses, strict=True)
-            if status == "ok" and not (self._config.root / self._records[row].path).exists()
+@dataclass(slots=True)
+class _Shard:
+    """A shard in the making."""
+
+    number: int
+    rows: range
+    videos: list[DecodedVideo] = field(default_factory=list)
+    """Of its first rows, as far as they are decoded."""
+    tokens: dict[int, RowTokens] = field(default_factory=dict)
+    """By row number, as far as they are encoded."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What goes through the backbone at once."""
+
+    shard: _Shard
+    slots: list[Slot]
+    size: int
+    """Frames in the pass, the padding among them."""
+    is_last: bool
+    """Of its shard."""
+    buffers: BatchBuffers
+    """Free until the batch is placed."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether all its videos failed: nothing goes through the backbone."""
+        return all(self.shard.videos[row].pixels is None for row, _, _ in self.slots)
+
+
+class Pipeline:
+    """Does shards of an open store, with a backbone that has its weights."""
+
+    def __init__(self, job: Job, writer: StoreWriter) -> None:
+        device = job.backbone.device
+        self._job = job
+        self._layout = job.layout
+        self._writer = writer
+        self._coder = BatchCoder(job.backbone, writer.codec, job.layout)
+        self._good_rows = GoodRows(open_store(writer.path))
+        self._num_ahead = batches_ahead(device)
+        buffers = [
+            BatchBuffers(device, job.config.batch_size, job.layout.image_size) for _ in range(self._num_ahead + 1)
         ]
-        if gone:
-            raise DataNotFoundError(
-                f"the last shard of {store.path} is not full: with new rows its {len(begun)} old ones are done again, "
-                f"and {', '.join(gone[:3])} {'are' if len(gone) > 1 else 'is'} no longer below {self._config.root}. "
-                "Nothing was changed: bring them back, or extract the new videos into a store of their own."
-            )
+        self._buffers = itertools.cycle(buffers)
 
-    def _repair(self, attributes: dict[str, Any]) -> None:
-        """Put back what is damaged of the whole store, and mark damaged shards undone."""
-        store = open_store(self._config.out)
-        damage = verify_store(store, self._report)
-        if not damage:
-            return
-        self._load_weights()
-        try:
-            codec = store.codec
-        except StoreDamagedError:
-            with self._clock.stage("calibration"):
-                codec = self._make_codec()
-        repair_store(
-            store.path,
-            damage,
-            layout=self.layout,
-            attributes={**attributes, "created": store.attributes["created"]},
-            records=self._records,
-            codec=codec,
-            head=self._backbone.read_head(),
-        )
-        shards = sorted({one.shard for one in damage if one.shard is not None})
-        _log.warning("%s: %d damages; doing %d shards anew", store.path, len(damage), len(shards))
+    def run(self, shards: Sequence[int], count: Callable[[int], None] = lambda _: None) -> None:
+        """Do some shards, in this order.
 
-    def _make_codec(self) -> Codec:
-        config, layout = self._config, self.layout
-        if config.codec_from is not None:
-            return open_store(config.codec_from).codec
-        if not self._is_fitted_here:
-            return Codec(dtype=config.dtype)
-        groups = group_for_calibration(self._records, config.seed)
-        num_frames = frames_per_video(len(groups[0]) or len(self._records))
-        decoded = (self._decode_records(group, num_frames) for group in groups)
-        return fit_codec(
-            config.dtype,
-            gather_sample(decoded, config.calibration_videos),
-            self._backbone,
-            layout.layers,
-            channels=layout.channels,
-            batch_size=config.batch_size,
-        )
+        Args:
+            shards: Which.
+            count: Told of each that is done or about to be written.
 
-    def wants_measuring(self, table: pa.Table) -> bool:
-        """Whether the store is complete, its codec loses anything, and no one has said how much."""
-        statuses = set(table["status"].to_pylist())
-        is_exact = self.layout.patch_dtype == "float32" and self.layout.channels == self.layout.width
-        return not is_exact and "ok" in statuses and "pending" not in statuses and not self._fidelity_path.exists()
+        Raises:
+            EnvironmentFailedError: If the machine fails; shards that are marked done stay so.
+        """
+        for shard in self.write(self.encode(self.forward(self.decode(shards)))):
+            count(shard)
 
-    def embed_captions(self) -> None:
-        """Leave the texts of all captions in the store, where it has captions and does not hold them yet."""
-        store = open_store(self._config.out)
-        if not len(store.read_captions()) or has_current_texts(store.path):
-            return
-        self._report("embedding captions", 0, len(store.read_captions()))
-        info = self._backbone.info
-        with self._clock.stage("captions"):
-            try:
-                tower = load_text_tower(
-                    info.name,
-                    weights=self._config.weights,
-                    device=self._backbone.device,
-                    seed=self._config.seed,
-                    expected_sha256=info.weights_sha256,
-                )
-                num_words = min(MAX_WORDS, tower.context_length)
-                encode = partial(tower.encode_words, num_words=num_words)
-                write_texts(store, encode, num_words=num_words, report=self._report)
-            except (WeightsError, BackboneError) as error:
-                _log.warning("%s: its captions cannot train retrieval, for lack of a text tower: %s", store.path, error)
+    def decode(self, shards: Sequence[int]) -> Iterator[_Batch]:
+        """The batches of some shards, each as soon as its videos are decoded."""
+        job = self._job
+        videos = job.decode(job.records[row] for shard in shards for row in self._layout.shard_rows(shard))
+        for number in shards:
+            shard = _Shard(number, self._layout.shard_rows(number))
+            frames, views = ([counts[row] for row in shard.rows] for counts in (job.num_frames, job.num_views))
+            batches = batch_slots(frames, views, job.config.batch_size)
+            # A shard smaller than a batch is one batch of its own size.
+            size = min(job.config.batch_size, len(batches[0]))
+            for slots in batches:
+                while len(shard.videos) <= slots[-1][0]:
+                    with job.clock.stage("waiting for decoders"):
+                        shard.videos.append(next(videos))
+                yield _Batch(shard, slots, size, is_last=slots is batches[-1], buffers=next(self._buffers))
 
-    @property
-    def _fidelity_path(self) -> Path:
-        return self._config.out / FIDELITY_NAME
+    def forward(self, batches: Iterable[_Batch]) -> Iterator[tuple[_Batch, FrameTokens | None]]:
+        """Batches with their tokens; None where not one frame is there."""
+        for batch in batches:
+            # In one expression: a name for the tokens would keep them in memory beside the next batch's.
+            yield batch, None if batch.is_empty else self._run_backbone(batch)
 
-    def measure(self, table: pa.Table) -> None:
-        """Code and decode videos that calibration did not see, and leave in the store what that cost."""
-        self._load_weights()
-        self._report("measuring the codec", 0, len(self._records))
-        with self._clock.stage("measuring"):
-            good = set(table.filter(pa.compute.equal(table["status"], "ok"))["video_id"].to_pylist())
-            ordered = [
-                [record for record in group if record.video_id in good]
-                for group in group_for_calibration(self._records, self._config.seed)
-            ]
-            first = next(group for group in ordered if group)
-            num_fitted = self._config.calibration_videos if self._is_fitted_here else 0
-            unseen = [record for group in ordered for record in (group[num_fitted:] if group is first else group)]
-            chosen = (unseen or first)[:_MEASURED_VIDEOS]
-            num_frames = frames_per_video(len(chosen))
-            sample = gather_sample([self._decode_records(chosen, num_frames)], len(chosen))
-            store = open_store(self._config.out)
-            layers = measure_codec(
-                store.codec,
-                self.layout.keep_bits,
-                sample,
-                self._backbone,
-                self.layout.layers,
-                batch_size=self._config.batch_size,
-            )
-        write_fidelity(store.path, layers, videos=len(set(sample.video_ids)), is_held_out=bool(unseen))
+    def encode(self, batches: Iterable[tuple[_Batch, FrameTokens | None]]) -> Iterator[_Shard]:
+        """Shards whose codes, class tokens and embeddings are all where they belong."""
+        under_way: deque[_Batch] = deque()
+        for batch, tokens in batches:
+            if tokens is not None:
+                with self._job.clock.stage("encoding"):
+                    batch.buffers.download(self._coder.code(tokens))
+            del tokens
+            under_way.append(batch)
+            if len(under_way) > self._num_ahead:
+                yield from self._place_results(under_way.popleft())
+        for batch in under_way:
+            yield from self._place_results(batch)
 
-    @property
-    def _is_fitted_here(self) -> bool:
-        is_identity = self.layout.patch_dtype != "int8" and self.layout.channels == self.layout.width
-        return self._config.codec_from is None and not is_identity
-
-    def undone_shards(self, writer: StoreWriter) -> list[int]:
-        """What this run has to do; there is room for it on the disk."""
-        undone = {*writer.pending_shards(), *(writer.failed_shards() if self._config.retry_failed else ())}
-        shards = self._limit(sorted(undone))
-        self._require_space(shards)
-        return shards
-
-    def run_on_workers(self, shards: Sequence[int]) -> _Meter:
-        """Have shards done by Dask's workers; the seconds of all of them are counted together."""
-        meter = self._start_meter(shards)
-
-        def count(shard: int, seconds: dict[str, float]) -> None:
-            for name, value in seconds.items():
-                self._clock.seconds[name] = self._clock.seconds.get(name, 0.0) + value
-            meter.count(shard)
-
-        if shards:
-            run_on_workers(self._config, shards, count)
-        return meter
-
-    def _start_meter(self, shards: Sequence[int]) -> _Meter:
-        return _Meter(self.layout, self._passes, shards, self._clock, self._report)
-
-    def describe_work(self, meter: _Meter) -> dict[str, Any]:
-        """The backbone's work, and how much of what the device could do that is: None where it is not known."""
-        flops = self._backbone.flops_per_frame
-        peak = find_peak_flops(self._backbone.device, self._backbone.info.precision)
-        share = None if peak is None else meter.frames_per_second * flops / peak
-        return {"flops_per_frame": flops, "flop_utilisation": share}
-
-    def run(self, writer: StoreWriter, shards: Sequence[int]) -> _Meter:
-        """Work through some shards."""
-        rows = [row for shard in shards for row in self.layout.shard_rows(shard)]
-        if rows:
-            self._load_weights()
-        meter = self._start_meter(shards)
-        if not rows:
-            return meter
-        device = self._backbone.device
-        self._codec = writer.codec.map_parts(lambda array: torch.from_numpy(np.asarray(array)).to(device))
-        videos = self._decode(self._records[row] for row in rows)
+    def write(self, shards: Iterable[_Shard]) -> Iterator[int]:
+        """Hand shards to a thread that writes them, one while the next is in the making; yields their numbers."""
         with ThreadPoolExecutor(1, thread_name_prefix="s4v-write") as thread:
             writing: Future[None] | None = None
             for shard in shards:
-                tokens, results = self._process_shard(self.layout.shard_rows(shard), videos)
-                with self._clock.stage("waiting for the writer"):
-                    if writing is not None:
-                        writing.result()
-                writing = thread.submit(writer.write_shard, shard, tokens, results)
-                meter.count(shard)
-            with self._clock.stage("waiting for the writer"):
+                records = [self._job.records[row] for row in shard.rows]
+                results = [_as_result(record, video) for record, video in zip(records, shard.videos, strict=True)]
+                if self._good_rows.may_replace(shard.number, results):
+                    with self._job.clock.stage("waiting for the writer"):
+                        if writing is not None:
+                            writing.result()
+                    writing = thread.submit(self._writer.write_shard, shard.number, shard.tokens, results)
+                yield shard.number
+                del shard
+            with self._job.clock.stage("waiting for the writer"):
                 if writing is not None:
                     writing.result()
-        return meter
 
-    def _process_shard(
-        self, rows: range, videos: Iterator[DecodedVideo]
-    ) -> tuple[dict[int, RowTokens], list[VideoResult]]:
-        """Decode, forward and encode the rows of one shard."""
-        decoded: list[DecodedVideo] = []
-        tokens: dict[int, RowTokens] = {}
-        num_frames, num_views = ([counts[row] for row in rows] for counts in (self._num_frames, self._num_views))
-        batches = batch_slots(num_frames, num_views, self._config.batch_size)
-        # A shard smaller than a batch is one batch of its own size.
-        batch_size = min(self._config.batch_size, len(batches[0]))
-        for batch in batches:
-            while len(decoded) <= batch[-1][0]:
-                with self._clock.stage("waiting for decoders"):
-                    video = next(videos)
-                if video.pixels is not None:
-                    tokens[rows[len(decoded)]] = self._allocate(video.pixels)
-                decoded.append(video)
-            self._run_batch(batch, batch_size, rows, decoded, tokens)
-        results = [_as_result(self._records[row], video) for row, video in zip(rows, decoded, strict=True)]
-        return tokens, results
+    def _run_backbone(self, batch: _Batch) -> FrameTokens:
+        """One padded pass; on a GPU it is only begun."""
+        shown = self._layout.pixel_offsets.index(0)
+        with self._job.clock.stage("backbone"):
+            pixels = batch.buffers.pixels
+            pixels[len(batch.slots) : batch.size] = 0
+            for place, (row, view, frame) in enumerate(batch.slots):
+                video = batch.shard.videos[row].pixels
+                pixels[place] = 0 if video is None else video[view, frame, shown]
+            return self._job.backbone.encode_frames(batch.buffers.upload(batch.size), self._layout.layers)
 
-    def _run_batch(
-        self,
-        batch: Sequence[tuple[int, int, int]],
-        batch_size: int,
-        rows: range,
-        decoded: Sequence[DecodedVideo],
-        tokens: dict[int, RowTokens],
-    ) -> None:
-        """Forward one padded batch and put codes, class tokens and embeddings where they belong."""
-        height, width = self.layout.image_size
-        shown = self.layout.pixel_offsets.index(0)
-        pixels = np.zeros((batch_size, height, width, 3), dtype=np.uint8)
-        filled = []
-        for slot, (place, view, frame) in enumerate(batch):
-            video = decoded[place]
-            if video.pixels is not None:
-                pixels[slot] = video.pixels[view, frame, shown]
-                filled.append((slot, tokens[rows[place]], view, frame))
-        if not filled:
-            return
-        with self._clock.stage("backbone"):
-            output = self._backbone.encode_frames(torch.from_numpy(pixels), self.layout.layers)
-        with self._clock.stage("encoding"):
-            ids = [self._records[rows[place]].video_id for place, _, _ in batch]
-            codes = self._encode(output.patches, ids)
-            cls = self._cast_class_tokens(output.cls, ids)
-            check_finite(output.embedding, output.embedding, self._backbone.info.depth - 1, ids)
-            embedding = output.embedding.cpu().numpy()
-            for slot, row_tokens, view, frame in filled:
-                row_tokens.patches[view, frame] = codes[slot]
-                row_tokens.cls[view, frame] = cls[slot]
-                row_tokens.embedding[view, frame] = embedding[slot]
+    def _place_results(self, batch: _Batch) -> Iterator[_Shard]:
+        """Wait for a batch's results and put them where they belong; yields the shard that is complete with it."""
+        if not batch.is_empty:
+            with self._job.clock.stage("backbone"):
+                results = batch.buffers.read()
+            with self._job.clock.stage("encoding"):
+                if not self._coder.finish(results):
+                    ids = [self._job.records[batch.shard.rows[row]].video_id for row, _, _ in batch.slots]
+                    self._coder.raise_for(batch.buffers.upload(batch.size), ids)
+                self._place_rows(batch, results)
+        if batch.is_last:
+            yield batch.shard
 
-    def _encode(self, patches: Sequence[torch.Tensor], video_ids: Sequence[str]) -> np.ndarray:
-        """(B, L, N, K) codes from one (B, N, D) for each layer."""
-        assert self._codec is not None
-        coded = []
-        for place, values in enumerate(patches):
-            codes = self._codec.encode(values, place)
-            check_finite(codes, values, self.layout.layers[place], video_ids)
-            coded.append(codes)
-        return round_mantissas(torch.stack(coded, dim=1).cpu().numpy(), self.layout.keep_bits)
-
-    def _cast_class_tokens(self, tokens: torch.Tensor, video_ids: Sequence[str]) -> np.ndarray:
-        """(B, L, D) in the dtype that the store keeps class tokens in."""
-        cast = tokens.to(getattr(torch, self.layout.cls_dtype))
-        for place, block in enumerate(self.layout.layers):
-            check_finite(cast[:, place], tokens[:, place], block, video_ids)
-        return cast.cpu().numpy()
+    def _place_rows(self, batch: _Batch, results: Mapping[str, np.ndarray]) -> None:
+        shard = batch.shard
+        for place, (row, view, frame) in enumerate(batch.slots):
+            pixels, number = shard.videos[row].pixels, shard.rows[row]
+            if pixels is None:
+                continue
+            if number not in shard.tokens:
+                shard.tokens[number] = self._allocate(pixels)
+            for name in ("patches", "cls", "embedding"):
+                getattr(shard.tokens[number], name)[view, frame] = results[name][place]
 
     def _allocate(self, pixels: np.ndarray) -> RowTokens:
-        layout = self.layout
+        layout = self._layout
         place = pixels.shape[:2]
         num_layers = len(layout.layers)
         return RowTokens(
@@ -576,77 +226,6 @@ class _Extraction:
             embedding=np.empty((*place, layout.embed_dim), dtype=np.float32),
             pixels=pixels if layout.with_pixels else None,
         )
-
-    def _decode_records(
-        self, records: Sequence[VideoRecord], num_frames: int
-    ) -> Iterator[tuple[VideoRecord, DecodedVideo]]:
-        yield from zip(records, self._decode(records, num_frames), strict=True)
-
-    def _decode(self, records: Iterable[VideoRecord], num_frames: int | None = None) -> Iterator[DecodedVideo]:
-        """Videos to pixels, in order: what is cached of them, or so many frames."""
-        side_px = self.layout.image_size[0]
-        return self._pool.decode_ahead(
-            DecodeRequest.of(record, self._config, crop_px=side_px, num_frames=num_frames) for record in records
-        )
-
-    def _require_space(self, shards: Sequence[int]) -> None:
-        frames = sum(self._passes[row] for shard in shards for row in self.layout.shard_rows(shard))
-        num_captions = 0 if has_current_texts(self._config.out) else sum(len(r.captions) for r in self._records)
-        require_space(self.layout, frames, self._config.out, num_captions=num_captions)
-
-    def _limit(self, shards: list[int]) -> list[int]:
-        """Those of this machine's part, of them the first that hold `limit` rows together, the last one whole."""
-        if self._config.part is not None:
-            part, num_parts = self._config.part
-            bounds = [place * self.layout.num_shards // num_parts for place in (part - 1, part)]
-            shards = [shard for shard in shards if bounds[0] <= shard < bounds[1]]
-        if self._config.limit is None:
-            return shards
-        taken, num_rows = [], 0
-        for shard in shards:
-            if num_rows >= self._config.limit:
-                break
-            taken.append(shard)
-            num_rows += len(self.layout.shard_rows(shard))
-        return taken
-
-    def _load_weights(self) -> None:
-        if not self._weights_loaded:
-            self._report("loading the weights", 0, len(self._records))
-            with self._clock.stage("start"):
-                self._backbone.load_weights()
-            self._weights_loaded = True
-
-
-def _describe(
-    config: ExtractConfig, backbone: Backbone, records: Sequence[VideoRecord], decoder_versions: dict[str, str]
-) -> dict[str, Any]:
-    """The store's `s4v` attribute, beside what the store itself adds; all that must agree for a resume."""
-    classes = ClassList.of(records).names
-    info = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(backbone.info).items()}
-    libraries = {name: version(name) for name in ("numpy", "open_clip_torch", "timm", "torch")}
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "dataset": {
-            "name": config.dataset,
-            "protocol": resolve_protocol(config.dataset, config.protocol),
-            "root": str(config.root.resolve()),
-        },
-        "classes": {"names": list(classes), "sha256": hash_text("\n".join(classes))},
-        # Only where it is so: stores from before there was a choice do not say.
-        "backbone": {**info, "batch_size": config.batch_size, **({"compiled": True} if config.with_compile else {})},
-        "frames": dict(sorted(config.frames.items())),
-        **({} if config.segment_s is None else {"segment_s": config.segment_s}),
-        **({} if set(config.clips.values()) == {1} else {"clips": dict(sorted(config.clips.items()))}),
-        **({} if set(config.views.values()) == {"centre"} else {"views": dict(sorted(config.views.items()))}),
-        "sampling": config.sampling,
-        "resize": config.resize,
-        "decoder": config.decoder,
-        "seed": config.seed,
-        "calibration_videos": config.calibration_videos,
-        "codec_from": None if config.codec_from is None else str(config.codec_from.resolve()),
-        "libraries": dict(sorted({**libraries, **decoder_versions}.items())),
-    }
 
 
 def _as_result(record: VideoRecord, video: DecodedVideo) -> VideoResult:
@@ -659,29 +238,4 @@ def _as_result(record: VideoRecord, video: DecodedVideo) -> VideoResult:
         num_cached_frames=num_frames,
         num_views=num_views,
         **video.facts,
-    )
-
-
-def _summarise(path: Path, table: pa.Table, seconds: float) -> ExtractSummary:
-    counts = {row["values"]: row["counts"] for row in table["status"].value_counts().to_pylist()}
-    failed = table.filter(pa.compute.equal(table["status"], "failed")).select(["video_id", "path", "reason"])
-    videos = {status: counts.get(status, 0) for status in ("ok", "failed", "pending")}
-    return ExtractSummary(path, videos, failed.to_pylist(), round(seconds, 3))
-
-
-def _write_stats(path: Path, clock: StageClock, meter: _Meter, work: dict[str, Any], seconds: float) -> None:
-    """What this run did and how fast, seconds by stage of its main thread (of all workers together)."""
-    stages = {name: round(value, 3) for name, value in clock.seconds.items()}
-    write_json(
-        path / STATS_NAME,
-        {
-            "videos": meter.rows,
-            "frames": meter.frames,
-            "frames_per_second": round(meter.frames_per_second, 3),
-            "bottleneck": clock.bottleneck,
-            **work,
-            "seconds": seconds,
-            "seconds_by_stage": stages,
-            "free_bytes": shutil.disk_usage(path).free,
-        },
     )

@@ -235,27 +235,40 @@ def _read_rows(config: ExtractConfig) -> list[VideoRecord]:
 def probe_backbone(backbone: Backbone, layout: StoreLayout, batch_size: int, seconds: float = 20.0) -> float:
     """Frames per second of the backbone on the machine at hand, with random weights and random frames.
 
+    A giant on a CPU takes minutes for a full batch, so passes begin with one frame and double, as far as they fit.
+
     Args:
         backbone: Weights loaded.
         layout: Which layers, and the size of the frames.
-        batch_size: Frames in one pass.
-        seconds: To measure for, at least two passes after a first one that does not count.
+        batch_size: Frames in one pass, at most.
+        seconds: To measure for; a first frame that takes longer is the measurement.
+
+    Returns:
+        Of the largest passes that there was time for.
     """
     height, width = layout.image_size
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (batch_size, height, width, 3), dtype=np.uint8))
+    start = time.perf_counter()
 
-    def run() -> None:
-        backbone.encode_frames(pixels, layout.layers).embedding.cpu()
+    def run(size: int) -> float:
+        before = time.perf_counter()
+        backbone.encode_frames(pixels[:size], layout.layers).embedding.cpu()
+        return time.perf_counter() - before
 
-    run()
-    start, passes = time.perf_counter(), 0
-    while passes < 2 or time.perf_counter() - start < seconds:
-        run()
-        passes += 1
-    return passes * batch_size / (time.perf_counter() - start)
+    size, took = 1, run(1)
+    passes: list[float] = []  # of this size; the very first one does not count, where there is time for another
+    while time.perf_counter() - start + took <= seconds:
+        passes.append(run(size))
+        took = min(passes)
+        larger = min(2 * size, batch_size)
+        if larger > size and time.perf_counter() - start + 2 * took * larger / size <= seconds:
+            size, took, passes = larger, took * larger / size, []
+    return size * len(passes) / sum(passes) if passes else 1 / took
 
 
-def require_space(layout: StoreLayout, frames: int, out: Path, *, num_captions: int = 0) -> None:
+def require_space(
+    layout: StoreLayout, frames: int, out: Path, *, num_captions: int = 0, replaces: bool = False
+) -> None:
     """Refuse an extraction whose store cannot fit.
 
     Args:
@@ -263,18 +276,26 @@ def require_space(layout: StoreLayout, frames: int, out: Path, *, num_captions: 
         frames: Cached frames that are still to be written, of all rows and views.
         out: The store.
         num_captions: Whose texts are still to be written.
+        replaces: Whether what stands there makes room first.
 
     Raises:
         ConfigError: With what is needed and what is free.
     """
     needed = frames * sum(layout.bytes_per_frame.values()) + count_text_bytes(num_captions, layout.embed_dim)
-    free = _free_bytes(out)
+    free, old = _free_bytes(out), _used_bytes(out) if replaces else 0
     # Compressed patches need less, nobody knows how much.
-    if layout.keep_bits is None and needed > free:
+    if layout.keep_bits is None and needed > free + old:
+        there = f" and {describe_bytes(old)} in the store that would be replaced" if old else ""
+        kept = "Nothing was changed" if replaces else "What is finished is kept"
         raise ConfigError(
-            f"{out} needs {describe_bytes(needed)} more and its disk has {describe_bytes(free)} free. What is finished "
-            "is kept. Take fewer --layers, --channels or --frames, another --out, or a part of the work (--limit)."
+            f"{out} needs {describe_bytes(needed)} more and its disk has {describe_bytes(free)} free{there}. {kept}. "
+            "Take fewer --layers, --channels or --frames, another --out, or a part of the work (--limit)."
         )
+
+
+def _used_bytes(path: Path) -> int:
+    """Of all files below a folder; 0 where there is none."""
+    return sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def _free_bytes(path: Path) -> int:

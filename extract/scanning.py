@@ -32,6 +32,9 @@ def scan_dataset(
 
     Returns:
         out, videos (ok, failed), reasons (videos by code), failed (video_id, path, reason of each).
+
+    Raises:
+        EnvironmentFailedError: If the folder of the videos disappears.
     """
     records = config.read_records()
     rows: list[dict[str, Any]] = []
@@ -42,6 +45,8 @@ def scan_dataset(
     with DecoderPool(config.num_decoders) as pool:
         for record, video in zip(records, pool.decode_ahead(requests), strict=True):
             path = config.root / record.path
+            if not path.exists():
+                config.require_root()
             rows.append(
                 {
                     "video_id": record.video_id,

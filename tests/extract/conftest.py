@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from s4v.extract.pipeline import extract_dataset
+from s4v.extract.extraction import extract_dataset
 from s4v.store.reader import open_store
 
 

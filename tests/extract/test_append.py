@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from s4v.errors import ConfigError, DataNotFoundError, StoreBusyError, StoreMismatchError
-from s4v.extract.pipeline import extract_dataset
+from s4v.extract.extraction import extract_dataset
 from s4v.store import appending
 from s4v.store.reader import open_store
 from s4v.store.verify import verify_store

@@ -13,7 +13,7 @@ from torch import nn
 
 from s4v.errors import BackboneError, ConfigError, WeightsError
 from s4v.extract import architectures, weights
-from s4v.extract.backbone import build_backbone, parse_layers, resolve_device
+from s4v.extract.backbone import build_backbone, parse_layers, read_peak_flops, resolve_device
 from s4v.extract.text_tower import load_text_tower
 from s4v.extract.weights import draw_random, parameters_on_meta
 
@@ -178,6 +178,41 @@ def test_backbone_takes_no_gradient(reference):
     backbone = build_backbone(name, weights=str(file), device=CPU).load_weights()
     assert not any(p.requires_grad for p in backbone.tower.parameters())
     assert not backbone.tower.training
+
+
+def test_weights_that_were_given_back_load_again(reference):
+    name, _, file = reference
+    backbone = build_backbone(name, weights=str(file), device=CPU)
+    assert not backbone.has_weights
+    pixels = images(backbone.info.image_size[0])
+    before = backbone.load_weights().encode_frames(pixels, [0]).embedding
+    flops = backbone.flops_per_frame
+    backbone.free_weights()
+    assert not backbone.has_weights and backbone.flops_per_frame == flops
+    assert torch.equal(backbone.load_weights().encode_frames(pixels, [0]).embedding, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("Tesla V100-SXM2-16GB", 125e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA L40S", 362e12),
+        ("Tesla T4", 65e12),
+        ("NVIDIA T400 4GB", None),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA A10", None),
+    ],
+)
+def test_a_gpus_peak_is_found_by_whole_words(name, peak):
+    assert read_peak_flops(name) == peak
 
 
 def test_building_takes_no_memory_for_parameters_and_keeps_buffers():

@@ -245,6 +245,25 @@ def test_cpu_budget_ends_a_decoder_that_spins():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGXCPU
 
 
+def test_a_lying_header_buys_no_cpu_time(tmp_path, make_video):
+    """One bit of the table of frame times (stts): half an hour for 20 frames. They get what their packets are worth."""
+    path = make_video(tmp_path / "v.mp4", num_frames=20)
+    announced = []
+    decode(request(path), announced.append)
+    assert announced == [2.0], "the length of a video that tells the truth"
+    data = bytearray(path.read_bytes())
+    delta = data.index(b"stts") + 4 + 4 + 4 + 4
+    data[delta] ^= 1
+    path.write_bytes(data)
+    try:
+        facts, _ = decode(request(path), announced.append)
+    except DecodeFailure:
+        pass
+    else:
+        assert facts["duration_s"] > 1000
+    assert announced[1:] == [0.1], "one frame is left of them"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_decoder_dies_with_its_parent():
     code = (

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,13 +13,27 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s4v.errors import ConfigError, NoGoodVideoError, StoreExistsError, StoreMismatchError
-from s4v.extract.backbone import build_backbone
-from s4v.extract.pipeline import batch_slots, extract_dataset
-from s4v.store.codec import round_mantissas
+from s4v.errors import (
+    ConfigError,
+    EnvironmentFailedError,
+    NoGoodVideoError,
+    StoreExistsError,
+    StoreMismatchError,
+)
+from s4v.extract import extraction, job, pipeline, planning
+from s4v.extract.backbone import FrameTokens, build_backbone
+from s4v.extract.buffers import BatchBuffers
+from s4v.extract.cluster import WorkerJob
+from s4v.extract.coding import BatchCoder
+from s4v.extract.extraction import extract_dataset
+from s4v.extract.pipeline import batch_slots
+from s4v.extract.stats import Meter, StageClock
+from s4v.store.codec import Codec, round_mantissas
 from s4v.store.fidelity import measure_fidelity
 from s4v.store.info import describe_store
+from s4v.store.layout import StoreLayout
 from s4v.store.reader import open_store
+from s4v.store.writer import read_marker_state
 
 
 @given(
@@ -143,7 +158,7 @@ def test_killed_run_continues_to_the_same_store(video_folder, tmp_path, float_st
     out = tmp_path / "killed.zarr"
     code = (
         "import sys; from pathlib import Path\n"
-        "from s4v.extract.config import ExtractConfig; from s4v.extract.pipeline import extract_dataset\n"
+        "from s4v.extract.config import ExtractConfig; from s4v.extract.extraction import extract_dataset\n"
         f"extract_dataset(ExtractConfig(model='tiny-clip', weights='random', dataset='folder', dtype='float32',"
         f" device='cpu', num_decoders=2, root=Path({str(video_folder)!r}), out=Path({str(out)!r}),"
         " frames={'train': 6, '': 4}))"
@@ -157,6 +172,203 @@ def test_killed_run_continues_to_the_same_store(video_folder, tmp_path, float_st
     assert list(out.glob("_parts/*.parquet"))
     subprocess.run([sys.executable, "-c", code], check=True)
     assert_same_store(out, float_store)
+
+
+class LateBuffers(BatchBuffers):
+    """As beside a GPU, at its worst: results are copied when they are read, pixels are gone after the upload."""
+
+    def upload(self, size):
+        return super().upload(size).clone()
+
+    def download(self, results):
+        self.under_way = results
+        self.pixels[:] = 255
+
+    def read(self):
+        super().download(self.under_way)
+        return super().read()
+
+
+@pytest.mark.parametrize("num_ahead", [1, 2])
+def test_batches_that_are_under_way_together_do_not_mix(
+    num_ahead, video_folder, make_config, tmp_path, monkeypatch, contents
+):
+    """Shards of one video and of two batches, and a batch of a failed video alone."""
+    plain = make_config(video_folder, tmp_path / "plain.zarr", batch_size=4)
+    extract_dataset(plain)
+    monkeypatch.setattr(pipeline, "BatchBuffers", LateBuffers)
+    monkeypatch.setattr(pipeline, "batches_ahead", lambda _: num_ahead)
+    late = replace(plain, out=tmp_path / "late.zarr")
+    extract_dataset(late)
+    assert contents(late.out, "zarr.json") == contents(plain.out, "zarr.json")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a CUDA GPU")
+def test_what_is_copied_beside_the_work_on_a_gpu_is_what_was_waited_for(
+    video_folder, make_config, tmp_path, monkeypatch, contents
+):
+    beside = make_config(video_folder, tmp_path / "beside.zarr", batch_size=4, device="cuda", dtype="int8")
+    extract_dataset(beside)
+    monkeypatch.setattr(pipeline, "batches_ahead", lambda _: 0)
+    waited = replace(beside, out=tmp_path / "waited.zarr")
+    extract_dataset(waited)
+    assert contents(beside.out, "zarr.json") == contents(waited.out, "zarr.json")
+
+
+def test_results_land_in_memory_that_is_used_again(monkeypatch):
+    """The way of a CUDA GPU's results, without one."""
+    arrival = SimpleNamespace(record=lambda stream: None, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    buffers = BatchBuffers(torch.device("cpu"), 4, (8, 8))
+    monkeypatch.setattr(buffers, "_arrival", arrival)
+    first, second = torch.arange(8.0).reshape(4, 2), torch.arange(4).reshape(2, 2) + 20.0
+    buffers.download({"x": first})
+    found = buffers.read()["x"]
+    assert np.array_equal(found, first)
+    buffers.download({"x": second})
+    assert np.array_equal(buffers.read()["x"], second), "a shorter batch"
+    assert np.array_equal(found[:2], second) and np.array_equal(found[2:], first[2:])
+
+
+class GivenTokens:
+    """A backbone that gives the tokens it is told to give."""
+
+    device = torch.device("cpu")
+    info = SimpleNamespace(depth=6)
+
+    def __init__(self, patches):
+        cls, embedding = torch.zeros(len(patches[0]), len(patches), 8), torch.zeros(len(patches[0]), 4)
+        self.tokens = FrameTokens(patches, cls, embedding)
+
+    def encode_frames(self, pixels, layers):
+        return self.tokens
+
+
+def code_tokens(patches, codec, **sizes):
+    backbone = GivenTokens(patches)
+    layout = StoreLayout(
+        num_rows=1, num_views=1, num_frames=3, layers=(2, 5), num_patches=4, width=8, channels=8, embed_dim=4,
+        image_size=(8, 8), patch_dtype=codec.dtype, **sizes,
+    )  # fmt: skip
+    coder = BatchCoder(backbone, codec, layout)
+    results = {name: values.numpy() for name, values in coder.code(backbone.tokens).items()}
+    return coder.finish(results), results, lambda: coder.raise_for(torch.zeros(3, 8, 8, 3), ["a", "b"])
+
+
+def test_a_number_that_is_none_is_found_once_a_batch_and_named():
+    scale = np.ones((2, 8), np.float32)
+    for value in (float("nan"), float("inf")):
+        patches = [torch.ones(3, 4, 8), torch.ones(3, 4, 8)]
+        patches[1][1, 2, 3] = value
+        for codec in (Codec(dtype="int8", scale=scale), Codec(dtype="float32")):
+            is_finite, _, raise_for = code_tokens(patches, codec)
+            assert not is_finite
+            with pytest.raises(EnvironmentFailedError, match="block 5 produced NaN or infinity on b"):
+                raise_for()
+    is_finite, _, raise_for = code_tokens([torch.ones(3, 4, 8)] * 2, Codec(dtype="float32"))
+    assert is_finite
+    with pytest.raises(EnvironmentFailedError, match="from a to b, and none when it ran on it again"):
+        raise_for()
+
+
+def test_rounding_to_few_bits_may_not_end_in_infinity():
+    """Two bits: 57,344 is the largest, and from 61,440 on the next one up is none."""
+    for reach, holds in ((61_000.0, True), (63_000.0, False)):
+        patches = [torch.ones(3, 4, 8), torch.full((3, 4, 8), reach)]
+        is_finite, results, raise_for = code_tokens(patches, Codec(dtype="float16"), keep_bits=2)
+        assert is_finite == holds == bool(np.isfinite(results["patches"]).all())
+    with pytest.raises(EnvironmentFailedError, match=r"block 5 .*65504.*--dtype float32"):
+        raise_for()
+
+
+def test_videos_that_are_unmounted_stop_the_run(video_folder, make_config, tmp_path, float_store, contents):
+    root = shutil.copytree(video_folder, tmp_path / "videos")
+    config = make_config(root, tmp_path / "s.zarr", num_decoders=1)
+
+    def unmount(stage, done, *_):
+        if stage == "extracting" and done == 2:
+            root.rename(tmp_path / "elsewhere")
+            root.mkdir()  # the mount point
+
+    with pytest.raises(EnvironmentFailedError, match="is gone, with all its videos .unmounted.*run the same command"):
+        extract_dataset(config, unmount)
+    root.rmdir()
+    (tmp_path / "elsewhere").rename(root)
+    assert len(list(config.out.glob("_parts/*.parquet"))) >= 2
+    extract_dataset(config)
+    assert contents(config.out, "zarr.json") == contents(float_store, "zarr.json")
+
+
+def test_a_store_is_not_replaced_by_one_that_does_not_fit(
+    float_store, video_folder, make_config, tmp_path, monkeypatch, contents
+):
+    out = shutil.copytree(float_store, tmp_path / "old.zarr")
+    before, size = contents(out), sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    config = make_config(video_folder, out, overwrite=True)
+    monkeypatch.setattr(planning, "_free_bytes", lambda _: 1000)
+    with pytest.raises(ConfigError, match=r"1\.0 kB free and .* MB in the store that would be replaced. Nothing was"):
+        extract_dataset(replace(config, layers="all", frames={"": 60}))
+    assert contents(out) == before
+    needed = size * 1.2  # a failed video might be good by now
+    monkeypatch.setattr(
+        planning, "_free_bytes", lambda path: needed if not list(path.glob("_parts/*")) else needed - size
+    )
+    assert extract_dataset(config).videos["ok"] == 10, "with the old store's own room there is enough"
+
+
+def test_a_worker_does_a_run_of_shards_once(video_folder, make_config, tmp_path, float_store, contents):
+    config = make_config(video_folder, tmp_path / "s.zarr", prepare=True)
+    extract_dataset(config)
+    config = replace(config, prepare=False)
+    undone = dict.fromkeys(range(11))
+    with WorkerJob(config) as worker:
+        assert worker.process(undone)["backbone"] > 0
+        times = {path: path.stat().st_mtime_ns for path in config.out.glob("_parts/*")}
+        assert len(times) == 11
+        assert "backbone" not in worker.process(undone), "somebody has done them all"
+        assert "backbone" in worker.process({**undone, 3: read_marker_state(config.out, 3)})
+    changed = {path.name for path, time in times.items() if path.stat().st_mtime_ns != time}
+    assert changed == {"000003.parquet"}
+    extract_dataset(config)
+    assert contents(config.out, "zarr.json") == contents(float_store, "zarr.json")
+
+
+def test_while_workers_run_their_parent_holds_no_weights(video_folder, make_config, tmp_path, monkeypatch):
+    built, seen = [], []
+    build = job.build_backbone
+    monkeypatch.setattr(job, "build_backbone", lambda *args, **kwargs: built.append(build(*args, **kwargs)) or built[0])
+
+    def work(config, shards, report):
+        seen.append(built[0].has_weights)
+        for shard in shards:
+            report(shard, {"backbone": 2.0, "start": 5.0})
+
+    monkeypatch.setattr(extraction, "run_on_workers", work)
+    config = make_config(video_folder, tmp_path / "s.zarr", num_workers=2)
+    extract_dataset(config)
+    assert seen == [False]
+    stats = json.loads((config.out / "stats.json").read_text())
+    assert stats["flops_per_frame"] > 1e8 and stats["flop_utilisation"] is None
+    assert stats["seconds_by_stage"]["backbone"] == 22
+
+
+def test_progress_says_which_share_of_a_gpus_peak_is_used(float_store):
+    told = []
+    meter = Meter(
+        layout=open_store(float_store).layout,
+        passes=[6] * 11,
+        total=11,
+        flops_per_frame=10**9,
+        peak_flops=1e12,
+        clock=StageClock({"backbone": 3.0}),
+        report=lambda *facts: told.append(facts),
+    )
+    meter.count(0, worker_seconds=0.03)
+    meter.count(1, worker_seconds=0.01)
+    assert meter.flop_utilisation == pytest.approx(12e9 / 0.04e12), (
+        "of two workers' devices, whatever the time together"
+    )
+    assert "at 30% of the GPU's peak, held up by backbone" in told[-1][3]
 
 
 def test_stats_say_how_fast_it_was_and_what_held_it_up(video_folder, make_config, tmp_path):
@@ -323,7 +535,7 @@ def test_projected_tokens_lose_what_the_store_says_they_lose(projected_store, fl
 def test_the_codecs_cost_is_measured_on_videos_it_was_not_fitted_on(int8_store, video_folder, tmp_path, make_config):
     told = describe_store(open_store(int8_store))["fidelity"]
     assert told["is_held_out"] and told["videos"] == 2, "the 8 good training videos are calibration's"
-    assert all(one["error_median"] < 0.02 for one in told["layers"])
+    assert all(one["error_median"] < 0.03 for one in told["layers"])
     extract_dataset(make_config(video_folder, tmp_path / "train.zarr", dtype="int8", splits=("train",)))
     told = describe_store(open_store(tmp_path / "train.zarr"))["fidelity"]
     assert not told["is_held_out"]
@@ -339,6 +551,8 @@ def test_a_codec_can_be_shared(projected_store, video_folder, tmp_path, make_con
     ours, theirs = open_store(config.out), open_store(projected_store)
     assert ours.codec.sha256 == theirs.codec.sha256
     assert np.array_equal(ours.read_clips([0], [[0, 1]]).patches, theirs.read_clips([0], [[0, 1]]).patches)
+    told = [describe_store(store)["fidelity"] for store in (ours, theirs)]
+    assert told[0] == told[1], "measured on what the other store's fit has not seen"
 
 
 def test_a_codec_for_other_tokens_is_refused(projected_store, video_folder, tmp_path, make_config):

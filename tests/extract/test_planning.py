@@ -1,13 +1,16 @@
 import json
 import math
+import time
 from dataclasses import replace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from s4v.cli import app
 from s4v.errors import ConfigError
-from s4v.extract.planning import plan_extraction, require_space
+from s4v.extract.backbone import FrameTokens, build_backbone
+from s4v.extract.planning import plan_extraction, probe_backbone, require_space
 from s4v.store.layout import StoreLayout
 
 VIT_E = StoreLayout(
@@ -38,6 +41,48 @@ def test_kinetics_with_the_giant():
     assert round((sizes["patches"] + sizes["cls"] + sizes["pixels"]) / 1e12, 1) == 57.0
     small = told("--model", "vit-e", "--videos", "240436", "--frames", "8", "--dtype", "int8", "--channels", "256")
     assert 4.4 < small["total_bytes"] / 1e12 < 4.6
+
+
+def test_the_plan_of_kinetics_in_words():
+    options = ["plan", "--model", "vit-e", "--videos", "240436", "--frames", "8", "--dtype", "float16"]
+    result = CliRunner().invoke(app, options)
+    assert "56.7 TB of patches and class tokens, 57.0 TB with pixels" in result.stdout
+    result = CliRunner().invoke(app, [*options, "--no-pixels"])
+    assert "56.7 TB of patches and class tokens\n" in result.stdout
+
+
+class SlowBackbone:
+    """So many seconds a frame, and as many once more for the first pass."""
+
+    def __init__(self, frame_s):
+        self.frame_s = frame_s
+        self.sizes = []
+
+    def encode_frames(self, pixels, layers):
+        time.sleep(self.frame_s * (len(pixels) + (not self.sizes)))
+        self.sizes.append(len(pixels))
+        return FrameTokens([], torch.zeros(1), torch.zeros(len(pixels), 1))
+
+
+def test_a_probe_ends_after_its_seconds():
+    layout = replace(VIT_E, image_size=(8, 8))
+    for frame_s, sizes, expected in ((0.5, [1], 1.0), (0.05, [1, 1], 20)):
+        backbone, start = SlowBackbone(frame_s), time.monotonic()
+        rate = probe_backbone(backbone, layout, batch_size=16, seconds=0.4)
+        assert time.monotonic() - start < max(0.6, 3 * frame_s)
+        assert backbone.sizes[: len(sizes)] == sizes and max(backbone.sizes) < 16
+        assert rate == pytest.approx(expected, rel=0.3)
+    quick = SlowBackbone(0.001)
+    assert 500 < probe_backbone(quick, layout, batch_size=16, seconds=0.4) <= 1000
+    assert quick.sizes[-1] == 16, "there is time for passes as large as those of an extraction"
+
+
+def test_a_probe_measures_a_real_backbone():
+    backbone = build_backbone("tiny-clip", weights="random", device=torch.device("cpu")).load_weights()
+    layout = replace(VIT_E, layers=(1, 5), image_size=(64, 64))
+    start = time.monotonic()
+    assert probe_backbone(backbone, layout, batch_size=8, seconds=0.5) > 1
+    assert time.monotonic() - start < 2
 
 
 def test_the_cache_breaks_even_when_it_cost_less_than_running_the_backbone():

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from s4v.errors import StoreDamagedError, StoreMismatchError
-from s4v.extract.pipeline import extract_dataset
+from s4v.extract.extraction import extract_dataset
 from s4v.store.reader import open_store
 from s4v.store.verify import verify_store
+from s4v.store.writer import is_undone, read_marker_state
 
 
 @pytest.fixture
@@ -51,6 +52,99 @@ def test_another_command_does_not_repair(damaged, video_folder, make_config, con
         extract_dataset(other)
     assert contents(damaged) == before
     assert np.any([one.where == "cls/zarr.json" for one in verify_store(open_store(damaged))])
+
+
+@pytest.fixture
+def paired(make_video, make_config, tmp_path):
+    """18 listed videos in shards of two, two of them broken; a function that gives the status of a row."""
+    names = [f"{number:02d}.mp4" for number in range(18)]
+    for number, name in enumerate(names):
+        make_video(tmp_path / "videos" / name, seed=number)
+    for broken in (names[2], names[7]):
+        (tmp_path / "videos" / broken).write_bytes(b"no video" * 50)
+    (tmp_path / "list.csv").write_text("".join(f"{name} 0\n" for name in names))
+    lists = {"dataset": "lists", "annotations": tmp_path / "list.csv", "frames": {"": 4}}
+    config = make_config(tmp_path / "videos", tmp_path / "paired.zarr", **lists)
+    extract_dataset(config)
+    assert open_store(config.out).layout.rows_per_shard == 2
+    return config
+
+
+def statuses(config):
+    return open_store(config.out).read_manifest(["status"])["status"].to_pylist()
+
+
+def test_trying_failed_rows_again_loses_no_good_row(paired, make_video, caplog):
+    before = statuses(paired)
+    (paired.root / "03.mp4").unlink()  # beside 02
+    for name in ("02.mp4", "07.mp4"):
+        make_video(paired.root / name, seed=50)
+    summary = extract_dataset(replace(paired, retry_failed=True))
+    assert summary.videos == {"ok": 17, "failed": 1, "pending": 0}
+    assert statuses(paired) == [*before[:7], "ok", *before[8:]], "07 is had, 02 is not, 03 is kept"
+    assert "shard 1 with its failed rows is not done anew: it would lose 03.mp4" in caplog.text
+    assert verify_store(open_store(paired.out)) == []
+
+
+def test_a_good_row_is_not_replaced_by_a_failed_one(paired, make_video, caplog, contents):
+    before, marker = contents(paired.out), read_marker_state(paired.out, 1)
+    (paired.root / "03.mp4").write_bytes(b"no video any more")
+    (paired.root / "06.mp4").write_bytes(b"no video any more")
+    for name in ("02.mp4", "07.mp4"):
+        make_video(paired.root / name, seed=50)
+    assert extract_dataset(replace(paired, retry_failed=True)).videos == {"ok": 16, "failed": 2, "pending": 0}
+    assert contents(paired.out) == before
+    assert not is_undone(paired.out, 1, marker), "who hands out shards to workers does not hand it out again"
+    assert "shard 1 stays as it was, for good rows of it do not decode now: 03.mp4 (unreadable" in caplog.text
+    # Where the marker is gone, nothing is left that could stay.
+    (paired.out / "_parts/000005.parquet").unlink()
+    (paired.root / "10.mp4").unlink()
+    extract_dataset(paired)
+    assert "shard 5 loses rows that were good and do not decode now: 10.mp4 (missing-file)" in caplog.text
+
+
+def test_repair_loses_no_good_row(paired, flip_byte, caplog):
+    store = open_store(paired.out)
+    clips = store.read_clips([8], [[0, 1, 2, 3]])
+    (paired.root / "08.mp4").unlink()
+    flip_last_chunk(paired.out / "patches/c.4.0.0.0.0.0")  # of row 9
+    flip_byte(paired.out / "patches/c.6.0.0.0.0.0")
+    flip_byte(paired.out / "_parts/000004.parquet", 300)
+    with pytest.raises(StoreDamagedError, match=r"damage stays in shards 4; all else is mended.*bring the videos back"):
+        extract_dataset(replace(paired, repair=True))
+    assert "shard 4 is damaged and stays so: done anew it would lose 08.mp4" in caplog.text
+    assert [(one.shard, one.video_id) for one in verify_store(open_store(paired.out))] == [(4, "09.mp4")]
+    assert np.array_equal(open_store(paired.out).read_clips([8], [[0, 1, 2, 3]]).patches, clips.patches)
+
+
+def test_repair_redoes_a_shard_where_only_damaged_rows_are_lost(paired, flip_byte, caplog):
+    for name in ("08.mp4", "14.mp4"):
+        (paired.root / name).unlink()
+    flip_byte(paired.out / "patches/c.4.0.0.0.0.0")  # its first chunk is row 8's
+    (paired.out / "pixels/c.7.0.0.0.0.0.0").unlink()  # of both rows
+    flip_byte(paired.out / "patches/c.6.0.0.0.0.0")
+    summary = extract_dataset(replace(paired, repair=True))
+    assert summary.videos == {"ok": 14, "failed": 4, "pending": 0}
+    assert verify_store(open_store(paired.out)) == []
+    assert "shard 4 loses rows that were good and do not decode now: 08.mp4 (missing-file)" in caplog.text
+    assert "shard 7 loses rows that were good" in caplog.text
+
+
+def test_a_damaged_done_marker_alone_is_written_anew_where_a_video_is_gone(paired, contents):
+    before = contents(paired.out)
+    (paired.root / "08.mp4").unlink()
+    (paired.out / "_parts/000004.parquet").unlink()
+    extract_dataset(replace(paired, repair=True))
+    assert contents(paired.out) == before
+    assert verify_store(open_store(paired.out)) == []
+
+
+def flip_last_chunk(path):
+    """A byte of the last chunk, which stands before the index: one pair of offset and length for each chunk."""
+    data = bytearray(path.read_bytes())
+    pairs = np.frombuffer(data[-4 - 16 * 8 : -4], dtype="<u8").reshape(-1, 2)
+    data[int(pairs[-1, 0]) + 5] ^= 1
+    path.write_bytes(data)
 
 
 def test_failed_rows_are_tried_again_when_asked_for(video_folder, make_video, make_config, tmp_path, contents):

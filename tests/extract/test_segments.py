@@ -12,7 +12,7 @@ from s4v.errors import ConfigError, StoreMismatchError
 from s4v.extract import _video, segments
 from s4v.extract._decoder import LastVideo, decode
 from s4v.extract._video import DecodeFailure
-from s4v.extract.pipeline import extract_dataset
+from s4v.extract.extraction import extract_dataset
 from s4v.extract.planning import plan_command
 from s4v.extract.segments import cut_span, name_segment
 from s4v.store.reader import open_store

@@ -9,7 +9,7 @@ import torch
 from s4v.errors import ConfigError, StoreMismatchError
 from s4v.extract._decoder import decode
 from s4v.extract.backbone import build_backbone
-from s4v.extract.pipeline import extract_dataset
+from s4v.extract.extraction import extract_dataset
 from s4v.extract.planning import plan_command
 from s4v.extract.resizing import VIEWS, render_view
 from s4v.extract.sampling import SAMPLINGS
