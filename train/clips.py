@@ -54,6 +54,13 @@ class ClipBatch:
     texts: TextBatch | None = None
     """Of those captions."""
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All that there are."""
+        texts = () if self.texts is None else (self.texts.tokens, self.texts.mask, self.texts.embedding)
+        for tensor in (self.pixels, self.patches, self.cls, self.labels, *texts):
+            if tensor is not None:
+                yield tensor
+
 
 @dataclass(frozen=True, slots=True)
 class LabelledRows:
@@ -253,6 +260,13 @@ class ClipLoader:
 
     def load(self, plans: Sequence[ClipPlan]) -> Iterator[ClipBatch]:
         """Batches in the order of the plans."""
+        batches = self._read_ahead(plans)
+        if self._device.type != "cuda":
+            return batches
+        return self._copy_ahead(batches, torch.cuda.Stream(self._device))
+
+    def _read_ahead(self, plans: Sequence[ClipPlan]) -> Iterator[ClipBatch]:
+        """Batches whose copies, to a GPU, may be under way on the stream that is current when they are asked for."""
         with ThreadPoolExecutor(2, thread_name_prefix="s4v-read") as threads:
             pending: deque[tuple[ClipPlan, Future[_Read]]] = deque()
             try:
@@ -265,6 +279,26 @@ class ClipLoader:
             finally:
                 for _, future in pending:
                     future.cancel()
+
+    def _copy_ahead(self, batches: Iterator[ClipBatch], copies: torch.cuda.Stream) -> Iterator[ClipBatch]:
+        """The same batches, each copied to the GPU while the step on the one before it runs.
+
+        On the step's own stream copies would wait for that step.
+        """
+        ahead: tuple[ClipBatch, torch.cuda.Event] | None = None
+        while True:
+            with torch.cuda.stream(copies):
+                batch = next(batches, None)
+                copied = copies.record_event()
+            if ahead is not None:
+                current = torch.cuda.current_stream(self._device)
+                current.wait_event(ahead[1])
+                for tensor in ahead[0].tensors():
+                    tensor.record_stream(current)
+                yield ahead[0]
+            if batch is None:
+                return
+            ahead = batch, copied
 
     def _read(self, plan: ClipPlan) -> _Read:
         clips = self._store.read_clips(
@@ -286,7 +320,7 @@ class ClipLoader:
         pixels = None
         if clips.pixels is not None:
             raw = self._copy(clips.pixels)[:, :, self._shown]
-            pixels = (raw.permute(0, 1, 4, 2, 3).float() / 255 - self._mean) / self._std
+            pixels = raw.permute(0, 1, 4, 2, 3).float().div_(255).sub_(self._mean).div_(self._std)
         return ClipBatch(
             pixels,
             None if clips.patches is None else self._copy(clips.patches),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from .config import TrainConfig
 from .evaluate import evaluate_run, find_device, find_interval
 from .heads import HEADS
 from .loop import train_run
+from .presets import resolve_preset
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ class Compared:
     reads: str
     parameters: int
     """Trained ones."""
+    epochs: int | None
+    """Of each training; None of what is not trained."""
     videos: int
     """Held out."""
     top1: float
@@ -83,6 +86,9 @@ def compare_methods(
     if seeds < 1:
         raise ConfigError(f"--seeds must be at least 1; found {seeds}")
     store = open_store(base.features)
+    # All are trained as long, on as many clips a step, as the side network; rates and weight decay are each one's own.
+    side = resolve_preset(replace(base, head="side4video"), store)
+    base = replace(base, epochs=side.epochs, batch_size=side.batch_size, warmup_epochs=side.warmup_epochs)
     lines = []
     for method in methods:
         if method == ZERO_SHOT:
@@ -95,7 +101,7 @@ def compare_methods(
 
 
 def _train_and_evaluate(base: TrainConfig, method: str, seeds: int, say: Callable[[str], None]) -> Compared:
-    told, parameters, seconds = [], 0, []
+    told, parameters, epochs, seconds = [], 0, 0, []
     for seed in range(seeds):
         out = base.out / f"{method}-{seed}"
         own = {"inputs": "all", "side_width": None} if method != "side4video" else {}
@@ -103,7 +109,7 @@ def _train_and_evaluate(base: TrainConfig, method: str, seeds: int, say: Callabl
         config = TrainConfig(**{**fields, "head": method, "out": out, "seed": seed, "resume": True, **own})
         say(f"training {method}{f', seed {seed}' if seeds > 1 else ''}")
         trained = train_run(config)
-        parameters = trained["parameters"]
+        parameters, epochs = trained["parameters"], trained["epochs"]
         seconds.append(trained["seconds"])
         told.append(evaluate_run(out, split=base.val_split, checkpoint="last", device=find_device(base.device)))
     top1 = [one["top1"] for one in told]
@@ -112,6 +118,7 @@ def _train_and_evaluate(base: TrainConfig, method: str, seeds: int, say: Callabl
         method=method,
         reads=_READS[method],
         parameters=parameters,
+        epochs=epochs,
         videos=videos,
         top1=float(np.mean(top1)),
         interval=find_interval(float(np.mean(top1)), videos),
@@ -137,6 +144,7 @@ def _ask(ask: AskBackbone, store: StoreReader, split: str, say: Callable[[str], 
         method=ZERO_SHOT,
         reads=_READS[ZERO_SHOT],
         parameters=0,
+        epochs=None,
         videos=len(labels),
         top1=float(right.mean()),
         interval=find_interval(float(right.mean()), len(labels)),
@@ -155,12 +163,13 @@ def _write(out: Path, store: StoreReader, lines: Sequence[Compared]) -> None:
 
 def render_table(lines: Sequence[Compared]) -> list[str]:
     """A Markdown table, line by line."""
-    header = ("method", "reads", "trained weights", "top-1", "95 %", "top-5", "mean class", "seconds")
+    header = ("method", "reads", "trained weights", "epochs", "top-1", "95 %", "top-5", "mean class", "seconds")
     rows = [
         (
             line.method,
             line.reads,
             f"{line.parameters:,}",
+            "" if line.epochs is None else line.epochs,
             f"{line.top1:.1%}" + (f" ± {line.deviation:.1%}" if line.deviation is not None else ""),
             f"{100 * line.interval[0]:.0f} to {100 * line.interval[1]:.0f}",
             "" if line.top5 is None else f"{line.top5:.1%}",
@@ -169,4 +178,4 @@ def render_table(lines: Sequence[Compared]) -> list[str]:
         )
         for line in lines
     ]
-    return [f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *rows)]
+    return [f"| {' | '.join(map(str, cells))} |" for cells in (header, ("---",) * len(header), *rows)]

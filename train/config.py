@@ -53,12 +53,16 @@ class TrainConfig:
     inputs: Inputs = "all"
     """What the side network sees: `tokens` leaves out its pixel stem, `pixels` makes every token zero."""
     frames: int | None = None
-    """T, frames of a clip; None takes 8, for retrieval 12, fewer where rows hold fewer."""
+    """T, frames of a clip; None takes those of a preset that was named, else 8, for retrieval 12, fewer where rows hold
+    fewer."""
     epochs: int | None = None
     """None takes the preset's, else 30, for retrieval 5."""
     batch_size: int | None = None
-    """Clips in a step of one process; None takes 32, for retrieval 128: a text's negatives are the step's other
-    videos, of all processes."""
+    """Clips in a step of one process; None takes the preset's, else 32. For retrieval, where a text's negatives are the
+    step's other videos, None shares 128 out among all processes."""
+    views_per_video: int | None = None
+    """Different views of a video that stand side by side in a step; None takes the preset's where all training rows
+    hold as many, else 1."""
     learning_rate: float | None = None
     """Of AdamW, after the warm-up; None takes the preset's, else the reference's for the store's backbone: 1e-3 for B,
     else 1e-4; for retrieval 1e-4."""
@@ -75,7 +79,8 @@ class TrainConfig:
     with_compile: bool = False
     """Have `torch.compile` make the head's kernels."""
     precision: Literal["fp32", "fp16", "bf16"] | None = None
-    """Mixed precision of the step; None takes bf16 (or fp16) on a GPU that has it, fp32 on a CPU."""
+    """Mixed precision of the step and of validation; None takes bf16 (or fp16) on a GPU that has it, fp32 elsewhere.
+    The run records what it came to."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `mps`."""
     seed: int = 0
@@ -102,6 +107,7 @@ class TrainConfig:
             "--frames": self.frames,
             "--epochs": self.epochs,
             "--batch-size": self.batch_size,
+            "--views-per-video": self.views_per_video,
             "--side-width": self.side_width,
             "--accumulate": self.accumulate,
             "--patience": self.patience,

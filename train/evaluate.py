@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.distributed as dist
 
 from ..errors import ConfigError, EnvironmentFailedError, StoreMismatchError, StoreNotFoundError
 from ..store._files import write_json
@@ -19,6 +22,7 @@ from ..store.manifest import write_table
 from ..store.reader import StoreReader, open_store
 from .clips import (
     ClipLoader,
+    ClipPlan,
     LabelledRows,
     codec_for,
     find_labelled_rows,
@@ -28,6 +32,32 @@ from .clips import (
 from .run import Run, load_checkpoint, open_run, require_matching_store
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Team:
+    """The processes that share an evaluation, and how each of them computes."""
+
+    rank: int = 0
+    """Of this one."""
+    size: int = 1
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """The precision of the pass: what the head was trained in."""
+
+    def take(self, plans: Sequence[ClipPlan]) -> list[ClipPlan]:
+        """This process's share of the batches; they are as large as those of one process, so scores are the same."""
+        return list(plans[self.rank :: self.size])
+
+    def gather(self, parts: list[np.ndarray]) -> list[np.ndarray]:
+        """What every process made of its share, as all of them see it: in the order of the batches."""
+        if self.size == 1:
+            return parts
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, parts)
+        return [found[place % self.size][place // self.size] for place in range(sum(map(len, found)))]
+
+
+ALONE = Team()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +91,45 @@ class Evaluation:
 
 
 @torch.inference_mode()
+def run_head(
+    head: torch.nn.Module,
+    store: StoreReader,
+    plans: Sequence[ClipPlan],
+    *,
+    layers: tuple[int, ...],
+    device: torch.device,
+    is_backwards: bool = False,
+    team: Team = ALONE,
+    finish: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.float,
+) -> np.ndarray:
+    """What a head says of planned clips, in their order; it is put into evaluation mode for the time.
+
+    Args:
+        head: It sits on `device`.
+        store: Where the tokens are.
+        plans: Batches of clips.
+        layers: Backbone blocks that the head reads.
+        device: Where the head is.
+        is_backwards: Show it every clip from its last frame to its first.
+        team: Who shares the batches; every process gets the result of all.
+        finish: What becomes of the output of a batch, on the device.
+    """
+    was_training = head.training
+    head.eval()
+    arrays: tuple[str, ...] = head.arrays  # type: ignore[assignment]
+    if is_backwards:
+        plans = [replace(plan, places=plan.places[:, ::-1]) for plan in plans]
+    codec = codec_for(store, layers, device) if "patches" in arrays else None
+    loader = ClipLoader(store, arrays=arrays, layers=layers, device=device)
+    parts = []
+    for batch in loader.load(team.take(plans)):
+        with team.autocast():
+            output = head(batch.pixels, batch.patches, batch.cls, codec)
+        parts.append(finish(output.float()).cpu().numpy())
+    head.train(was_training)
+    return np.concatenate(team.gather(parts))
+
+
 def evaluate_head(
     head: torch.nn.Module,
     store: StoreReader,
@@ -72,6 +141,7 @@ def evaluate_head(
     device: torch.device,
     num_clips: int | None = None,
     is_backwards: bool = False,
+    team: Team = ALONE,
 ) -> Evaluation:
     """Score videos with a head that sits on `device`; it is put into evaluation mode for the time.
 
@@ -85,24 +155,25 @@ def evaluate_head(
         device: Where the head is.
         num_clips: Clips of a video; None takes those that the store recorded.
         is_backwards: Show the head every clip from its last frame to its first.
+        team: Who shares the clips, and in which precision; every process gets the whole result.
 
     Raises:
         EnvironmentFailedError: If a score is not finite.
+        StoreMismatchError: If a recorded clip holds fewer than T frames.
     """
-    was_training = head.training
-    head.eval()
-    arrays: tuple[str, ...] = head.arrays  # type: ignore[assignment]
+    if num_clips is None:
+        require_long_clips(data, num_frames, store)
     plans, owner = plan_evaluation(data, num_frames=num_frames, batch_size=batch_size, num_clips=num_clips)
-    if is_backwards:
-        plans = [replace(plan, places=plan.places[:, ::-1]) for plan in plans]
-    codec = codec_for(store, layers, device) if "patches" in arrays else None
-    loader = ClipLoader(store, arrays=arrays, layers=layers, device=device)
-    scores = [
-        head(batch.pixels, batch.patches, batch.cls, codec).float().softmax(dim=-1).cpu().numpy()
-        for batch in loader.load(plans)
-    ]
-    head.train(was_training)
-    clip_scores = np.concatenate(scores)
+    clip_scores = run_head(
+        head,
+        store,
+        plans,
+        layers=layers,
+        device=device,
+        is_backwards=is_backwards,
+        team=team,
+        finish=partial(torch.softmax, dim=-1),
+    )
     if not np.isfinite(clip_scores).all():
         raise EnvironmentFailedError("the head's scores are not finite: its weights or its input hold NaN or infinity")
     sums = np.zeros((len(data), clip_scores.shape[1]), dtype=np.float64)
@@ -143,8 +214,10 @@ def evaluate_run(
         per_class, confusion, and more.
 
     Raises:
-        StoreMismatchError: If the store does not fit the run, or the split has no good, labelled video.
+        StoreMismatchError: If the store does not fit the run, its clips are shorter than the run's, or the split has no
+            good, labelled video.
         ConfigError: If the run is of retrieval, or was imported without a store and none is named.
+        EnvironmentFailedError: If a score is not finite, or the device is too small.
     """
     if open_run(run_path).head.task == "retrieval":
         raise ConfigError(
@@ -170,20 +243,24 @@ def evaluate_run(
             f"{num_clips} clips of {run.frames} frames were asked for, rows of {store.path} hold as few as {fewest} "
             f"frames: at most --clips {fewest // run.frames}"
         )
+    if num_clips is None:
+        warn_of_thinned_clips(data, run.frames, store)
     device = device or torch.device("cpu")
     report("evaluating", 0, len(data))
-    head = load_checkpoint(run, checkpoint).to(device)
-    result = evaluate_head(
-        head,
-        store,
-        data,
-        layers=run.head.layers,
-        num_frames=run.frames,
-        batch_size=run.config["batch_size"],
-        device=device,
-        num_clips=num_clips,
-        is_backwards=is_backwards,
-    )
+    with explain_full_device("evaluate with --device cpu"):
+        head = load_checkpoint(run, checkpoint).to(device)
+        result = evaluate_head(
+            head,
+            store,
+            data,
+            layers=run.head.layers,
+            num_frames=run.frames,
+            batch_size=run.config["batch_size"],
+            device=device,
+            num_clips=num_clips,
+            is_backwards=is_backwards,
+            team=Team(autocast=autocast_as_trained(run, device)),
+        )
     confusion = result.confusion()
     per_class = describe_classes(result, run.classes)
     figures = {
@@ -210,6 +287,67 @@ def evaluate_run(
 
         write_results(run, store, result, figures, name)
     return figures
+
+
+def find_clip_lengths(data: LabelledRows, *, only_first: bool = False) -> np.ndarray:
+    """Frames of each recorded evaluation clip, or of each row's first."""
+    clips = (row[:1] if only_first else row for row in data.eval_clips)
+    return np.asarray([len(clip) for row in clips for clip in row], dtype=np.int64)
+
+
+def require_long_clips(data: LabelledRows, num_frames: int, store: StoreReader, *, only_first: bool = False) -> None:
+    """Refuse recorded evaluation clips that are shorter than a head's: frames would be shown twice.
+
+    Raises:
+        StoreMismatchError: With both numbers.
+    """
+    fewest = int(find_clip_lengths(data, only_first=only_first).min(initial=num_frames))
+    if fewest < num_frames:
+        raise StoreMismatchError(
+            f"the run's clips have {num_frames} frames, evaluation clips of {store.path} as few as {fewest}. Use "
+            f"--frames {fewest} in training (or --clips in evaluation, which spreads clips over all cached frames), or "
+            f"extract clips of {num_frames} frames."
+        )
+
+
+def warn_of_thinned_clips(data: LabelledRows, num_frames: int, store: StoreReader, *, only_first: bool = False) -> None:
+    """Say that clips sampled as the reference samples them are not its clips once frames are left out."""
+    sampling = store.attributes["sampling"]
+    most = int(find_clip_lengths(data, only_first=only_first).max(initial=0))
+    if str(sampling).startswith("reference-") and most > num_frames:
+        _log.warning(
+            "evaluation clips of %s are %d frames by %s; the %d that are taken of them are not the reference's clip of "
+            "that length. For its figures extract clips of %d frames, or train on %d.",
+            store.path,
+            most,
+            sampling,
+            num_frames,
+            num_frames,
+            most,
+        )
+
+
+def autocast_as_trained(run: Run, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """The mixed precision that a run was trained in, where the device has it: float16 a CUDA GPU alone."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.config.get("precision") or "fp32")
+    if dtype is None or (dtype == torch.float16 and device.type != "cuda"):
+        return nullcontext
+    return partial(torch.autocast, device.type, dtype)
+
+
+@contextmanager
+def explain_full_device(advice: str) -> Iterator[None]:
+    """Turn torch's error about memory into ours.
+
+    Raises:
+        EnvironmentFailedError: If the device's memory does not suffice.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise EnvironmentFailedError(
+            f"the device's memory does not suffice ({str(error).splitlines()[0]}): {advice}."
+        ) from error
 
 
 def open_run_and_store(run_path: str | Path, features: str | Path | None) -> tuple[Run, StoreReader]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..errors import ConfigError, StoreMismatchError
@@ -14,7 +13,7 @@ from ..store.codec import Codec
 from ..store.reader import StoreReader
 from .config import Family, Inputs, Similarity, Task
 from .presets import PAPER_SIDE_WIDTHS, side_family
-from .side_network import ARRAYS, LadderSizes, RetrievalSideNetwork, SideNetwork, Tap
+from .side_network import ARRAYS, BatchNorm, LadderSizes, RetrievalSideNetwork, SideNetwork, Tap, make_again
 
 _MOST_PROBE_WIDTH = 768
 """Of the attentive probe, beside backbones that are wider."""
@@ -58,7 +57,7 @@ class LinearProbe(nn.Module):
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
         # Without affine parameters: it only brings channels of very different size to one scale.
-        self.norm = nn.BatchNorm1d(width, affine=False)
+        self.norm = BatchNorm(width, affine=False)
         self.classifier = nn.Linear(width, num_classes)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
@@ -116,20 +115,50 @@ class AttentiveProbe(nn.Module):
         codec: Codec | None = None,
     ) -> torch.Tensor:
         """Score clips from patches (B, T, L, N, D), or codes with a codec; returns (B, num_classes) logits."""
-        tokens = []
+        width = self.query.shape[1]
+        ask, times = self._fold_query(), embed_times(patches.shape[1], width, patches.device)[:, None]
+        pooled, masses = [], []
         for place, tap in enumerate(self.taps):
-            one = patches[:, :, place]
             assert isinstance(tap, Tap)
-            read = tap(one.to(cls.dtype)) if codec is None else tap.read_codes(one, codec, place)
-            tokens.append(read + self.layer[place])
-        x = torch.stack(tokens, dim=2)  # (B, T, L, N, S)
-        b, t, _, _, s = x.shape
-        x = x + embed_times(t, s, x.device)[:, None, None].to(x.dtype)
-        keys, values = self.keys_values(x.flatten(1, 3)).chunk(2, dim=-1)  # (B, T*L*N, S) each
-        query = self.query.to(keys.dtype).expand(b, 1, s)
-        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (query, keys, values))
-        pooled = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1)  # (B, S)
+
+            def pool(codes: torch.Tensor, where: torch.Tensor, tap: Tap = tap, place: int = place) -> torch.Tensor:
+                read = tap(codes.to(cls.dtype)) if codec is None else tap.read_codes(codes, codec, place)
+                return _pool_tokens((read + where).flatten(1, 2), ask)
+
+            found = make_again(pool, patches[:, :, place], self.layer[place] + times, side_width=width)
+            pooled.append(found[..., :-1])
+            masses.append(found[..., -1])
+        # Each layer's mean counts as much as its tokens weigh: the softmax over all of them, without holding them.
+        shares = torch.stack(masses, dim=-1).softmax(dim=-1)  # (B, heads, L)
+        mean = torch.einsum("bhl,bhls->bhs", shares, torch.stack(pooled, dim=2))
+        return self._classify(mean)
+
+    def _fold_query(self) -> torch.Tensor:
+        """What a token is multiplied by to get each head's logit, (heads, S): the query, seen through the keys.
+
+        The keys' bias adds the same to all logits of a head and is left out.
+        """
+        width = self.query.shape[1]
+        keys = self.keys_values.weight[:width].unflatten(0, (self.num_heads, -1))  # (heads, 64, S)
+        query = self.query.view(self.num_heads, -1)  # (heads, 64)
+        return torch.einsum("hcs,hc->hs", keys, query) * query.shape[1] ** -0.5
+
+    def _classify(self, mean: torch.Tensor) -> torch.Tensor:
+        """Each head's mean token (B, heads, S) -> (B, num_classes): the values of a mean are the mean of the values."""
+        width = self.query.shape[1]
+        values = self.keys_values.weight[width:].unflatten(0, (self.num_heads, -1))  # (heads, 64, S)
+        pooled = torch.einsum("bhs,hcs->bhc", mean, values).flatten(1) + self.keys_values.bias[width:]  # (B, S)
         return self.classifier(self.norm(pooled + self.mlp(self.mlp_norm(pooled))))
+
+
+def _pool_tokens(x: torch.Tensor, ask: torch.Tensor) -> torch.Tensor:
+    """The mean of tokens (B, M, S) by each head's weights, and the logarithm of their sum: (B, heads, S + 1)."""
+    precise = torch.promote_types(x.dtype, torch.float32)
+    logits = (x @ ask.T).to(precise)  # (B, M, heads)
+    mass = logits.logsumexp(dim=1)  # (B, heads)
+    shares = (logits - mass[:, None]).exp()
+    mean = shares.to(x.dtype).transpose(1, 2) @ x
+    return torch.cat([mean.to(precise), mass[..., None]], dim=-1)
 
 
 def embed_times(num_frames: int, width: int, device: torch.device) -> torch.Tensor:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
+import uuid
 from collections.abc import Callable
 from typing import Any
 
 from ..errors import ConfigError
+from ..store._files import write_text
 from .config import TrainConfig
 from .run import Run
+
+_WANDB_ID_NAME = "wandb_id.txt"
 
 Logger = Callable[[dict[str, Any]], None]
 """Takes the metrics of one epoch."""
 
 
 def make_loggers(run: Run, config: TrainConfig, epochs_done: int) -> list[Logger]:
-    """All loggers of a run.
-
-    Raises:
-        ConfigError: If wandb is asked for and not installed.
-    """
+    """All loggers of a run; see `require_wandb`."""
     loggers = [_make_tensorboard(run, epochs_done)]
     return [*loggers, _make_wandb(run, config.wandb)] if config.wandb is not None else loggers
 
@@ -37,12 +38,31 @@ def _make_tensorboard(run: Run, epochs_done: int) -> Logger:
     return log
 
 
+def require_wandb(config: TrainConfig) -> None:
+    """Told before a run's folder is made.
+
+    Raises:
+        ConfigError: If wandb is asked for and not installed.
+    """
+    if config.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("--wandb needs the package wandb: pip install wandb, or leave the option out")
+
+
 def _make_wandb(run: Run, project: str) -> Logger:
-    try:
-        import wandb  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise ConfigError("--wandb needs the package wandb: pip install wandb, or leave the option out") from error
-    session = wandb.init(project=project, name=run.path.name, dir=run.path, config=run.config, resume="allow")
+    import wandb  # type: ignore[import-not-found]
+
+    # Kept in the folder, so that a run that goes on is the same one there too, and another in its place is not.
+    path = run.path / _WANDB_ID_NAME
+    if not path.is_file():
+        write_text(path, uuid.uuid4().hex)
+    session = wandb.init(
+        project=project,
+        id=path.read_text(encoding="utf-8"),
+        name=run.path.name,
+        dir=run.path,
+        config=run.config,
+        resume="allow",
+    )
 
     def log(metrics: dict[str, Any]) -> None:
         session.log(metrics, step=metrics["epoch"])

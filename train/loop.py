@@ -6,13 +6,16 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
 from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
 from ..errors import ConfigError, EnvironmentFailedError
@@ -21,14 +24,16 @@ from ..store.reader import StoreReader, open_store
 from .clips import (
     ClipBatch,
     ClipLoader,
+    ClipPlan,
     codec_for,
     plan_training_epoch,
     resolve_clip_frames,
 )
 from .config import TrainConfig
+from .evaluate import Team, explain_full_device, find_clip_lengths, require_long_clips, warn_of_thinned_clips
 from .heads import HeadConfig, build_head, plan_head
-from .logs import make_loggers
-from .presets import resolve_preset
+from .logs import make_loggers, require_wandb
+from .presets import resolve_preset, resolve_views
 from .recipe import learning_rate_at, make_optimizer, set_learning_rate
 from .run import (
     CONFIG_NAME,
@@ -50,7 +55,10 @@ ReportEpoch = Callable[[dict[str, Any], int], None]
 
 _log = logging.getLogger(__name__)
 
-_FABRIC_PRECISION = {"fp32": "32-true", "fp16": "16-mixed", "bf16": "bf16-mixed"}
+# A GPU is asked for its losses so often: each time holds it up.
+_CHECK_EVERY = 50
+
+_MOST_NAMED = 32
 
 
 def default_run_path(features: Path, head: str, *, resume: bool = False, folder: Path = Path("runs")) -> Path:
@@ -78,16 +86,30 @@ def train_run(config: TrainConfig, report: ReportEpoch = lambda *_: None) -> dic
         run, preset, epochs, best (metrics of the best epoch), last, parameters, seconds, data_wait_share.
 
     Raises:
-        StoreMismatchError: If the store lacks what the head reads, or has no labelled training video.
+        StoreMismatchError: If the store lacks what the head reads, has no labelled training video, or its clips are
+            shorter than was asked for.
         RunExistsError: If the run's folder holds anything; with `resume`, if it was begun with other settings.
-        EnvironmentFailedError: If the loss is not finite; the last good checkpoint is kept.
+        EnvironmentFailedError: If the loss is not finite, the last good checkpoint is kept; or if the device's memory
+            does not suffice.
     """
+    with explain_full_device(
+        "train with --checkpoint-activations, or with a smaller --batch-size and more of --accumulate"
+    ):
+        return _train_run(config, report)
+
+
+def _train_run(config: TrainConfig, report: ReportEpoch) -> dict[str, Any]:
     is_first = int(os.environ.get("RANK", "0")) == 0
     can_resume = config.resume and (config.out / CONFIG_NAME).is_file()
     if is_first and not can_resume:
         refuse_existing_run(config.out)
+    require_wandb(config)
+    num_processes = int(os.environ["WORLD_SIZE"]) if TorchElasticEnvironment.detect() else 1
+    device_type, precision = resolve_device(config)
+    config = replace(config, precision=precision)  # type: ignore[arg-type]
     store = open_store(config.features)
-    config = resolve_preset(config, store)
+    is_auto = config.preset == "auto"
+    config = resolve_preset(config, store, num_processes=num_processes)
     head_config = plan_head(
         config.head,
         store,
@@ -98,24 +120,60 @@ def train_run(config: TrainConfig, report: ReportEpoch = lambda *_: None) -> dic
         interaction=config.interaction,
     )
     task = TASKS[config.task](config, store)
-    available = np.concatenate([task.training.num_cached_frames, task.validation.num_cached_frames])
-    frames = resolve_clip_frames(config.frames, available, store, task.default_frames)
+    config = replace(config, views_per_video=resolve_views(config, task.training.num_views, num_processes))
+    frames = _resolve_frames(config, store, task, is_told=is_auto and config.preset != "none")
+    _require_full_step(config, task, num_processes)
     # Before anything is written: it may not fit.
     torch.manual_seed(config.seed)
     module = build_head(head_config)
-    if config.init is not None:
+    if config.init is not None and not (can_resume and (config.out / STATE_NAME).is_file()):
         begin_with(config.init, module)
     text_arrays = task.prepare_head(module)
-    fabric = _make_fabric(config)
-    assert config.batch_size is not None
-    if config.task == "retrieval" and config.batch_size * fabric.world_size < 2:
-        raise ConfigError("a step of one pair has no negatives, and teaches nothing: --batch-size 2 or more")
-    run = plan_run(config, frames, head_config, store, task.training.rows, fabric.world_size)
+    fabric = _make_fabric(config, device_type)
+    run = plan_run(
+        config,
+        frames,
+        head_config,
+        store,
+        task.training.rows,
+        num_processes=fabric.world_size,
+        device_type=device_type,
+    )
     fabric.barrier()  # no process looks at what the first one is about to write
     if fabric.is_global_zero:
         require_same_run(run) if can_resume else create_run(run)
     fabric.barrier()
     return _Training(config, run, head_config, store, task, module, text_arrays, fabric).fit(report)
+
+
+def _resolve_frames(config: TrainConfig, store: StoreReader, task: Task, *, is_told: bool) -> int:
+    """T, which neither training rows nor evaluation clips may fall short of; whether fewer than usual are told."""
+    held = np.concatenate([task.training.num_cached_frames, task.validation.num_cached_frames])
+    if config.frames is None:
+        lengths = find_clip_lengths(task.validation, only_first=task.reads_first_clips)
+        held = np.concatenate([held, lengths])
+    frames = resolve_clip_frames(config.frames, held, store, task.default_frames)
+    require_long_clips(task.validation, frames, store, only_first=task.reads_first_clips)
+    warn_of_thinned_clips(task.validation, frames, store, only_first=task.reads_first_clips)
+    if is_told and config.frames is None and frames < task.default_frames:
+        _log.warning(
+            "clips of %d frames: rows of %s hold no more; %s is trained with %d (--frames)",
+            frames,
+            store.path,
+            config.preset,
+            task.default_frames,
+        )
+    return frames
+
+
+def _require_full_step(config: TrainConfig, task: Task, num_processes: int) -> None:
+    """Refuse steps of one clip where they teach nothing."""
+    assert config.batch_size is not None
+    if config.task == "retrieval" and config.batch_size * num_processes < 2:
+        raise ConfigError("a step of one pair has no negatives, and teaches nothing: --batch-size 2 or more")
+    clips = min(config.batch_size, len(task.training) // num_processes) * num_processes
+    if config.head == "linear" and clips < 2:
+        raise ConfigError("a step of one clip has no statistics for the linear probe's norm: --batch-size 2 or more")
 
 
 class _Training:
@@ -153,6 +211,7 @@ class _Training:
             text_arrays=text_arrays,
         )
         self._position = Position()
+        self._own_losses: list[torch.Tensor] = []  # of this process, since all were last found finite
         self._saved_at = time.monotonic()
         self._began = time.perf_counter()
         self._wait_s = 0.0
@@ -260,6 +319,7 @@ class _Training:
             self._task.training,
             num_frames=self._run.frames,
             batch_size=config.batch_size,
+            views_per_video=config.views_per_video or 1,
             seed=config.seed,
             epoch=epoch,
             rank=self._fabric.global_rank,
@@ -281,11 +341,12 @@ class _Training:
             position.losses.append(self._step(batches, accumulate))
             position.steps += 1
             position.step_in_epoch = step + 1
-            if step % 50 == 49 or step + 1 == num_steps:
-                self._require_finite(position.losses[-50:], epoch, plans[step * accumulate].rows)
+            if step % _CHECK_EVERY == _CHECK_EVERY - 1 or step + 1 == num_steps:
+                self._require_finite(epoch, plans, accumulate)
             is_due = time.monotonic() - self._saved_at >= 60 * config.checkpoint_minutes
             if is_due and step + 1 < num_steps and self._fabric.is_global_zero:
-                self._require_finite(position.losses[-50:], epoch, plans[step * accumulate].rows)
+                self._require_finite(epoch, plans, accumulate)
+                self._require_finite_weights(epoch)
                 self._save_state()
         train_loss = float(torch.stack(position.losses).mean())
         self._wait_share = (self._wait_s - waited) / (time.perf_counter() - began)
@@ -310,7 +371,12 @@ class _Training:
             )
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        mean: torch.Tensor = self._fabric.all_reduce(torch.stack(losses).mean(), reduce_op="mean")  # type: ignore[assignment]
+        mean = torch.stack(losses).mean()
+        self._own_losses.append(mean.clone())
+        if self._fabric.world_size > 1:
+            # Not Fabric's, which waits for all processes first: this one is only queued on a GPU.
+            dist.all_reduce(mean)
+            mean /= self._fabric.world_size
         return mean
 
     def _gather(self, values: torch.Tensor) -> torch.Tensor:
@@ -321,58 +387,105 @@ class _Training:
         return gathered.flatten(0, 1)
 
     def _validate(self, epoch: int) -> dict[str, float]:
-        if not len(self._task.validation) or not self._fabric.is_global_zero:
+        """Every process scores its share of the clips, in the precision of training."""
+        if not len(self._task.validation):
             return {}
+        fabric = self._fabric
         try:
             return self._task.validate(
-                self._module, layers=self._layers, num_frames=self._run.frames, device=self._fabric.device
+                self._module,
+                layers=self._layers,
+                num_frames=self._run.frames,
+                device=fabric.device,
+                team=Team(fabric.global_rank, fabric.world_size, fabric.autocast),
             )
         except EnvironmentFailedError:
-            self._stop_as_diverged("a validation score", epoch, "")
+            self._stop_as_diverged("a validation score", epoch, f"at or before step {self._position.steps}")
 
-    def _require_finite(self, losses: list[torch.Tensor], epoch: int, rows: np.ndarray) -> None:
-        """Checked every 50 steps: asking a GPU for each loss would hold it up."""
-        if not bool(torch.isfinite(torch.stack(losses)).all()):
-            ids = self._store.read_manifest(["video_id"])["video_id"].take(rows[:3]).to_pylist()
-            self._stop_as_diverged("the loss", epoch, f" (videos {', '.join(ids)}, ...)")
+    def _require_finite(self, epoch: int, plans: Sequence[ClipPlan], accumulate: int) -> None:
+        """Check the losses since the last time; the first bad one names its step and the videos of its batches."""
+        position, own = self._position, self._own_losses
+        first = len(position.losses) - len(own)
+        if not own or bool(torch.isfinite(torch.stack(position.losses[first:])).all()):
+            own.clear()
+            return
+        bad = next(place for place, loss in enumerate(position.losses[first:]) if not bool(torch.isfinite(loss)))
+        step = first + bad  # in this epoch
+        where = f"in step {position.steps - len(position.losses) + step + 1}"
+        if bool(torch.isfinite(own[bad])):
+            where += " (on the videos of another process)"
+        else:
+            batches = plans[step * accumulate : (step + 1) * accumulate]
+            rows = list(dict.fromkeys(np.concatenate([plan.rows for plan in batches]).tolist()))
+            ids = self._store.read_manifest(["video_id"])["video_id"].take(rows[:_MOST_NAMED]).to_pylist()
+            more = f" and {len(rows) - _MOST_NAMED} more" if len(rows) > _MOST_NAMED else ""
+            where += f" (videos {', '.join(ids)}{more})"
+        self._stop_as_diverged("the loss", epoch, where)
 
     def _require_finite_weights(self, epoch: int) -> None:
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in self._module.state_dict().values()):
-            self._stop_as_diverged("a weight", epoch, "")
+        finite = [torch.isfinite(tensor).all() for tensor in self._module.state_dict().values()]
+        if not bool(torch.stack(finite).all()):
+            self._stop_as_diverged("a weight", epoch, f"at or before step {self._position.steps}")
 
     def _stop_as_diverged(self, what: str, epoch: int, where: str) -> NoReturn:
         kept = self._run.path / "last.safetensors"
         hint = f"{kept} is the last good checkpoint." if kept.exists() else "No epoch was finished."
         raise EnvironmentFailedError(
-            f"{what} became NaN or infinite in epoch {epoch + 1}, at or before step {self._position.steps}{where}. "
-            f"Lower --learning-rate. {hint}"
+            f"{what} became NaN or infinite in epoch {epoch + 1}, {where}. Lower --learning-rate. {hint}"
         )
 
 
-def _make_fabric(config: TrainConfig) -> Fabric:
-    accelerator = {"auto": "auto", "cpu": "cpu", "cuda": "cuda", "mps": "mps"}.get(config.device)
-    if accelerator is None:
+class _InputsAsTheyAre(MixedPrecision):
+    """Mixed precision that leaves inputs alone: Fabric's makes a half-precision copy of every token and pixel.
+
+    Autocast converts what a product takes; tokens above 65,504 would be infinite in float16 before their norm.
+    """
+
+    def convert_input(self, data: Any) -> Any:
+        """The same."""
+        return data
+
+
+def resolve_device(config: TrainConfig) -> tuple[str, str]:
+    """The type of the device that a training runs on, and its precision.
+
+    Raises:
+        ConfigError: If there is no such device type, or it does not have the precision.
+    """
+    if config.device not in ("auto", "cpu", "cuda", "mps"):
         raise ConfigError(f"--device takes auto, cpu, cuda, mps; found {config.device!r}")
-    on_gpu = accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
-    precision = config.precision
-    if precision is None:
-        precision = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if on_gpu else "fp32"
-    elif precision == "fp16" and not on_gpu:
+    device_type, precision = config.device, config.precision
+    if device_type == "auto":
+        # Processes of torchrun cannot share an MPS device.
+        has_mps = torch.backends.mps.is_available() and not TorchElasticEnvironment.detect()
+        device_type = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if precision == "fp16" and device_type != "cuda":
         # Fabric would take bf16 instead, with a mere note.
         raise ConfigError("--precision fp16 needs a CUDA GPU here: use bf16 or fp32")
+    if precision is None:
+        precision = "fp32"
+        if device_type == "cuda" and torch.cuda.is_available():
+            # Older GPUs emulate bfloat16, many times slower.
+            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return device_type, precision
+
+
+def _make_fabric(config: TrainConfig, device_type: str) -> Fabric:
     num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     num_nodes = int(os.environ.get("WORLD_SIZE", "1")) // num_local
     is_spread = TorchElasticEnvironment.detect()
+    # Without torchrun one process, whatever a cluster's variables say: inside a job of several tasks Fabric would look
+    # for them.
+    plugins: list[Any] = [TorchElasticEnvironment() if is_spread else LightningEnvironment()]
+    if config.precision != "fp32":
+        plugins.append(_InputsAsTheyAre("bf16-mixed" if config.precision == "bf16" else "16-mixed", device_type))
     try:
         fabric = Fabric(
-            accelerator=accelerator,
+            accelerator=device_type,
             devices=num_local if is_spread else 1,
             num_nodes=num_nodes if is_spread else 1,
             strategy="ddp" if is_spread else "auto",
-            precision=_FABRIC_PRECISION[precision],  # type: ignore[arg-type]
-            # Without torchrun one process, whatever a cluster's variables say: inside a job of several tasks Fabric
-            # would look for them.
-            plugins=[TorchElasticEnvironment() if is_spread else LightningEnvironment()],
+            plugins=plugins,
         )
         fabric.launch()
         return fabric

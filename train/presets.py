@@ -1,9 +1,8 @@
 """The paper's networks and the reference's recipes by name, such as `b16-light-ssv2`: `--preset`.
 
-A preset is a size (which layers, S) and a recipe (epochs, rate, warm-up, weight decay, label smoothing, for retrieval
-also clips in a step and where gradients are cut). Options that were given win over it. What the facts that we hold do
-not state stays at s4v's default: frames of a clip (8; the paper tests with 8 and 16) and, for recognition, clips in a
-step (32; the reference takes 256 over 8 GPUs, for E/14 fewer).
+A preset is a size (which layers, S) and a recipe (epochs, rate, warm-up, weight decay, label smoothing, frames of a
+clip, clips in a step of a process, views of a video in a step, for retrieval also where gradients are cut). Options
+that were given win over it.
 
 Source:
     Sizes: Side4Video, https://arxiv.org/abs/2311.15769. Recipes: the scripts and configurations of HJYao00/Side4Video
@@ -14,6 +13,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from ..errors import ConfigError, StoreMismatchError
 from ..store.reader import StoreReader
@@ -47,7 +48,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How long and how fast a network is trained."""
+    """How long and how fast a network is trained, and on what in each step."""
 
     epochs: int
     learning_rate: float
@@ -55,7 +56,11 @@ class Recipe:
     weight_decay: float = 0.15
     label_smoothing: float | None = 0.1
     batch_size: int = 32
+    """Clips in a step: of one process, for retrieval of all."""
     clip_norm: float | None = None
+    frames: int = 8
+    """T of the released configurations; the paper tests with 8 and 16."""
+    views_per_video: int = 1
 
 
 SIZES = {
@@ -66,20 +71,22 @@ SIZES = {
     "e14": Size("eva", 1792, 64, 14, 576, 2, "e"),
 }
 
+# Something-Something's steps hold two augmented samples of each of 16 (for E 8) videos. E on Kinetics is released with
+# one clip on each of 8 GPUs: here the eight are one device's.
 _RECIPES = {
     ("b", "k400"): Recipe(30, 1e-3),
-    ("b", "ssv1"): Recipe(40, 1e-3),
-    ("b", "ssv2"): Recipe(30, 1e-3),
+    ("b", "ssv1"): Recipe(40, 1e-3, views_per_video=2),
+    ("b", "ssv2"): Recipe(30, 1e-3, views_per_video=2),
     ("l", "k400"): Recipe(30, 1e-4),
-    ("l", "ssv1"): Recipe(30, 1e-4),
-    ("l", "ssv2"): Recipe(30, 1e-4),
-    ("e", "k400"): Recipe(20, 1e-4),
-    ("e", "ssv1"): Recipe(30, 1e-4, warmup_epochs=6.0),
-    ("e", "ssv2"): Recipe(25, 1e-4, warmup_epochs=6.0),
+    ("l", "ssv1"): Recipe(30, 1e-4, views_per_video=2),
+    ("l", "ssv2"): Recipe(30, 1e-4, views_per_video=2),
+    ("e", "k400"): Recipe(20, 1e-4, batch_size=8),
+    ("e", "ssv1"): Recipe(30, 1e-4, warmup_epochs=6.0, batch_size=16, views_per_video=2),
+    ("e", "ssv2"): Recipe(25, 1e-4, warmup_epochs=6.0, batch_size=16, views_per_video=2),
 }
 
 # The reference's of MSR-VTT, MSVD and VATEX, whatever the backbone.
-_RETRIEVAL_RECIPE = Recipe(5, 1e-4, weight_decay=0.2, label_smoothing=None, batch_size=128, clip_norm=1.0)
+_RETRIEVAL_RECIPE = Recipe(5, 1e-4, weight_decay=0.2, label_smoothing=None, batch_size=128, clip_norm=1.0, frames=12)
 _RETRIEVAL_SIDE_WIDTH = 320
 _RETRIEVAL_WARMUP = 0.1
 """Of all epochs."""
@@ -102,7 +109,7 @@ def side_family(store: StoreReader) -> Family:
     return "eva" if store.attributes["backbone"]["architecture"].startswith("EVA") else "clip"
 
 
-def resolve_preset(config: TrainConfig, store: StoreReader) -> TrainConfig:
+def resolve_preset(config: TrainConfig, store: StoreReader, *, num_processes: int = 1) -> TrainConfig:
     """Fill in what a configuration leaves open, from a preset or from s4v's defaults.
 
     `auto` is the preset of the store's backbone and data set whose layers are those at hand, or the full one of a
@@ -111,14 +118,17 @@ def resolve_preset(config: TrainConfig, store: StoreReader) -> TrainConfig:
     Args:
         config: Options as given; what was not given is None.
         store: What it trains on.
+        num_processes: That train together; a batch of retrieval is shared out among them.
 
     Returns:
         The configuration with the preset's name, and neither rate, epochs, warm-up, weight decay, batch size nor, for
         recognition, label smoothing None. `layers` and `side_width` stay None without a preset: they follow from the
-        store.
+        store. `frames` stays None unless a preset was named, and `views_per_video` in any case: they follow from the
+        rows, `resolve_views`.
 
     Raises:
-        ConfigError: If there is no such preset, or the head has no use for one.
+        ConfigError: If there is no such preset, the head has no use for one, or a batch of retrieval cannot be shared
+            out.
         StoreMismatchError: If a preset that was named is of another backbone, or its layers are not in the store.
     """
     name = config.preset
@@ -132,11 +142,42 @@ def resolve_preset(config: TrainConfig, store: StoreReader) -> TrainConfig:
     if name != "none":
         size, recipe = _look_up(name)
         sizes = {"layers": size.layers, "side_width": _RETRIEVAL_SIDE_WIDTH if is_retrieval else size.side_width}
-    values = {**sizes, **asdict(recipe)}
+    values = {**sizes, **asdict(recipe), "views_per_video": None}
+    if config.preset in ("auto", "none"):
+        values["frames"] = None  # as many as the rows hold, up to the task's default
     if is_retrieval:
         values["warmup_epochs"] = _RETRIEVAL_WARMUP * (config.epochs or recipe.epochs)
+        values["batch_size"], rest = divmod(recipe.batch_size, num_processes)
+        if rest and config.batch_size is None:
+            raise ConfigError(
+                f"a step of {recipe.batch_size} pairs cannot be shared out evenly among {num_processes} processes: "
+                "give --batch-size, the pairs of each"
+            )
     chosen = {field: value for field, value in values.items() if getattr(config, field) is None}
     return replace(config, preset=name, **chosen)
+
+
+def resolve_views(config: TrainConfig, num_views: np.ndarray, num_processes: int = 1) -> int:
+    """Views of a video in a step: those asked for, else the preset's where every training row holds as many, else 1.
+
+    Args:
+        config: As `resolve_preset` left it.
+        num_views: Of each training row.
+        num_processes: That train together: their batch norms take it that all have as many clips.
+
+    Raises:
+        StoreMismatchError: If no row holds as many as were asked for, or, of several processes, not every row.
+    """
+    if config.views_per_video is not None:
+        held = int(num_views.max() if num_processes == 1 else num_views.min())
+        if config.views_per_video > held:
+            raise StoreMismatchError(
+                f"{config.views_per_video} views of a video were asked for (--views-per-video), training rows of "
+                f"{config.features} hold {held}: extract with --views train=flip or train=three"
+            )
+        return config.views_per_video
+    wanted = _look_up(config.preset)[1].views_per_video if config.preset != "none" else 1
+    return wanted if int(num_views.min()) >= wanted else 1
 
 
 def find_preset(config: TrainConfig, store: StoreReader) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -23,7 +24,9 @@ class RetrievalFigures:
 RECALLS = (1, 5, 10)
 
 
-def measure_retrieval(scores: np.ndarray, video_of_text: np.ndarray) -> dict[str, RetrievalFigures]:
+def measure_retrieval(
+    scores: np.ndarray, video_of_text: np.ndarray, *, with_dual_softmax: bool = False
+) -> dict[str, RetrievalFigures]:
     """Both directions of one table of scores.
 
     Every caption is a query of its own; a video finds any of its captions. Videos without a caption are candidates of
@@ -32,13 +35,17 @@ def measure_retrieval(scores: np.ndarray, video_of_text: np.ndarray) -> dict[str
     Args:
         scores: (C, V), texts by videos, higher is closer.
         video_of_text: (C,) the place of each text's video.
+        with_dual_softmax: Each direction by scores that look at all of its queries at once (`apply_dual_softmax`).
 
     Returns:
         `text_to_video` and `video_to_text`.
     """
+    of_texts = of_videos = scores
+    if with_dual_softmax:
+        of_texts, of_videos = (apply_dual_softmax(scores, queries=one) for one in ("texts", "videos"))
     return {
-        "text_to_video": describe_ranks(rank_videos(scores, video_of_text)),
-        "video_to_text": describe_ranks(rank_texts(scores, video_of_text)),
+        "text_to_video": describe_ranks(rank_videos(of_texts, video_of_text)),
+        "video_to_text": describe_ranks(rank_texts(of_videos, video_of_text)),
     }
 
 
@@ -71,21 +78,24 @@ def describe_ranks(ranks: np.ndarray, recalls: Sequence[int] = RECALLS) -> Retri
     )
 
 
-def apply_dual_softmax(scores: np.ndarray, temperature: float = 0.01) -> np.ndarray:
-    """Scores that a video gives only to texts which want it more than other texts do.
+def apply_dual_softmax(scores: np.ndarray, *, queries: Literal["texts", "videos"], scale: float = 100.0) -> np.ndarray:
+    """Scores by which a candidate is found only by queries that want it more than other queries do.
 
     It looks at all queries of a test set at once, which a search cannot: papers report it apart, and so do we.
 
     Args:
-        scores: (C, V).
-        temperature: Of the softmax over texts.
+        scores: (C, V), texts by videos.
+        queries: Which of them look for the others: the two directions have scores of their own.
+        scale: Scores are multiplied by it before the softmax.
 
     Returns:
-        (C, V): scores times the softmax of each column.
+        (C, V) float64: score + log(softmax(scale * scores over all queries)).
 
     Source:
-        Cheng et al., https://arxiv.org/abs/2109.04290
+        Cheng et al., https://arxiv.org/abs/2109.04290. There a score is multiplied by the softmax, which turns the order
+        of negative ones around; this is the logarithm of exp(score) times the softmax, which does not.
     """
-    logits = scores / temperature
-    weights = np.exp(logits - logits.max(axis=0, keepdims=True))
-    return scores * weights / weights.sum(axis=0, keepdims=True)
+    axis = 0 if queries == "texts" else 1
+    logits = scale * scores.astype(np.float64)
+    logits -= logits.max(axis=axis, keepdims=True)
+    return scores + logits - np.log(np.exp(logits).sum(axis=axis, keepdims=True))

@@ -18,17 +18,25 @@ from ..store.manifest import write_table
 from ..store.reader import StoreReader
 from ..store.texts import TextReader, Texts
 from .clips import (
-    ClipLoader,
+    ClipPlan,
     LabelledRows,
-    codec_for,
     find_captioned_rows,
     hand_over_texts,
     plan_evaluation,
     resolve_clip_frames,
 )
-from .evaluate import open_run_and_store
+from .evaluate import (
+    ALONE,
+    Team,
+    autocast_as_trained,
+    explain_full_device,
+    open_run_and_store,
+    require_long_clips,
+    run_head,
+    warn_of_thinned_clips,
+)
 from .interaction import Interaction, MeanInteraction, TextBatch
-from .ranking import apply_dual_softmax, measure_retrieval, rank_videos
+from .ranking import measure_retrieval, rank_videos
 from .run import Run, load_checkpoint, open_run
 from .side_network import RetrievalSideNetwork
 
@@ -66,9 +74,13 @@ class RetrievalEvaluation:
     scores: np.ndarray
     """(q, n) float32, texts by videos."""
 
-    def describe(self) -> dict[str, dict[str, float]]:
-        """Figures of both directions: queries, r1, r5, r10, median_rank, mean_rank."""
-        both = measure_retrieval(self.scores, self.video_of_text)
+    def describe(self, *, with_dual_softmax: bool = False) -> dict[str, dict[str, float]]:
+        """Figures of both directions: queries, r1, r5, r10, median_rank, mean_rank.
+
+        Args:
+            with_dual_softmax: Of scores that look at all queries of a direction at once.
+        """
+        both = measure_retrieval(self.scores, self.video_of_text, with_dual_softmax=with_dual_softmax)
         return {
             direction: {
                 "queries": figures.queries,
@@ -79,12 +91,7 @@ class RetrievalEvaluation:
             for direction, figures in both.items()
         }
 
-    def with_dual_softmax(self) -> RetrievalEvaluation:
-        """The same with scores that look at all queries at once."""
-        return replace(self, scores=apply_dual_softmax(self.scores))
 
-
-@torch.inference_mode()
 def embed_clips(
     head: RetrievalSideNetwork,
     store: StoreReader,
@@ -95,6 +102,7 @@ def embed_clips(
     batch_size: int,
     device: torch.device,
     is_backwards: bool = False,
+    team: Team = ALONE,
 ) -> np.ndarray:
     """Embed the first evaluation clip of each video, its first view; the head is put into evaluation mode meanwhile.
 
@@ -103,17 +111,11 @@ def embed_clips(
 
     Raises:
         EnvironmentFailedError: If a number is not finite.
+        StoreMismatchError: If a clip holds fewer than T frames.
     """
-    was_training = head.training
-    head.eval()
+    require_long_clips(data, num_frames, store, only_first=True)
     plans = _plan_first_clips(data, num_frames, batch_size)
-    if is_backwards:
-        plans = [replace(plan, places=plan.places[:, ::-1]) for plan in plans]
-    codec = codec_for(store, layers, device)
-    loader = ClipLoader(store, arrays=head.arrays, layers=layers, device=device)
-    parts = [head(batch.pixels, batch.patches, batch.cls, codec).float().cpu().numpy() for batch in loader.load(plans)]
-    head.train(was_training)
-    frames = np.concatenate(parts)
+    frames = run_head(head, store, plans, layers=layers, device=device, is_backwards=is_backwards, team=team)
     if not np.isfinite(frames).all():
         raise EnvironmentFailedError("the head's output is not finite: its weights or its input hold NaN or infinity")
     return frames
@@ -175,6 +177,7 @@ def evaluate_retrieval(
     device: torch.device,
     is_backwards: bool = False,
     texts: TextSource | None = None,
+    team: Team = ALONE,
 ) -> RetrievalEvaluation:
     """Score captions against videos with a head that sits on `device`.
 
@@ -188,10 +191,11 @@ def evaluate_retrieval(
         device: Where the head is.
         is_backwards: Show the head every clip from its last frame to its first.
         texts: Captions as the head knows them; None takes those in the store.
+        team: Who shares the clips, and in which precision; every process gets the whole result.
 
     Raises:
         EnvironmentFailedError: If a number is not finite.
-        StoreMismatchError: If the store holds no texts of its captions.
+        StoreMismatchError: If the store holds no texts of its captions, or a clip holds fewer than T frames.
     """
     videos, video_of_text = _unique_videos(data)
     frames = embed_clips(
@@ -203,6 +207,7 @@ def evaluate_retrieval(
         batch_size=batch_size,
         device=device,
         is_backwards=is_backwards,
+        team=team,
     )
     interaction = head.interaction
     texts = texts or TextReader(store)
@@ -266,20 +271,23 @@ def evaluate_retrieval_run(
         splits = ", ".join(sorted(set(store.input_columns()["split"].to_pylist())))
         raise StoreMismatchError(f"{store.path} has no good, captioned video in split {split!r}; it has {splits}")
     resolve_clip_frames(run.frames, data.num_cached_frames, store)
+    warn_of_thinned_clips(data, run.frames, store, only_first=True)
     device = device or torch.device("cpu")
-    head = load_checkpoint(run, checkpoint).to(device)
-    assert isinstance(head, RetrievalSideNetwork)
-    result = evaluate_retrieval(
-        head,
-        store,
-        data,
-        layers=run.head.layers,
-        num_frames=run.frames,
-        batch_size=run.config["batch_size"],
-        device=device,
-        is_backwards=is_backwards,
-        texts=read_tuned_texts(run, store) if read_tuned_texts is not None and run.is_imported else None,
-    )
+    with explain_full_device("evaluate with --device cpu"):
+        head = load_checkpoint(run, checkpoint).to(device)
+        assert isinstance(head, RetrievalSideNetwork)
+        result = evaluate_retrieval(
+            head,
+            store,
+            data,
+            layers=run.head.layers,
+            num_frames=run.frames,
+            batch_size=run.config["batch_size"],
+            device=device,
+            is_backwards=is_backwards,
+            texts=read_tuned_texts(run, store) if read_tuned_texts is not None and run.is_imported else None,
+            team=Team(autocast=autocast_as_trained(run, device)),
+        )
     lost = _count_captions(store, split) - len(data)
     if lost:
         _log.warning("%d captions of %s have no good video: figures leave them out, published ones do not", lost, split)
@@ -298,14 +306,14 @@ def evaluate_retrieval_run(
         "frozen": evaluate_frozen_retrieval(store, data, run.frames).describe(),
     }
     if with_dual_softmax:
-        figures["dual_softmax"] = result.with_dual_softmax().describe()
+        figures["dual_softmax"] = result.describe(with_dual_softmax=True)
     name = f"{split}_backwards" if is_backwards else split
     write_json(run.path / f"eval_{name}.json", figures)
     write_table(run.path / f"ranks_{name}.parquet", _rank_table(result, store))
     return figures
 
 
-def _plan_first_clips(data: LabelledRows, num_frames: int, batch_size: int) -> list[Any]:
+def _plan_first_clips(data: LabelledRows, num_frames: int, batch_size: int) -> list[ClipPlan]:
     first = replace(data, num_views=np.ones_like(data.num_views), eval_clips=[clips[:1] for clips in data.eval_clips])
     plans, _ = plan_evaluation(first, num_frames=num_frames, batch_size=batch_size)
     return plans

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -20,6 +21,8 @@ from .config import Task, TrainConfig
 from .heads import HeadConfig, build_head
 from .presets import side_family
 from .side_network import SideLadder, load_ladder
+
+_log = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.json"
 METRICS_NAME = "metrics.jsonl"
@@ -62,11 +65,19 @@ _INCIDENTAL = (
     "checkpoint_activations",
     "with_compile",
     "wandb",
+    "device_type",
 )
 
 
 def plan_run(
-    config: TrainConfig, frames: int, head: HeadConfig, store: StoreReader, rows: np.ndarray, num_processes: int
+    config: TrainConfig,
+    frames: int,
+    head: HeadConfig,
+    store: StoreReader,
+    rows: np.ndarray,
+    *,
+    num_processes: int,
+    device_type: str,
 ) -> Run:
     """A run with its resolved configuration; nothing is written yet. The order of clips follows from all of it."""
     resolved = {
@@ -76,6 +87,7 @@ def plan_run(
         "out": str(config.out),
         "frames": frames,
         "processes": num_processes,
+        "device_type": device_type,
         "training_rows": f"{len(rows)} of sha256 {hash_text(','.join(map(str, rows.tolist())))[:16]}",
     }
     return Run(config.out, resolved, head, store.classes.names, describe_source(store))
@@ -100,9 +112,11 @@ def require_same_run(run: Run) -> None:
     """
     begun = open_run(run.path)
     # A run that is older than an option was begun with its default.
-    options = {f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING}
+    options = {f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING} | {"views_per_video": 1}
     ours, theirs = ({**options, **r.config, **r.source, "classes": r.classes, "head": r.head} for r in (run, begun))
     skipped = {*_INCIDENTAL, "store"}
+    if begun.config.get("precision") is None:
+        skipped.add("precision")  # begun before it was resolved and written down
     plain = lambda value: json.loads(json.dumps(value, default=asdict))  # noqa: E731 (tuples are lists on disk)
     differences = [
         f"{name} {theirs.get(name)} there, {ours.get(name)} here"
@@ -113,6 +127,11 @@ def require_same_run(run: Run) -> None:
         raise RunExistsError(
             f"{run.path} was begun with other settings: {'; '.join(differences)}. "
             "Run the command that began it, or choose another --out."
+        )
+    before, now = begun.config.get("device_type"), run.config["device_type"]
+    if before not in (None, now):
+        _log.warning(
+            "%s was begun on %s and goes on on %s: numbers will not be the same to the bit", run.path, before, now
         )
 
 

@@ -344,7 +344,8 @@ class Tap(nn.Module):
         self.is_post_norm = is_post_norm
         self.norm = nn.LayerNorm(side_width if is_post_norm else width)
         self.project = nn.Linear(width, side_width)
-        nn.init.normal_(self.project.weight, std=(2 * side_width) ** -0.5)
+        if not is_post_norm:  # beside EVA the reference leaves PyTorch's defaults, in taps as in blocks
+            nn.init.normal_(self.project.weight, std=(2 * side_width) ** -0.5)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., S)."""
@@ -359,7 +360,7 @@ class Tap(nn.Module):
         """
         mean, basis, scale = codec.parts_of(layer, codes)
         if basis is None:
-            return self(codec.decode(codes, layer))
+            return self._read_decoded(codes, codec, layer)
         weight = self.project.weight
         mean = basis.new_zeros(basis.shape[1]) if mean is None else mean
 
@@ -384,6 +385,15 @@ class Tap(nn.Module):
         read = make_again(project, weight @ centred.T, weight @ centre, side_width=len(weight))
         return read * inverse_std + (self.project.weight @ self.norm.bias + self.project.bias)
 
+    def _read_decoded(self, codes: torch.Tensor, codec: Codec, layer: int) -> torch.Tensor:
+        """Of codes without a basis, as wide as tokens: they are kept for the backward pass, the tokens are not."""
+        side_width = self.project.out_features
+        if self.is_post_norm:
+            return self.norm(
+                make_again(lambda codes: self.project(codec.decode(codes, layer)), codes, side_width=side_width)
+            )
+        return make_again(lambda codes: self(codec.decode(codes, layer)), codes, side_width=side_width)
+
 
 class SideBlock(nn.Module):
     """Temporal convolution, attention inside each frame with the shifted class token, MLP; all residual.
@@ -398,8 +408,12 @@ class SideBlock(nn.Module):
         self.temporal = TemporalConv(side_width)
         self.attention_norm = nn.LayerNorm(side_width)
         self.attention = FrameAttention(side_width)
+        if not is_post_norm:
+            self.attention.draw_weights()
         self.mlp_norm = BatchNorm(side_width)
         self.mlp = Mlp(side_width)
+        if not is_post_norm:
+            self.mlp.draw_weights()
 
     def forward(self, x: torch.Tensor, cls: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """Side tokens (B, T, N, S), the tap's class tokens (B, T, S), position (N or 1+N, S) -> (B, T, N, S)."""
@@ -418,8 +432,11 @@ class BatchNorm(nn.BatchNorm2d):
     torch's SyncBatchNorm refuses tensors on a CPU.
     """
 
+    def _check_input_dim(self, x: torch.Tensor) -> None:
+        """Any number of axes: all but the second are counted."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, S, T, N) -> (B, S, T, N)."""
+        """(B, S, T, N) -> (B, S, T, N), or (B, S) -> (B, S)."""
         is_shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if not self.training or not (is_shared or _is_recomputing):
             return super().forward(x)
@@ -427,18 +444,21 @@ class BatchNorm(nn.BatchNorm2d):
         if not is_shared:
             unused = (self.running_mean.clone(), self.running_var.clone())
             return F.batch_norm(x, *unused, self.weight, self.bias, True, 0.0, self.eps)
-        values, axes = x.float(), (0, 2, 3)
+        values, axes = x.float(), tuple(axis for axis in range(x.ndim) if axis != 1)
+        along = (-1, *(1,) * (x.ndim - 2))
         count = values.numel() // values.shape[1] * dist.get_world_size()  # every process has as many clips
         mean = sum_over_processes(values.sum(axes)) / count
-        centred = values - mean[:, None, None]
+        centred = values - mean.view(along)
         variance = sum_over_processes(centred.square().sum(axes)) / count
         if not _is_recomputing:
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 self.running_mean.lerp_(mean, _MOMENTUM)
                 self.running_var.lerp_(variance * count / (count - 1), _MOMENTUM)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+        scale = (variance + self.eps).rsqrt()
+        if self.weight is None:
+            return (centred * scale.view(along)).to(x.dtype)
+        return (centred * (self.weight * scale).view(along) + self.bias.view(along)).to(x.dtype)
 
 
 class TemporalConv(nn.Module):
@@ -472,6 +492,10 @@ class FrameAttention(nn.Module):
         self.num_heads = side_width // _HEAD_WIDTH
         self.qkv = nn.Linear(side_width, 3 * side_width)
         self.project = nn.Linear(side_width, side_width)
+
+    def draw_weights(self) -> None:
+        """Initialise as the reference does beside CLIP; beside EVA it leaves PyTorch's defaults."""
+        side_width = self.project.out_features
         nn.init.normal_(self.qkv.weight, std=side_width**-0.5)
         nn.init.normal_(self.project.weight, std=_residual_std(side_width))
         nn.init.zeros_(self.qkv.bias)
@@ -503,9 +527,14 @@ class Mlp(nn.Sequential):
 
     def __init__(self, side_width: int) -> None:
         widen, narrow = nn.Linear(side_width, 4 * side_width), nn.Linear(4 * side_width, side_width)
-        nn.init.normal_(widen.weight, std=(2 * side_width) ** -0.5)
-        nn.init.normal_(narrow.weight, std=_residual_std(side_width))
         super().__init__(widen, nn.GELU(), narrow)
+
+    def draw_weights(self) -> None:
+        """Initialise as the reference does beside CLIP; beside EVA it leaves PyTorch's defaults."""
+        widen, _, narrow = self
+        assert isinstance(widen, nn.Linear) and isinstance(narrow, nn.Linear)
+        nn.init.normal_(widen.weight, std=(2 * widen.in_features) ** -0.5)
+        nn.init.normal_(narrow.weight, std=_residual_std(widen.in_features))
 
     def forward(self, x: torch.Tensor, norm: nn.Module | None = None) -> torch.Tensor:
         """(B, T, N, S) -> (B, T, N, S); with a batch norm, of what that makes of it."""

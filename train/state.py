@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,8 @@ def save_state(
         tensors |= {f"optimizer.{number}.{name}": torch.as_tensor(v).cpu().clone() for name, v in values.items()}
     if position.losses:
         tensors["losses"] = torch.stack(position.losses).cpu()
-    told = {**{k: v for k, v in asdict(position).items() if k != "losses"}, "precision": dict(precision)}
+    told = {f.name: getattr(position, f.name) for f in fields(position) if f.name != "losses"}
+    told["precision"] = dict(precision)
     write_atomic(path, lambda temporary: save_file(tensors, temporary, {"position": json.dumps(told)}))
 
 

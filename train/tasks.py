@@ -21,7 +21,7 @@ from .clips import (
     hand_over_texts,
 )
 from .config import TrainConfig
-from .evaluate import accuracy_figures, evaluate_head
+from .evaluate import ALONE, Team, accuracy_figures, evaluate_head
 from .interaction import TextBatch, contrastive_loss
 from .recipe import classification_loss
 from .retrieval import evaluate_retrieval
@@ -36,6 +36,8 @@ _log = logging.getLogger(__name__)
 _RETRIEVAL_FRAMES = 12
 _DECORRELATION = 1e-3
 
+_MOST_NAMED = 5
+
 
 class Task(Protocol):
     """One kind of training, on one store."""
@@ -46,6 +48,8 @@ class Task(Protocol):
     """T, where rows hold as many and nobody said otherwise."""
     training: LabelledRows
     validation: LabelledRows
+    reads_first_clips: bool
+    """Whether a validation looks at the first evaluation clip of a video alone."""
 
     def prepare_head(self, head: Any) -> tuple[str, ...]:
         """Give a fresh head what it takes from the store; returns which arrays of texts its loss reads."""
@@ -54,9 +58,15 @@ class Task(Protocol):
         """The loss (), of what the head said of a batch."""
 
     def validate(
-        self, head: torch.nn.Module, *, layers: tuple[int, ...], num_frames: int, device: torch.device
+        self,
+        head: torch.nn.Module,
+        *,
+        layers: tuple[int, ...],
+        num_frames: int,
+        device: torch.device,
+        team: Team = ALONE,
     ) -> dict[str, float]:
-        """Figures of the validation videos, `val_...`.
+        """Figures of the validation videos, `val_...`; every process of the team takes part, and gets all of them.
 
         Raises:
             EnvironmentFailedError: If a score is not finite.
@@ -68,6 +78,7 @@ class Recognition:
 
     figure = "val_top1"
     default_frames = DEFAULT_CLIP_FRAMES
+    reads_first_clips = False
 
     def __init__(self, config: TrainConfig, store: StoreReader) -> None:
         self._config = config
@@ -79,6 +90,7 @@ class Recognition:
             raise StoreMismatchError(
                 f"the good training videos of {store.path} are all of one class: a classifier needs two or more"
             )
+        _warn_of_unseen_classes(store, self.training, self.validation)
 
     def prepare_head(self, head: Any) -> tuple[str, ...]:
         """Nothing: it learns all that it needs."""
@@ -89,7 +101,13 @@ class Recognition:
         return classification_loss(output, batch.labels, self._config)
 
     def validate(
-        self, head: torch.nn.Module, *, layers: tuple[int, ...], num_frames: int, device: torch.device
+        self,
+        head: torch.nn.Module,
+        *,
+        layers: tuple[int, ...],
+        num_frames: int,
+        device: torch.device,
+        team: Team = ALONE,
     ) -> dict[str, float]:
         """Loss and accuracy."""
         assert self._config.batch_size is not None
@@ -101,6 +119,7 @@ class Recognition:
             num_frames=num_frames,
             batch_size=self._config.batch_size,
             device=device,
+            team=team,
         )
         return {"val_loss": result.loss, **{f"val_{k}": v for k, v in accuracy_figures(result).items()}}
 
@@ -110,6 +129,7 @@ class Retrieval:
 
     figure = "val_r1"
     default_frames = _RETRIEVAL_FRAMES
+    reads_first_clips = True
 
     def __init__(self, config: TrainConfig, store: StoreReader) -> None:
         self._config = config
@@ -171,7 +191,13 @@ class Retrieval:
         return torch.cat([own[:, None], others.masked_fill(fits, -torch.inf)], dim=1)
 
     def validate(
-        self, head: torch.nn.Module, *, layers: tuple[int, ...], num_frames: int, device: torch.device
+        self,
+        head: torch.nn.Module,
+        *,
+        layers: tuple[int, ...],
+        num_frames: int,
+        device: torch.device,
+        team: Team = ALONE,
     ) -> dict[str, float]:
         """Recalls and ranks of captions that look for their videos."""
         assert isinstance(head, RetrievalSideNetwork) and self._config.batch_size is not None
@@ -183,12 +209,30 @@ class Retrieval:
             num_frames=num_frames,
             batch_size=self._config.batch_size,
             device=device,
+            team=team,
         )
         figures = result.describe()["text_to_video"]
         return {f"val_{name}": figures[name] for name in ("r1", "r5", "r10", "median_rank")}
 
 
 TASKS: dict[str, Callable[[TrainConfig, StoreReader], Task]] = {"recognition": Recognition, "retrieval": Retrieval}
+
+
+def _warn_of_unseen_classes(store: StoreReader, training: LabelledRows, validation: LabelledRows) -> None:
+    """Classes are the store's: one whose training videos are missing or broken is never learnt, and still counted."""
+    names = store.classes.names
+    unseen = sorted(set(range(len(names))) - set(training.labels.tolist()))
+    if not unseen:
+        return
+    told = ", ".join(repr(names[label]) for label in unseen[:_MOST_NAMED])
+    _log.warning(
+        "%d of %d classes have no good training video and cannot be learnt: %s%s. %d validation videos are of them.",
+        len(unseen),
+        len(names),
+        told,
+        ", ..." if len(unseen) > _MOST_NAMED else "",
+        int(np.isin(validation.labels, unseen).sum()),
+    )
 
 
 def _require_rows(store: StoreReader, training: LabelledRows, config: TrainConfig, kind: str) -> None:

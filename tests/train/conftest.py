@@ -20,7 +20,7 @@ def assert_same_run():
 def train():
     """Start `s4v train`, under torchrun where there is more than one process."""
 
-    def start(store, out, *options, processes=1, **environment):
+    def start(store, out, *options, processes=1, side_width=64, **environment):
         command = [sys.executable, "-m"]
         if processes > 1:
             command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
@@ -36,7 +36,8 @@ def train():
             "--warmup-epochs",
             "1",
         ]
-        command += ["--side-width", "64", "--device", "cpu", "--checkpoint-minutes", "0", *options]
+        command += ["--side-width", str(side_width)] if side_width is not None else []
+        command += ["--device", "cpu", "--checkpoint-minutes", "0", *options]
         variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

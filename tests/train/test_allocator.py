@@ -2,6 +2,9 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
+
+from s4v.cli import app
 
 # Allocates and frees what glibc would give back at once, again and again, and counts the pages that the kernel cleared.
 COUNT = """
@@ -30,3 +33,11 @@ def test_freed_memory_is_taken_again():
         pytest.skip("no glibc here")
     assert faults < 1000, "16 MB are 4,096 pages, ten times"
     assert run(MALLOC_TRIM_THRESHOLD_="131072")[0] == "False", "what the user has set stays"
+
+
+def test_the_demo_takes_its_memory_again_too(monkeypatch, tmp_path):
+    kept = []
+    monkeypatch.setattr("s4v.train.allocator.keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr("s4v.demo.pipeline.run_demo", lambda *_, **__: {"methods": {}, "chance": 0.5, "report": "r"})
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "demo")], catch_exceptions=False)
+    assert result.exit_code == 0 and kept == [True]

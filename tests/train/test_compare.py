@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from s4v.train import compare
 from s4v.train.compare import compare_methods
 from s4v.train.config import TrainConfig
 from s4v.train.evaluate import find_interval
+from s4v.train.presets import SIZES, Recipe
 
 
 def base_for(store, out):
@@ -28,9 +30,9 @@ def test_all_methods_stand_in_one_table_and_nothing_is_trained_twice(int8_store,
     for line in lines:
         assert line.parameters > 0 and line.videos == 2
         assert line.interval[0] <= line.top1 <= line.interval[1]
-        assert line.deviation is not None and line.top5 is None
+        assert line.deviation is not None and line.top5 is None and line.epochs == 1
     table = (tmp_path / "c/compare.md").read_text().splitlines()
-    assert len(table) == 5 and table[0].count("|") == 9 and table[2].startswith("| linear | class tokens")
+    assert len(table) == 5 and table[0].count("|") == 10 and table[2].startswith("| linear | class tokens")
     assert len(json.loads((tmp_path / "c/compare.json").read_text())["methods"]) == 3
 
     def refuse(*_):
@@ -38,6 +40,21 @@ def test_all_methods_stand_in_one_table_and_nothing_is_trained_twice(int8_store,
 
     monkeypatch.setattr("s4v.train.tasks.classification_loss", refuse)
     assert compare_methods(base_for(int8_store, tmp_path / "c"), methods=methods, seeds=2) == lines
+
+
+def test_all_are_trained_as_long_as_the_side_network(int8_store, tmp_path, monkeypatch):
+    """A preset is the side network's alone: without it the probes would have s4v's 30 epochs."""
+    monkeypatch.setattr("s4v.train.presets._RECIPES", {("b", "k400"): Recipe(2, 1e-3, 0.5, batch_size=4)})
+    monkeypatch.setattr(
+        "s4v.train.presets.find_preset", lambda config, _: "b16-k400" if config.head == "side4video" else None
+    )
+    monkeypatch.setitem(SIZES, "b16", replace(SIZES["b16"], depth=6, side_width=64))
+    base = TrainConfig(features=int8_store, out=tmp_path / "c", device="cpu")
+    lines = compare_methods(base, methods=("linear", "side4video"))
+    assert [line.epochs for line in lines] == [2, 2]
+    saved = [json.loads((tmp_path / f"c/{m}-0/config.json").read_text())["train"] for m in ("linear", "side4video")]
+    assert [one["batch_size"] for one in saved] == [4, 4] and [one["warmup_epochs"] for one in saved] == [0.5, 0.5]
+    assert "| epochs |" in (tmp_path / "c/compare.md").read_text()
 
 
 def test_wrong_options_are_refused(int8_store, tmp_path):
@@ -59,10 +76,13 @@ def test_zero_shot_stands_beside_what_was_trained(int8_store, tmp_path):
     assert (line.top1, line.videos, line.parameters, line.mean_class_accuracy) == (0.5, 2, 0, 0.5), "a tie is wrong"
 
 
-def test_the_command_prints_the_table(int8_store, tmp_path):
+def test_the_command_prints_the_table(int8_store, tmp_path, monkeypatch):
     command = ["compare", "--features", str(int8_store), "--out", str(tmp_path / "c"), "--methods", "linear"]
+    kept = []
+    monkeypatch.setattr("s4v.train.allocator.keep_freed_memory", lambda: kept.append(True))
     result = CliRunner().invoke(app, [*command, "--epochs", "1", "--device", "cpu"], catch_exceptions=False)
     assert result.exit_code == 0 and "| linear |" in result.stdout
+    assert kept == [True], "as `s4v train` does"
 
 
 def test_intervals_are_wilsons():

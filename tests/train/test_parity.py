@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from s4v.errors import WeightsError
+from s4v.train import side_network
 from s4v.train.official import (
     describe_unused,
     load_official_checkpoint,
@@ -90,12 +91,14 @@ def test_training_output_equals_the_reference(golden):
     assert relative(load(golden).train()(*golden.inputs), golden.io["train_output"]) < 1e-5
 
 
-def test_gradients_equal_the_reference(golden):
+@pytest.mark.parametrize("least_width", [0, 10**6], ids=["made again", "kept"])
+def test_gradients_equal_the_reference(golden, least_width, monkeypatch):
     """Relative to the largest gradient of the same layer, weight and bias together.
 
     Batch norm makes the gradients of biases before it sums that nearly cancel (some are zero): relative to their own
     size both sides are rounding. The next test compares them without that rounding on our side.
     """
+    monkeypatch.setattr(side_network, "_LEAN_FROM_WIDTH", least_width)
     expected = rename_official(golden.grads)
     joined = sum("attn.q_proj" in name for name in golden.grads)
     assert len(expected) == len(golden.grads) - 2 * joined > 20, "every golden gradient has a place in our network"

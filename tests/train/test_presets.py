@@ -5,13 +5,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from s4v.errors import ConfigError, StoreMismatchError
 from s4v.store.reader import StoreReader, open_store
 from s4v.train.config import TrainConfig
 from s4v.train.loop import train_run
-from s4v.train.presets import DATASETS, PRESETS, SIZES, resolve_preset
+from s4v.train.presets import DATASETS, PRESETS, SIZES, resolve_preset, resolve_views
 
 BACKBONES = {
     "b16": dict(architecture="ViT-B-16-quickgelu", width=768, depth=12, patch_size=[16, 16]),
@@ -144,3 +145,63 @@ def test_a_run_records_what_its_preset_came_to(int8_store, tmp_path):
     with pytest.raises(StoreMismatchError, match="is for a CLIP backbone"):
         train_run(replace(options, out=tmp_path / "other", preset="b16-k400"))
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "batch_size"),
+    [("b16-k400", 8, 32), ("b16-ssv2", 8, 32), ("b16-msrvtt", 12, 128)],
+)
+def test_a_named_preset_has_frames_and_clips_of_its_own(make_store, name, frames, batch_size):
+    task = "retrieval" if name.endswith("msrvtt") else "recognition"
+    store = make_store("b16", name.partition("-")[2], range(12))
+    named = resolve_preset(config(preset=name, task=task), store)
+    assert (named.frames, named.batch_size) == (frames, batch_size)
+    assert resolve_preset(config(task=task), store).frames is None, "auto takes what the rows hold"
+    assert resolve_preset(config(preset=name, task=task, frames=4, batch_size=3), store).frames == 4
+    e14 = make_store("e14", "k400", every_second(64))
+    assert resolve_preset(config(), e14).batch_size == 8
+    assert resolve_preset(config(), make_store("e14", "ssv1", every_second(64))).batch_size == 16
+
+
+def test_retrievals_batch_is_that_of_all_processes(make_store):
+    store = make_store("b16", "msrvtt", range(12))
+    assert resolve_preset(config(task="retrieval"), store, num_processes=8).batch_size == 16
+    assert resolve_preset(config(task="retrieval", batch_size=5), store, num_processes=3).batch_size == 5
+    with pytest.raises(
+        ConfigError, match="a step of 128 pairs cannot be shared out evenly among 3 processes: give --ba"
+    ):
+        resolve_preset(config(task="retrieval"), store, num_processes=3)
+    recognition = make_store("b16", "k400", range(12))
+    assert resolve_preset(config(), recognition, num_processes=8).batch_size == 32, "each one's"
+
+
+def test_views_of_a_video_stand_in_one_step_where_all_rows_have_them(make_store):
+    ssv2 = resolve_preset(config(), make_store("b16", "ssv2", range(12)))
+    assert ssv2.preset == "b16-ssv2" and ssv2.views_per_video is None
+    k400 = resolve_preset(config(), make_store("b16", "k400", range(12)))
+    three, mixed, one = np.full(4, 3), np.array([3, 1]), np.ones(4, int)
+    assert [resolve_views(ssv2, views) for views in (three, mixed, one)] == [2, 1, 1]
+    assert resolve_views(k400, three) == 1
+    given = replace(k400, views_per_video=3)
+    assert resolve_views(given, three) == resolve_views(given, mixed) == 3
+    with pytest.raises(StoreMismatchError, match="3 views of a video were asked for .*hold 1: extract with --views"):
+        resolve_views(given, one)
+    with pytest.raises(StoreMismatchError, match="hold 1"):
+        resolve_views(given, mixed, num_processes=2)
+
+
+def test_a_preset_that_was_found_warns_of_fewer_frames_and_a_named_one_refuses(
+    int8_store, tmp_path, monkeypatch, caplog
+):
+    """The tiny store as if its backbone were a paper's."""
+    monkeypatch.setattr("s4v.train.presets.find_preset", lambda *_: "b16-k400")
+    tiny = replace(SIZES["b16"], depth=6, side_width=64)
+    monkeypatch.setitem(SIZES, "b16", tiny)
+    monkeypatch.setattr("s4v.train.presets._is_beside", lambda *_: True)
+    options = TrainConfig(features=int8_store, out=tmp_path / "run", epochs=1, device="cpu")
+    assert train_run(options)["preset"] == "b16-k400"
+    assert "clips of 4 frames: rows of" in caplog.text and "b16-k400 is trained with 8 (--frames)" in caplog.text
+    with pytest.raises(StoreMismatchError, match="a clip of 8 frames was asked for, rows of .* as few as 4"):
+        train_run(replace(options, out=tmp_path / "named", preset="b16-k400"))
+    assert not (tmp_path / "named").exists()
+    train_run(replace(options, out=tmp_path / "given", preset="b16-k400", frames=4))

@@ -57,8 +57,34 @@ def test_ranks_are_what_counting_one_by_one_gives(seed, texts, videos, levels):
         assert rank == 1 + sum(scores[t, video] >= best for t in range(texts) if owners[t] != video)
 
 
-def test_dual_softmax_prefers_the_text_that_wants_a_video_most():
-    scores = np.array([[0.50, 0.49], [0.60, 0.30]])
-    plain, dual = (rank_videos(s, np.array([1, 0])) for s in (scores, apply_dual_softmax(scores)))
+def test_dual_softmax_prefers_the_query_that_wants_a_candidate_most():
+    scores, owners = np.array([[0.50, 0.49], [0.60, 0.30]]), np.array([1, 0])
+    plain, dual = (rank_videos(s, owners) for s in (scores, apply_dual_softmax(scores, queries="texts")))
     assert plain.tolist() == [2, 1] and dual.tolist() == [1, 1]
-    assert (apply_dual_softmax(scores).sum(axis=0) <= scores.max(axis=0) + 1e-12).all()
+    # The same table the other way round: now it is the videos that look for texts.
+    plain, dual = (rank_texts(s, owners) for s in (scores.T, apply_dual_softmax(scores.T, queries="videos")))
+    assert plain.tolist() == [2, 1] and dual.tolist() == [1, 1]
+    both = measure_retrieval(scores.T, owners, with_dual_softmax=True)
+    assert both["video_to_text"].mean_rank == 1.0
+    assert measure_retrieval(scores, owners, with_dual_softmax=True)["text_to_video"].mean_rank == 1.0
+
+
+def test_dual_softmax_keeps_the_order_of_negative_scores():
+    scores = np.array([[-0.05, -0.3], [-0.4, -0.1]])
+    for queries in ("texts", "videos"):
+        assert rank_videos(apply_dual_softmax(scores, queries=queries), np.array([0, 1])).tolist() == [1, 1]
+        # A score that is lower for everybody alike changes no rank.
+        moved = apply_dual_softmax(scores - 0.5, queries=queries) + 0.5
+        np.testing.assert_allclose(moved, apply_dual_softmax(scores, queries=queries), atol=1e-12)
+
+
+@given(seed=st.integers(0, 10**6), texts=st.integers(1, 12), videos=st.integers(1, 12), as_float32=st.booleans())
+def test_dual_softmax_is_what_its_formula_says(seed, texts, videos, as_float32):
+    scores = np.random.default_rng(seed).uniform(-1, 1, (texts, videos)).astype(np.float32 if as_float32 else float)
+    dual = apply_dual_softmax(scores, queries="texts")
+    for text in range(texts):
+        for video in range(videos):
+            share = np.exp(100 * np.longdouble(scores[text, video]))
+            share /= np.exp(100 * scores[:, video].astype(np.longdouble)).sum()
+            assert dual[text, video] == pytest.approx(float(np.log(np.exp(np.longdouble(scores[text, video])) * share)))
+    np.testing.assert_array_equal(apply_dual_softmax(scores.T, queries="videos"), dual.T)

@@ -5,12 +5,15 @@ import random
 import shutil
 import sys
 import time
+from dataclasses import replace
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from s4v.errors import ConfigError, RunExistsError, StoreDamagedError
+from s4v.errors import ConfigError, RunExistsError, RunNotFoundError, StoreDamagedError
 from s4v.train import loop, tasks
 from s4v.train.config import TrainConfig
 from s4v.train.evaluate import evaluate_run
@@ -175,6 +178,48 @@ def test_wandb_is_asked_for_only_where_it_is_installed(int8_store, tmp_path, mon
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match="--wandb needs the package wandb: pip install wandb"):
         train_run(config_for(int8_store, tmp_path / "run", wandb="project"))
+    assert not (tmp_path / "run").exists(), "told before a run is begun"
+
+
+def test_a_run_that_goes_on_is_the_same_one_in_wandb(int8_store, tmp_path, monkeypatch):
+    begun, logged = [], []
+    wandb = ModuleType("wandb")
+    wandb.__spec__ = ModuleSpec("wandb", None)
+
+    def init(**options):
+        begun.append((options["id"], options["resume"], options["name"]))
+        return SimpleNamespace(log=lambda metrics, step: logged.append(step))
+
+    wandb.init = init
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config = config_for(int8_store, tmp_path / "run", wandb="project")
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "accuracy_figures", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train_run(config)
+    train_run(replace(config, resume=True))
+    train_run(replace(config, out=tmp_path / "other"))
+    (first, how, name), again, other = begun
+    assert (first, how, name) == again and how == "allow" and name == "run"
+    assert other[0] != first and len(first) == 32
+    assert logged == [1, 2, 1, 2]
+
+
+def test_the_run_that_another_began_with_may_go_once_it_has_a_state(
+    assert_same_run, undisturbed, int8_store, tmp_path, monkeypatch
+):
+    first = shutil.copytree(undisturbed[0], tmp_path / "first")
+    config = config_for(int8_store, tmp_path / "run", init=first)
+    train_run(replace(config, out=tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "accuracy_figures", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train_run(config)
+    shutil.rmtree(first)
+    train_run(replace(config, resume=True))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    with pytest.raises(RunNotFoundError):
+        train_run(replace(config, out=tmp_path / "new", resume=True))
 
 
 def test_two_processes_train_as_one_does_on_their_joined_batches(finish, train, int8_store, tmp_path):
@@ -184,32 +229,93 @@ def test_two_processes_train_as_one_does_on_their_joined_batches(finish, train, 
     train_run(config_for(int8_store, tmp_path / "one", batch_size=4))
     one, two = (read_metrics(open_run(tmp_path / name)) for name in ("one", "two"))
     for ours, theirs in zip(one, two, strict=True):
-        assert ours == pytest.approx(theirs, rel=2e-4)
+        # AdamW makes much of the last bit of a gradient near zero, and processors differ in those: see the next test.
+        assert ours == pytest.approx(theirs, rel=1e-3)
 
 
-def test_two_processes_have_the_statistics_and_gradients_of_one(finish, train, int8_store, tmp_path):
+@pytest.mark.parametrize("head", ["side4video", pytest.param("linear", marks=pytest.mark.slow)])
+def test_two_processes_have_the_statistics_and_gradients_of_one(finish, train, int8_store, tmp_path, head):
     """At a rate that moves no weight: AdamW makes much of differences in the last bit of a gradient near zero."""
-    finish(train(int8_store, tmp_path / "two", "--batch-size", "2", "--learning-rate", "1e-12", processes=2))
-    train_run(config_for(int8_store, tmp_path / "one", batch_size=4, learning_rate=1e-12))
+    options = dict(learning_rate=1e-12, head=head, side_width=64 if head == "side4video" else None)
+    arguments = ["--batch-size", "2", "--learning-rate", "1e-12", "--head", head]
+    finish(train(int8_store, tmp_path / "two", *arguments, processes=2, side_width=options["side_width"]))
+    train_run(config_for(int8_store, tmp_path / "one", batch_size=4, **options))
     one, two = (load_file(tmp_path / name / "state.safetensors") for name in ("one", "two"))
     compared = [name for name in one if name.endswith(("running_mean", "running_var", "exp_avg"))]
-    assert len(compared) > 100
+    assert len(compared) > (100 if head == "side4video" else 3)
     for name in compared:
         largest = one[name].abs().max()
         assert (one[name] - two[name]).abs().max() <= 1e-3 * largest + 1e-6, name
 
 
+def kill_in_training(process, state, changes, pause=0.0):
+    """Kill a process when its state file was replaced so often: it is training then, and alive."""
+    limit, seen = time.monotonic() + 120, state.stat().st_mtime_ns if state.is_file() else None
+    while changes:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < limit, "no state was saved"
+        now = state.stat().st_mtime_ns if state.is_file() else None
+        if now != seen:
+            seen, changes = now, changes - 1
+        time.sleep(0.0005)
+    time.sleep(pause)
+    assert process.poll() is None, "it was done before"
+    process.kill()
+    process.communicate()
+    assert process.returncode == -9
+
+
+def test_sigkill_in_training_leaves_the_same_metrics(assert_same_run, train, int8_store, tmp_path):
+    """Twice in one run, of five epochs so that both fall into it; then it is finished."""
+    options = ("--batch-size", "2", "--epochs", "5")
+    out, moments = tmp_path / "run", random.Random(3)
+    for _ in range(2):
+        process = train(int8_store, out, *options, "--resume")
+        kill_in_training(process, out / "state.safetensors", moments.randint(1, 4), moments.uniform(0, 0.02))
+    config = config_for(int8_store, out, epochs=5)
+    before = load_file(out / "state.safetensors")
+    assert train_run(replace(config, resume=True))["steps"] == 20
+    assert not torch.equal(before["head.classifier.weight"], load_file(out / "last.safetensors")["classifier.weight"])
+    train_run(replace(config, out=tmp_path / "whole"))
+    assert_same_run(out, tmp_path / "whole")
+
+
 @pytest.mark.slow
-def test_sigkill_at_random_moments_leaves_the_same_metrics(assert_same_run, finish, train, int8_store, tmp_path):
-    start = time.monotonic()
-    finish(train(int8_store, tmp_path / "whole", "--batch-size", "2"))
-    seconds = time.monotonic() - start
-    moments = random.Random(3)
-    for number in range(10):
-        out = tmp_path / f"run{number}"
-        process = train(int8_store, out, "--batch-size", "2", "--resume")
-        time.sleep(moments.uniform(0.3, 1.0) * seconds)
-        process.kill()
-        process.communicate()
-        finish(train(int8_store, out, "--batch-size", "2", "--resume"))
-        assert_same_run(out, tmp_path / "whole")
+def test_sigkill_at_ten_random_moments_leaves_the_same_metrics(assert_same_run, train, int8_store, tmp_path):
+    options = ("--batch-size", "2", "--epochs", "40")
+    out, moments = tmp_path / "run", random.Random(4)
+    for _ in range(10):
+        process = train(int8_store, out, *options, "--resume")
+        kill_in_training(process, out / "state.safetensors", moments.randint(1, 12), moments.uniform(0, 0.02))
+    config = config_for(int8_store, out, epochs=40)
+    train_run(replace(config, resume=True))
+    train_run(replace(config, out=tmp_path / "whole"))
+    assert_same_run(out, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes_that_were_killed_go_on_to_the_same_bit(assert_same_run, finish, train, int8_store, tmp_path):
+    options = ("--batch-size", "2", "--epochs", "20")
+    finish(train(int8_store, tmp_path / "whole", *options, processes=2))
+    out = tmp_path / "run"
+    process = train(int8_store, out, *options, "--resume", processes=2)
+    metrics, limit = out / "metrics.jsonl", time.monotonic() + 120
+    while not metrics.is_file() or len(metrics.read_text().splitlines()) < 3:
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.001)
+    process.terminate()  # torchrun ends its workers
+    process.communicate(timeout=60)
+    assert len(metrics.read_text().splitlines()) < 20
+    finish(train(int8_store, out, *options, "--resume", processes=2))
+    assert_same_run(out, tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_head_learns_what_the_plain_one_does(int8_store, tmp_path):
+    options = dict(epochs=1, learning_rate=1e-12, layers=(1, 5), checkpoint_minutes=60.0)
+    plain = train_run(config_for(int8_store, tmp_path / "plain", **options))
+    compiled = train_run(config_for(int8_store, tmp_path / "compiled", with_compile=True, **options))
+    for name, value in plain["last"].items():
+        assert compiled["last"][name] == pytest.approx(value, rel=1e-4), name
+    assert evaluate_run(tmp_path / "compiled")["videos"] == 2

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from s4v.errors import StoreMismatchError
-from s4v.store.codec import Codec, fit_absmax_scale
+from s4v.store.codec import Codec, fit_scale
 from s4v.train import side_network
 from s4v.train.side_network import RetrievalSideNetwork, SideNetwork, Tap, shift_class_token, sum_shifted
 
@@ -86,7 +86,7 @@ def test_the_end_of_a_tower_with_another_eps_is_refused():
 
 def test_codes_give_what_their_decoded_tokens_give(network):
     pixels, patches, cls = clips()
-    scale = fit_absmax_scale(patches.abs().amax(dim=(0, 1, 3)).numpy())
+    scale = fit_scale(patches.abs().amax(dim=(0, 1, 3)).numpy(), patches.std(dim=(0, 1, 3)).numpy())
     from_store = Codec(dtype="int8", scale=scale)
     codec = from_store.map_parts(torch.from_numpy)
     codes = torch.stack([codec.encode(patches[:, :, layer], layer) for layer in range(2)], dim=2)
@@ -163,9 +163,21 @@ def test_initial_weights_follow_the_reference():
         (network.position, 0.01),
     ):
         assert tensor.std().item() == pytest.approx(std, rel=0.05)
+    assert np.isclose(network.stem.weight.abs().max().item(), (3 * 3 * 8 * 8) ** -0.5, rtol=0.02)
+
+
+def test_initial_weights_beside_eva_are_pytorchs_but_for_positions():
+    """The reference means to draw them, by names that its modules do not have."""
+    torch.manual_seed(0)
     eva = SideNetwork(num_layers=1, width=64, side_width=256, num_patches=64, patch_px=8, num_classes=3, family="eva")
     assert eva.position.std().item() == pytest.approx(0.02, rel=0.05)
-    assert np.isclose(network.stem.weight.abs().max().item(), (3 * 3 * 8 * 8) ** -0.5, rtol=0.02)
+    block = eva.blocks[0]
+    layers = [eva.taps[0].project, block.attention.qkv, block.attention.project, block.mlp[0], block.mlp[2]]
+    for layer in [*layers, block.temporal.expand, block.temporal.project]:
+        bound = layer.in_features**-0.5
+        for tensor in (layer.weight, layer.bias):
+            assert tensor.abs().max().item() == pytest.approx(bound, rel=0.1)
+            assert tensor.std().item() == pytest.approx(bound * 3**-0.5, rel=0.2)
 
 
 @pytest.mark.parametrize("family", ["clip", "eva"])
@@ -277,3 +289,40 @@ def test_what_is_made_again_is_what_would_have_been_kept(network, again, monkeyp
     for (name, ours), theirs in zip(networks[0].named_buffers(), networks[1].buffers(), strict=True):
         assert torch.equal(ours, theirs), name
     assert kept[1] < 0.8 * kept[0]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
+def test_of_codes_as_wide_as_tokens_only_the_codes_are_kept(network, dtype, monkeypatch):
+    """Stores without a basis: no full-width float of a layer waits for the backward pass, and no bit is another."""
+    scale = np.full((2, 24), 0.02, np.float32) if dtype == "int8" else None
+    codec = Codec(dtype=dtype, scale=scale).map_parts(torch.from_numpy)
+    pixels, patches, cls = clips()
+    codes = torch.stack([codec.encode(patches[:, :, layer], layer) for layer in range(2)], dim=2)
+    networks, wide = [network, copy.deepcopy(network)], []
+    for one, least_width in zip(networks, (10**6, 0), strict=True):
+        monkeypatch.setattr(side_network, "_LEAN_FROM_WIDTH", least_width)
+        stored = {}
+
+        def keep(tensor, stored=stored):
+            # Full-width tokens of a layer, as they are decoded or normalised: B * T * N * D.
+            if tensor.is_floating_point() and tensor.numel() == 2 * 4 * 9 * 24:
+                stored[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = one(pixels, codes, cls, codec).square().sum()
+        stored.pop(codes.untyped_storage().data_ptr(), None)  # codes themselves may be floats
+        wide.append(len(stored))
+        loss.backward()
+    assert wide[0] >= 2 and wide[1] == 0
+    for (name, ours), theirs in zip(networks[0].named_parameters(), networks[1].parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad), name
+
+
+def test_batch_norm_of_vectors_is_torchs():
+    torch.manual_seed(0)
+    ours, theirs = side_network.BatchNorm(5, affine=False), torch.nn.BatchNorm1d(5, affine=False)
+    x = torch.randn(7, 5)
+    assert torch.equal(ours(x), theirs(x))
+    assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), theirs.buffers(), strict=True))
+    assert torch.equal(ours.eval()(x), theirs.eval()(x))

@@ -1,5 +1,7 @@
 import json
+import logging
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from s4v.errors import (
     ConfigError,
@@ -19,14 +22,15 @@ from s4v.errors import (
     StoreMismatchError,
     StoreNotFoundError,
 )
-from s4v.extract.pipeline import extract_dataset
+from s4v.extract.extraction import extract_dataset
 from s4v.store import manifest
 from s4v.store.reader import open_store
-from s4v.train.clips import ClipLoader, find_labelled_rows
+from s4v.train import loop, tasks
+from s4v.train.clips import ClipLoader, find_labelled_rows, plan_training_epoch
 from s4v.train.config import TrainConfig
 from s4v.train.evaluate import Evaluation, evaluate_run
-from s4v.train.heads import build_head
-from s4v.train.loop import default_run_path, train_run
+from s4v.train.heads import AttentiveProbe, build_head, embed_times
+from s4v.train.loop import default_run_path, resolve_device, train_run
 from s4v.train.recipe import learning_rate_at, reference_learning_rate
 from s4v.train.run import find_newest_run, load_checkpoint, open_run, read_metrics
 
@@ -134,6 +138,33 @@ def test_linear_probe_is_blind_to_the_order_of_frames(int8_store, tmp_path):
     head = load_checkpoint(open_run(tmp_path / "linear"))
     cls = torch.randn(2, 5, 6, 192)
     torch.testing.assert_close(head(None, None, cls), head(None, None, cls.flip(1)))
+
+
+def test_a_step_of_one_clip_is_refused_for_the_linear_probe(int8_store, tmp_path):
+    with pytest.raises(ConfigError, match="a step of one clip has no statistics .*--batch-size 2 or more"):
+        train_run(config_for(int8_store, tmp_path / "run", head="linear", side_width=None, batch_size=1))
+    assert not (tmp_path / "run").exists()
+
+
+def test_views_of_a_video_stand_side_by_side_in_a_step(video_folder, tmp_path, make_config, monkeypatch):
+    extract_dataset(make_config(video_folder, tmp_path / "s.zarr", views={"train": "flip"}))
+    seen, load = [], ClipLoader.load
+
+    def watch(loader, plans):
+        seen.extend(plans)
+        return load(loader, plans)
+
+    monkeypatch.setattr(ClipLoader, "load", watch)
+    config = config_for(tmp_path / "s.zarr", tmp_path / "run", epochs=1, val_split="train", views_per_video=2)
+    assert train_run(config)["steps"] == 4, "of two videos each"
+    for plan in seen[:4]:
+        rows, counts = np.unique(plan.rows, return_counts=True)
+        assert len(rows) == 2 and counts.tolist() == [2, 2]
+        assert sorted(plan.views.tolist()) == [0, 0, 1, 1]
+    saved = json.loads((tmp_path / "run/config.json").read_text())["train"]
+    assert saved["views_per_video"] == 2
+    with pytest.raises(ConfigError, match="--views-per-video must be at least 1; found 0"):
+        replace(config, views_per_video=0)
 
 
 def test_layers_of_the_store_can_be_left_out(int8_store, tmp_path):
@@ -316,6 +347,102 @@ def test_scores_that_are_not_finite_are_never_an_accuracy():
     assert result.top(1) == 0.0
 
 
+def test_the_first_bad_loss_names_its_step_and_its_own_videos(int8_store, tmp_path, monkeypatch):
+    """The check looks back over many steps: what came after a bad one is bad too, and innocent."""
+    seen, loss = [], tasks.classification_loss
+
+    def spoil(*arguments):
+        seen.append(None)
+        return loss(*arguments) * (math.nan if len(seen) == 11 else 1)
+
+    monkeypatch.setattr(tasks, "classification_loss", spoil)
+    config = config_for(int8_store, tmp_path / "nan", batch_size=1, accumulate=2)
+    store = open_store(int8_store)
+    data = find_labelled_rows(store, "train")
+    # The 11th batch: the first half of the second step of the second epoch; both of its batches are told.
+    plans = plan_training_epoch(data, num_frames=4, batch_size=1, seed=0, epoch=1)[2:4]
+    rows = [int(plan.rows[0]) for plan in plans]
+    ids = store.read_manifest(["video_id"])["video_id"].take(rows).to_pylist()
+    message = f"the loss became NaN or infinite in epoch 2, in step 6 (videos {ids[0]}, {ids[1]}). Lower"
+    with pytest.raises(EnvironmentFailedError, match=re.escape(message)):
+        train_run(config)
+    assert load_checkpoint(open_run(tmp_path / "nan"), "last") is not None, "of the first epoch"
+
+
+def test_a_state_with_weights_that_are_not_finite_is_never_saved(int8_store, tmp_path, monkeypatch):
+    """A loss is finite until the next batch shows what its step did."""
+    make, steps = loop.make_optimizer, []
+
+    def poison(head, config):
+        optimizer = make(head, config)
+
+        def ruin(*_):
+            steps.append(None)
+            if len(steps) == 2:
+                next(head.parameters()).data.fill_(math.inf)
+
+        optimizer.register_step_post_hook(ruin)
+        return optimizer
+
+    monkeypatch.setattr(loop, "make_optimizer", poison)
+    with pytest.raises(EnvironmentFailedError, match="a weight became NaN or infinite in epoch 1, at or before step 2"):
+        train_run(config_for(int8_store, tmp_path / "run", batch_size=2, checkpoint_minutes=0.0))
+    kept = load_file(tmp_path / "run/state.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in kept.values()), "that of the first step"
+
+
+def test_classes_without_a_training_video_are_told_once(video_folder, tmp_path, make_config, make_video, caplog):
+    root = tmp_path / "videos"
+    shutil.copytree(video_folder, root)
+    for name in ("fly", "swim"):
+        make_video(root / f"val/{name}/0.mp4", seed=40)
+    extract_dataset(make_config(root, tmp_path / "s.zarr"))
+    with caplog.at_level(logging.WARNING):
+        train_run(config_for(tmp_path / "s.zarr", tmp_path / "run"))
+    told = [record.getMessage() for record in caplog.records if "cannot be learnt" in record.getMessage()]
+    assert told == [
+        "2 of 4 classes have no good training video and cannot be learnt: 'fly', 'swim'. "
+        "2 validation videos are of them."
+    ]
+
+
+def test_precision_is_resolved_and_written_down(int8_store, tmp_path, monkeypatch):
+    config = config_for(int8_store, tmp_path / "run")
+    assert resolve_device(config) == ("cpu", "fp32")
+    emulates = lambda including_emulation=True: including_emulation  # noqa: E731 (as a V100 answers)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", emulates)
+    assert resolve_device(replace(config, device="auto")) == ("cuda", "fp16"), "emulated bf16 is no bf16"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert resolve_device(replace(config, device="auto")) == ("cuda", "bf16")
+    assert resolve_device(replace(config, device="cuda", precision="fp32")) == ("cuda", "fp32")
+    monkeypatch.undo()
+    train_run(config)
+    saved = json.loads((tmp_path / "run/config.json").read_text())["train"]
+    assert (saved["precision"], saved["device_type"], saved["views_per_video"]) == ("fp32", "cpu", 1)
+
+
+def test_a_run_does_not_go_on_in_another_precision(int8_store, tmp_path, caplog):
+    config = config_for(int8_store, tmp_path / "run", precision="bf16")
+    train_run(config)
+    with pytest.raises(RunExistsError, match="begun with other settings: precision bf16 there, fp32 here"):
+        train_run(replace(config, precision=None, resume=True))
+    train_run(replace(config, resume=True))
+    assert "goes on on" not in caplog.text
+    path = tmp_path / "run/config.json"
+    saved = json.loads(path.read_text())
+    saved["train"]["device_type"] = "cuda"
+    path.write_text(json.dumps(saved))
+    train_run(replace(config, resume=True))
+    assert "was begun on cuda and goes on on cpu" in caplog.text
+    # As runs were written before all of this was resolved.
+    saved["train"]["precision"] = None
+    del saved["train"]["device_type"], saved["train"]["views_per_video"]
+    path.write_text(json.dumps(saved))
+    train_run(replace(config, precision=None, resume=True))
+    assert evaluate_run(tmp_path / "run")["videos"] == 2
+
+
 def test_weights_that_are_not_finite_are_never_a_checkpoint(int8_store, tmp_path):
     with pytest.raises(EnvironmentFailedError, match="became NaN or infinite in epoch 1.*No epoch was finished"):
         train_run(config_for(int8_store, tmp_path / "w", learning_rate=1e30, epochs=1))
@@ -358,20 +485,41 @@ def test_accuracy_counts_ties_against_us():
     assert result.confusion().sum() == 4
 
 
-def test_training_loads_no_backbone_and_nothing_of_extract(int8_store, tmp_path, data_path):
-    checkpoint = data_path / "recognition_clip/checkpoint.pt"
-    code = (
-        "import sys\nfrom pathlib import Path\nfrom s4v.train.config import TrainConfig\n"
-        "from s4v.train.loop import train_run\nfrom s4v.train.evaluate import evaluate_run\n"
-        f"train_run(TrainConfig(features=Path({str(int8_store)!r}), out=Path({str(tmp_path / 'run')!r}), epochs=1,"
-        " side_width=64, device='cpu'))\n"
-        f"evaluate_run({str(tmp_path / 'run')!r})\n"
-        "from s4v.train.importing import import_checkpoint\n"
-        f"import_checkpoint(Path({str(checkpoint)!r}), Path({str(tmp_path / 'imported')!r}))\n"
-        "print(sorted(m for m in sys.modules if m.startswith(('open_clip', 'timm', 's4v.extract', 'decord'))))"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+def test_training_loads_no_backbone_and_nothing_of_extract(int8_store, captioned_store, tmp_path, data_path):
+    """Both tasks, by the real entry; and no file of a run holds a block of the backbone."""
+    code = f"""
+import sys
+from s4v import cli
+def run(*arguments):
+    sys.argv = ["s4v", *map(str, arguments)]
+    try:
+        cli.main()
+    except SystemExit as end:
+        assert not end.code, arguments
+for name, store in (("recognition", {str(int8_store)!r}), ("retrieval", {str(captioned_store)!r})):
+    out = {str(tmp_path)!r} + "/" + name
+    run("train", "--features", store, "--task", name, "--out", out, "--epochs", 1, "--side-width", 64,
+        "--batch-size", 4, "--device", "cpu")
+    run("eval", "--run", out)
+run("import", {str(data_path / "recognition_clip/checkpoint.pt")!r}, "--out", {str(tmp_path / "imported")!r})
+print(sorted(m for m in sys.modules if m.startswith(("open_clip", "timm", "s4v.extract", "decord"))))
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
     assert out.stdout.strip().splitlines()[-1] == "[]"
+    width = open_store(int8_store).layout.width
+    of_blocks = {(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)}
+    files = list(tmp_path.glob("re*/*.safetensors"))
+    assert {file.name for file in files} == {"best.safetensors", "last.safetensors", "state.safetensors"}
+    assert len(files) == 6
+    for file in files:
+        network = build_head(open_run(file.parent).head).state_dict()
+        tensors = load_file(file)
+        if file.stem != "state":
+            assert tensors.keys() == network.keys()
+        for name, tensor in tensors.items():
+            assert not name.removeprefix("head.").startswith(("visual", "transformer", "resblocks", "token_embedding"))
+            assert tuple(tensor.shape) not in of_blocks or name.endswith("end.project.weight"), name
 
 
 def test_the_attentive_probe_trains_and_knows_the_order_of_frames(int8_store, tmp_path):
@@ -386,3 +534,50 @@ def test_the_attentive_probe_trains_and_knows_the_order_of_frames(int8_store, tm
     torch.testing.assert_close(head(None, patches, cls), head(None, patches[:, :, :, order], cls), rtol=1e-4, atol=1e-5)
     with pytest.raises(ConfigError, match="--inputs has no effect on --head attentive"):
         train_run(config_for(int8_store, tmp_path / "other", head="attentive", inputs="tokens"))
+
+
+def attend_as_written(probe, patches, cls, codec=None):
+    """The attentive probe by its formula: keys and values of every token of every layer, and attention over them."""
+    tokens = []
+    for place, tap in enumerate(probe.taps):
+        one = patches[:, :, place]
+        read = tap(one) if codec is None else tap.read_codes(one, codec, place)
+        tokens.append(read + probe.layer[place])
+    x = torch.stack(tokens, dim=2)
+    b, t, _, _, s = x.shape
+    x = x + embed_times(t, s, x.device)[:, None, None]
+    keys, values = probe.keys_values(x.flatten(1, 3)).chunk(2, dim=-1)
+    query = probe.query.expand(b, 1, s)
+    q, k, v = (y.unflatten(-1, (probe.num_heads, -1)).transpose(1, 2) for y in (query, keys, values))
+    pooled = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1)
+    return probe.classifier(probe.norm(pooled + probe.mlp(probe.mlp_norm(pooled))))
+
+
+@pytest.mark.parametrize("side_width", [128, 192])
+def test_the_attentive_probe_is_its_formula_without_its_memory(side_width):
+    torch.manual_seed(0)
+    probe = AttentiveProbe(num_layers=3, width=24, side_width=side_width, num_classes=5).double()
+    for parameter in (probe.query, probe.layer, probe.keys_values.bias):
+        torch.nn.init.normal_(parameter, std=2.0)
+    patches, cls = torch.randn(2, 4, 3, 50, 24).double(), torch.randn(2, 4, 3, 24).double()
+    found, largest = [], []
+    known = {parameter.data_ptr() for parameter in probe.parameters()} | {patches.data_ptr()}
+    for answer in (probe, lambda *inputs: attend_as_written(probe, *inputs[1:])):
+        probe.zero_grad()
+        stored = {}
+
+        def keep(tensor, stored=stored):
+            stored[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 8
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = answer(None, patches, cls)
+        largest.append(max(size for place, size in stored.items() if place not in known))
+        (out * torch.linspace(-1, 1, 5)).sum().backward()
+        found.append([out.detach(), *(parameter.grad.clone() for parameter in probe.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # times are waves in float32
+    of_a_layer = 2 * 4 * 50 * side_width
+    assert largest[1] >= 3 * 2 * of_a_layer, "keys and values of all layers"
+    # A wide probe keeps no tokens at all, the folded query and its results are larger.
+    assert largest[0] <= of_a_layer if side_width < 192 else largest[0] < of_a_layer
