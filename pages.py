@@ -6,13 +6,13 @@ import base64
 import html
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from .store._files import write_text
 from .store.reader import StoreReader
@@ -20,7 +20,7 @@ from .store.reader import StoreReader
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-INK, ACCENT, MUTED = "#1c2733", "#0b6e99", "#9aa7b2"
+INK, ACCENT, MUTED, OUTLINE = "#1c2733", "#0b6e99", "#9aa7b2", "#f5a623"
 
 _STYLE = f"""
 body {{ font: 16px/1.5 system-ui, sans-serif; color: {INK}; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
@@ -29,7 +29,7 @@ table {{ border-collapse: collapse }} td, th {{ padding: .3rem .9rem .3rem 0; te
 td.n {{ font-variant-numeric: tabular-nums; white-space: nowrap }}
 .big {{ font-size: 2.6rem; font-weight: 650 }} .row {{ display: flex; flex-wrap: wrap; gap: 1rem 3rem }}
 .note {{ color: #55636f }} img {{ max-width: 100% }} .strip {{ margin: .8rem 0 }}
-.strip img {{ display: block; width: 100%; image-rendering: pixelated }} .wrong {{ color: #b3261e }}
+.strip img {{ display: block; width: var(--width, 100%); image-rendering: pixelated }} .wrong {{ color: #b3261e }}
 .two {{ display: grid; grid-template-columns: 1fr 1fr; gap: 2rem }}
 """
 
@@ -66,15 +66,36 @@ def draw_picture(png: bytes, alt: str = "") -> str:
     return f"<img alt='{html.escape(alt, quote=True)}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
 
 
-def draw_strip(store: StoreReader, row: int, caption: str, *, places: Sequence[int] | None = None) -> str:
-    """Frames of a row side by side, over a caption in HTML; all cached ones, or those at some places on the axis F."""
+def draw_strip(
+    store: StoreReader,
+    row: int,
+    caption: str,
+    *,
+    places: Sequence[int] | None = None,
+    outlined: Collection[int] = (),
+) -> str:
+    """Frames of a row side by side, over a caption in HTML.
+
+    Args:
+        store: With pixels.
+        row: In the store.
+        caption: In HTML.
+        places: Which cached frames, on the axis F; None takes all.
+        outlined: Those of them that get a coloured border.
+    """
     if places is None:
         places = range(store.read_manifest(["num_cached_frames"])["num_cached_frames"][row].as_py())
     pixels = store.read_clips([row], [places], arrays=("pixels",)).pixels
     assert pixels is not None
     shown = pixels[0, :, store.layout.pixel_offsets.index(0)]
+    strip = Image.fromarray(np.concatenate(list(shown), axis=1))
+    height, width = shown.shape[1:3]
+    for number, place in enumerate(places):
+        if place in outlined:
+            corners = (number * width, 0, (number + 1) * width - 1, height - 1)
+            ImageDraw.Draw(strip).rectangle(corners, outline=OUTLINE, width=max(2, height // 40))
     buffer = io.BytesIO()
-    Image.fromarray(np.concatenate(list(shown), axis=1)).save(buffer, format="png")
+    strip.save(buffer, format="png")
     return f"<div class='strip'>{draw_picture(buffer.getvalue())}{caption}</div>"
 
 

@@ -3,59 +3,39 @@
 Frames are the backbone's own, or those of a trained retrieval network. Then too a video's vector is the mean of its
 frames' on the unit sphere: what the network was trained with, and what re-ranking starts from.
 
-    index.json     what it was made of: hashes, sizes
-    pooled.npy     (n, E) float32, L2-normalised; one row for each good row of the store
-    pooled16.npy   the same in float16: what a query scans
-    frames.npy     (frames, E) float16, row after row; L2-normalised, but of a trained network as it gave them
-    times.npy      (frames,) float64, NaN where a frame's time is not known
-    offsets.npy    (n + 1,) where each row's frames begin
-    rows.npy       (n,) rows of the store
-
 The first pass is exact: a scan in float16, then float32 for all that rounding could have kept from the top.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+import logging
+import math
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 
-from ..errors import StoreDamagedError, StoreMismatchError
-from ..store._files import hash_file, hash_text, read_json, sync_folder, wait_for_folder, write_json
-from ..store.checksums import CHECKSUMS_NAME
-from ..store.manifest import PARTS_NAME
+from ..errors import EnvironmentFailedError, StoreBusyError, StoreDamagedError
+from ..store._files import describe_bytes
 from ..store.reader import StoreReader
+from .building import IndexFacts, Report, build_index, fingerprint, read_facts, require_rows
 from .trained import TrainedFrames
-from .vectors import normalise_rows, pool_frames
+from .vectors import normalise_rows, score_rows
 
-FORMAT_VERSION = 1
-_FACTS_NAME = "index.json"
+_HALF = 2.0**-11
+"""Rounding to float16 moves a number by at most this share of the result ..."""
+_HALF_STEP = 2.0**-25
+"""... or, of numbers so small that steps are even, by this."""
+_SINGLE = 2.0**-24
+"""The same of float32, as a share."""
 
-# Each of the two factors of a product is rounded to 11 bits, and so may be the sum: of vectors of length 1 that moves a
-# score by at most 2^-11 a time.
-_ROUNDING = 3 * 2.0**-11
+_SCORED_AT_ONCE = 2**14
+_OPENINGS = 5
 
-
-@dataclass(frozen=True, slots=True)
-class IndexFacts:
-    """What an index was made of."""
-
-    format_version: int
-    store: str
-    fingerprint: str
-    """Of the store: a store that changed has another."""
-    videos: int
-    width: int
-    """E."""
-    run: str | None = None
-    """The trained run; None for the backbone's own frames."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,25 +70,48 @@ class VideoIndex:
             raise StoreDamagedError(f"{self.path / name}.npy is missing or damaged: remove {self.path}") from error
 
     def find(self, vector: np.ndarray, top: int, *, allowed: np.ndarray | None = None) -> list[Match]:
-        """The videos closest to a vector, exactly as brute force in float32 has them; equal ones in row order.
+        """The videos closest to a vector, exactly as `score_rows` of all of them has them; equal ones in row order.
 
         Args:
             vector: (E,) L2-normalised.
             top: Wanted.
             allowed: (n,) bool, which places may be found; None allows all.
+
+        Raises:
+            EnvironmentFailedError: If the vector holds NaN or infinity.
         """
-        query = torch.from_numpy(np.array(vector, dtype=np.float32))
-        rough = (self._scanned @ query.to(torch.float16)).float()
+        query = np.array(vector, dtype=np.float32)
+        if not np.isfinite(query).all():
+            raise EnvironmentFailedError("the query's embedding is not finite: the weights of its tower hold NaN")
+        near = query.astype(np.float16)
+        rough = (self._scanned @ torch.from_numpy(near)).float()
         if allowed is not None:
             rough[torch.from_numpy(~allowed)] = -torch.inf
         top = min(top, len(rough) if allowed is None else int(allowed.sum()))
         if top == 0:
             return []
-        least = float(rough.topk(top).values[-1]) - 2 * _ROUNDING
+        least = self._find_least(float(rough.topk(top).values[-1]), query, near)
         places = torch.nonzero(rough >= least)[:, 0].numpy()
-        scores = self._pooled[places] @ query.numpy()
+        # In blocks: of an archive of near duplicates rounding lets everything through.
+        blocks = np.split(places, range(_SCORED_AT_ONCE, len(places), _SCORED_AT_ONCE))
+        scores = np.concatenate([score_rows(self._pooled[block], query) for block in blocks])
         order = np.argsort(-scores, kind="stable")[:top]
         return [Match(int(places[i]), int(self.rows[places[i]]), float(scores[i])) for i in order]
+
+    def _find_least(self, last: float, query: np.ndarray, near: np.ndarray) -> float:
+        """The lowest rough score of a video that may belong to the top, where the last one's is `last`.
+
+        A rough score r is v16 . q16, added up in float32 and rounded to float16. It is off the score that counts by
+        2^-11 |r| at most, for that last rounding, and by a constant: |v - v16| + |q - q16|, which is what rounding does
+        to the product of vectors of length 1 (the first was measured when the index was built), and E 2^-24 for adding
+        up, here and there. A hundredth more is for lengths that are not quite 1 and for errors of second order. So the
+        last one's score is at least last - 2^-11 |last| - constant, and a video that reaches this has a rough score r
+        with r + 2^-11 |r| + constant no smaller. `tests/retrieve/test_index.py` holds it against vectors at the limit.
+        """
+        away = float(np.linalg.norm(query.astype(np.float64) - near.astype(np.float64)))
+        constant = 1.01 * (self.facts.rounding + away + 2 * len(query) * _SINGLE) + _HALF_STEP
+        least = last - _HALF * abs(last) - 2 * constant
+        return least / (1 + math.copysign(_HALF, least))
 
     def frames_of(self, place: int) -> tuple[np.ndarray, np.ndarray]:
         """Vectors (f, E) float32, L2-normalised, and times (f,) of a video's frames."""
@@ -138,7 +141,7 @@ def default_index_path(store: Path, run: Path | None = None) -> Path:
 def open_index(
     store: StoreReader,
     path: Path | None = None,
-    report: Callable[[str, int, int], None] = lambda *_: None,
+    report: Report = lambda *_: None,
     *,
     trained: TrainedFrames | None = None,
 ) -> VideoIndex:
@@ -151,131 +154,37 @@ def open_index(
         trained: Whose frames; None takes the backbone's own.
 
     Raises:
-        StoreMismatchError: If the store has no good video, or another folder is in the way.
+        StoreMismatchError: If the store has no good video or has grown since it was opened, or another folder is in the
+            way.
+        StoreBusyError: If others keep building it anew.
     """
     path = path or default_index_path(store.path, None if trained is None else trained.run.path)
-    facts = _read_facts(path)
-    if facts is None or facts.fingerprint != fingerprint(store, trained):
-        build_index(store, path, report, trained=trained)
-        facts = _read_facts(path)
-    assert facts is not None
-    return VideoIndex(path, facts)
+    for _ in range(_OPENINGS):
+        facts = read_facts(path)
+        if facts is None or facts.fingerprint != fingerprint(store, trained):
+            facts = build_index(store, path, report, trained=trained)
+        try:
+            index = VideoIndex(path, facts)
+        except StoreDamagedError:
+            if read_facts(path) == facts:
+                raise
+            continue
+        if read_facts(path) == facts:  # else another one came into its place meanwhile, between two arrays perhaps
+            require_rows(store, int(index.rows[-1]) + 1)
+            _warn_of_memory(index)
+            return index
+    raise StoreBusyError(f"others keep building {path} anew: wait until nothing changes {store.path}, and search again")
 
 
-def fingerprint(store: StoreReader, trained: TrainedFrames | None = None) -> str:
-    """A hash that another state of the store and of the run does not have.
-
-    Of the store's list of hashes, of which shards are done, and of the run's weights.
-    """
-    done = sorted(path.name for path in (store.path / PARTS_NAME).glob("[0-9]*.parquet"))
-    weights = [] if trained is None else [trained.sha256]
-    return hash_text("\n".join([hash_file(store.path / CHECKSUMS_NAME), *done, *weights]))
-
-
-def build_index(
-    store: StoreReader,
-    path: Path,
-    report: Callable[[str, int, int], None] = lambda *_: None,
-    *,
-    trained: TrainedFrames | None = None,
-) -> IndexFacts:
-    """Write the index of a store beside its place, and rename it.
-
-    Raises:
-        StoreMismatchError: If the store has no good video, or something else stands at `path`.
-    """
-    if path.exists() and _read_facts(path) is None and (not path.is_dir() or any(path.iterdir())):
-        raise StoreMismatchError(f"{path} exists and is no index. Nothing was written; name another --index.")
-    state = fingerprint(store, trained)  # before what it is the state of
-    table = store.read_manifest(["status", "num_cached_frames", "timestamps_s", "eval_clips"])
-    good = np.flatnonzero(np.asarray(table["status"].to_pylist()) == "ok")
-    if not len(good):
-        raise StoreMismatchError(f"{store.path} holds no good video: finish its extraction first")
-    run = None if trained is None else str(trained.run.path.resolve())
-    facts = IndexFacts(FORMAT_VERSION, str(store.path.resolve()), state, len(good), store.layout.embed_dim, run)
-    counts = table["num_cached_frames"].to_numpy()[good].astype(np.int64)
-    if trained is not None:
-        counts = np.full_like(counts, trained.run.frames)
-    offsets = np.concatenate([[0], counts.cumsum()])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    with _hold_partial(partial):
-        for file in partial.iterdir():  # what one that was killed has left
-            file.unlink()
-        if _read_facts(path) == facts:  # another process has built it meanwhile
-            partial.rmdir()
-            return facts
-        pooled, scanned, frames, times = (
-            np.lib.format.open_memmap(partial / f"{name}.npy", "w+", dtype, shape)
-            for name, dtype, shape in (
-                ("pooled", np.float32, (len(good), facts.width)),
-                ("pooled16", np.float16, (len(good), facts.width)),
-                ("frames", np.float16, (int(offsets[-1]), facts.width)),
-                ("times", np.float64, (int(offsets[-1]),)),
+def _warn_of_memory(index: VideoIndex) -> None:
+    with suppress(OSError, LookupError):  # elsewhere than on Linux
+        told = Path("/proc/meminfo").read_text().split("MemAvailable:")[1]
+        scanned, free = index.facts.videos * index.facts.width * 2, 1024 * int(told.split()[0])
+        if scanned > free:
+            _log.warning(
+                "%s: each query scans %s, and %s of memory are free, so each reads the disk. At this size export the "
+                "vectors (s4v index --export) and build an approximate index from them: docs/retrieval.md",
+                index.path,
+                describe_bytes(scanned),
+                describe_bytes(free),
             )
-        )
-        np.save(partial / "rows.npy", good)
-        np.save(partial / "offsets.npy", offsets)
-        place = 0
-        for shard in range(store.layout.num_shards):
-            rows = store.layout.shard_rows(shard)
-            held = good[(good >= rows.start) & (good < rows.stop)]
-            if not len(held):
-                continue
-            span = slice(offsets[place], offsets[place + len(held)])
-            stamps = table["timestamps_s"].take(held).to_pylist()
-            if trained is None:
-                vectors = normalise_rows(store.read_embeddings(rows)[held - rows.start])
-                pooled[place : place + len(held)] = pool_frames(vectors)
-                frames[span] = np.concatenate([_join_views(video) for video in vectors])
-                times[span] = np.concatenate(stamps)
-            else:
-                clips = trained.embed(held, [one[0] for one in table["eval_clips"].take(held).to_pylist()])
-                pooled[place : place + len(held)] = pool_frames(normalise_rows(clips.frames)[:, None])
-                frames[span] = clips.frames.reshape(-1, facts.width)
-                times[span] = np.concatenate([np.asarray(s)[p] for s, p in zip(stamps, clips.places, strict=True)])
-            place += len(held)
-            report("indexing", place, len(good))
-        scanned[:] = pooled
-        for array in (pooled, scanned, frames, times):
-            array.flush()
-        for file in partial.glob("*.npy"):
-            with file.open("rb+") as written:
-                os.fsync(written.fileno())
-        write_json(partial / _FACTS_NAME, asdict(facts))
-        if path.exists():
-            shutil.rmtree(path)
-        partial.rename(path)
-        sync_folder(path.parent)
-    return facts
-
-
-@contextmanager
-def _hold_partial(partial: Path) -> Iterator[None]:
-    """Be the only one that builds an index, in the folder that is renamed into its place at the end."""
-    while True:
-        partial.mkdir(exist_ok=True)
-        with ExitStack() as held:
-            try:
-                folder = held.enter_context(wait_for_folder(partial, f"another process builds {partial.stem}: waiting"))
-                is_still_there = os.path.samestat(os.fstat(folder), partial.stat())
-            except FileNotFoundError:
-                continue
-            if is_still_there:
-                yield
-                return
-
-
-def _join_views(video: np.ndarray) -> np.ndarray:
-    """(A, F, E) with NaN where there is no such frame -> (f, E): the mean over views, normalised again."""
-    is_there = ~np.isnan(video[0, :, 0])
-    return normalise_rows(np.nanmean(video[:, is_there], axis=0))
-
-
-def _read_facts(path: Path) -> IndexFacts | None:
-    """What an index says of itself; None where there is none that this version reads."""
-    try:
-        told: Any = read_json(path / _FACTS_NAME)
-        return IndexFacts(**told) if told.get("format_version") == FORMAT_VERSION else None
-    except (OSError, ValueError, TypeError, AttributeError):
-        return None

@@ -14,20 +14,24 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from ..errors import ConfigError, StoreNotFoundError
 from ..extract.text_tower import TextTower, load_text_tower
 from ..store.reader import StoreReader, open_store
 from ..store.texts import MAX_WORDS
+from .building import Report, build_index
 from .filters import filter_rows, find_columns
-from .index import Match, VideoIndex, build_index, open_index
+from .index import Match, VideoIndex, open_index
 from .trained import TrainedFrames
 from .tuned_texts import load_tuned_text_tower
-from .vectors import find_moment, normalise_rows
+from .vectors import find_moment, normalise_rows, score_rows
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +76,7 @@ def find_newest_store(folder: Path = Path("store")) -> Path:
 
 
 class Searcher:
-    """A store that is asked many things: its index is opened once, its text tower loaded when it is first needed.
+    """A store that is asked many things: its index is opened, and its text tower loaded, once each when first needed.
 
     Use it as a context manager.
 
@@ -83,10 +87,11 @@ class Searcher:
         checkpoint: Of the run, `best` or `last`.
         where: Only rows that fulfil this condition on the manifest's columns are found.
         weights: Where the backbone's weights are now; None takes what the store recorded.
-        device: Where the text tower runs; None takes the CPU.
+        device: Where the text tower and the run's network compute; None takes the CPU.
+        report: Told about progress when the index is built.
 
     Raises:
-        StoreMismatchError: If the store has no good video, or does not fit the run.
+        StoreMismatchError: If the store does not fit the run.
         ConfigError: If `where` is no condition, or the run is none that a search can use.
     """
 
@@ -100,17 +105,19 @@ class Searcher:
         where: str | None = None,
         weights: str | None = None,
         device: torch.device | None = None,
+        report: Report = lambda *_: None,
     ) -> None:
         self.store = store if isinstance(store, StoreReader) else open_store(store)
         self._weights = weights
         self._device = device
+        self._report = report
         self._tower: TextTower | None = None
         self.text_tower_seconds: float | None = None
         """What loading the text tower took; None as long as nothing has needed it."""
         self._trained = None if run is None else TrainedFrames(run, self.store.path, device, checkpoint)
+        self._index_path = index
         self._open = ExitStack()
-        self._index = self._open_index(index)
-        self._allowed = None if where is None else self._filter(where)
+        self._fulfils = None if where is None else self._filter(where)
 
     def __enter__(self) -> Searcher:
         return self
@@ -118,25 +125,42 @@ class Searcher:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def _open_index(self, path: Path | None) -> VideoIndex:
+    # What follows is made when it is first needed: all that can be wrong with a question is told before.
+
+    @cached_property
+    def _index(self) -> VideoIndex:
+        path = self._index_path
         try:
-            return open_index(self.store, path, trained=self._trained)
+            return open_index(self.store, path, self._report, trained=self._trained)
         except OSError as error:
             if path is not None or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
             _log.warning("%s: no index can be kept there; it is built anew each time", error)
         folder = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="s4v-index-"))) / "index"
-        return VideoIndex(folder, build_index(self.store, folder, trained=self._trained))
+        return VideoIndex(folder, build_index(self.store, folder, self._report, trained=self._trained))
+
+    @cached_property
+    def _allowed(self) -> np.ndarray | None:
+        """(n,) bool, which places of the index fulfil the condition."""
+        return None if self._fulfils is None else self._fulfils[self._index.rows]
+
+    @cached_property
+    def _facts(self) -> pa.Table:
+        """What answers tell of a row; as Arrow has it, a million rows take 0.1 GB."""
+        columns = ["video_id", "path", "status", "start_s", "end_s", "duration_s"]
+        return self.store.read_manifest(columns).combine_chunks()
 
     def _filter(self, where: str) -> np.ndarray:
+        """(rows,) bool."""
         known = self.store.videos.schema.names
-        return filter_rows(self.store.read_manifest(find_columns(where, known)), where)[self._index.rows]
+        return filter_rows(self.store.read_manifest(find_columns(where, known)), where)
 
     def find_text(self, query: str, top: int = 10) -> list[Answer]:
         """Videos that fit a text best, best first; equal scores in row order.
 
         Raises:
             ConfigError: If the query is empty or `top` below 1.
+            StoreMismatchError: If the store has no good video.
             WeightsError: If the weights cannot be had, or are not those that the store was made with.
         """
         if not query.strip():
@@ -155,9 +179,9 @@ class Searcher:
             ConfigError: If the store has no such good video, or `top` is below 1.
         """
         _require_top(top)
-        ids = self.store.read_manifest(["video_id"])["video_id"]
-        row = ids.index(video_id).as_py()
-        places = np.flatnonzero(self._index.rows == row)
+        row = self._facts["video_id"].index(video_id).as_py()
+        is_good = row >= 0 and self._facts["status"][row].as_py() == "ok"
+        places = np.flatnonzero(self._index.rows == row) if is_good else []
         if not len(places):
             raise ConfigError(f"--like: {self.store.path} has no good video {video_id!r}; s4v info counts its videos")
         vector = self._index.vector_of(int(places[0]))
@@ -192,18 +216,20 @@ class Searcher:
     def _describe_all(self, matches: Sequence[Match], vector: np.ndarray) -> list[Answer]:
         if not matches:
             return []
-        facts = self.store.read_manifest(["video_id", "path"]).take([match.row for match in matches]).to_pylist()
+        facts = self._facts.take([match.row for match in matches]).to_pylist()
         return [
-            self._describe(rank, match, vector, fact["video_id"], fact["path"])
+            self._describe(rank, match, vector, fact)
             for rank, (match, fact) in enumerate(zip(matches, facts, strict=True), start=1)
         ]
 
-    def _describe(self, rank: int, match: Match, vector: np.ndarray, video_id: str, path: str) -> Answer:
+    def _describe(self, rank: int, match: Match, vector: np.ndarray, fact: dict[str, Any]) -> Answer:
         frames, times = self._index.frames_of(match.place)
-        scores = frames @ vector
-        best, start, end = find_moment(scores, times)
+        scores = score_rows(frames, vector)
+        ends = (fact["start_s"] or 0.0, fact["duration_s"] if fact["end_s"] is None else fact["end_s"])
+        best, start, end = find_moment(scores, times, None if ends[1] is None else ends)
         time_s = None if math.isnan(times[best]) else float(times[best])
-        return Answer(rank, match.score, video_id, path, match.row, time_s, start, end, float(scores[best]))
+        frame_score = float(scores[best])
+        return Answer(rank, match.score, fact["video_id"], fact["path"], match.row, time_s, start, end, frame_score)
 
 
 def _require_top(top: int) -> None:
@@ -233,7 +259,7 @@ def search_store(
         run: A retrieval run; None takes the backbone alone.
         where: A condition on the manifest's columns.
         weights: Where the backbone's weights are now; None takes what the store recorded.
-        device: Where the text tower runs; None takes the CPU.
+        device: Where the text tower and the run's network compute; None takes the CPU.
 
     Returns:
         Answers, best first; equal scores in row order.

@@ -23,12 +23,23 @@ def normalise_rows(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.where(length > 0, length, 1)
 
 
-def find_moment(scores: np.ndarray, times: np.ndarray) -> tuple[int, float | None, float | None]:
+def score_rows(vectors: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """The products (n,) of vectors (n, E) with one (E,): equal vectors get equal ones, whatever stands around them.
+
+    Not `vectors @ query`: BLAS adds in an order that depends on a row's place.
+    """
+    return (vectors * query).sum(axis=1)
+
+
+def find_moment(
+    scores: np.ndarray, times: np.ndarray, whole: tuple[float, float] | None = None
+) -> tuple[int, float | None, float | None]:
     """The best frame of a video, and the time span of those around it that are nearer to it than to the rest.
 
     Args:
         scores: (f,) of each frame, in the order of time.
         times: (f,) seconds; NaN where not known.
+        whole: From when to when the video is, for one of a single frame.
 
     Returns:
         Place of the best frame (of equal ones the first), start and end of the span: half way to the frames before
@@ -37,6 +48,9 @@ def find_moment(scores: np.ndarray, times: np.ndarray) -> tuple[int, float | Non
     best = int(scores.argmax())
     if np.isnan(times).any():
         return best, None, None
+    if len(times) == 1 and whole is not None:
+        return best, *whole
+    scores = scores.astype(np.float64)  # in float32 the mean of equal scores can be above all of them
     is_near = scores >= (scores[best] + scores.mean()) / 2
     first = last = best
     while first > 0 and is_near[first - 1]:

@@ -69,10 +69,16 @@ def classify_zero_shot(
         splits = ", ".join(sorted(set(table["split"].to_pylist())))
         raise StoreMismatchError(f"{store.path} has no good video in split {split!r}; it has {splits}")
     classes = embed_classes(load_store_text_tower(store, weights=weights, device=device), prompts)
-    frames = normalise_rows(store.read_embeddings()[rows])  # (n, A, F, E)
-    scores = pool_frames(frames) @ classes.T
-    own = [video[0][~np.isnan(video[0, :, 0])] @ classes.T for video in frames]
-    return ZeroShot(rows, tuple(prompts), scores, own)
+    scores: list[np.ndarray] = []
+    own: list[np.ndarray] = []
+    for shard in range(store.layout.num_shards):  # all embeddings of K400 are 16 GB
+        span = store.layout.shard_rows(shard)
+        held = rows[(rows >= span.start) & (rows < span.stop)]
+        if len(held):
+            frames = normalise_rows(store.read_embeddings(span)[held - span.start])  # (rows, A, F, E)
+            scores.append(pool_frames(frames) @ classes.T)
+            own += [video[0][~np.isnan(video[0, :, 0])] @ classes.T for video in frames]
+    return ZeroShot(rows, tuple(prompts), np.concatenate(scores), own)
 
 
 def score_class_names(

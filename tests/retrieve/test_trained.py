@@ -4,22 +4,29 @@ import json
 import shutil
 
 import numpy as np
+import open_clip
 import pytest
 import torch
+from timm.models import register_model
+from timm.models.eva import Eva
 from typer.testing import CliRunner
 
 from s4v.cli import app
-from s4v.errors import ConfigError
+from s4v.errors import ConfigError, RunNotFoundError
+from s4v.extract import architectures
+from s4v.extract.extraction import extract_dataset
 from s4v.extract.text_tower import load_text_tower
+from s4v.retrieve.building import fingerprint
 from s4v.retrieve.index import default_index_path, open_index
 from s4v.retrieve.search import Searcher, search_store
 from s4v.retrieve.trained import TrainedFrames
 from s4v.store.reader import open_store
 from s4v.store.texts import TextReader
-from s4v.train.clips import find_captioned_rows
+from s4v.train.clips import LabelledRows, find_captioned_rows
 from s4v.train.config import TrainConfig
+from s4v.train.heads import build_head, plan_head
 from s4v.train.loop import train_run
-from s4v.train.retrieval import evaluate_retrieval
+from s4v.train.retrieval import embed_clips, evaluate_retrieval
 from s4v.train.run import load_checkpoint, open_run
 
 CPU = torch.device("cpu")
@@ -89,6 +96,46 @@ def test_a_run_that_was_never_moved_finds_what_the_backbone_finds(captioned_stor
             assert answer.score == pytest.approx(by_id[answer.video_id], abs=1e-5)
 
 
+@register_model
+def eva_for_retrieval(pretrained: bool = False, **options: object) -> Eva:
+    """ViT-E's kind of block (post-norm), shrunken."""
+    kept = {name: options[name] for name in ("num_classes", "global_pool") if name in options}
+    sizes = dict(img_size=28, patch_size=14, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2.0, use_post_norm=True)
+    model = Eva(**sizes, **kept)
+    model.default_cfg = {"pool_size": None}
+    return model
+
+
+@pytest.fixture
+def eva_store(video_folder, make_config, tmp_path):
+    vision = dict(image_size=28, timm_model_name="eva_for_retrieval", timm_pool="token", timm_proj=None)
+    text = dict(context_length=16, vocab_size=49408, width=32, heads=2, layers=2)
+    told = dict(embed_dim=24, vision_cfg=vision, text_cfg=text, custom_text=True)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/EVA02-shrunken.json").write_text(json.dumps(told))
+    open_clip.add_model_config(tmp_path / "models")
+    architectures.read_architecture.cache_clear()
+    config = make_config(video_folder, tmp_path / "eva.zarr", model="EVA02-shrunken", layers="1,3")
+    extract_dataset(config)
+    return open_store(config.out)
+
+
+def test_beside_eva_too_an_untrained_network_is_the_frozen_backbone(eva_store):
+    head = build_head(plan_head("side4video", eva_store, side_width=64, task="retrieval"))
+    head.end.load_arrays(eva_store.head)
+    assert head.end.project.bias is not None, "as EVA's own end has it"
+    rows = np.flatnonzero(np.asarray(eva_store.read_manifest(["status"])["status"]) == "ok")
+    four = [[0, 1, 2, 3]] * len(rows)
+    data = LabelledRows(rows, rows, np.full(len(rows), 4), np.ones_like(rows), [[clip] for clip in four])
+    found = embed_clips(head, eva_store, data, layers=(1, 3), num_frames=4, batch_size=3, device=CPU)
+    frozen = eva_store.read_embeddings()[rows, 0, :4]
+    np.testing.assert_allclose(found, frozen, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        head.widen.weight.fill_(0.1)
+    moved = embed_clips(head, eva_store, data, layers=(1, 3), num_frames=4, batch_size=3, device=CPU)
+    assert np.abs(moved - frozen).max() > 1e-3
+
+
 def test_the_command_takes_the_newest_retrieval_run(run, captioned_store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
@@ -103,6 +150,15 @@ def test_the_command_takes_the_newest_retrieval_run(run, captioned_store, tmp_pa
     like = CliRunner().invoke(app, ["retrieve", "--like", "03.mp4", "--run", "runs/mine", "--top", "2", "--json"])
     assert len(json.loads(like.stdout)["answers"]) == 2
     assert CliRunner().invoke(app, ["index"]).exit_code == 1
+    last = ["retrieve", "--query", "a red cross", "--checkpoint", "last", "--device", "cpu", "--json"]
+    assert json.loads(CliRunner().invoke(app, last).stdout)["answers"]
+    facts = json.loads((tmp_path / "runs/mine/captioned.index/index.json").read_text())
+    assert facts["fingerprint"] == fingerprint(open_store(captioned_store), TrainedFrames(run, checkpoint="last"))
+    (tmp_path / "runs/mine/last.json").unlink()
+    for command in ("retrieve", "index"):
+        options = ["--query", "x"] if command == "retrieve" else []
+        failed = CliRunner().invoke(app, [command, *options, "--run", "runs/mine", "--checkpoint", "last"])
+        assert failed.exit_code == RunNotFoundError.exit_code and "has no checkpoint 'last' yet" in failed.stderr
 
 
 def test_other_runs_are_no_help(captioned_store, int8_store, tmp_path):

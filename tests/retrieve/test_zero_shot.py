@@ -6,7 +6,7 @@ from s4v.errors import ConfigError, StoreMismatchError
 from s4v.extract.text_tower import load_text_tower
 from s4v.retrieve.vectors import normalise_rows
 from s4v.retrieve.zero_shot import classify_zero_shot, embed_classes
-from s4v.store.reader import open_store
+from s4v.store.reader import StoreReader, open_store
 
 PROMPTS = {"run": ["someone runs", "running"], "walk": ["someone walks"]}
 
@@ -27,6 +27,17 @@ def test_scores_are_cosines_of_mean_prompts_and_mean_frames(int8_store):
         video = normalise_rows(frames.mean(axis=0))
         np.testing.assert_allclose(scores, [video @ run, video @ walk], rtol=1e-4, atol=1e-6)
         assert answer == ("run" if video @ run >= video @ walk else "walk")
+
+
+def test_embeddings_are_read_shard_by_shard(int8_store, monkeypatch):
+    store, read = open_store(int8_store), []
+    monkeypatch.setattr(
+        StoreReader, "read_embeddings", lambda *a, f=StoreReader.read_embeddings: read.append(a[1]) or f(*a)
+    )
+    result = classify_zero_shot(store, PROMPTS, split="val")
+    assert result.scores.shape == (2, 2) and len(result.frame_scores) == 2
+    shards = [store.layout.shard_rows(shard) for shard in range(store.layout.num_shards)]
+    assert read == [span for span in shards if {*span} & {*result.rows.tolist()}] and len(read) < len(shards)
 
 
 def test_length_of_a_prompts_embedding_does_not_matter():
