@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .extract.config import ExtractConfig
-    from .extract.pipeline import extract_dataset
+    from .extract.extraction import extract_dataset
     from .retrieve.search import search_store
     from .store.reader import StoreReader, open_store
     from .train.config import TrainConfig
@@ -25,7 +25,7 @@ _HOME_OF = {
     "StoreReader": ".store.reader",
     "TrainConfig": ".train.config",
     "evaluate_run": ".train.evaluate",
-    "extract_dataset": ".extract.pipeline",
+    "extract_dataset": ".extract.extraction",
     "open_store": ".store.reader",
     "search_store": ".retrieve.search",
     "train_run": ".train.loop",

@@ -54,6 +54,9 @@ Channels = Annotated[int | None, typer.Option(help="Stored channels of a token. 
 NoPixels = Annotated[bool, typer.Option("--no-pixels", help="Do not store frames.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Precision = Annotated[str | None, typer.Option(help="fp32, fp16, bf16. [fp32 on a CPU, fp16 on a GPU]")]
+Checkpoint = Annotated[
+    str | None, typer.Option(help="Of the run: best (chosen on the validation split) or last. [best]")
+]
 BatchSize = Annotated[int, typer.Option(help="Frames in one pass through the backbone.")]
 Decoder = Annotated[str, typer.Option(help="auto (decord, then PyAV), decord, pyav.")]
 Decoders = Annotated[int | None, typer.Option(help="Decoder processes. [one for each core]")]
@@ -139,7 +142,7 @@ def extract(
         columns = _parse_columns(column or [])
         # Cheap checks are done; what follows imports torch.
         from .extract.config import ExtractConfig
-        from .extract.pipeline import extract_dataset
+        from .extract.extraction import extract_dataset
 
         config = ExtractConfig(
             model=model,
@@ -442,11 +445,16 @@ def train(
     layers: Annotated[str | None, typer.Option(help="Backbone blocks to use: 1,3,5. [preset, or all]")] = None,
     side_width: Annotated[int | None, typer.Option(help="Width of the side network. [the paper's]")] = None,
     inputs: Annotated[str, typer.Option(help="What the side network sees: all, tokens, pixels.")] = "all",
-    frames: Annotated[int | None, typer.Option(help="Frames of a clip. [8; retrieval 12]")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of a clip. [8; retrieval 12; auto: or fewer]")] = None,
     epochs: Annotated[
         int | None, typer.Option(help="Passes over the training videos (or captions). [preset, or 30; retrieval 5]")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Clips in a step. [32; retrieval 128]")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Clips in a step of each process. [preset, or 32; retrieval 128 in all]")
+    ] = None,
+    views_per_video: Annotated[
+        int | None, typer.Option(help="Views of a video side by side in a step. [preset where rows hold them, or 1]")
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="[preset, or the reference's for the backbone]")] = None,
     warmup_epochs: Annotated[
         float | None, typer.Option(help="The rate rises over these. [preset, or 4; retrieval a tenth]")
@@ -476,6 +484,8 @@ def train(
     """Train a side network (or a baseline) from a store alone: no backbone, no video."""
     # Of several processes under torchrun the first one speaks.
     is_first = os.environ.get("RANK", "0") == "0"
+    if not is_first:
+        logging.getLogger("s4v").setLevel(logging.ERROR)
     with _command("train", as_json and is_first) as result:
         from .train.config import TrainConfig
 
@@ -495,6 +505,7 @@ def train(
             frames=frames,
             epochs=epochs,
             batch_size=batch_size,
+            views_per_video=views_per_video,
             learning_rate=learning_rate,
             warmup_epochs=warmup_epochs,
             weight_decay=weight_decay,
@@ -621,9 +632,11 @@ def compare(
         from .store.reader import open_store
 
         open_store(features)
+        from .train.allocator import keep_freed_memory
         from .train.compare import compare_methods, render_table
         from .train.config import TrainConfig
 
+        keep_freed_memory()
         base = TrainConfig(
             features=features,
             out=out or Path("runs") / f"compare-{features.name.removesuffix('.zarr')}",
@@ -687,6 +700,8 @@ def retrieve(
         Path | None,
         typer.Option("--index", help="Folder of the index. [beside the store or in the run, made at first use]"),
     ] = None,
+    checkpoint: Checkpoint = None,
+    device: Annotated[str, typer.Option(help="Where the towers compute: auto, cpu, cuda, mps.")] = "auto",
     page: Annotated[Path | None, typer.Option("--html", help="Write a gallery with frame strips.")] = None,
     weights: Annotated[str | None, typer.Option(help="Where the backbone's weights are. [as recorded]")] = None,
     as_json: Json = False,
@@ -698,10 +713,26 @@ def retrieve(
         if sum(option is not None for option in (query, queries, like)) != 1:
             raise ConfigError("retrieve wants one of --query TEXT, --queries FILE and --like VIDEO")
         run = run or (_find_newest_retrieval_run() if features is None else None)
+        _require_run_of(checkpoint, run)
         store = _open_searched_store(run, features)
         from .retrieve.search import Searcher
+        from .train.evaluate import find_device
 
-        with Searcher(store, index=index_path, run=run, where=where, weights=weights) as searcher:
+        # What is no UTF-8 in an argument arrives as halves of characters, which no file and no tokenizer takes.
+        query, like, where = (text and text.encode(errors="replace").decode() for text in (query, like, where))
+        with (
+            _progress() as report,
+            Searcher(
+                store,
+                index=index_path,
+                run=run,
+                checkpoint=checkpoint or "best",
+                where=where,
+                weights=weights,
+                device=find_device(device),
+                report=report,
+            ) as searcher,
+        ):
             if like is not None:
                 found = {f"like {like}": searcher.find_like(like, top)}
             else:
@@ -737,6 +768,7 @@ def index(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the index. [STORE.index beside the store, or in the run]")
     ] = None,
+    checkpoint: Checkpoint = None,
     device: Annotated[str, typer.Option(help="Where the run's network computes: auto, cpu, cuda.")] = "auto",
     export: Annotated[
         Path | None, typer.Option(help="Also write vectors as clip-retrieval's index reads them.")
@@ -749,12 +781,13 @@ def index(
 
         if features is None and run is None:
             raise ConfigError("index wants --features STORE, --run RUN, or both")
+        _require_run_of(checkpoint, run)
         store = _open_searched_store(run, features)
         from .retrieve.index import open_index
         from .retrieve.trained import TrainedFrames
         from .train.evaluate import find_device
 
-        trained = None if run is None else TrainedFrames(run, store.path, find_device(device))
+        trained = None if run is None else TrainedFrames(run, store.path, find_device(device), checkpoint or "best")
         with _progress() as report:
             built = open_index(store, out, report, trained=trained)
         result.update(index=str(built.path), videos=built.facts.videos)
@@ -776,7 +809,9 @@ def demo(
     """Try the whole pipeline on generated videos, without any download; writes a report."""
     with _command("demo", as_json) as result:
         from .demo.pipeline import run_demo
+        from .train.allocator import keep_freed_memory
 
+        keep_freed_memory()
         figures = run_demo(out, _say, seeds=seeds, full=full)
         result.update(figures)
         if not as_json:
@@ -945,6 +980,13 @@ def _find_newest_retrieval_run() -> Path | None:
         return None
 
 
+def _require_run_of(checkpoint: str | None, run: Path | None) -> None:
+    from .errors import ConfigError
+
+    if checkpoint is not None and run is None:
+        raise ConfigError("--checkpoint has no effect without a run: name one with --run, or leave it out")
+
+
 def _open_searched_store(run: Path | None, features: Path | None) -> Any:
     """The store that was named, the run's own, or the newest."""
     from .store.reader import open_store
@@ -967,7 +1009,7 @@ def _read_queries(path: Path) -> list[str]:
     from .errors import ConfigError
 
     try:
-        queries = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        queries = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} (--queries) is not UTF-8 text: {error}") from error
     if not any(queries):
@@ -1015,6 +1057,10 @@ def _print_plan(plan: Any, epochs: int) -> None:
     print(f"{'videos':13} {plan.videos:,}, {plan.frames:,} cached frames")
     for name, size in plan.bytes_by_array.items():
         print(f"  {name:11} {describe_bytes(size)}")
+    tokens = plan.bytes_by_array["patches"] + plan.bytes_by_array["cls"]
+    pixels = plan.bytes_by_array.get("pixels")
+    with_pixels = "" if pixels is None else f", {describe_bytes(tokens + pixels)} with pixels"
+    print(f"{'tokens':13} {describe_bytes(tokens)} of patches and class tokens{with_pixels}")
     free = "" if plan.free_bytes is None else f"; {describe_bytes(plan.free_bytes)} free there"
     print(
         f"{'in all':13} {describe_bytes(plan.total_bytes)}{free}{'' if plan.fits is not False else ': it does not fit'}"

@@ -42,13 +42,30 @@ def format_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 
 
-def keep(name: str, result: dict[str, Any], table: str) -> None:
-    """Print a result, and write it under docs/benchmarks as JSON and Markdown."""
+def check_bar(name: str, found: float, bar: float, unit: str = "", *, most: bool = True) -> str:
+    """One line: what was asked for, what was found, and whether that holds.
+
+    Args:
+        name: What was measured.
+        found: The figure.
+        bar: What it is held against.
+        unit: Of both, with its space.
+        most: Whether the bar is the most that it may be; else the least.
+    """
+    holds = found <= bar if most else found >= bar
+    asked = f"{'at most' if most else 'at least'} {bar:g}{unit}"
+    return f"{'holds' if holds else 'DOES NOT HOLD'}: {name}: {found:.4g}{unit} ({asked})"
+
+
+def keep(name: str, result: dict[str, Any], table: str, bars: Sequence[str] = ()) -> None:
+    """Print a result and how it stands against its bars, and write it under docs/benchmarks as JSON and Markdown."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     machine = result["machine"]
     where = f"{machine['cpu']}, {machine['cores']} cores, {machine['accelerator'] or 'no GPU'}, {machine['date']}"
-    text = f"`{machine['command']}`: {where}\n\n{table}\n"
+    text = f"`{machine['command']}`: {where}\n\n{table}\n" + (
+        "\n" + "".join(f"* {bar}\n" for bar in bars) if bars else ""
+    )
     (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _report import describe_machine, format_table, keep
+from _report import check_bar, describe_machine, format_table, keep
 from _stores import begin_store, write_rows
 
 from s4v.store.codec import Codec
@@ -133,7 +133,9 @@ def main() -> None:
     )  # fmt: skip
     sizes = {"steps": options.steps, "batch": options.batch_size, "clip": CLIP, "layers": LAYERS, "side_width": 192}
     name = f"loader_{device.type}"
-    keep(name, {"machine": describe_machine("torch"), "sizes": sizes, "seconds": seconds, "ratios": ratios}, table)
+    bars = [check_bar("epoch from the store, of the one in memory, median", statistics.median(ratios), 1.03)]
+    result = {"machine": describe_machine("torch"), "sizes": sizes, "seconds": seconds, "ratios": ratios}
+    keep(name, result, table, bars)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import ConfigError, RunExistsError
 from ..extract.config import ExtractConfig
-from ..extract.pipeline import extract_dataset
+from ..extract.extraction import extract_dataset
 from ..retrieve.zero_shot import classify_zero_shot
 from ..store._files import read_json, write_json
 from ..store.info import describe_store

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from s4v.extract.config import ExtractConfig
-from s4v.extract.pipeline import extract_dataset
+from s4v.extract.extraction import extract_dataset
 
 DATA = Path(__file__).parent / "data"
 SHARED = Path(__file__).parents[2] / "shared"

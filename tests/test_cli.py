@@ -163,6 +163,17 @@ def test_info_says_what_a_store_holds(int8_store):
     assert facts["bytes"] == on_disk
 
 
+def test_info_warns_of_layers_that_lost_much(int8_store, tmp_path):
+    shutil.copytree(int8_store, tmp_path / "s.zarr")
+    file = tmp_path / "s.zarr" / "fidelity.json"
+    told = json.loads(file.read_text())
+    assert "lost more than" not in run("info", tmp_path / "s.zarr").output
+    told["layers"][1]["variance_kept"] = 0.94
+    file.write_text(json.dumps(told))
+    layer = told["layers"][1]["layer"]
+    assert f"layers {layer} lost more than 5% of their variance" in run("info", tmp_path / "s.zarr").output
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_ctrl_c_keeps_finished_shards_and_exits_with_130(tmp_path, make_video):
     for number in range(32):

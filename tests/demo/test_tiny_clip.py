@@ -18,7 +18,7 @@ from s4v.demo.world import ANNOTATIONS_NAME, WorldConfig, write_world
 from s4v.extract.architectures import SHIPPED
 from s4v.extract.backbone import build_backbone
 from s4v.extract.config import ExtractConfig
-from s4v.extract.pipeline import extract_dataset
+from s4v.extract.extraction import extract_dataset
 from s4v.extract.text_tower import load_text_tower
 from s4v.retrieve.vectors import normalise_rows
 from s4v.retrieve.zero_shot import classify_zero_shot
