@@ -181,8 +181,8 @@ class Searcher:
         _require_top(top)
         row = self._facts["video_id"].index(video_id).as_py()
         is_good = row >= 0 and self._facts["status"][row].as_py() == "ok"
-        places = np.flatnonzero(self._index.rows == row) if is_good else []
-        if not len(places):
+        places = np.flatnonzero(self._index.rows == row)
+        if not is_good or not len(places):
             raise ConfigError(f"--like: {self.store.path} has no good video {video_id!r}; s4v info counts its videos")
         vector = self._index.vector_of(int(places[0]))
         others = [match for match in self._find(vector, top + 1) if match.row != row][:top]

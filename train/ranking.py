@@ -92,8 +92,8 @@ def apply_dual_softmax(scores: np.ndarray, *, queries: Literal["texts", "videos"
         (C, V) float64: score + log(softmax(scale * scores over all queries)).
 
     Source:
-        Cheng et al., https://arxiv.org/abs/2109.04290. There a score is multiplied by the softmax, which turns the order
-        of negative ones around; this is the logarithm of exp(score) times the softmax, which does not.
+        Cheng et al., https://arxiv.org/abs/2109.04290. There a score is multiplied by the softmax, which turns the
+        order of negative ones around; this is the logarithm of exp(score) times the softmax, which does not.
     """
     axis = 0 if queries == "texts" else 1
     logits = scale * scores.astype(np.float64)

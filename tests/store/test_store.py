@@ -192,7 +192,9 @@ def test_threads_share_a_reader_whose_files_come_and_go(tmp_path, monkeypatch):
     def read(seed):
         rows = np.random.default_rng(seed).permutation(good)
         found = store.read_clips(rows, [[2, 1]] * len(rows), view=1).patches
-        return all(np.array_equal(clip, make_tokens(row).patches[1, [2, 1]]) for row, clip in zip(rows, found))
+        return all(
+            np.array_equal(clip, make_tokens(row).patches[1, [2, 1]]) for row, clip in zip(rows, found, strict=True)
+        )
 
     with ThreadPoolExecutor(4) as threads:
         assert all(threads.map(read, range(12)))
