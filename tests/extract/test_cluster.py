@@ -137,6 +137,8 @@ def test_a_worker_that_is_refused_leaves_no_decoder_behind(begun):
 
 def test_shards_that_workers_did_elsewhere_are_missed(begun, monkeypatch):
     class Client:
+        status = "running"
+
         def __init__(self):
             self.rounds = 0
 
