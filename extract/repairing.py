@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from ..errors import StoreDamagedError
 from ..store import manifest
 from ..store._files import FolderLock
-from ..store._shards import DamagedChunkError, verify_shard
 from ..store.reader import StoreReader, open_store
 from ..store.records import VideoResult
-from ..store.verify import Damage, verify_store
+from ..store.verify import Damage, find_lost_rows, verify_store
 from ..store.writer import repair_store
 from .job import Job
 from .keeping import GoodRows, name_videos
@@ -76,7 +74,7 @@ def _find_kept_shards(job: Job, store: StoreReader, damage: Sequence[Damage]) ->
         gone = good.without_video(job, shard)
         if not gone:
             continue
-        hit = {row for one in damage if one.shard == shard for row in _find_hit_rows(job, store, one)}
+        hit = {row for one in damage if one.shard == shard for row in find_lost_rows(store, one)}
         if whole := [row for row in gone if row not in hit]:
             kept.add(shard)
             _log.warning(
@@ -84,24 +82,6 @@ def _find_kept_shards(job: Job, store: StoreReader, damage: Sequence[Damage]) ->
                 *(store.path, shard, name_videos(job, whole), job.config.root),
             )
     return kept
-
-
-def _find_hit_rows(job: Job, store: StoreReader, one: Damage) -> Iterable[int]:
-    """Rows whose tokens a damage has reached: none, where it is in the done-marker or the manifest."""
-    assert one.shard is not None
-    name = one.where.partition("/")[0]
-    spec = next((spec for spec in store.layout.array_specs() if spec.name == name), None)
-    if spec is None:
-        return []
-    rows = store.layout.shard_rows(one.shard)
-    if spec.chunk_shape is None:
-        return rows
-    num_chunks = math.prod(a // b for a, b in zip(spec.shard_shape, spec.chunk_shape, strict=True))
-    try:
-        verify_shard(store.path / one.where, num_chunks)
-    except DamagedChunkError:
-        return rows  # of a file without its index no chunk is left
-    return [row for row in rows if job.records[row].video_id == one.video_id]
 
 
 def _restore_marker(store: StoreReader, shard: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -62,6 +63,29 @@ def verify_store(store: StoreReader, report: Callable[[str, int, int], None] = l
                 parts[store.layout.shard_rows(shard)] = part
             report("verifying", done, len(finished))
     return found + _check_manifest(store, parts)
+
+
+def find_lost_rows(store: StoreReader, damage: Damage) -> list[int]:
+    """Rows of whose tokens a damage has left less than there was: none, where it is in a done-marker or the manifest.
+
+    Args:
+        store: Where it was found.
+        damage: Of a shard.
+    """
+    assert damage.shard is not None
+    rows = list(store.layout.shard_rows(damage.shard))
+    spec = next((s for s in store.layout.array_specs() if s.name == damage.where.partition("/")[0]), None)
+    if spec is None:
+        return []
+    if spec.chunk_shape is None:
+        return rows
+    num_chunks = math.prod(a // b for a, b in zip(spec.shard_shape, spec.chunk_shape, strict=True))
+    try:
+        verify_shard(store.path / damage.where, num_chunks)
+    except DamagedChunkError:
+        return rows  # of a file without its index no chunk is left
+    ids = store.input_columns()["video_id"]
+    return [row for row in rows if ids[row].as_py() == damage.video_id]
 
 
 def _check_hashes(store: StoreReader) -> Iterator[Damage]:
