@@ -13,7 +13,7 @@ from ..errors import ConfigError, RunNotFoundError
 from ..store._files import read_json
 from ..store.reader import StoreReader
 from ..train.clips import LabelledRows, thin
-from ..train.evaluate import open_run_and_store
+from ..train.evaluate import Team, autocast_as_trained, open_run_and_store
 from ..train.interaction import TextBatch
 from ..train.retrieval import embed_clips
 from ..train.run import Run, load_checkpoint
@@ -91,6 +91,7 @@ class TrainedFrames:
             num_frames=self.run.frames,
             batch_size=self.run.config["batch_size"],
             device=self._device,
+            team=Team(autocast=autocast_as_trained(self.run, self._device)),
         )
         return EmbeddedClips(frames, places)
 
