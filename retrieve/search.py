@@ -181,8 +181,9 @@ class Searcher:
         _require_top(top)
         row = self._facts["video_id"].index(video_id).as_py()
         is_good = row >= 0 and self._facts["status"][row].as_py() == "ok"
-        places = np.flatnonzero(self._index.rows == row)
-        if not is_good or not len(places):
+        # Looked up in the index, which may have to be built first, only where the store has such a video.
+        places = np.flatnonzero(self._index.rows == row) if is_good else np.empty(0, dtype=np.int64)
+        if not len(places):
             raise ConfigError(f"--like: {self.store.path} has no good video {video_id!r}; s4v info counts its videos")
         vector = self._index.vector_of(int(places[0]))
         others = [match for match in self._find(vector, top + 1) if match.row != row][:top]
