@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ class VideoIndex:
         self.rows = self._open("rows")
         self._offsets = self._open("offsets")
         self._pooled = self._open("pooled")
-        self._frames = self._open("frames")
+        self._frames = _RowsOnDisk(self.path / "frames.npy")
         self._times = self._open("times")
         self._scanned = torch.from_numpy(self._open("pooled16", "c"))  # torch wants it writable
 
@@ -67,7 +68,7 @@ class VideoIndex:
         try:
             return np.load(self.path / f"{name}.npy", mmap_mode=mode)
         except (OSError, ValueError) as error:
-            raise StoreDamagedError(f"{self.path / name}.npy is missing or damaged: remove {self.path}") from error
+            raise _damaged(self.path / f"{name}.npy") from error
 
     def find(self, vector: np.ndarray, top: int, *, allowed: np.ndarray | None = None) -> list[Match]:
         """The videos closest to a vector, exactly as `score_rows` of all of them has them; equal ones in row order.
@@ -121,7 +122,7 @@ class VideoIndex:
     def raw_frames_of(self, place: int) -> np.ndarray:
         """Vectors (f, E) float32 of a video's frames as the index holds them."""
         span = slice(int(self._offsets[place]), int(self._offsets[place + 1]))
-        return np.asarray(self._frames[span], dtype=np.float32)
+        return self._frames.read(span.start, span.stop).astype(np.float32)
 
     def read_vectors(self, places: slice) -> np.ndarray:
         """Pooled vectors in float16, (n, E)."""
@@ -130,6 +131,36 @@ class VideoIndex:
     def vector_of(self, place: int) -> np.ndarray:
         """The pooled vector (E,) of a video."""
         return np.asarray(self._pooled[place])
+
+
+class _RowsOnDisk:
+    """An array of rows in a .npy file, of which few are wanted: mapped, each would bring megabytes around it along."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = path.open("rb")
+            np.lib.format.read_magic(self._file)
+            shape, _, self._dtype = np.lib.format.read_array_header_1_0(self._file)
+        except (OSError, ValueError) as error:
+            raise _damaged(path) from error
+        self._path, self._tail, self._start = path, shape[1:], self._file.tell()
+        self._row_bytes = self._dtype.itemsize * math.prod(self._tail)
+
+    def read(self, first: int, stop: int) -> np.ndarray:
+        """Rows from `first` up to `stop`.
+
+        Raises:
+            StoreDamagedError: If the file is too short.
+        """
+        num_bytes = (stop - first) * self._row_bytes
+        data = os.pread(self._file.fileno(), num_bytes, self._start + first * self._row_bytes)
+        if len(data) < num_bytes:
+            raise _damaged(self._path)
+        return np.frombuffer(data, self._dtype).reshape(-1, *self._tail)
+
+
+def _damaged(path: Path) -> StoreDamagedError:
+    return StoreDamagedError(f"{path} is missing or damaged: remove {path.parent}")
 
 
 def default_index_path(store: Path, run: Path | None = None) -> Path:
