@@ -19,6 +19,7 @@ from ..store.fidelity import FidelityMeter, LayerFidelity
 from ..store.layout import PatchDtype
 from ..store.records import VideoRecord
 from .backbone import Backbone
+from .batching import split_evenly
 from .decoding import DecodedVideo
 
 _SAMPLE_FRAMES = 128
@@ -105,7 +106,7 @@ def fit_codec(
         backbone: With weights.
         layers: Blocks to tap.
         channels: K; below the backbone's width a PCA of each layer projects to the K directions of most variance.
-        batch_size: Frames in one pass; the last batch is padded with zeros, fewer frames are one batch.
+        batch_size: The most frames in one pass.
 
     Raises:
         ConfigError: If the sample holds too few tokens for K directions.
@@ -162,7 +163,7 @@ def measure_codec(
         sample: Frames that the codec was not fitted on, where there are any.
         backbone: With weights.
         layers: Blocks that are tapped.
-        batch_size: Frames in one pass.
+        batch_size: The most frames in one pass.
 
     Returns:
         One for each layer.
@@ -192,24 +193,19 @@ def _run_sample(
     batch_size: int,
     use: Callable[[list[torch.Tensor]], None],
 ) -> None:
-    """Hand over the patch tokens of the sample's frames, (B, N, D) for each layer, batch by batch without the padding.
+    """Hand over the patch tokens of the sample's frames, (B, N, D) for each layer, batch by batch.
 
     A batch is freed before the next pass, as an iterator's would not be: 16 frames of ViT-E's layers are 0.5 GB.
     """
-    pixels = sample.pixels
 
-    def encode(first: int) -> list[torch.Tensor]:
-        batch = pixels[first : first + batch_size]
-        padded = np.zeros((min(batch_size, len(pixels)), *batch.shape[1:]), dtype=np.uint8)
-        padded[: len(batch)] = batch
-        tokens = [values[: len(batch)] for values in backbone.encode_frames(torch.from_numpy(padded), layers).patches]
-        ids = sample.video_ids[first : first + batch_size]
+    def encode(batch: slice) -> list[torch.Tensor]:
+        tokens = backbone.encode_frames(torch.from_numpy(sample.pixels[batch]), layers).patches
         for layer, values in zip(layers, tokens, strict=True):
-            check_finite(values, values, layer, ids)
+            check_finite(values, values, layer, sample.video_ids[batch])
         return tokens
 
-    for first in range(0, len(pixels), batch_size):
-        use(encode(first))
+    for batch in split_evenly(len(sample.pixels), batch_size):
+        use(encode(slice(batch.start, batch.stop)))
 
 
 class _Moments:

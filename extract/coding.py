@@ -65,7 +65,7 @@ class BatchCoder:
 
         Args:
             pixels: (B, H, W, 3) uint8 on the device.
-            video_ids: Of its frames; fewer, where padding follows.
+            video_ids: Of its frames.
 
         Raises:
             EnvironmentFailedError: In any case.

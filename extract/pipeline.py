@@ -10,8 +10,8 @@
     write      a thread: the shard of every array, then its done-marker
 
 Each stage is a generator that pulls from the one before it. What is batched together depends on row numbers alone:
-batches restart at each shard, have a fixed size, the last is padded with zeros, and a video that failed leaves its
-slots zero. So a store does not depend on timing or on resumes.
+batches restart at each shard, share its frames evenly, and a video that failed leaves its slots zero (batching.py). So
+a store does not depend on timing or on resumes.
 """
 
 from __future__ import annotations
@@ -29,34 +29,12 @@ from ..store.reader import open_store
 from ..store.records import VideoRecord, VideoResult
 from ..store.writer import RowTokens, StoreWriter
 from .backbone import FrameTokens
+from .batching import Slot, batch_slots
 from .buffers import BatchBuffers
 from .coding import BatchCoder
 from .decoding import DecodedVideo
 from .job import Job
 from .keeping import GoodRows
-
-Slot = tuple[int, int, int]
-"""One frame of a batch: place of its row in the shard, view, place on the axis F."""
-
-
-def batch_slots(num_frames: Sequence[int], num_views: Sequence[int], batch_size: int) -> list[list[Slot]]:
-    """Group the frames of a shard's rows into batches: a pure function of counts.
-
-    Args:
-        num_frames: Cached frames of each row of the shard.
-        num_views: Views of each row.
-        batch_size: Frames in one pass.
-
-    Returns:
-        Batches of (place of the row in the shard, view, place on the axis F), in order; the last may be short.
-    """
-    slots = [
-        (row, view, frame)
-        for row, (frames, views) in enumerate(zip(num_frames, num_views, strict=True))
-        for view in range(views)
-        for frame in range(frames)
-    ]
-    return [slots[first : first + batch_size] for first in range(0, len(slots), batch_size)]
 
 
 def batches_ahead(device: torch.device) -> int:
@@ -85,8 +63,6 @@ class _Batch:
 
     shard: _Shard
     slots: list[Slot]
-    size: int
-    """Frames in the pass, the padding among them."""
     is_last: bool
     """Of its shard."""
     buffers: BatchBuffers
@@ -135,13 +111,11 @@ class Pipeline:
             shard = _Shard(number, self._layout.shard_rows(number))
             frames, views = ([counts[row] for row in shard.rows] for counts in (job.num_frames, job.num_views))
             batches = batch_slots(frames, views, job.config.batch_size)
-            # A shard smaller than a batch is one batch of its own size.
-            size = min(job.config.batch_size, len(batches[0]))
             for slots in batches:
                 while len(shard.videos) <= slots[-1][0]:
                     with job.clock.stage("waiting for decoders"):
                         shard.videos.append(next(videos))
-                yield _Batch(shard, slots, size, is_last=slots is batches[-1], buffers=next(self._buffers))
+                yield _Batch(shard, slots, is_last=slots is batches[-1], buffers=next(self._buffers))
 
     def forward(self, batches: Iterable[_Batch]) -> Iterator[tuple[_Batch, FrameTokens | None]]:
         """Batches with their tokens; None where not one frame is there."""
@@ -182,15 +156,14 @@ class Pipeline:
                     writing.result()
 
     def _run_backbone(self, batch: _Batch) -> FrameTokens:
-        """One padded pass; on a GPU it is only begun."""
+        """One pass; on a GPU it is only begun."""
         shown = self._layout.pixel_offsets.index(0)
         with self._job.clock.stage("backbone"):
             pixels = batch.buffers.pixels
-            pixels[len(batch.slots) : batch.size] = 0
             for place, (row, view, frame) in enumerate(batch.slots):
                 video = batch.shard.videos[row].pixels
                 pixels[place] = 0 if video is None else video[view, frame, shown]
-            return self._job.backbone.encode_frames(batch.buffers.upload(batch.size), self._layout.layers)
+            return self._job.backbone.encode_frames(batch.buffers.upload(len(batch.slots)), self._layout.layers)
 
     def _place_results(self, batch: _Batch) -> Iterator[_Shard]:
         """Wait for a batch's results and put them where they belong; yields the shard that is complete with it."""
@@ -200,7 +173,7 @@ class Pipeline:
             with self._job.clock.stage("encoding"):
                 if not self._coder.finish(results):
                     ids = [self._job.records[batch.shard.rows[row]].video_id for row, _, _ in batch.slots]
-                    self._coder.raise_for(batch.buffers.upload(batch.size), ids)
+                    self._coder.raise_for(batch.buffers.upload(len(batch.slots)), ids)
                 self._place_rows(batch, results)
         if batch.is_last:
             yield batch.shard
