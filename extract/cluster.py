@@ -119,6 +119,7 @@ def _run_tasks(
 ) -> BaseException | None:
     from distributed import wait
 
+    is_idle = _warn_if_idle(client, was_idle=False)
     tasks = {}
     for shards in split_into_tasks(list(markers), len(client.nthreads())):
         handed_out = {shard: markers[shard] for shard in shards}
@@ -140,6 +141,7 @@ def _run_tasks(
                 for place, shard in enumerate(shards):
                     report(shard, {} if place else done["seconds"])
             stragglers.warn()
+            is_idle = _warn_if_idle(client, was_idle=is_idle)
         return None
     finally:
         with suppress(OSError, TimeoutError, CancelledError):
@@ -161,6 +163,19 @@ def split_into_tasks(shards: Sequence[int], num_workers: int) -> list[list[int]]
     size = len(shards) // (_TASKS_OF_A_WORKER * max(1, num_workers))
     size = min(_MOST_SHARDS_OF_A_TASK, max(1, size))
     return [list(shards[first : first + size]) for first in range(0, len(shards), size)]
+
+
+def _warn_if_idle(client: Any, *, was_idle: bool) -> bool:
+    """Whether there is no worker; told each time that the last one has gone, for a queue may hold them for hours."""
+    with suppress(OSError, TimeoutError):  # a lost scheduler is seen by the tasks
+        is_idle = not client.nthreads()
+        if is_idle and not was_idle:
+            _log.warning(
+                "%s has no workers: waiting until one joins (`dask worker %s --nthreads 1`). Ctrl-C loses nothing.",
+                *(client.scheduler.address, client.scheduler.address),
+            )
+        return is_idle
+    return was_idle
 
 
 class _Stragglers:

@@ -9,6 +9,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from types import SimpleNamespace
 
 import distributed
 import psutil
@@ -176,6 +177,25 @@ def test_stragglers_are_named_once(caplog, monkeypatch):
     stragglers.warn()
     stragglers.warn()
     assert len(caplog.messages) == 1 and "shards 2-3 have been with worker tcp://slow:1 for 82 s" in caplog.text
+
+
+def test_a_scheduler_without_workers_is_told_each_time_it_comes_to_that(caplog):
+    class Client:
+        scheduler = SimpleNamespace(address="tcp://head:8786")
+        answers = iter([{}, {}, OSError("lost"), {"tcp://gpu:1": 1}, {}])
+
+        def nthreads(self):
+            answer = next(self.answers)
+            if isinstance(answer, OSError):
+                raise answer
+            return answer
+
+    client, is_idle, told = Client(), False, []
+    for _ in range(5):
+        is_idle = workers._warn_if_idle(client, was_idle=is_idle)
+        told.append(len(caplog.messages))
+    assert told == [1, 1, 1, 1, 2]
+    assert "tcp://head:8786 has no workers: waiting until one joins (`dask worker tcp://head:8786" in caplog.text
 
 
 @pytest.mark.slow
