@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, EnvironmentFailedError
 from ..store._files import write_text
 from .config import TrainConfig
 from .run import Run
@@ -19,7 +19,11 @@ Logger = Callable[[dict[str, Any]], None]
 
 
 def make_loggers(run: Run, config: TrainConfig, epochs_done: int) -> list[Logger]:
-    """All loggers of a run; see `require_wandb`."""
+    """All loggers of a run; see `require_wandb`.
+
+    Raises:
+        EnvironmentFailedError: If wandb cannot begin: nobody is logged in, or its server does not answer.
+    """
     loggers = [_make_tensorboard(run, epochs_done)]
     return [*loggers, _make_wandb(run, config.wandb)] if config.wandb is not None else loggers
 
@@ -55,14 +59,20 @@ def _make_wandb(run: Run, project: str) -> Logger:
     path = run.path / _WANDB_ID_NAME
     if not path.is_file():
         write_text(path, uuid.uuid4().hex)
-    session = wandb.init(
-        project=project,
-        id=path.read_text(encoding="utf-8"),
-        name=run.path.name,
-        dir=run.path,
-        config=run.config,
-        resume="allow",
-    )
+    try:
+        session = wandb.init(
+            project=project,
+            id=path.read_text(encoding="utf-8"),
+            name=run.path.name,
+            dir=run.path,
+            config=run.config,
+            resume="allow",
+        )
+    except wandb.Error as error:
+        raise EnvironmentFailedError(
+            f"wandb does not begin a run (--wandb): {error} Mend that, or set WANDB_MODE=offline, and run the same "
+            "command with --resume."
+        ) from error
 
     def log(metrics: dict[str, Any]) -> None:
         session.log(metrics, step=metrics["epoch"])

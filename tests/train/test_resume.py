@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from s4v.errors import ConfigError, RunExistsError, RunNotFoundError, StoreDamagedError
+from s4v.errors import ConfigError, EnvironmentFailedError, RunExistsError, RunNotFoundError, StoreDamagedError
 from s4v.train import loop, tasks
 from s4v.train.config import TrainConfig
 from s4v.train.evaluate import evaluate_run
@@ -181,17 +181,36 @@ def test_wandb_is_asked_for_only_where_it_is_installed(int8_store, tmp_path, mon
     assert not (tmp_path / "run").exists(), "told before a run is begun"
 
 
-def test_a_run_that_goes_on_is_the_same_one_in_wandb(int8_store, tmp_path, monkeypatch):
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for the package, which the project does without; `init` is the test's."""
+    package = ModuleType("wandb")
+    package.__spec__ = ModuleSpec("wandb", None)
+    package.Error = type("Error", (Exception,), {})
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    return package
+
+
+def test_a_run_that_wandb_refuses_is_told_and_goes_on_with_resume(wandb, int8_store, tmp_path):
+    def refuse(**_):
+        raise wandb.Error("No API key configured. Use `wandb login` to log in.")
+
+    wandb.init = refuse
+    config = config_for(int8_store, tmp_path / "run", wandb="project")
+    with pytest.raises(EnvironmentFailedError, match=r"No API key configured.*WANDB_MODE=offline.*--resume"):
+        train_run(config)
+    wandb.init = lambda **_: SimpleNamespace(log=lambda metrics, step: None)
+    assert train_run(replace(config, resume=True))["epochs"] == config.epochs
+
+
+def test_a_run_that_goes_on_is_the_same_one_in_wandb(wandb, int8_store, tmp_path, monkeypatch):
     begun, logged = [], []
-    wandb = ModuleType("wandb")
-    wandb.__spec__ = ModuleSpec("wandb", None)
 
     def init(**options):
         begun.append((options["id"], options["resume"], options["name"]))
         return SimpleNamespace(log=lambda metrics, step: logged.append(step))
 
     wandb.init = init
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
     config = config_for(int8_store, tmp_path / "run", wandb="project")
     with monkeypatch.context() as patch:
         patch.setattr(tasks, "accuracy_figures", lambda _: 1 / 0)
