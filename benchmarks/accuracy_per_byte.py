@@ -214,6 +214,7 @@ def plot(summaries: list[dict[str, Any]], path: Path) -> None:
 
     figure, panels = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
     points = [one for one in summaries if not one["is_control"]]
+    controls = sorted((one for one in summaries if one["is_control"]), key=lambda one: one["top1"])
     for axes, key, label in zip(
         panels, ("patch_bytes_per_frame", "bytes_per_frame"), ("patches alone", "all bytes of the store"), strict=True
     ):
@@ -225,14 +226,13 @@ def plot(summaries: list[dict[str, Any]], path: Path) -> None:
             axes.text(
                 one[key], place, one["arm"], fontsize=7, rotation=90, ha="center", va="top" if is_low else "bottom"
             )
-        for one in summaries:
-            if one["is_control"]:
-                axes.axhline(100 * one["top1"], color="#888", linestyle=":", linewidth=1)
-                is_lower = one["arm"] == "tokens zeroed"
-                axes.text(
-                    0.01, 100 * one["top1"] + (-0.6 if is_lower else 0), one["arm"],
-                    transform=axes.get_yaxis_transform(), fontsize=7, color="#555", va="top" if is_lower else "bottom",
-                )  # fmt: skip
+        for one in controls:
+            top1, is_lowest = 100 * one["top1"], one is controls[0]
+            axes.axhline(top1, color="#888", linestyle=":", linewidth=1)
+            axes.annotate(
+                one["arm"], (0.01, top1), xytext=(0, -2 if is_lowest else 1), xycoords=axes.get_yaxis_transform(),
+                textcoords="offset points", fontsize=7, color="#555", va="top" if is_lowest else "bottom",
+            )  # fmt: skip
         axes.set(xscale="log", xlabel=f"bytes of a cached frame, {label}", ylim=(0, 125), yticks=range(0, 101, 20))
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("top-1 of held-out videos, 95 % beside float32")

@@ -17,6 +17,7 @@ import open_clip
 import torch
 from open_clip.model import _build_vision_tower
 from torch import nn
+from torch.nn import functional as F
 
 from ..errors import BackboneError, ConfigError, EnvironmentFailedError
 from .architectures import ALIASES, read_architecture, resolve_model
@@ -108,7 +109,7 @@ class Backbone:
         self._source = source
         self._logit_scale = _DEFAULT_LOGIT_SCALE
         self._forward = tower.forward_intermediates
-        self._is_compiled = False
+        self._least_frames = 0
         self._mean = torch.tensor(info.mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(info.std, device=device).view(1, 3, 1, 1)
 
@@ -138,10 +139,17 @@ class Backbone:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def compile(self) -> None:
-        """Have `torch.compile` make the tower's kernels, at the first pass."""
-        self._forward = torch.compile(self.tower.forward_intermediates)
-        self._is_compiled = True
+    def compile(self, batch_size: int) -> None:
+        """Have `torch.compile` make the tower's kernels, at the first pass.
+
+        They are made once, for one shape: smaller batches are padded to it with zeros. Kernels for several sizes would
+        take their minutes each, and might depend on which size came first, so on where a run was resumed.
+
+        Args:
+            batch_size: Of the largest batch that will come.
+        """
+        self._forward = torch.compile(self.tower.forward_intermediates, dynamic=False)
+        self._least_frames = batch_size
 
     @property
     def flops_per_frame(self) -> int:
@@ -165,8 +173,11 @@ class Backbone:
         Raises:
             EnvironmentFailedError: If `compile` was asked for and is not possible here.
         """
-        wanted = sorted(set(layers))
-        images = normalise_pixels(pixels.to(self.device), self._mean, self._std)
+        wanted, count = sorted(set(layers)), len(pixels)
+        pixels = pixels.to(self.device)
+        if count < self._least_frames:
+            pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, self._least_frames - count))
+        images = normalise_pixels(pixels, self._mean, self._std)
         try:
             output = self._forward(
                 images.to(_DTYPES[self.info.precision]), indices=wanted, output_fmt="NLC", output_extra_tokens=True
@@ -174,11 +185,11 @@ class Backbone:
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
             raise EnvironmentFailedError(f"torch.compile does not work here: {reason}. Leave out --compile.") from error
-        cls = [prefix[:, 0] for prefix in output["image_intermediates_prefix"]]
+        cls = [prefix[:count, 0] for prefix in output["image_intermediates_prefix"]]
         return FrameTokens(
-            patches=output["image_intermediates"],
+            patches=[values[:count] for values in output["image_intermediates"]],
             cls=torch.stack(cls, dim=1),
-            embedding=output["image_features"].float(),
+            embedding=output["image_features"][:count].float(),
         )
 
     def read_head(self) -> dict[str, np.ndarray]:

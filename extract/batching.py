@@ -12,7 +12,7 @@ Slot = tuple[int, int, int]
 def split_evenly(count: int, batch_size: int) -> list[range]:
     """As few batches as hold so many frames, their sizes one apart at most.
 
-    A last batch of what is left over would have to be padded: on its own, a few frames run through other kernels.
+    Full batches would leave a small last one, which is slow on a GPU whether it is padded or not.
 
     Args:
         count: Frames.

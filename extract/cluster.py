@@ -166,13 +166,14 @@ def split_into_tasks(shards: Sequence[int], num_workers: int) -> list[list[int]]
 
 
 def _warn_if_idle(client: Any, *, was_idle: bool) -> bool:
-    """Whether there is no worker; told each time that the last one has gone, for a queue may hold them for hours."""
+    """Whether there is no worker; told each time it comes to that, for a queue may hold them for hours."""
     with suppress(OSError, TimeoutError):  # a lost scheduler is seen by the tasks
         is_idle = not client.nthreads()
         if is_idle and not was_idle:
             _log.warning(
-                "%s has no workers: waiting until one joins (`dask worker %s --nthreads 1`). Ctrl-C loses nothing.",
-                *(client.scheduler.address, client.scheduler.address),
+                "%(address)s has no workers: waiting until one joins (`dask worker %(address)s --nthreads 1`). "
+                "Ctrl-C loses nothing.",
+                {"address": client.scheduler.address},
             )
         return is_idle
     return was_idle

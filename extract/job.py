@@ -130,7 +130,7 @@ def set_up_job(
             seed=config.seed,
         )
         if config.with_compile:
-            backbone.compile()
+            backbone.compile(config.batch_size)
         layout = plan_layout(config, backbone, len(records), max(num_frames), max(num_views))
         if is_store(config.out) and not config.overwrite:
             layout = replace(layout, rows_per_shard=open_store(config.out).layout.rows_per_shard)

@@ -69,8 +69,9 @@ def _make_wandb(run: Run, project: str) -> Logger:
             resume="allow",
         )
     except wandb.Error as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         raise EnvironmentFailedError(
-            f"wandb does not begin a run (--wandb): {error} Mend that, or set WANDB_MODE=offline, and run the same "
+            f"wandb does not begin a run (--wandb): {reason}. Mend that, or set WANDB_MODE=offline, and run the same "
             "command with --resume."
         ) from error
 
