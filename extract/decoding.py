@@ -79,7 +79,9 @@ class DecodedVideo:
     pixels: np.ndarray | None
     """(A, F, O, H, W, 3) uint8."""
     facts: dict[str, Any]
-    """Result columns of the manifest; `reason` alone where decoding failed."""
+    """Result columns of the manifest; where decoding failed, `reason` and what is known of the source."""
+    is_pending: bool = False
+    """Whether it was the machine that failed, not the video: the row stays pending, with its reason."""
 
 
 class DecoderPool:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from ..store.reader import open_store
-from ..store.records import VideoRecord, VideoResult
+from ..store.records import Status, VideoRecord, VideoResult
 from ..store.writer import RowTokens, StoreWriter
 from .backbone import FrameTokens
 from .batching import Slot, batch_slots
@@ -203,7 +203,8 @@ class Pipeline:
 
 def _as_result(record: VideoRecord, video: DecodedVideo) -> VideoResult:
     if video.pixels is None:
-        return VideoResult(video_id=record.video_id, status="failed", reason=video.facts["reason"])
+        status: Status = "pending" if video.is_pending else "failed"
+        return VideoResult(video_id=record.video_id, status=status, **video.facts)
     num_views, num_frames = video.pixels.shape[:2]
     return VideoResult(
         video_id=record.video_id,

@@ -58,8 +58,13 @@ RESULT_SCHEMA = pa.schema(
         ("timestamps_s", pa.list_(pa.float64())),
         ("views", pa.list_(_VIEW)),
         ("eval_clips", pa.list_(pa.list_(pa.int32()))),
+        ("source_bytes", pa.int64()),
+        ("source_mtime_ns", pa.int64()),
+        ("source_hash", pa.string()),
     ]
 )
+_LATER_COLUMNS = frozenset({"source_bytes", "source_mtime_ns", "source_hash"})
+"""Result columns that stores from before do not have."""
 _PART_SCHEMA = pa.schema([INPUT_SCHEMA.field("video_id"), *RESULT_SCHEMA])
 _CAPTION_SCHEMA = pa.schema([("caption_id", pa.string()), ("video_id", pa.string()), ("text", pa.string())])
 
@@ -154,9 +159,29 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     try:
         if path.is_dir():  # as a data set of no files it would read as an empty table
             raise IsADirectoryError("a folder is in its place")
-        return pq.read_table(path, columns=columns, page_checksum_verification=True)
+        table = pq.read_table(path, page_checksum_verification=True, **_columns_there(path, columns))
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise StoreDamagedError(f"{path} is missing or damaged: {error}. Extract the store anew.") from error
+    return _with_later_columns(table, columns)
+
+
+def _columns_there(path: Path, columns: list[str] | None) -> dict[str, list[str]]:
+    """What to ask a file for: columns that it is too old to have are null."""
+    if columns is None or not _LATER_COLUMNS & set(columns):
+        return {} if columns is None else {"columns": columns}
+    there = set(pq.read_schema(path).names)
+    return {"columns": [name for name in columns if name in there or name not in _LATER_COLUMNS]}
+
+
+def _with_later_columns(table: pa.Table, columns: list[str] | None) -> pa.Table:
+    """A manifest or a part with null columns for what it is too old to have; other tables as they are."""
+    if "status" not in table.column_names and columns is None:
+        return table
+    wanted = [*table.column_names, *RESULT_SCHEMA.names] if columns is None else columns
+    for name in wanted:
+        if name in _LATER_COLUMNS and name not in table.column_names:
+            table = table.append_column(RESULT_SCHEMA.field(name), pa.nulls(len(table), RESULT_SCHEMA.field(name).type))
+    return table if columns is None else table.select(columns)
 
 
 def part_path(root: Path, shard: int) -> Path:

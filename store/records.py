@@ -21,7 +21,10 @@ REASONS = {
     "timeout": "decoding took longer than --decode-timeout allows",
     "crashed": "the decoder process died",
 }
-"""Why a row failed: `reason` is one of these codes, then a colon and a detail that is the same in every run."""
+"""Why a row failed: `reason` is one of these codes, then a colon and a detail that is the same in every run.
+
+A pending row may have a reason too: what the machine did not let happen. The same command tries it again.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,3 +83,9 @@ class VideoResult:
     views: list[View] | None = None
     eval_clips: list[list[int]] | None = None
     """Places on the axis F that make up each evaluation clip."""
+    source_bytes: int | None = None
+    """Size of the file that was decoded, or of all frames of a folder; null in rows from before sources were known."""
+    source_mtime_ns: int | None = None
+    """When it was last changed; of a folder, its latest frame."""
+    source_hash: str | None = None
+    """How its bytes are told from others, and how they were hashed: see `extract/source.py`."""
