@@ -94,6 +94,10 @@ class ExtractConfig:
     """Work on the first so many pending rows this time (whole shards); None takes all."""
     retry_failed: bool = False
     """Do shards with failed rows anew; what decodes by now is then in them."""
+    redo_changed: bool = False
+    """Do rows anew whose video was replaced since; without it they keep what they have."""
+    brake: int = 50
+    """Stop when so many videos in a row are lost to the machine."""
     repair: bool = False
     """Verify the store at `out` first, and do anew what is damaged."""
     append: bool = False
@@ -120,6 +124,7 @@ class ExtractConfig:
             "--workers": self.num_workers,
             "--calibration-videos": self.calibration_videos,
             "--channels": self.channels,
+            "--brake": self.brake,
         }
         for name, count in at_least_one.items():
             if count is not None and count < 1:

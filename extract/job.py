@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
+from ..errors import EnvironmentFailedError
 from ..store._files import hash_text
 from ..store.layout import StoreLayout
 from ..store.manifest import ClassList
@@ -42,6 +44,8 @@ class Job:
     pool: DecoderPool
     clock: StageClock
     report: ReportProgress
+    missing: frozenset[str] = frozenset()
+    """Paths that were not there when the videos were listed."""
 
     @property
     def goes_on(self) -> bool:
@@ -63,14 +67,38 @@ class Job:
     def decode(self, records: Iterable[VideoRecord], num_frames: int | None = None) -> Iterator[DecodedVideo]:
         """Videos to pixels, in order, a few ahead: what is cached of them, or so many frames.
 
+        A file that was listed and is gone leaves its row pending, as whatever else the machine did not let happen.
+
         Raises:
-            EnvironmentFailedError: If not a file is missing, but the folder of all of them.
+            EnvironmentFailedError: If the folder of all videos is gone, or so many in a row are lost to the machine
+                that it is not about them.
         """
         side_px = self.layout.image_size[0]
-        requests = (DecodeRequest.of(record, self.config, crop_px=side_px, num_frames=num_frames) for record in records)
-        for video in self.pool.decode_ahead(requests):
+        asked: deque[VideoRecord] = deque()
+
+        def requests() -> Iterator[DecodeRequest]:
+            for record in records:
+                asked.append(record)
+                yield DecodeRequest.of(record, self.config, crop_px=side_px, num_frames=num_frames)
+
+        lost: dict[str, str] = {}  # files in a row
+        for video in self.pool.decode_ahead(requests()):
+            record = asked.popleft()
             if video.pixels is None and video.facts["reason"].startswith("missing-file"):
                 self.config.require_root()
+                if record.path not in self.missing:
+                    gone = {**video.facts, "reason": "missing-file: it was there when the videos were listed"}
+                    video = DecodedVideo(None, gone, is_pending=True)
+            if video.is_pending:
+                lost[record.path] = video.facts["reason"]
+            else:
+                lost.clear()
+            if len(lost) >= self.config.brake:
+                path, reason = next(reversed(lost.items()))
+                raise EnvironmentFailedError(
+                    f"{len(lost)} videos in a row are lost to the machine, the last one {path} ({reason}). Stopped; "
+                    "what is finished is kept. Mend that and run the same command again (--brake N stops later)."
+                )
             yield video
 
     def start_meter(self, shards: Sequence[int]) -> Meter:
@@ -109,6 +137,7 @@ def set_up_job(
     pool: DecoderPool,
     clock: StageClock,
     report: ReportProgress = lambda *_: None,
+    missing: frozenset[str] = frozenset(),
 ) -> Job:
     """Build the backbone, without its weights, and work out the store's sizes.
 
@@ -146,6 +175,7 @@ def set_up_job(
         pool=pool,
         clock=clock,
         report=report,
+        missing=missing,
     )
 
 

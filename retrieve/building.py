@@ -30,7 +30,7 @@ import pyarrow as pa
 from ..errors import StoreDamagedError, StoreMismatchError
 from ..store._files import hash_file, hash_text, read_json, sync_folder, wait_for_folder, write_json
 from ..store.checksums import CHECKSUMS_NAME
-from ..store.manifest import PARTS_NAME
+from ..store.markers import find_markers
 from ..store.reader import StoreReader
 from .trained import TrainedFrames
 from .vectors import normalise_rows, pool_frames
@@ -65,7 +65,7 @@ def fingerprint(store: StoreReader, trained: TrainedFrames | None = None) -> str
 
     Of the store's list of hashes, of which shards are done, and of the run's weights.
     """
-    done = sorted(path.name for path in (store.path / PARTS_NAME).glob("[0-9]*.parquet"))
+    done = [str(shard) for shard in find_markers(store.path)]
     weights = [] if trained is None else [trained.sha256]
     return hash_text("\n".join([hash_file(store.path / CHECKSUMS_NAME), *done, *weights]))
 

@@ -49,6 +49,13 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     sync_folder(path.parent)
 
 
+def write_durable(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a file that nobody else knows of yet, and make it durable."""
+    write(path)
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(path: Path) -> None:
     """Make the names in a folder durable; systems without folder handles (Windows) do it by themselves."""
     if not hasattr(os, "O_DIRECTORY"):

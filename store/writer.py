@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +20,46 @@ from ..errors import S4vError, StoreDamagedError, StoreError, StoreExistsError, 
 from . import manifest
 from ._files import FolderLock, hash_file, kill_point, sync_folder, wait_for_folder
 from ._zarr import create_array, open_array, refused_write, write_group, write_small_array
-from .checksums import CHECKSUMS_NAME, forget_checksums, forget_missing_parts, read_recorded_hashes, write_checksums
+from .checksums import CHECKSUMS_NAME, forget_missing_parts, forget_parts, read_recorded_hashes, write_checksums
 from .codec import Codec
+from .fingerprint import fingerprint_shard
 from .layout import FORMAT_VERSION, StoreLayout
+from .markers import (
+    JOINED_NAME,
+    PARTS_NAME,
+    MarkerState,
+    find_markers,
+    is_undone,
+    make_marker,
+    marker_path,
+    read_joined,
+    read_marker,
+    read_marker_state,
+    write_joined,
+)
 from .reader import StoreReader, open_store
 from .records import VideoRecord, VideoResult
+from .swap import find_swaps, finish_swap, place_marker, publish_shard, shard_files, swap_shard
 from .texts import TEXT_NAME, remove_texts
 from .verify import Damage
+
+__all__ = [
+    "MarkerState",
+    "RowTokens",
+    "StoreWriter",
+    "create_store",
+    "is_undone",
+    "read_marker_state",
+    "read_row_results",
+    "repair_store",
+    "resume_store",
+]
 
 _log = logging.getLogger(__name__)
 
 # May differ between two runs without making their stores differ: data, weights and a codec's source may lie elsewhere
 # by now. What they are is told by paths below the root, by the weights' hash and by the codec's.
-_VOLATILE_ATTRIBUTES = ("created", "codec", "codec_from", "dataset.root", "backbone.weights")
-
-
-MarkerState = tuple[int, int]
-"""Tells one done-marker from another one in its place."""
+_VOLATILE_ATTRIBUTES = ("created", "format_version", "codec", "codec_from", "dataset.root", "backbone.weights")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,9 +93,11 @@ class StoreWriter:
         self.codec = codec
         self._codec_sha256 = codec.sha256
         self._inputs = inputs
-        self._specs = {spec.name: spec for spec in layout.array_specs()}
-        self._arrays = {name: open_array(path, name, write=True) for name in self._specs}
+        self._specs = layout.array_specs()
+        self._format_version = open_store(path).attributes["format_version"]
         self._expected: dict[int, MarkerState | None] = {}
+        self._scratch: Path | None = None
+        self._arrays: dict[str, ts.TensorStore] = {}
         if not is_worker:
             self._remove_leftovers()
             forget_missing_parts(path)
@@ -83,21 +110,74 @@ class StoreWriter:
 
     def close(self) -> None:
         """Let other writers in."""
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch = None
+            self._arrays.clear()
         if self._lock is not None:
             self._lock.close()
 
     def pending_shards(self) -> list[int]:
-        """Shards without a done-marker, ascending."""
-        return [s for s in range(self.layout.num_shards) if not manifest.part_path(self.path, s).exists()]
+        """Shards with a row that is not done, ascending."""
+        return self._shards_with("pending")
 
     def failed_shards(self) -> list[int]:
-        """Finished shards with a row that failed, ascending."""
-        found = []
-        for shard in range(self.layout.num_shards):
-            part = manifest.read_part(self.path, shard, self._codec_sha256)
-            if part is not None and "failed" in part["status"].to_pylist():
-                found.append(shard)
-        return found
+        """Shards with a row that failed, ascending."""
+        return self._shards_with("failed")
+
+    def _shards_with(self, status: str) -> list[int]:
+        is_so = np.asarray(pa.compute.equal(self.read_statuses(), status))
+        return np.unique(np.flatnonzero(is_so) // self.layout.rows_per_shard).tolist()
+
+    def read_statuses(self) -> pa.ChunkedArray:
+        """Of all rows, those of markers that the manifest does not hold yet included."""
+        table = manifest.read_table(self.path / manifest.MANIFEST_NAME, ["video_id", "status"])
+        changed, _ = self._changed_parts()
+        statuses = table["status"].to_numpy(zero_copy_only=False)
+        for first, part in changed.items():
+            statuses[first : first + len(part)] = part["status"].to_numpy(zero_copy_only=False)
+        return pa.chunked_array([pa.array(statuses, pa.string())])
+
+    def set_pending(self, rows: Sequence[int]) -> None:
+        """Have the manifest say of some rows that their done-markers tell: they are about to be done anew.
+
+        A reader that opens the store looks into the markers then, which change together with the rows' tokens.
+
+        Args:
+            rows: Whose shards all have done-markers.
+        """
+        shards = {row // self.layout.rows_per_shard for row in rows}
+        path = self.path / manifest.MANIFEST_NAME
+        table = manifest.read_table(path)
+        statuses = table["status"].to_numpy(zero_copy_only=False)
+        statuses[np.asarray(rows, dtype=np.int64)] = "pending"
+        table = table.set_column(table.column_names.index("status"), "status", pa.array(statuses, pa.string()))
+        joined = {shard: state for shard, state in self._read_joined().items() if shard not in shards}
+        self._write_manifest(table)
+        write_joined(self.path, joined, write_checksums(self.path)[manifest.MANIFEST_NAME])
+
+    def set_sources(self, sources: Mapping[int, tuple[int, int, str]]) -> None:
+        """Note of which videos rows were made, in the done-markers of their shards.
+
+        Args:
+            sources: By row number: bytes, time of the last change in ns, hash.
+        """
+        rows = sorted(sources)
+        for shard in sorted({row // self.layout.rows_per_shard for row in rows}):
+            marker, first = read_marker(self.path, shard, self._codec_sha256), self.layout.shard_rows(shard).start
+            if marker is None:
+                continue
+            names = ("source_bytes", "source_mtime_ns", "source_hash")
+            results = [
+                replace(result, **dict(zip(names, sources[row], strict=True))) if row in sources else result
+                for row, result in enumerate(marker.as_results(), start=first)
+            ]
+            scratch = self._open_scratch()
+            version = self._format_version
+            forget_parts(self.path)
+            made = make_marker(scratch, shard, results, self._codec_sha256, marker.files or {}, version)
+            self._lease_check()
+            place_marker(self.path, shard, made)
 
     def expect_markers(self, markers: Mapping[int, MarkerState | None]) -> None:
         """Tell a worker which done-markers its shards had when they were handed out.
@@ -107,15 +187,23 @@ class StoreWriter:
         """
         self._expected.update(markers)
 
-    def write_shard(self, shard: int, tokens: Mapping[int, RowTokens], results: Sequence[VideoResult]) -> None:
+    def write_shard(
+        self,
+        shard: int,
+        tokens: Mapping[int, RowTokens],
+        results: Sequence[VideoResult],
+        *,
+        replaced: Collection[int] = (),
+    ) -> None:
         """Write one shard of every array whole, make it durable, then mark it done.
 
         A worker does not write what another one has finished since the shard was handed out (`expect_markers`).
 
         Args:
             shard: Which one.
-            tokens: By row number; rows that failed are not in it, and a shard of failed rows alone has no file.
-            results: One per row of the shard, in row order.
+            tokens: By row number, of the rows that are ok; a shard without any has no file.
+            results: One per row of the shard, in row order. Where one is pending, the shard is not done.
+            replaced: Rows that get other tokens than they have: readers find them pending meanwhile.
 
         Raises:
             EnvironmentFailedError: If the file system refuses, say for lack of space; the shard is not marked done.
@@ -126,38 +214,78 @@ class StoreWriter:
         if shard in self._expected and not is_undone(self.path, shard, self._expected[shard]):
             _log.warning("shard %d of %s was finished by another worker meanwhile", shard, self.path)
             return
-        needed = sum(getattr(row, name).nbytes for row in tokens.values() for name in self._arrays)
+        names = [spec.name for spec in self._specs]
+        needed = sum(getattr(row, name).nbytes for row in tokens.values() for name in names)
         with naming_what_is_refused(self.path / f"shard {shard}", needed=needed):
-            self._undo_shard(shard)
+            scratch = self._open_scratch()
             self._write_arrays(tokens)
             kill_point("shard written")
-            for name in self._arrays:
-                sync_folder(self.path / name)
-            kill_point("shard durable")
-            manifest.write_part(self.path, shard, results, self._codec_sha256)
+            files = {
+                f"{spec.name}/{key}": fingerprint_shard(scratch / spec.name / key, spec)
+                for spec in self._specs
+                for key in spec.shard_keys(shard)
+                if (scratch / spec.name / key).is_file()
+            }
+            mark = partial(make_marker, codec_sha256=self._codec_sha256, format_version=self._format_version)
+            marker = mark(scratch, shard, results, files=files)
+            old = marker_path(self.path, shard)
+            if not old.exists():
+                publish_shard(self.path, scratch, self._specs, shard, marker, list(files), self._lease_check)
+            else:
+                if old.suffix == ".parquet":
+                    forget_parts(self.path)
+                before = self._mark_pending(shard, replaced, mark) if replaced else None
+                swap_shard(
+                    *(self.path, scratch, self._specs, shard, marker, list(files), self._lease_check),
+                    codec_sha256=self._codec_sha256,
+                    before=before,
+                )
         kill_point("shard done")
 
-    def _undo_shard(self, shard: int) -> None:
-        """Take back a shard that was done before, or what a killed writer left of it."""
-        marker = manifest.part_path(self.path, shard)
-        if marker.exists():
-            # In this order: a marker without a recorded hash is a marker, a hash of another marker is damage.
-            forget_checksums(self.path, {f"{manifest.PARTS_NAME}/{marker.name}"})
-            kill_point("shard forgotten")
-            marker.unlink(missing_ok=True)
-            sync_folder(marker.parent)
-        kill_point("shard undone")
-        # Gone first: tensorstore would merge the rows of the new shard into the file of the old one.
-        for name, spec in self._specs.items():
-            for key in spec.shard_keys(shard):
-                (self.path / name / key).unlink(missing_ok=True)
+    def _mark_pending(self, shard: int, replaced: Collection[int], mark: Callable[..., Path]) -> Path | None:
+        """The shard's marker, but for rows that are about to get other tokens; None where it cannot be read."""
+        assert self._scratch is not None
+        try:
+            marker = read_marker(self.path, shard, self._codec_sha256)
+        except StoreDamagedError:
+            return None
+        assert marker is not None
+        first = self.layout.shard_rows(shard).start
+        results = [
+            replace(result, status="pending") if first + place in replaced else result
+            for place, result in enumerate(marker.as_results())
+        ]
+        folder = self._scratch / "before"
+        folder.mkdir(exist_ok=True)
+        return mark(folder, shard, results, files=marker.files or {})
+
+    def finish_swaps(self, shards: Collection[int] | None = None) -> None:
+        """Complete changes of shards that killed writers have begun: all, or those of some shards."""
+        for shard in find_swaps(self.path):
+            if shards is None or shard in shards:
+                finish_swap(self.path, self._specs, shard, self._codec_sha256, self._lease_check)
+
+    def _lease_check(self) -> None:
+        """Called before every change that others see."""
 
     def _remove_leftovers(self) -> None:
-        """Files that killed writers were still filling. Only while no worker writes: each fills one of these."""
-        for name in self._arrays:
-            for file in (self.path / name).iterdir():
-                if file.name.endswith(".__lock"):
-                    file.unlink(missing_ok=True)
+        """What killed writers have left half done."""
+        self.finish_swaps()
+        for folder in self.path.glob("_scratch-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+        for spec in self._specs:  # of the version before, which filled its files beside the others
+            for file in (self.path / spec.name).glob("*.__lock"):
+                file.unlink(missing_ok=True)
+
+    def _open_scratch(self) -> Path:
+        """A folder of our own with all arrays, empty, to fill shards in."""
+        if self._scratch is None:
+            self._scratch = self.path / f"_scratch-{uuid.uuid4().hex}"
+            for spec in self._specs:
+                (self._scratch / spec.name).mkdir(parents=True)
+                shutil.copyfile(self.path / spec.name / "zarr.json", self._scratch / spec.name / "zarr.json")
+                self._arrays[spec.name] = open_array(self._scratch, spec.name, write=True)
+        return self._scratch
 
     def _write_arrays(self, tokens: Mapping[int, RowTokens]) -> None:
         # A transaction gathers the rows of a shard into one write of its file, and leaves unused places absent.
@@ -181,41 +309,51 @@ class StoreWriter:
             EnvironmentFailedError: If the file system refuses; finished shards stay so.
         """
         with naming_what_is_refused(self.path / manifest.MANIFEST_NAME):
-            self._remove_leftovers()
             return self._consolidate()
 
     def _consolidate(self) -> pa.Table:
-        parts = {}
-        for shard in range(self.layout.num_shards):
-            part = manifest.read_part(self.path, shard, self._codec_sha256)
-            if part is not None:
-                parts[self.layout.shard_rows(shard)] = part
+        table = manifest.read_table(self.path / manifest.MANIFEST_NAME)
+        parts, markers = self._changed_parts()
         kill_point("before consolidation")
-        table = manifest.join_parts(self._inputs, parts)
-        path = self.path / manifest.MANIFEST_NAME
         # A finished store stays as it is, times included: "the newest store" means the one written last.
-        if not manifest.read_table(path).equals(table):
-            # Killed between the two writes, a store has no hash of its manifest, not a wrong one.
-            write_checksums(self.path, without=manifest.MANIFEST_NAME)
-            manifest.write_table(path, table)
-            kill_point("manifest written")
-        write_checksums(self.path)
+        if parts and not (joined := manifest.replace_results(table, parts)).equals(table):
+            table = joined
+            self._write_manifest(table)
+        hashes = write_checksums(self.path)
+        if parts:
+            write_joined(self.path, markers, hashes[manifest.MANIFEST_NAME])
         kill_point("after consolidation")
         return table
 
+    def _write_manifest(self, table: pa.Table) -> None:
+        """Killed between its two writes, a store has no hash of its manifest, not a wrong one."""
+        self._lease_check()
+        write_checksums(self.path, without=manifest.MANIFEST_NAME)
+        self._lease_check()
+        manifest.write_table(self.path / manifest.MANIFEST_NAME, table)
+        kill_point("manifest written")
 
-def read_marker_state(path: Path, shard: int) -> MarkerState | None:
-    """Which done-marker a shard has; None where it has none."""
-    try:
-        state = manifest.part_path(path, shard).stat()
-    except FileNotFoundError:
-        return None
-    return state.st_ino, state.st_mtime_ns
+    def _read_joined(self) -> dict[int, MarkerState]:
+        return read_joined(self.path, read_recorded_hashes(self.path).get(manifest.MANIFEST_NAME))
 
+    def _changed_parts(self) -> tuple[dict[int, pa.Table], dict[int, MarkerState]]:
+        """Results that the manifest does not hold yet, by first row, and all markers that there are.
 
-def is_undone(path: Path, shard: int, handed_out: MarkerState | None) -> bool:
-    """Whether nobody has finished a shard since it was handed out, with that marker or none."""
-    return read_marker_state(path, shard) in (None, handed_out)
+        Where a marker is gone that the manifest holds, its rows are pending.
+        """
+        markers, joined = find_markers(self.path), self._read_joined()
+        parts: dict[int, pa.Table] = {}
+        for shard in sorted({*markers, *joined}):
+            rows = self.layout.shard_rows(shard)
+            if not len(rows) or markers.get(shard) == joined.get(shard):
+                continue
+            marker = read_marker(self.path, shard, self._codec_sha256) if shard in markers else None
+            if marker is not None:
+                parts[rows.start] = marker.results
+            else:
+                ids = self._inputs["video_id"].slice(rows.start, len(rows))
+                parts[rows.start] = manifest.pending_results(ids)
+        return parts, markers
 
 
 def create_store(
@@ -270,6 +408,7 @@ def write_skeleton(
     records: Sequence[VideoRecord],
     codec: Codec,
     head: Mapping[str, np.ndarray],
+    format_version: int = FORMAT_VERSION,
 ) -> pa.Table:
     """Everything of a store but its shards; returns the manifest's input columns."""
     partial.mkdir()
@@ -279,10 +418,10 @@ def write_skeleton(
     _write_named(partial, "head", head)
     classes = manifest.ClassList(tuple(attributes["classes"]["names"]))
     inputs = manifest.input_table(records, classes)
-    (partial / manifest.PARTS_NAME).mkdir()
+    (partial / PARTS_NAME).mkdir()
     manifest.write_table(partial / manifest.MANIFEST_NAME, manifest.pending_manifest(inputs))
     manifest.write_table(partial / manifest.CAPTIONS_NAME, manifest.caption_table(records))
-    write_group(partial, {"s4v": full_attributes(attributes, layout, codec)})
+    write_group(partial, {"s4v": {**full_attributes(attributes, layout, codec), "format_version": format_version}})
     write_checksums(partial)
     return inputs
 
@@ -327,17 +466,19 @@ def repair_store(
     path: Path,
     damage: Sequence[Damage],
     *,
+    lost_rows: Mapping[int, Collection[int]],
     layout: StoreLayout,
     attributes: Mapping[str, Any],
     records: Sequence[VideoRecord],
     codec: Codec,
     head: Mapping[str, np.ndarray],
 ) -> None:
-    """Put damaged files of the whole store back as they were written, and mark damaged shards undone.
+    """Put damaged files of the whole store back as they were written, and mark damaged rows pending.
 
     Args:
         path: The store; its own metadata (`zarr.json`) must be whole.
         damage: As `verify_store` found it.
+        lost_rows: By damaged shard: rows of it whose tokens are damaged. The others are kept as they are.
         layout: As for `create_store`, all of it must be what the store was begun with: files that come out otherwise
             are not replaced.
         attributes: As for `create_store`.
@@ -349,7 +490,8 @@ def repair_store(
         StoreMismatchError: If the store was begun with other settings or has other rows; nothing was changed.
         StoreDamagedError: If a file cannot be had back; nothing was changed.
     """
-    differences = list_differences(open_store(path).attributes, full_attributes(attributes, layout, codec))
+    store = open_store(path)
+    differences = list_differences(store.attributes, full_attributes(attributes, layout, codec))
     if differences:
         raise StoreMismatchError(
             f"{path} was begun otherwise than this command says: {'; '.join(differences)}. Nothing was changed. Repair "
@@ -363,7 +505,7 @@ def repair_store(
     with FolderLock(path, f"another process is writing to {path}: wait for it before repairing its store"):
         shutil.rmtree(fresh, ignore_errors=True)
         try:
-            write_skeleton(fresh, layout, attributes, records, codec, head)
+            write_skeleton(fresh, layout, attributes, records, codec, head, store.attributes["format_version"])
             if CHECKSUMS_NAME in whole_store:  # nothing tells whether these are as they were: they are put back too
                 whole_store = sorted({*whole_store, *(n for n in read_recorded_hashes(fresh) if n != "zarr.json")})
             for name in whole_store:
@@ -377,19 +519,60 @@ def repair_store(
                     shutil.rmtree(path / name)
                 (fresh / name).replace(path / name)
                 sync_folder((path / name).parent)
-            markers = [manifest.part_path(path, one.shard) for one in damage if one.shard is not None]
-            forget_checksums(path, {f"{manifest.PARTS_NAME}/{marker.name}" for marker in markers})
-            for file in {*markers, *(path / one.where for one in damage if one.shard is not None)}:
-                if file.is_dir():  # in a file's place
-                    shutil.rmtree(file)
-            for marker in markers:
-                marker.unlink(missing_ok=True)
-            sync_folder(path / manifest.PARTS_NAME)
+            for shard, rows in lost_rows.items():
+                _mark_damaged(path, layout, shard, rows, codec.sha256, store.attributes["format_version"])
+            (path / PARTS_NAME / JOINED_NAME).unlink(missing_ok=True)
+            sync_folder(path / PARTS_NAME)
             if has_bad_texts:
                 remove_texts(path)
             write_checksums(path)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
+
+
+def read_row_results(store: StoreReader, shard: int) -> list[VideoResult]:
+    """What a shard's rows have come to: by its done-marker or, where there is none to be read, by the manifest.
+
+    Fewer than the shard has rows, where rows were added to it since.
+    """
+    rows = store.layout.shard_rows(shard)
+    with suppress(StoreDamagedError):
+        marker = read_marker(store.path, shard, store.attributes["codec"]["sha256"])
+        if marker is not None:
+            return marker.as_results()
+    with suppress(StoreDamagedError):
+        table = manifest.read_table(store.path / manifest.MANIFEST_NAME, manifest.PART_SCHEMA.names)
+        return [VideoResult(**row) for row in table.slice(rows.start, len(rows)).to_pylist()]
+    return []
+
+
+def _mark_damaged(
+    path: Path, layout: StoreLayout, shard: int, rows: Collection[int], codec_sha256: str, format_version: int
+) -> None:
+    """Have a shard's marker say that some of its rows are to be done anew; a marker that is damaged goes."""
+    for name in shard_files(layout.array_specs(), shard):
+        if (path / name).is_dir():  # in a file's place
+            shutil.rmtree(path / name)
+    target = marker_path(path, shard)
+    try:
+        marker = read_marker(path, shard, codec_sha256)
+    except StoreDamagedError:
+        marker = None
+    forget_parts(path)
+    if target.is_dir():
+        shutil.rmtree(target)
+    if marker is None:
+        target.unlink(missing_ok=True)  # its rows are told by the manifest, as far as they are in it
+        return
+    first = layout.shard_rows(shard).start
+    results = [
+        replace(result, status="pending", reason="damaged") if first + place in rows else result
+        for place, result in enumerate(marker.as_results())
+    ]
+    folder = path / f"_scratch-{uuid.uuid4().hex}"
+    folder.mkdir()
+    make_marker(folder, shard, results, codec_sha256, marker.files or {}, format_version).replace(target)
+    shutil.rmtree(folder)
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:

@@ -491,7 +491,7 @@ def test_overwrite_replaces_what_a_link_points_to(store_path, tmp_path):
 
 def test_kill_between_manifest_and_hashes_is_mended_by_the_next_run(store_path, monkeypatch):
     recorded = (store_path / "checksums.json").read_bytes()
-    manifest.part_path(store_path, 3).unlink()
+    marker_path(store_path, 3).unlink()
     writer = resume_store(store_path, layout=LAYOUT, attributes=ATTRIBUTES, records=RECORDS)
     write_shard(writer, 3, num_frames=2)
     write = manifest.write_table
