@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow.compute as pc
 
+from ..errors import StoreDamagedError
+from ..store.markers import find_markers, read_marker
 from ..store.reader import StoreReader
 from ..store.writer import StoreWriter
 from .source import SourceFacts, is_same_source, read_source
@@ -34,17 +37,19 @@ class SourceReport:
     """Files whose segments were made of different versions of them."""
 
 
-def find_changed_rows(store: StoreReader, root: Path) -> list[int]:
+def find_changed_rows(store: StoreReader, root: Path, *, paths: Sequence[str] | None = None) -> list[int]:
     """Good rows whose file is there and another one by size or, where its time of change is another, by its bytes.
 
     Args:
         store: What was extracted.
         root: Folder below which the videos lie.
+        paths: Of all rows, where the manifest may be damaged: then done-markers are asked, as far as they are whole.
 
     Returns:
         Row numbers, ascending.
     """
-    return _compare(store, root, is_same_source).changed
+    rows = _read_manifest(store) if paths is None else _read_markers(store, paths)
+    return _compare(rows, root, is_same_source).changed
 
 
 def compare_sources(store: StoreReader, root: Path) -> SourceReport:
@@ -54,7 +59,7 @@ def compare_sources(store: StoreReader, root: Path) -> SourceReport:
         facts = read_source(path)
         return (facts.source_bytes, facts.source_hash) == (num_bytes, recorded)
 
-    return _compare(store, root, is_same)
+    return _compare(_read_manifest(store), root, is_same)
 
 
 def record_sources(store: StoreReader, root: Path, rows: Sequence[int]) -> int:
@@ -102,15 +107,34 @@ def warn_of_changed(store: StoreReader, rows: Sequence[int]) -> list[str]:
     return table["video_id"].to_pylist()
 
 
-def _compare(store: StoreReader, root: Path, is_same: Callable[[int, int, str, Path], bool]) -> SourceReport:
-    columns = ["path", "status", "source_bytes", "source_mtime_ns", "source_hash"]
-    table = store.read_manifest(columns)
+_Row = tuple[int, str, int | None, int | None, str | None]
+"""Row number, path, bytes, time of the last change, hash."""
+
+
+def _read_manifest(store: StoreReader) -> Iterator[_Row]:
+    """All good rows."""
+    columns = ["path", "source_bytes", "source_mtime_ns", "source_hash"]
+    table = store.read_manifest([*columns, "status"])
     good = pc.indices_nonzero(pc.equal(table["status"], "ok"))
     table = table.take(good)
+    return zip(good.to_pylist(), *(table[name].to_pylist() for name in columns), strict=True)
+
+
+def _read_markers(store: StoreReader, paths: Sequence[str]) -> Iterator[_Row]:
+    """Good rows of shards whose done-marker is whole."""
+    for shard in find_markers(store.path):
+        first = store.layout.shard_rows(shard).start
+        with suppress(StoreDamagedError):
+            marker = read_marker(store.path, shard, store.attributes["codec"]["sha256"])
+            for row, one in enumerate(marker.as_results() if marker else (), start=first):
+                if one.status == "ok" and row < len(paths):
+                    yield row, paths[row], one.source_bytes, one.source_mtime_ns, one.source_hash
+
+
+def _compare(rows: Iterable[_Row], root: Path, is_same: Callable[[int, int, str, Path], bool]) -> SourceReport:
     report = SourceReport()
     by_source: dict[tuple[str, int, int, str], list[int]] = defaultdict(list)
-    for row, one in zip(good.to_pylist(), zip(*(table[n].to_pylist() for n in columns), strict=True), strict=True):
-        path, _, num_bytes, mtime_ns, source_hash = one
+    for row, path, num_bytes, mtime_ns, source_hash in rows:
         if None in (num_bytes, mtime_ns, source_hash):
             report.unknown.append(row)
         else:

@@ -65,7 +65,7 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
         records = list_rows(config, pool, report)
         report("building the backbone", 0, len(records))
         job = set_up_job(config, records, pool, clock, report)
-        changed = find_changed_rows(open_store(config.out), config.root) if job.goes_on else []
+        changed = _find_changed(job) if job.goes_on else []
         unmended = mend_store(job, changed) if config.repair and job.goes_on else []
         with open_writer(job) as writer:
             shards = [] if config.prepare else undone_shards(job, writer, changed if config.redo_changed else ())
@@ -115,6 +115,11 @@ def _run_on_workers(job: Job, shards: Sequence[int]) -> Meter:
         job.backbone.free_weights()  # the device is the workers'
         run_on_workers(job.config, shards, count)
     return meter
+
+
+def _find_changed(job: Job) -> list[int]:
+    paths = [record.path for record in job.records] if job.config.repair else None
+    return find_changed_rows(open_store(job.config.out), job.config.root, paths=paths)
 
 
 def _sources_of(path: Path, rows: Sequence[int]) -> list[str | None]:

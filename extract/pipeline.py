@@ -121,12 +121,8 @@ class Pipeline:
                 plans[number] = self._kept_rows.plan(number)
             return plans[number]
 
-        videos = job.decode(
-            job.records[row]
-            for shard in shards
-            for row in self._layout.shard_rows(shard)
-            if row not in plan(shard).kept
-        )
+        rows = (row for shard in shards for row in self._layout.shard_rows(shard) if row not in plan(shard).kept)
+        videos = job.decode(job.records[row] for row in rows)
         for number in shards:
             shard = _Shard(number, self._layout.shard_rows(number), plan(number))
             frames, views = ([counts[row] for row in shard.rows] for counts in (job.num_frames, job.num_views))

@@ -38,9 +38,8 @@ def mend_store(job: Job, changed: Collection[int]) -> list[Damage]:
     for one in damage:
         if one.shard is not None and one.where != manifest.MANIFEST_NAME:
             lost[one.shard] |= set(find_lost_rows(store, one))
-    kept = (
-        {} if job.config.redo_changed else {s: rows & set(changed) for s, rows in lost.items() if rows & set(changed)}
-    )
+    fixed = set() if job.config.redo_changed else set(changed)
+    kept = {shard: rows & fixed for shard, rows in lost.items() if rows & fixed}
     for shard, rows in kept.items():
         ids = store.input_columns()["video_id"].take(sorted(rows)).to_pylist()
         _log.warning(
