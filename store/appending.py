@@ -30,8 +30,8 @@ def append_rows(
     """Give a store more rows, which are pending then.
 
     What the store will be is written beside it and renamed into it as `_append`; from that moment on the change takes
-    place, if need be by `finish_appending` after a kill. A last shard that was not full has pending rows then, and keeps
-    what it has.
+    place, if need be by `finish_appending` after a kill. A last shard that was not full keeps what it has, and gets
+    pending rows.
 
     Args:
         path: The store.

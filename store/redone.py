@@ -1,4 +1,4 @@
-"""What was done anew of a finished store because its videos had been replaced: runs and indices from before tell by it."""
+"""What was done anew of a store because its videos had been replaced: runs from before tell by it."""
 
 from __future__ import annotations
 

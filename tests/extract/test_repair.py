@@ -19,7 +19,7 @@ def damaged(int8_store, tmp_path):
 def test_repair_redoes_what_is_damaged_and_nothing_else(
     damaged, int8_store, video_folder, make_config, contents, flip_byte
 ):
-    for name in ("patches/c.1.0.0.0.0.0", "pixels/c.2.0.0.0.0.0.0", "embedding/c.4.0.0.0", "_parts/000005.parquet"):
+    for name in ("patches/c.1.0.0.0.0.0", "pixels/c.2.0.0.0.0.0.0", "embedding/c.4.0.0.0", "_parts/000005.arrows"):
         flip_byte(damaged / name)
     for name in ("videos.parquet", "captions.parquet", "cls/zarr.json", "head/norm_weight/c.0", "codec/scale/c.0.0"):
         flip_byte(damaged / name)
@@ -97,7 +97,7 @@ def test_a_good_row_is_not_replaced_by_a_failed_one(paired, make_video, caplog, 
     assert not is_undone(paired.out, 1, marker), "who hands out shards to workers does not hand it out again"
     assert "shard 1 stays as it was, for good rows of it do not decode now: 03.mp4 (unreadable" in caplog.text
     # Where the marker is gone, nothing is left that could stay.
-    (paired.out / "_parts/000005.parquet").unlink()
+    (paired.out / "_parts/000005.arrows").unlink()
     (paired.root / "10.mp4").unlink()
     extract_dataset(paired)
     assert "shard 5 loses rows that were good and do not decode now: 10.mp4 (missing-file)" in caplog.text
@@ -109,7 +109,7 @@ def test_repair_loses_no_good_row(paired, flip_byte, caplog):
     (paired.root / "08.mp4").unlink()
     flip_last_chunk(paired.out / "patches/c.4.0.0.0.0.0")  # of row 9
     flip_byte(paired.out / "patches/c.6.0.0.0.0.0")
-    flip_byte(paired.out / "_parts/000004.parquet", 300)
+    flip_byte(paired.out / "_parts/000004.arrows", 300)
     with pytest.raises(StoreDamagedError, match=r"damage stays in shards 4; all else is mended.*bring the videos back"):
         extract_dataset(replace(paired, repair=True))
     assert "shard 4 is damaged and stays so: done anew it would lose 08.mp4" in caplog.text
@@ -133,7 +133,7 @@ def test_repair_redoes_a_shard_where_only_damaged_rows_are_lost(paired, flip_byt
 def test_a_damaged_done_marker_alone_is_written_anew_where_a_video_is_gone(paired, contents):
     before = contents(paired.out)
     (paired.root / "08.mp4").unlink()
-    (paired.out / "_parts/000004.parquet").unlink()
+    (paired.out / "_parts/000004.arrows").unlink()
     extract_dataset(replace(paired, repair=True))
     assert contents(paired.out) == before
     assert verify_store(open_store(paired.out)) == []

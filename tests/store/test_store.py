@@ -310,7 +310,7 @@ def test_plain_zarr_opens_the_store(store_path):
     assert np.array_equal(group["pixels"][2], tokens.pixels)
     assert np.array_equal(group["embedding"][2], tokens.embedding)
     assert group["head/eps"][()] == 1.0
-    assert group.attrs["s4v"]["format_version"] == 1
+    assert group.attrs["s4v"]["format_version"] == 2
 
 
 def test_only_codecs_of_the_zarr_specification_are_used(store_path):

@@ -36,13 +36,13 @@ def refuse(monkeypatch):
     ("code", "said"), [(errno.ENOSPC, "no space left"), (errno.EDQUOT, "the disk quota is used up")]
 )
 def test_a_done_marker_that_has_no_room_names_shard_and_space(code, said, video_folder, make_config, tmp_path, refuse):
-    refuse("000002.parquet", code)
+    refuse("000002.arrows", code)
     config = make_config(video_folder, tmp_path / "full.zarr")
     with pytest.raises(
         EnvironmentFailedError, match=rf"shard 2 could not be written: {said}; it needs \d+\.\d MB.*the same command"
     ):
         extract_dataset(config)
-    assert [path.name for path in sorted((config.out / "_parts").iterdir())] == ["000000.parquet", "000001.parquet"]
+    assert [path.name for path in sorted((config.out / "_parts").iterdir())] == ["000000.arrows", "000001.arrows"]
 
 
 @pytest.mark.parametrize("name", ["checksums.json", "videos.parquet"])
@@ -83,8 +83,8 @@ def test_retrying_forgets_a_marker_before_it_takes_it_back(
 
 def test_a_marker_that_got_lost_is_made_anew_without_damage(float_store, video_folder, make_config, tmp_path):
     out = shutil.copytree(float_store, tmp_path / "lost.zarr")
-    (out / "_parts/000003.parquet").unlink()
-    assert {one.where for one in verify_store(open_store(out))} == {"_parts/000003.parquet"}
+    (out / "_parts/000003.arrows").unlink()
+    assert {one.where for one in verify_store(open_store(out))} == {"_parts/000003.arrows"}
     extract_dataset(make_config(video_folder, out))
     assert verify_store(open_store(out)) == []
 
