@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import StoreDamagedError
-from ..store.markers import marker_path
+from ..store.markers import marker_path, read_row_results
 from ..store.reader import open_store
 from ..store.records import VideoRecord, VideoResult
-from ..store.writer import RowTokens, read_row_results
+from ..store.writer import RowTokens
 from .config import ExtractConfig
 from .source import is_same_source
 
@@ -64,10 +64,10 @@ class KeptRows:
 
     def plan(self, shard: int) -> ShardPlan:
         """Which rows of a shard are done: pending ones and, where it is asked for, failed and changed ones."""
-        first = self._store.layout.shard_rows(shard).start
+        rows, sha256 = self._store.layout.shard_rows(shard), self._store.attributes["codec"]["sha256"]
         plan = ShardPlan()
         has_marker = marker_path(self._store.path, shard).exists()
-        for row, result in enumerate(read_row_results(self._store, shard), start=first):
+        for row, result in enumerate(read_row_results(self._store.path, rows, shard, sha256), start=rows.start):
             if self._is_kept(row, result) and (has_marker or self._is_readable(row, result)):
                 plan.kept[row] = result
             elif result.status != "pending" or result.source_hash is not None:

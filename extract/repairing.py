@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from ..errors import StoreDamagedError
 from ..store import manifest
 from ..store.reader import StoreReader, open_store
-from ..store.verify import Damage, find_lost_rows, verify_store
+from ..store.verify import Damage, verify_store
 from ..store.writer import repair_store
 from .job import Job
 from .opening import make_codec
@@ -37,11 +37,11 @@ def mend_store(job: Job, changed: Collection[int]) -> list[Damage]:
     lost: dict[int, set[int]] = defaultdict(set)
     for one in damage:
         if one.shard is not None and one.where != manifest.MANIFEST_NAME:
-            lost[one.shard] |= set(find_lost_rows(store, one))
+            lost[one.shard] |= set(one.rows)
     fixed = set() if job.config.redo_changed else set(changed)
     kept = {shard: rows & fixed for shard, rows in lost.items() if rows & fixed}
     for shard, rows in kept.items():
-        ids = store.input_columns()["video_id"].take(sorted(rows)).to_pylist()
+        ids = [job.records[row].video_id for row in sorted(rows)]
         _log.warning(
             "%s: shard %d is damaged and stays so: %s was made of another video than lies there now, which "
             "--redo-changed takes",

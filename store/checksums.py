@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import StoreDamagedError
 from ._files import hash_file, read_json, write_json
+from .manifest import CAPTIONS_NAME, MANIFEST_NAME
 from .markers import PARTS_NAME
 
 CHECKSUMS_NAME = "checksums.json"
@@ -61,7 +62,7 @@ def write_checksums(root: Path, *, without: str | None = None) -> dict[str, str]
     for folder in folders:
         metadata += [folder / "zarr.json", *(below / "zarr.json" for below in _folders_below(folder))]
     hashes = {name: value for name, value in known.items() if name.startswith(f"{PARTS_NAME}/")}
-    for file in [*metadata, *root.glob("*.parquet")]:
+    for file in [*metadata, root / MANIFEST_NAME, root / CAPTIONS_NAME]:
         name = file.relative_to(root).as_posix()
         if name != without and ".partial" not in name and file.is_file():
             hashes[name] = hash_file(file)

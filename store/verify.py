@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +39,8 @@ class Damage:
     """The shard that mends it when it is done anew; None for what belongs to the whole store."""
     video_id: str | None = None
     """The first video that it costs."""
+    rows: tuple[int, ...] = ()
+    """Of whose tokens less is left than there was."""
 
 
 def verify_store(store: StoreReader, report: Callable[[str, int, int], None] = lambda *_: None) -> list[Damage]:
@@ -66,32 +67,7 @@ def verify_store(store: StoreReader, report: Callable[[str, int, int], None] = l
             if part is not None:
                 parts[store.layout.shard_rows(shard)] = part
             report("verifying", done, len(finished))
-    return found + _check_manifest(store, parts)
-
-
-def find_lost_rows(store: StoreReader, damage: Damage) -> list[int]:
-    """Rows of whose tokens a damage has left less than there was: none, where it is in a done-marker or the manifest.
-
-    Args:
-        store: Where it was found.
-        damage: Of a shard.
-    """
-    assert damage.shard is not None
-    rows = list(store.layout.shard_rows(damage.shard))
-    spec = next((s for s in store.layout.array_specs() if s.name == damage.where.partition("/")[0]), None)
-    if spec is None:
-        return []
-    if spec.chunk_shape is None:
-        return rows
-    num_chunks = math.prod(a // b for a, b in zip(spec.shard_shape, spec.chunk_shape, strict=True))
-    try:
-        verify_shard(store.path / damage.where, num_chunks)
-    except DamagedChunkError:
-        return rows  # of a file without its index no chunk is left
-    if damage.video_id is None:
-        return rows
-    ids = store.input_columns()["video_id"]
-    return [row for row in rows if ids[row].as_py() == damage.video_id]
+    return found + _check_manifest(store, parts, mismatched)
 
 
 def _check_hashes(store: StoreReader) -> Iterator[Damage]:
@@ -197,14 +173,15 @@ def _check_fingerprint(store: StoreReader, spec: ArraySpec, shard: int, key: str
     name = f"{spec.name}/{key}"
     if not marker.files or shard in find_swaps(store.path):
         return []
-    file = store.path / name
+    file, rows = store.path / name, tuple(store.layout.shard_rows(shard))
     try:
         found = fingerprint_shard(file, spec) if file.exists() else None
     except (OSError, ValueError) as error:
-        return [Damage(where=name, what=str(error), shard=shard)]
+        return [Damage(where=name, what=str(error), shard=shard, rows=rows)]
     if found == marker.files.get(name):
         return []
-    return [Damage(where=name, what="is not the file that the shard's done-marker was written for", shard=shard)]
+    what = "is not the file that the shard's done-marker was written for"
+    return [Damage(where=name, what=what, shard=shard, rows=rows)]
 
 
 def _wanted_chunks(spec: ArraySpec, counts: np.ndarray, first_view: int) -> np.ndarray:
@@ -230,8 +207,10 @@ def _check_file(
     where = f"{spec.name}/{key}"
 
     def damage(what: str, place: int | None = None) -> Damage:
-        row = int(np.flatnonzero(wanted.any(axis=(1, 2)))[0]) if place is None else place
-        return Damage(where=where, what=what, shard=shard, video_id=video_ids[row])
+        first = store.layout.shard_rows(shard).start
+        hit = np.flatnonzero(wanted.any(axis=(1, 2))).tolist() if place is None else [place]
+        rows = tuple(first + row for row in hit)
+        return Damage(where=where, what=what, shard=shard, video_id=video_ids[hit[0]], rows=rows)
 
     if spec.chunk_shape is None:
         what = verify_chunk_file(file)
@@ -253,16 +232,24 @@ def _describe(error: Exception) -> str:
     return f"it cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
 
 
-def _check_manifest(store: StoreReader, parts: dict[range, pa.Table]) -> list[Damage]:
+def _check_manifest(store: StoreReader, parts: dict[range, pa.Table], mismatched: Collection[str]) -> list[Damage]:
     """Whether a finished manifest says what the done-markers say."""
     try:
         table = manifest.read_table(store.path / manifest.MANIFEST_NAME)
     except StoreDamagedError as error:
-        return [Damage(where=manifest.MANIFEST_NAME, what=str(error))]
+        known = manifest.MANIFEST_NAME in mismatched
+        return [] if known else [Damage(where=manifest.MANIFEST_NAME, what=str(error))]
     found = []
+    statuses = table["status"].to_numpy(zero_copy_only=False)
+    there = find_markers(store.path)
+    for shard in range(store.layout.num_shards):
+        rows = store.layout.shard_rows(shard)
+        where = str(marker_path(store.path, shard).relative_to(store.path))
+        if shard not in there and where not in mismatched and (statuses[rows.start : rows.stop] != "pending").any():
+            found.append(Damage(where=where, what="the file is missing", shard=shard))
     for rows, part in parts.items():
-        told: Any = table.slice(rows.start, len(rows)).select(manifest.RESULT_SCHEMA.names)
-        is_pending = set(told["status"].to_pylist()) == {"pending"}  # not consolidated since
+        told: Any = table.slice(rows.start, len(part)).select(manifest.RESULT_SCHEMA.names)
+        is_pending = "pending" in told["status"].to_pylist()  # not consolidated since
         if not is_pending and told.to_pylist() != part.select(manifest.RESULT_SCHEMA.names).to_pylist():
             shard = rows.start // store.layout.rows_per_shard
             what = f"rows {rows.start} to {rows.stop - 1} are not what the done-marker of shard {shard} says"

@@ -6,7 +6,7 @@ import logging
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -50,7 +50,6 @@ __all__ = [
     "create_store",
     "is_undone",
     "read_marker_state",
-    "read_row_results",
     "repair_store",
     "resume_store",
 ]
@@ -131,9 +130,9 @@ class StoreWriter:
 
     def read_statuses(self) -> pa.ChunkedArray:
         """Of all rows, those of markers that the manifest does not hold yet included."""
-        table = manifest.read_table(self.path / manifest.MANIFEST_NAME, ["video_id", "status"])
-        changed, _ = self._changed_parts()
+        table = manifest.read_table(self.path / manifest.MANIFEST_NAME, ["status"])
         statuses = table["status"].to_numpy(zero_copy_only=False)
+        changed, _ = self._changed_parts(statuses)
         for first, part in changed.items():
             statuses[first : first + len(part)] = part["status"].to_numpy(zero_copy_only=False)
         return pa.chunked_array([pa.array(statuses, pa.string())])
@@ -271,11 +270,13 @@ class StoreWriter:
     def _remove_leftovers(self) -> None:
         """What killed writers have left half done."""
         self.finish_swaps()
-        for folder in self.path.glob("_scratch-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+        for folder in self.path.iterdir():
+            if folder.name.startswith("_scratch-"):
+                shutil.rmtree(folder, ignore_errors=True)
         for spec in self._specs:  # of the version before, which filled its files beside the others
-            for file in (self.path / spec.name).glob("*.__lock"):
-                file.unlink(missing_ok=True)
+            for file in (self.path / spec.name).iterdir():
+                if file.name.endswith(".__lock"):
+                    file.unlink(missing_ok=True)
 
     def _open_scratch(self) -> Path:
         """A folder of our own with all arrays, empty, to fill shards in."""
@@ -313,7 +314,7 @@ class StoreWriter:
 
     def _consolidate(self) -> pa.Table:
         table = manifest.read_table(self.path / manifest.MANIFEST_NAME)
-        parts, markers = self._changed_parts()
+        parts, markers = self._changed_parts(table["status"].to_numpy(zero_copy_only=False))
         kill_point("before consolidation")
         # A finished store stays as it is, times included: "the newest store" means the one written last.
         if parts and not (joined := manifest.replace_results(table, parts)).equals(table):
@@ -336,21 +337,25 @@ class StoreWriter:
     def _read_joined(self) -> dict[int, MarkerState]:
         return read_joined(self.path, read_recorded_hashes(self.path).get(manifest.MANIFEST_NAME))
 
-    def _changed_parts(self) -> tuple[dict[int, pa.Table], dict[int, MarkerState]]:
+    def _changed_parts(self, statuses: np.ndarray) -> tuple[dict[int, pa.Table], dict[int, MarkerState]]:
         """Results that the manifest does not hold yet, by first row, and all markers that there are.
 
-        Where a marker is gone that the manifest holds, its rows are pending.
+        Where a marker is gone whose rows the manifest holds, they are pending.
+
+        Args:
+            statuses: As the manifest has them.
         """
         markers, joined = find_markers(self.path), self._read_joined()
         parts: dict[int, pa.Table] = {}
-        for shard in sorted({*markers, *joined}):
-            rows = self.layout.shard_rows(shard)
-            if not len(rows) or markers.get(shard) == joined.get(shard):
+        for shard in range(self.layout.num_shards):
+            state = markers.get(shard)
+            if state is not None and state == joined.get(shard):
                 continue
-            marker = read_marker(self.path, shard, self._codec_sha256) if shard in markers else None
+            rows = self.layout.shard_rows(shard)
+            marker = None if state is None else read_marker(self.path, shard, self._codec_sha256)
             if marker is not None:
                 parts[rows.start] = marker.results
-            else:
+            elif (statuses[rows.start : rows.stop] != "pending").any():
                 ids = self._inputs["video_id"].slice(rows.start, len(rows))
                 parts[rows.start] = manifest.pending_results(ids)
         return parts, markers
@@ -528,22 +533,6 @@ def repair_store(
             write_checksums(path)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
-
-
-def read_row_results(store: StoreReader, shard: int) -> list[VideoResult]:
-    """What a shard's rows have come to: by its done-marker or, where there is none to be read, by the manifest.
-
-    Fewer than the shard has rows, where rows were added to it since.
-    """
-    rows = store.layout.shard_rows(shard)
-    with suppress(StoreDamagedError):
-        marker = read_marker(store.path, shard, store.attributes["codec"]["sha256"])
-        if marker is not None:
-            return marker.as_results()
-    with suppress(StoreDamagedError):
-        table = manifest.read_table(store.path / manifest.MANIFEST_NAME, manifest.PART_SCHEMA.names)
-        return [VideoResult(**row) for row in table.slice(rows.start, len(rows)).to_pylist()]
-    return []
 
 
 def _mark_damaged(
