@@ -15,6 +15,7 @@ from .resizing import RESIZES, VIEWS
 from .sampling import SAMPLINGS
 
 DEFAULT_FRAMES = {"train": 16, "": 8}
+ALLOWED_LOSS_SHARE = 0.02
 _MAX_TIMEOUT_S = 24 * 3600
 
 
@@ -78,6 +79,8 @@ class ExtractConfig:
     """`auto` tries decord, and PyAV after a decord error."""
     decode_timeout_s: float = 60.0
     """CPU seconds that decoding may take beyond the video's own length."""
+    allow_loss: float = ALLOWED_LOSS_SHARE
+    """Share of the frames that a video announces and may lack; two frames may always be missing."""
     calibration_videos: int = 64
     """Training videos whose tokens the codec is fitted on."""
     seed: int = 0
@@ -138,6 +141,8 @@ class ExtractConfig:
             raise ConfigError(
                 f"--decode-timeout takes seconds above 0, at most {_MAX_TIMEOUT_S}; found {self.decode_timeout_s:g}"
             )
+        if not 0 <= self.allow_loss <= 1:
+            raise ConfigError(f"--allow-loss takes a share from 0 to 1; found {self.allow_loss:g}")
         if self.segment_s is not None and not 1 <= self.segment_s < math.inf:
             raise ConfigError(f"--segment takes seconds, at least 1; found {self.segment_s:g}")
         if self.num_workers is not None and self.scheduler is not None:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
-from ..errors import EnvironmentFailedError
 from ..store._files import hash_text
 from ..store.layout import StoreLayout
 from ..store.manifest import ClassList
 from ..store.reader import is_store, open_store
 from ..store.records import VideoRecord
 from .backbone import Backbone, build_backbone, find_peak_flops, resolve_device
-from .config import DEFAULT_FRAMES, ExtractConfig
+from .config import ALLOWED_LOSS_SHARE, DEFAULT_FRAMES, ExtractConfig
 from .datasets import resolve_protocol
-from .decoding import DecodedVideo, DecodeRequest, DecoderPool
+from .decoding import DecodedVideo, DecoderPool, decode_records
 from .planning import plan_layout
 from .resizing import NUM_VIEWS
 from .stats import Meter, ReportProgress, StageClock
@@ -74,32 +72,9 @@ class Job:
                 that it is not about them.
         """
         side_px = self.layout.image_size[0]
-        asked: deque[VideoRecord] = deque()
-
-        def requests() -> Iterator[DecodeRequest]:
-            for record in records:
-                asked.append(record)
-                yield DecodeRequest.of(record, self.config, crop_px=side_px, num_frames=num_frames)
-
-        lost: dict[str, str] = {}  # files in a row
-        for video in self.pool.decode_ahead(requests()):
-            record = asked.popleft()
-            if video.pixels is None and video.facts["reason"].startswith("missing-file"):
-                self.config.require_root()
-                if record.path not in self.missing:
-                    gone = {**video.facts, "reason": "missing-file: it was there when the videos were listed"}
-                    video = DecodedVideo(None, gone, is_pending=True)
-            if video.is_pending:
-                lost[record.path] = video.facts["reason"]
-            else:
-                lost.clear()
-            if len(lost) >= self.config.brake:
-                path, reason = next(reversed(lost.items()))
-                raise EnvironmentFailedError(
-                    f"{len(lost)} videos in a row are lost to the machine, the last one {path} ({reason}). Stopped; "
-                    "what is finished is kept. Mend that and run the same command again (--brake N stops later)."
-                )
-            yield video
+        return decode_records(
+            self.pool, records, self.config, crop_px=side_px, num_frames=num_frames, missing=self.missing
+        )
 
     def start_meter(self, shards: Sequence[int]) -> Meter:
         """Count the work on some shards from now on."""
@@ -198,6 +173,7 @@ def _describe(
         "backbone": {**info, "batch_size": config.batch_size, **({"compiled": True} if config.with_compile else {})},
         "frames": dict(sorted(config.frames.items())),
         **({} if config.segment_s is None else {"segment_s": config.segment_s}),
+        **({} if config.allow_loss == ALLOWED_LOSS_SHARE else {"allow_loss": config.allow_loss}),
         **({} if set(config.clips.values()) == {1} else {"clips": dict(sorted(config.clips.items()))}),
         **({} if set(config.views.values()) == {"centre"} else {"views": dict(sorted(config.views.items()))}),
         "sampling": config.sampling,
