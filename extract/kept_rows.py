@@ -7,7 +7,7 @@ backbone: a good row is never lost because its file is gone, and never mixed wit
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import StoreDamagedError
@@ -42,7 +42,10 @@ class ShardPlan:
         old = self.before.get(row)
         if old is not None and old.status == "ok" and result.status != "ok":
             return old, True  # never lost, whatever became of its video
-        is_other = old is not None and old.source_hash is not None and result.source_hash != old.source_hash
+        was_good = old is not None and old.num_cached_frames is not None  # until it was damaged
+        if old is not None and was_good and result.status == "pending":
+            return replace(old, status="pending", reason=result.reason), False
+        is_other = old is not None and was_good and old.source_hash not in (None, result.source_hash)
         if result.status == "ok" and is_other and not may_change:
             why = "source-changed: the row was made of another video; --redo-changed takes the new one"
             return VideoResult(video_id=result.video_id, status="failed", reason=why), False

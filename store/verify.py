@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from ._shards import DamagedChunkError, verify_chunk_file, verify_shard
 from .checksums import CHECKSUMS_NAME, read_recorded_hashes
 from .fingerprint import fingerprint_shard
 from .layout import ArraySpec
-from .markers import PARTS_NAME, Marker, find_markers, marker_path, read_marker
+from .markers import PARTS_NAME, Marker, find_markers, marker_path, read_joined, read_marker
 from .reader import StoreReader
 from .swap import find_swaps
 from .texts import TEXT_NAME, TEXTS_PER_SHARD
@@ -247,6 +248,11 @@ def _check_manifest(store: StoreReader, parts: dict[range, pa.Table], mismatched
         where = str(marker_path(store.path, shard).relative_to(store.path))
         if shard not in there and where not in mismatched and (statuses[rows.start : rows.stop] != "pending").any():
             found.append(Damage(where=where, what="the file is missing", shard=shard))
+    with suppress(StoreDamagedError, OSError):
+        joined = read_joined(store.path, read_recorded_hashes(store.path).get(manifest.MANIFEST_NAME))
+        # Written since the last consolidation: the manifest does not hold it yet.
+        newer = {shard for shard, state in there.items() if joined and joined.get(shard) != state}
+        parts = {rows: part for rows, part in parts.items() if rows.start // store.layout.rows_per_shard not in newer}
     for rows, part in parts.items():
         told: Any = table.slice(rows.start, len(part)).select(manifest.RESULT_SCHEMA.names)
         is_pending = "pending" in told["status"].to_pylist()  # not consolidated since

@@ -94,7 +94,7 @@ def test_broken_video_is_a_row_with_its_reason(float_store):
     (broken,) = [row for row in rows if row["status"] != "ok"]
     assert broken["video_id"] == "train/walk/broken.mp4"
     assert broken["status"] == "failed"
-    assert broken["reason"].startswith("unreadable: Invalid data found")
+    assert broken["reason"].startswith("unreadable: it is a text")
     assert broken["frame_indices"] is None
 
 
@@ -150,7 +150,7 @@ def assert_same_store(path, expected):
     names = sorted(p.relative_to(expected) for p in expected.rglob("*") if p.is_file())
     assert sorted(p.relative_to(path) for p in path.rglob("*") if p.is_file()) == names
     for name in names:
-        if name.name in ("stats.json", "checksums.json") or name.as_posix() == "zarr.json":
+        if name.name in ("stats.json", "checksums.json", "joined.arrows") or name.as_posix() == "zarr.json":
             continue  # times and dates
         assert (path / name).read_bytes() == (expected / name).read_bytes(), name
 
@@ -327,7 +327,8 @@ def test_a_worker_does_a_run_of_shards_once(video_folder, make_config, tmp_path,
         times = {path: path.stat().st_mtime_ns for path in config.out.glob("_parts/*")}
         assert len(times) == 11
         assert "backbone" not in worker.process(undone), "somebody has done them all"
-        assert "backbone" in worker.process({**undone, 3: read_marker_state(config.out, 3)})
+        again = worker.process({**undone, 3: read_marker_state(config.out, 3)})
+        assert "backbone" not in again and "waiting for the writer" in again, "good rows are copied"
     changed = {path.name for path, time in times.items() if path.stat().st_mtime_ns != time}
     assert changed == {"000003.arrows"}
     extract_dataset(config)
