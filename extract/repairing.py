@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..errors import StoreDamagedError
 from ..store import manifest
-from ..store._files import FolderLock
+from ..store.lease import Lease, Scope, hold_lease
 from ..store.reader import StoreReader, open_store
 from ..store.records import VideoResult
 from ..store.verify import Damage, find_lost_rows, verify_store
@@ -30,22 +30,28 @@ def mend_store(job: Job) -> list[Damage]:
     Raises:
         StoreError: If the store is another command's, or cannot be mended by it; nothing was changed.
     """
+    path, advice = job.config.out, "wait for it before repairing its store"
+    with hold_lease(path, Scope.all(), purpose="extract --repair", advice=advice) as lease:
+        return _mend_store(job, lease)
+
+
+def _mend_store(job: Job, lease: Lease) -> list[Damage]:
     store = open_store(job.config.out)
     damage = verify_store(store, job.report)
     kept = _find_kept_shards(job, store, damage)
     to_mend = [one for one in damage if one.shard not in kept]
     if to_mend:
-        _mend(job, store, to_mend)
+        _mend(job, store, to_mend, lease)
     # The manifest is joined from the done-markers at the end of every run.
     mended = {manifest.MANIFEST_NAME}
     for shard in sorted(kept):
         name = f"{manifest.PARTS_NAME}/{manifest.part_path(store.path, shard).name}"
-        if any(one.where == name for one in damage) and _restore_marker(store, shard):
+        if any(one.where == name for one in damage) and _restore_marker(store, shard, lease):
             mended.add(name)
     return [one for one in damage if one.shard in kept and one.where not in mended]
 
 
-def _mend(job: Job, store: StoreReader, damage: Sequence[Damage]) -> None:
+def _mend(job: Job, store: StoreReader, damage: Sequence[Damage], lease: Lease) -> None:
     job.load_weights()
     try:
         codec = store.codec
@@ -60,6 +66,7 @@ def _mend(job: Job, store: StoreReader, damage: Sequence[Damage]) -> None:
         records=job.records,
         codec=codec,
         head=job.backbone.read_head(),
+        lease=lease,
     )
     shards = sorted({one.shard for one in damage if one.shard is not None})
     _log.warning("%s: %d damages; doing %d shards anew", store.path, len(damage), len(shards))
@@ -84,13 +91,13 @@ def _find_kept_shards(job: Job, store: StoreReader, damage: Sequence[Damage]) ->
     return kept
 
 
-def _restore_marker(store: StoreReader, shard: int) -> bool:
+def _restore_marker(store: StoreReader, shard: int, lease: Lease) -> bool:
     """Write a done-marker as the manifest has its rows; returns whether it has them."""
     rows = store.layout.shard_rows(shard)
     table = manifest.read_table(store.path / manifest.MANIFEST_NAME, ["video_id", *manifest.RESULT_SCHEMA.names])
     results = [VideoResult(**row) for row in table.slice(rows.start, len(rows)).to_pylist()]
     if any(result.status == "pending" for result in results):
         return False
-    with FolderLock(store.path, f"another process is writing to {store.path}: wait for it before repairing its store"):
-        manifest.write_part(store.path, shard, results, store.attributes["codec"]["sha256"])
+    lease.check()
+    manifest.write_part(store.path, shard, results, store.attributes["codec"]["sha256"])
     return True

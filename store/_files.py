@@ -15,9 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StoreBusyError
+from ._owner import make_token
 
 _log = logging.getLogger(__name__)
 
+
+_MOST_OF_A_NAME = 40
+"""Characters of a file's name in the name of what is to become it: a name has 255 bytes at most."""
 
 _passed: Counter[str] = Counter()
 
@@ -34,9 +38,10 @@ def kill_point(name: str) -> None:
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file, make it durable, and rename it to `path`.
 
-    A process killed at any moment leaves the old file or the new one, never a part of either.
+    A process killed at any moment leaves the old file or the new one, never a part of either. What it was still filling
+    has a name that no one else uses: `scratch.remove_dead_files` knows whose it was.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name[:_MOST_OF_A_NAME]}.{make_token()}.partial")
     try:
         write(temporary)
         with temporary.open("rb+") as file:

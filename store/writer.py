@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,23 @@ import tensorstore as ts
 
 from ..errors import S4vError, StoreDamagedError, StoreError, StoreExistsError, StoreMismatchError
 from . import manifest
-from ._files import FolderLock, hash_file, kill_point, sync_folder, wait_for_folder
+from ._files import hash_file, kill_point, sync_folder
 from ._zarr import create_array, open_array, refused_write, write_group, write_small_array
-from .checksums import CHECKSUMS_NAME, forget_checksums, forget_missing_parts, read_recorded_hashes, write_checksums
+from .checksums import (
+    APPEND_NAME,
+    CHECKSUMS_NAME,
+    forget_checksums,
+    forget_missing_parts,
+    read_recorded_hashes,
+    write_checksums,
+)
 from .codec import Codec
 from .layout import FORMAT_VERSION, StoreLayout
+from .lease import Lease, Scope, check_lease, hold_lease, lease_new_store
 from .reader import StoreReader, open_store
 from .records import VideoRecord, VideoResult
-from .texts import TEXT_NAME, remove_texts
+from .scratch import make_scratch, remove_dead_files, remove_dead_scratch
+from .texts import REMOVED_STEM, TEXT_NAME, remove_texts
 from .verify import Damage
 
 _log = logging.getLogger(__name__)
@@ -32,6 +42,9 @@ _log = logging.getLogger(__name__)
 # by now. What they are is told by paths below the root, by the weights' hash and by the codec's.
 _VOLATILE_ATTRIBUTES = ("created", "codec", "codec_from", "dataset.root", "backbone.weights")
 
+
+_REPAIR_STEM = "repair"
+_BUSY_ADVICE = "wait for it, or choose another --out"
 
 MarkerState = tuple[int, int]
 """Tells one done-marker from another one in its place."""
@@ -54,15 +67,34 @@ class RowTokens:
 class StoreWriter:
     """Writes shards into a store whose skeleton exists; `create_store` and `resume_store` make one.
 
-    It is the store's only writer until `close`, or until its process ends however it ends; also a context manager.
-    A worker of the one that is takes no lock: it is told which shards are its own (`expect_markers`).
+    It is the only writer of its lease's scope until `close`, or until its process ends however it ends; also a context
+    manager. Without a lease it takes one of the whole store. A worker of the process that has it takes none: it is told
+    which shards are its own (`expect_markers`), and the lease's nonce (`lease_nonce`).
+
+    Raises:
+        StoreBusyError: If another process writes there.
     """
 
     def __init__(
-        self, path: Path, layout: StoreLayout, codec: Codec, inputs: pa.Table, *, is_worker: bool = False
+        self,
+        path: Path,
+        layout: StoreLayout,
+        codec: Codec,
+        inputs: pa.Table,
+        *,
+        is_worker: bool = False,
+        lease: Lease | None = None,
     ) -> None:
-        busy = f"another process is writing to {path}: wait for it, or choose another --out"
-        self._lock = None if is_worker else FolderLock(path, busy)
+        with ExitStack() as opening:
+            if not is_worker:
+                lease = lease or hold_lease(path, Scope.all(), purpose="extract", advice=_BUSY_ADVICE)
+                opening.callback(lease.close)
+            self._open(path, layout, codec, inputs, lease)
+            opening.pop_all()
+
+    def _open(self, path: Path, layout: StoreLayout, codec: Codec, inputs: pa.Table, lease: Lease | None) -> None:
+        self.lease = lease
+        self.lease_nonce: str | None = None if lease is None else lease.nonce
         self.path = path
         self.layout = layout
         self.codec = codec
@@ -71,9 +103,12 @@ class StoreWriter:
         self._specs = {spec.name: spec for spec in layout.array_specs()}
         self._arrays = {name: open_array(path, name, write=True) for name in self._specs}
         self._expected: dict[int, MarkerState | None] = {}
-        if not is_worker:
+        if lease is not None:
             self._remove_leftovers()
-            forget_missing_parts(path)
+            with self.hold_manifest():
+                if lease.scope.kind == "all":
+                    _remove_unfinished(path, list(self._specs))
+                forget_missing_parts(path)
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -83,8 +118,33 @@ class StoreWriter:
 
     def close(self) -> None:
         """Let other writers in."""
-        if self._lock is not None:
-            self._lock.close()
+        if self.lease is not None:
+            self.lease.close()
+
+    def check_lease(self) -> None:
+        """See that what is written still is ours to write: before each rename that publishes something.
+
+        Raises:
+            LeaseLostError: If another process took over, because this one was stopped or cut off for too long.
+        """
+        if self.lease is not None:
+            self.lease.check()
+        elif self.lease_nonce is not None:
+            check_lease(self.path, self.lease_nonce)
+
+    def _is_ours(self, key: str) -> bool:
+        """Whether a file of an array, `c.SHARD.0...`, is of a shard that this writer may write."""
+        shard = key.split(".")[1]
+        return self.lease is None or not shard.isdecimal() or self.lease.scope.covers(int(shard))
+
+    @contextmanager
+    def hold_manifest(self) -> Iterator[None]:
+        """Be the only one that writes what belongs to the whole store; who has shards alone waits for others."""
+        if self.lease is None or self.lease.scope.meets(Scope.manifest()):
+            yield
+            return
+        with hold_lease(self.path, Scope.manifest(), purpose="extract", wait=True, advice=_BUSY_ADVICE):
+            yield
 
     def pending_shards(self) -> list[int]:
         """Shards without a done-marker, ascending."""
@@ -156,7 +216,7 @@ class StoreWriter:
         """Files that killed writers were still filling. Only while no worker writes: each fills one of these."""
         for name in self._arrays:
             for file in (self.path / name).iterdir():
-                if file.name.endswith(".__lock"):
+                if file.name.endswith(".__lock") and self._is_ours(file.name):
                     file.unlink(missing_ok=True)
 
     def _write_arrays(self, tokens: Mapping[int, RowTokens]) -> None:
@@ -180,7 +240,7 @@ class StoreWriter:
         Raises:
             EnvironmentFailedError: If the file system refuses; finished shards stay so.
         """
-        with naming_what_is_refused(self.path / manifest.MANIFEST_NAME):
+        with naming_what_is_refused(self.path / manifest.MANIFEST_NAME), self.hold_manifest():
             self._remove_leftovers()
             return self._consolidate()
 
@@ -227,10 +287,12 @@ def create_store(
     codec: Codec,
     head: Mapping[str, np.ndarray],
     overwrite: bool = False,
+    scope: Scope | None = None,
 ) -> StoreWriter:
     """Create a store's skeleton: metadata, codec, head and a manifest of pending rows.
 
-    The skeleton is built beside `path` and renamed, so that what stands at `path` is always a whole one.
+    The skeleton is built beside `path` and renamed, so that what stands at `path` is always a whole one. Of two
+    processes that create it at once, one does: a folder is not renamed over another one that holds something.
 
     Args:
         path: Where; its parent folders are created.
@@ -240,27 +302,70 @@ def create_store(
         codec: How patches are coded, numpy arrays.
         head: What stage two needs of the frozen tower's end, by name.
         overwrite: Replace a store that stands at `path`.
+        scope: What the writer will write to; None is everything.
 
     Raises:
         StoreExistsError: If something stands at `path`: a store without `overwrite`, or anything else.
+        StoreBusyError: If another process writes to the store that is to be replaced.
     """
     path = path.resolve()  # what a link points to is replaced, not the link
-    partial, old = (path.with_name(f"{path.name}.{word}") for word in ("partial", "old"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with wait_for_folder(path.parent, f"another process creates a store in {path.parent}: waiting"):
-        refuse_existing(path, overwrite=overwrite)
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        with naming_what_is_refused(path):
-            inputs = write_skeleton(partial, layout, attributes, records, codec, head)
-        # Renamed away first: a kill leaves the old store, none, or the new one, never a gutted one.
-        if path.exists():
-            FolderLock(path, f"another process is writing to {path}: stop it before replacing its store").close()
-            path.rename(old)
-        partial.rename(path)
-        sync_folder(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-        return StoreWriter(path, layout, codec, inputs)  # locked before another one may replace it
+    refuse_existing(path, overwrite=overwrite)
+    remove_dead_scratch(path.parent, path.name)
+    with ExitStack() as open_things, naming_what_is_refused(path):
+        scratch = open_things.enter_context(make_scratch(path.parent, path.name, "extract"))
+        fresh = scratch / path.name
+        inputs = write_skeleton(fresh, layout, attributes, records, codec, head)
+        # Under the skeleton's own lease from its first moment: nobody may replace it, or begin it, in between.
+        lease = lease_new_store(fresh, scope or Scope.all(), purpose="extract")
+        closing = open_things.enter_context(ExitStack())
+        closing.callback(lease.close)
+        if overwrite and path.exists():
+            _move_away(path, scratch / "old")
+        move_into_place(fresh, path)
+        lease.moved_to(path)
+        closing.pop_all()
+        return StoreWriter(path, layout, codec, inputs, lease=lease)
+
+
+def _move_away(path: Path, place: Path) -> None:
+    """Rename a store that nobody writes to. A kill leaves the old store, none, or the new one, never a gutted one."""
+    advice = "stop it before replacing its store"
+    with hold_lease(path, Scope.all(), purpose="extract --overwrite", advice=advice) as lease:
+        path.rename(place)
+        lease.moved_to(place)
+    kill_point("old store away")
+
+
+def move_into_place(fresh: Path, path: Path) -> None:
+    """Rename a new store to its place, where nothing may stand but an empty folder.
+
+    Raises:
+        StoreExistsError: If something does.
+    """
+    try:
+        fresh.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise StoreExistsError(
+            f"{path} was made by another process meanwhile. Nothing was written; run the same command again to go on "
+            "with what is there, or choose another --out."
+        ) from error
+    sync_folder(path.parent)
+
+
+def _remove_unfinished(path: Path, arrays: Sequence[str]) -> None:
+    """What killed processes have left in a store that is all ours, and what the version before has left there."""
+    for stem in (APPEND_NAME, REMOVED_STEM, _REPAIR_STEM):
+        remove_dead_scratch(path, stem)
+    for folder in (path, path / manifest.PARTS_NAME, *(path / name for name in arrays)):
+        remove_dead_files(folder)
+    for name in (manifest.MANIFEST_NAME, manifest.CAPTIONS_NAME, CHECKSUMS_NAME, "zarr.json"):
+        (path / f".{name}.partial").unlink(missing_ok=True)
+    for name in (f"{APPEND_NAME}.partial", f"{TEXT_NAME}.partial.old"):
+        if not (path / name).is_symlink():
+            shutil.rmtree(path / name, ignore_errors=True)
 
 
 def write_skeleton(
@@ -294,6 +399,7 @@ def resume_store(
     attributes: Mapping[str, Any],
     records: Sequence[VideoRecord],
     is_worker: bool = False,
+    scope: Scope | None = None,
 ) -> StoreWriter:
     """Go on with a store that the same command began.
 
@@ -303,12 +409,33 @@ def resume_store(
         attributes: As for `create_store`.
         records: As for `create_store`.
         is_worker: Whether another process holds the store and hands out its shards.
+        scope: What the writer will write to; None is everything.
 
     Raises:
         StoreMismatchError: If the store was begun with other settings or other videos; all differences listed.
         StoreNotFoundError: If `path` is not a store.
+        StoreBusyError: If another process writes there.
     """
     store = open_store(path)
+    if is_worker:
+        inputs = _require_same(store, layout, attributes, records)
+        return StoreWriter(path, layout, store.codec, inputs, is_worker=True)
+    lease = hold_lease(path, scope or Scope.all(), purpose="extract", advice=_BUSY_ADVICE)
+    try:
+        store = open_store(path)  # as it is now that nobody changes it
+        inputs = _require_same(store, layout, attributes, records)
+        codec = store.codec
+    except BaseException:
+        lease.close()
+        raise
+    return StoreWriter(path, layout, codec, inputs, lease=lease)
+
+
+def _require_same(
+    store: StoreReader, layout: StoreLayout, attributes: Mapping[str, Any], records: Sequence[VideoRecord]
+) -> pa.Table:
+    """Refuse a store of other settings or videos; returns the manifest's input columns."""
+    path = store.path
     inputs = manifest.input_table(records, manifest.ClassList(tuple(attributes["classes"]["names"])))
     wanted = full_attributes(attributes, layout, store.codec)
     differences = list_differences(store.attributes, wanted) + _list_video_differences(store, inputs)
@@ -320,7 +447,7 @@ def resume_store(
             f"{path} was begun with other settings: {'; '.join(differences)}. "
             "Run the command that began it, choose another --out, or replace the store with --overwrite."
         )
-    return StoreWriter(path, layout, store.codec, inputs, is_worker=is_worker)
+    return inputs
 
 
 def repair_store(
@@ -332,6 +459,7 @@ def repair_store(
     records: Sequence[VideoRecord],
     codec: Codec,
     head: Mapping[str, np.ndarray],
+    lease: Lease,
 ) -> None:
     """Put damaged files of the whole store back as they were written, and mark damaged shards undone.
 
@@ -344,8 +472,10 @@ def repair_store(
         records: As for `create_store`.
         codec: As for `create_store`.
         head: As for `create_store`.
+        lease: Of the whole store, held since the damage was looked for.
 
     Raises:
+        LeaseLostError: If another process took over meanwhile.
         StoreMismatchError: If the store was begun with other settings or has other rows; nothing was changed.
         StoreDamagedError: If a file cannot be had back; nothing was changed.
     """
@@ -359,37 +489,38 @@ def repair_store(
     has_bad_texts = any(one.where.startswith(f"{TEXT_NAME}/") for one in damage)
     whole_store = sorted({one.where for one in damage if one.shard is None and not one.where.startswith(TEXT_NAME)})
     hashes = read_recorded_hashes(path)
-    fresh = path.with_name(f"{path.name}.partial")
-    with FolderLock(path, f"another process is writing to {path}: wait for it before repairing its store"):
-        shutil.rmtree(fresh, ignore_errors=True)
-        try:
-            write_skeleton(fresh, layout, attributes, records, codec, head)
-            if CHECKSUMS_NAME in whole_store:  # nothing tells whether these are as they were: they are put back too
-                whole_store = sorted({*whole_store, *(n for n in read_recorded_hashes(fresh) if n != "zarr.json")})
-            for name in whole_store:
-                if not (fresh / name).is_file() or not _is_as_before(fresh / name, path / name, hashes.get(name)):
-                    raise StoreDamagedError(
-                        f"{path / name} is damaged and this command does not give the same file. Nothing was changed. "
-                        "Run the command that began the store, or extract it anew (--overwrite)."
-                    )
-            for name in whole_store:
-                if (path / name).is_dir():
-                    shutil.rmtree(path / name)
-                (fresh / name).replace(path / name)
-                sync_folder((path / name).parent)
-            markers = [manifest.part_path(path, one.shard) for one in damage if one.shard is not None]
-            forget_checksums(path, {f"{manifest.PARTS_NAME}/{marker.name}" for marker in markers})
-            for file in {*markers, *(path / one.where for one in damage if one.shard is not None)}:
-                if file.is_dir():  # in a file's place
-                    shutil.rmtree(file)
-            for marker in markers:
-                marker.unlink(missing_ok=True)
-            sync_folder(path / manifest.PARTS_NAME)
-            if has_bad_texts:
-                remove_texts(path)
-            write_checksums(path)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+    remove_dead_scratch(path, _REPAIR_STEM)
+    # In the store, so that all of it is on one file system: a store may be a mount of its own.
+    with make_scratch(path, _REPAIR_STEM, "extract --repair", lease=lease.nonce) as scratch:
+        fresh = scratch / path.name
+        write_skeleton(fresh, layout, attributes, records, codec, head)
+        if CHECKSUMS_NAME in whole_store:  # nothing tells whether these are as they were: they are put back too
+            whole_store = sorted({*whole_store, *(n for n in read_recorded_hashes(fresh) if n != "zarr.json")})
+        for name in whole_store:
+            if not (fresh / name).is_file() or not _is_as_before(fresh / name, path / name, hashes.get(name)):
+                raise StoreDamagedError(
+                    f"{path / name} is damaged and this command does not give the same file. Nothing was changed. "
+                    "Run the command that began the store, or extract it anew (--overwrite)."
+                )
+        for name in whole_store:
+            lease.check()
+            if (path / name).is_dir():
+                shutil.rmtree(path / name)
+            (fresh / name).replace(path / name)
+            sync_folder((path / name).parent)
+            kill_point("file repaired")
+        lease.check()
+        markers = [manifest.part_path(path, one.shard) for one in damage if one.shard is not None]
+        forget_checksums(path, {f"{manifest.PARTS_NAME}/{marker.name}" for marker in markers})
+        for file in {*markers, *(path / one.where for one in damage if one.shard is not None)}:
+            if file.is_dir():  # in a file's place
+                shutil.rmtree(file)
+        for marker in markers:
+            marker.unlink(missing_ok=True)
+        sync_folder(path / manifest.PARTS_NAME)
+        if has_bad_texts:
+            remove_texts(path, lease)
+        write_checksums(path)
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
