@@ -33,7 +33,7 @@ from .lease import Lease, Scope, check_lease, hold_lease, lease_new_store
 from .reader import StoreReader, open_store
 from .records import VideoRecord, VideoResult
 from .scratch import make_scratch, remove_dead_files, remove_dead_scratch
-from .texts import REMOVED_STEM, TEXT_NAME, remove_texts
+from .texts import REMOVED_STEM, TEXT_NAME, has_current_texts, remove_texts
 from .verify import Damage
 
 _log = logging.getLogger(__name__)
@@ -357,7 +357,10 @@ def move_into_place(fresh: Path, path: Path) -> None:
 
 def _remove_unfinished(path: Path, arrays: Sequence[str]) -> None:
     """What killed processes have left in a store that is all ours, and what the version before has left there."""
-    for stem in (APPEND_NAME, REMOVED_STEM, _REPAIR_STEM):
+    stems = [APPEND_NAME, REMOVED_STEM, _REPAIR_STEM]
+    if has_current_texts(path):  # else they are what the next ones go on with
+        stems.append(TEXT_NAME)
+    for stem in stems:
         remove_dead_scratch(path, stem)
     for folder in (path, path / manifest.PARTS_NAME, *(path / name for name in arrays)):
         remove_dead_files(folder)
