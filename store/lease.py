@@ -441,7 +441,7 @@ class _Gate:
                 break
             if watch is None or watch[0] != record.nonce:
                 watch = (record.nonce, _Watch(record.raw))
-            is_alive = record.is_alive or watch[1].look(record.raw)
+            is_alive = watch[1].look(record.raw) if record.is_alive is None else record.is_alive
             if is_alive is False:
                 self._take_away(record)
                 continue
