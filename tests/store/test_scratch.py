@@ -124,7 +124,7 @@ def link_tag(path):
 def test_only_what_bears_its_own_tag_is_removed(change, tmp_path):  # C1
     change(die(tmp_path))
     remove_dead_scratch(tmp_path, "k.zarr")
-    kept = [path for path in tmp_path.rglob("zarr.json")]
+    kept = list(tmp_path.rglob("zarr.json"))
     assert len(kept) >= 1 and kept[0].read_text() == "{}"
 
 
