@@ -61,6 +61,16 @@ BatchSize = Annotated[int, typer.Option(help="Frames in one pass through the bac
 Decoder = Annotated[str, typer.Option(help="auto (decord, then PyAV), decord, pyav.")]
 Decoders = Annotated[int | None, typer.Option(help="Decoder processes. [one for each core]")]
 DecodeTimeout = Annotated[float, typer.Option(help="CPU seconds beyond a video's own length.")]
+Sampling = Annotated[
+    str, typer.Option(help="Which frames: uniform, reference-k400, reference-sth, reference-retrieval.")
+]
+Clips = Annotated[str, typer.Option(help="Evaluation clips, which share the frames; by split: test=4,1.")]
+Resize = Annotated[
+    str, typer.Option(help="256: short side 256, crop 224. 256x320: that size. 224: the backbone's own.")
+]
+AllowLoss = Annotated[
+    float, typer.Option(help="Share of its announced frames that a good video may lack; two may always be missing.")
+]
 Strict = Annotated[bool, typer.Option("--strict", help="Exit with 3 when a video failed.")]
 
 _FRAMES = "train=16,8"
@@ -91,13 +101,9 @@ def extract(
     split: Annotated[list[str] | None, typer.Option(help="Only this split. Repeatable.")] = None,
     frames: Frames = _FRAMES,
     segment: Segment = None,
-    sampling: Annotated[
-        str, typer.Option(help="Which frames: uniform, reference-k400, reference-sth, reference-retrieval.")
-    ] = "uniform",
-    clips: Annotated[str, typer.Option(help="Evaluation clips, which share the frames; by split: test=4,1.")] = "1",
-    resize: Annotated[
-        str, typer.Option(help="256: short side 256, crop 224. 256x320: that size. 224: the backbone's own.")
-    ] = "256",
+    sampling: Sampling = "uniform",
+    clips: Clips = "1",
+    resize: Resize = "256",
     views: Views = "centre",
     layers: Layers = "paper",
     dtype: Dtype = "int8",
@@ -118,6 +124,7 @@ def extract(
     decoder: Decoder = "auto",
     decoders: Decoders = None,
     decode_timeout: DecodeTimeout = 60.0,
+    allow_loss: AllowLoss = 0.02,
     seed: Annotated[int, typer.Option(help="Of split, calibration and random weights.")] = 0,
     workers: Annotated[int | None, typer.Option(help="Processes on this machine that share the work.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Dask scheduler whose workers share it: tcp://...")] = None,
@@ -174,6 +181,7 @@ def extract(
             num_decoders=decoders,
             decoder=decoder,  # type: ignore[arg-type]
             decode_timeout_s=decode_timeout,
+            allow_loss=allow_loss,
             seed=seed,
             num_workers=workers,
             scheduler=scheduler,
@@ -288,19 +296,27 @@ def scan(
     column: Column = None,
     protocol: Protocol = None,
     out: Annotated[Path | None, typer.Option(help="Table of all videos. [scan-DATASET.parquet]")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="Only this split. Repeatable.")] = None,
     frames: Frames = _FRAMES,
+    segment: Segment = None,
+    sampling: Sampling = "uniform",
+    clips: Clips = "1",
+    resize: Resize = "256",
+    views: Views = "centre",
     decoder: Decoder = "auto",
     decoders: Decoders = None,
     decode_timeout: DecodeTimeout = 60.0,
+    allow_loss: AllowLoss = 0.02,
     strict: Strict = False,
     as_json: Json = False,
 ) -> None:
-    """Decode what an extraction would decode, and say which files it would lose."""
+    """Decode what an extraction would decode, and say of each file what its row would say."""
     with _command("scan", as_json) as result:
         from .extract.datasets import default_paths
-        from .extract.sampling import parse_frames
+        from .extract.sampling import parse_clips, parse_frames, parse_views
 
         parsed_frames = parse_frames(frames)
+        parsed_clips, parsed_views = parse_clips(clips), parse_views(views)
         data_root, _ = default_paths(dataset, root, None)
         from .extract.config import ExtractConfig
         from .extract.scanning import scan_dataset
@@ -313,10 +329,17 @@ def scan(
             annotations=annotations,
             columns=_parse_columns(column or []),
             protocol=protocol,
+            splits=tuple(split) if split else None,
             frames=parsed_frames,
+            segment_s=segment,
+            sampling=sampling,
+            clips=parsed_clips,
+            resize=resize,
+            views=parsed_views,
             decoder=decoder,  # type: ignore[arg-type]
             num_decoders=decoders,
             decode_timeout_s=decode_timeout,
+            allow_loss=allow_loss,
         )
         path = out or Path(f"scan-{data_root.resolve().name}.parquet")
         with _progress() as report:
@@ -324,12 +347,15 @@ def scan(
         result.update(summary)
         if not as_json:
             print(f"{path}: {summary['videos']['ok']} videos decode, {summary['videos']['failed']} do not")
+            if summary["pending"]:
+                print(f"  {len(summary['pending'])} could not be read now: the machine's trouble, not theirs")
             for code, count in summary["reasons"].items():
                 print(f"  {count} {code}")
-            for row in summary["failed"][:20]:
+            lost = [*summary["pending"], *summary["failed"]]
+            for row in lost[:20]:
                 print(f"  {row['video_id']}: {row['reason']}")
-            if len(summary["failed"]) > 20:
-                print(f"  and {len(summary['failed']) - 20} more: see {path}")
+            if len(lost) > 20:
+                print(f"  and {len(lost) - 20} more: see {path}")
     if strict and summary["failed"]:
         raise typer.Exit(EXIT_STRICT)
 

@@ -25,6 +25,7 @@ from s4v.store import manifest
 from s4v.store.checksums import write_checksums
 from s4v.store.codec import Codec
 from s4v.store.layout import StoreLayout
+from s4v.store.markers import marker_path
 from s4v.store.writer import RowTokens
 
 ROUNDS = 5
@@ -78,7 +79,7 @@ def make_store(path: Path, num_videos: int) -> int:
         written = 7 * layout.num_shards // 9
         rows = write_rows(writer, records, written, lambda row: tokens)
         for shard in set(range(layout.num_shards)) - {written}:
-            os.link(manifest.part_path(path, written), manifest.part_path(path, shard))
+            os.link(marker_path(path, written), marker_path(path, shard))
         # The other shards' results, as their done-markers would give them.
         inputs = manifest.input_table(records, manifest.ClassList(tuple(sorted(classes))))
         columns = {

@@ -15,6 +15,7 @@ from .resizing import RESIZES, VIEWS
 from .sampling import SAMPLINGS
 
 DEFAULT_FRAMES = {"train": 16, "": 8}
+ALLOWED_LOSS_SHARE = 0.02
 _MAX_TIMEOUT_S = 24 * 3600
 
 
@@ -78,6 +79,8 @@ class ExtractConfig:
     """`auto` tries decord, and PyAV after a decord error."""
     decode_timeout_s: float = 60.0
     """CPU seconds that decoding may take beyond the video's own length."""
+    allow_loss: float = ALLOWED_LOSS_SHARE
+    """Share of the frames that a video announces and may lack; two frames may always be missing."""
     calibration_videos: int = 64
     """Training videos whose tokens the codec is fitted on."""
     seed: int = 0
@@ -94,6 +97,10 @@ class ExtractConfig:
     """Work on the first so many pending rows this time (whole shards); None takes all."""
     retry_failed: bool = False
     """Do shards with failed rows anew; what decodes by now is then in them."""
+    redo_changed: bool = False
+    """Do rows anew whose video was replaced since; without it they keep what they have."""
+    brake: int = 50
+    """Stop when so many videos in a row are lost to the machine."""
     repair: bool = False
     """Verify the store at `out` first, and do anew what is damaged."""
     append: bool = False
@@ -120,6 +127,7 @@ class ExtractConfig:
             "--workers": self.num_workers,
             "--calibration-videos": self.calibration_videos,
             "--channels": self.channels,
+            "--brake": self.brake,
         }
         for name, count in at_least_one.items():
             if count is not None and count < 1:
@@ -133,6 +141,8 @@ class ExtractConfig:
             raise ConfigError(
                 f"--decode-timeout takes seconds above 0, at most {_MAX_TIMEOUT_S}; found {self.decode_timeout_s:g}"
             )
+        if not 0 <= self.allow_loss <= 1:
+            raise ConfigError(f"--allow-loss takes a share from 0 to 1; found {self.allow_loss:g}")
         if self.segment_s is not None and not 1 <= self.segment_s < math.inf:
             raise ConfigError(f"--segment takes seconds, at least 1; found {self.segment_s:g}")
         if self.num_workers is not None and self.scheduler is not None:

@@ -13,9 +13,9 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -29,6 +29,10 @@ from .datasets import frame_rate
 # Wall seconds for one CPU second of budget: a stuck read or a deadlock uses no CPU.
 _WALL_FACTOR = 5
 _START_TIMEOUT_S = 120.0
+# A process that is killed while it starts says nothing about anything: it is started again.
+_START_TRIES = 4
+_KILLED = "killed"
+"""Code of a decoder that ended by SIGKILL, which no file causes: it never stands in a row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +54,8 @@ class DecodeRequest:
     """Rate of frames, where `path` is a folder of JPEGs; None where it is not known."""
     decoder: Literal["auto", "decord", "pyav"] = "auto"
     timeout_s: float = 60.0
+    allow_loss: float = 0.02
+    """Share of the announced frames that may be missing from a good video."""
 
     @classmethod
     def of(cls, record: VideoRecord, config: ExtractConfig, *, crop_px: int, num_frames: int | None = None) -> Self:
@@ -69,6 +75,7 @@ class DecodeRequest:
             frame_fps=frame_rate(config.dataset),
             decoder=config.decoder,
             timeout_s=config.decode_timeout_s,
+            allow_loss=config.allow_loss,
         )
 
 
@@ -84,8 +91,100 @@ class DecodedVideo:
     """Whether it was the machine that failed, not the video: the row stays pending, with its reason."""
 
 
+def decode_records(
+    pool: DecoderPool,
+    records: Iterable[VideoRecord],
+    config: ExtractConfig,
+    *,
+    crop_px: int,
+    num_frames: int | None = None,
+    missing: Container[str] = (),
+) -> Iterator[DecodedVideo]:
+    """Videos of a data set to pixels, in order, a few ahead: what an extraction caches of them, or so many frames.
+
+    A file that was listed and is gone leaves its row pending, as whatever else the machine did not let happen.
+
+    Args:
+        pool: What decodes.
+        records: Which.
+        config: Of the extraction.
+        crop_px: Side of the square that the backbone sees.
+        num_frames: Wanted of each; None takes what its split caches.
+        missing: Paths that were not there when the videos were listed.
+
+    Raises:
+        EnvironmentFailedError: If the folder of all videos is gone, or so many files in a row are lost to the machine
+            (`brake`) that it is not about them.
+    """
+    asked: deque[VideoRecord] = deque()
+
+    def requests() -> Iterator[DecodeRequest]:
+        for record in records:
+            asked.append(record)
+            yield DecodeRequest.of(record, config, crop_px=crop_px, num_frames=num_frames)
+
+    lost: dict[str, str] = {}  # reason by path, of files in a row
+    for video in pool.decode_ahead(requests()):
+        record = asked.popleft()
+        if video.pixels is None and video.facts["reason"].startswith("missing-file"):
+            config.require_root()
+            if record.path not in missing:
+                reason = "missing-file: it was there when the videos were listed"
+                video = DecodedVideo(None, {**video.facts, "reason": reason}, is_pending=True)
+        if not video.is_pending:
+            lost.clear()
+            yield video
+            continue
+        lost[record.path] = video.facts["reason"]
+        if len(lost) >= config.brake:
+            raise EnvironmentFailedError(
+                f"{len(lost)} videos in a row are lost to the machine, the last one {record.path} "
+                f"({lost[record.path]}). Stopped; what is finished is kept. Mend that and run the same command again "
+                "(--brake N stops later)."
+            )
+        yield video
+
+
+class _Turnstile:
+    """Lets many work side by side, or one alone: who asks for that waits for the others, and they for him."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._num_inside = 0
+        self._num_alone = 0
+
+    @contextlib.contextmanager
+    def beside_others(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_alone == 0)
+            self._num_inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_inside -= 1
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._changed:
+            self._num_alone += 1
+            self._changed.wait_for(lambda: self._num_inside == 0)
+            self._num_inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_inside -= 1
+                self._num_alone -= 1
+                self._changed.notify_all()
+
+
 class DecoderPool:
     """A fixed number of decoder processes (None: one for each core), each driven by a thread of its own.
+
+    A video whose decoder died or hung is tried once more while no other decoder runs: on a machine that is short of
+    memory or time that is often enough. What happens then is the video's fault, except for a kill from outside.
 
     Use it as a context manager: leaving it ends the processes, also when an exception passes through.
     """
@@ -97,6 +196,7 @@ class DecoderPool:
         self._children: list[_Child] = []
         self._lock = threading.Lock()
         self._is_closed = False
+        self._turnstile = _Turnstile()
         self._threads = ThreadPoolExecutor(num_processes, thread_name_prefix="s4v-decode")
 
     def __enter__(self) -> DecoderPool:
@@ -132,16 +232,25 @@ class DecoderPool:
 
     def _decode(self, request: DecodeRequest) -> DecodedVideo:
         try:
-            return self._child().decode(request)
+            with self._turnstile.beside_others():
+                return self._child().decode(request)
+        except _ChildDied as death:
+            first = death
+            self._drop_child()
+        if first.is_final or self._is_closed:
+            return first.as_video()
+        try:
+            with self._turnstile.alone():
+                return self._child().decode(replace(request, decoder=_decoder_after(first, request)))
         except _ChildDied as death:
             self._drop_child()
-            return DecodedVideo(None, {"reason": f"{death.code}: {death}"})
+            return death.as_video()
 
     def _child(self) -> _Child:
         # A thread keeps its child to itself: PR_SET_PDEATHSIG fires when the thread that started it ends.
         child = getattr(self._local, "child", None)
         if child is None:
-            child = self._local.child = _Child()
+            child = self._local.child = _start_child()
             with self._lock:
                 self._children.append(child)
                 if self._is_closed:
@@ -157,9 +266,43 @@ class DecoderPool:
 
 
 class _ChildDied(Exception):
-    def __init__(self, code: str, detail: str) -> None:
+    def __init__(self, code: str, detail: str, source: dict[str, Any] | None = None) -> None:
         super().__init__(detail)
         self.code = code
+        self.source = source or {}
+        """What the child said of the file before it died."""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether another try cannot end in another way: it was the decoder's own limit."""
+        return self.code == "too-large"
+
+    def as_video(self) -> DecodedVideo:
+        if self.code == _KILLED:
+            reason = "no-memory: the decoder was killed (SIGKILL), again while no other one ran: out of memory?"
+            return DecodedVideo(None, {"reason": reason, **self.source}, is_pending=True)
+        return DecodedVideo(None, {"reason": f"{self.code}: {self}", **self.source})
+
+
+def _decoder_after(death: _ChildDied, request: DecodeRequest) -> Literal["auto", "decord", "pyav"]:
+    """Which decoder a second try takes: after a crash in `auto` PyAV, as after any error of decord."""
+    return "pyav" if death.code == "crashed" and request.decoder == "auto" else request.decoder
+
+
+def _start_child() -> _Child:
+    """Start a decoder process, again where it was killed from outside meanwhile.
+
+    Raises:
+        EnvironmentFailedError: If it does not start.
+    """
+    for _ in range(_START_TRIES - 1):
+        with contextlib.suppress(_KilledAtStart):
+            return _Child()
+    return _Child()
+
+
+class _KilledAtStart(EnvironmentFailedError):
+    """A decoder process was killed before it was ready."""
 
 
 class _Child:
@@ -174,20 +317,22 @@ class _Child:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             # Read when decord is imported: how often it retries at the end of a file before it gives up.
-            env={**os.environ, "DECORD_EOF_RETRY_MAX": "1024", "OMP_NUM_THREADS": "1"},
+            # One arena: each other one takes address space, which is limited, for nothing.
+            env={**os.environ, "DECORD_EOF_RETRY_MAX": "1024", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
         )
         assert self._process.stdin and self._process.stdout
         self._requests, self._answers = self._process.stdin, self._process.stdout
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._answers, selectors.EVENT_READ)
         self._buffer = bytearray()
+        self._source: dict[str, Any] = {}
         try:
             self.versions: dict[str, str] = self._read_message(_START_TIMEOUT_S)["versions"]
         except _ChildDied as death:
-            self._errors.seek(0)
-            lines = self._errors.read().decode(errors="replace").strip().splitlines() or [str(death)]
+            lines = self._read_errors().strip().splitlines() or [str(death)]
             self.close()
-            raise EnvironmentFailedError(
+            kind = _KilledAtStart if death.code == _KILLED else EnvironmentFailedError
+            raise kind(
                 f"the decoder process does not start: {lines[-1]}. Try `{sys.executable} -m s4v.extract._decoder`."
             ) from death
 
@@ -197,14 +342,16 @@ class _Child:
             self._requests.flush()
         except BrokenPipeError as error:
             raise self._death() from error
+        self._source = {}
         budget_s = request.timeout_s
-        message = self._read_message(budget_s * _WALL_FACTOR)
-        if message["event"] == "opened":
-            budget_s = message["budget_s"]
-            message = self._read_message(budget_s * _WALL_FACTOR)
+        while (message := self._read_message(budget_s * _WALL_FACTOR))["event"] != "done":
+            if message["event"] == "opened":
+                budget_s = message["budget_s"]
+            else:
+                self._source = {name: value for name, value in message.items() if name != "event"}
         if not message["ok"]:
             reason = message["code"] + (f": {message['detail']}" if message["detail"] else "")
-            return DecodedVideo(None, {"reason": reason})
+            return DecodedVideo(None, {"reason": reason, **self._source}, is_pending=message["pending"])
         shape = message["shape"]
         data = self._read_bytes(int(np.prod(shape)), budget_s * _WALL_FACTOR)
         facts = {k: v for k, v in message.items() if k not in ("event", "ok", "shape")}
@@ -241,7 +388,7 @@ class _Child:
 
     def _fill(self, deadline: float) -> None:
         if not self._selector.select(max(0.0, deadline - time.monotonic())):
-            raise _ChildDied("timeout", "no answer within the wall limit")
+            raise _ChildDied("timeout", "no answer within the wall limit", self._source)
         data = os.read(self._answers.fileno(), 1 << 20)
         if not data:
             raise self._death()
@@ -250,6 +397,15 @@ class _Child:
     def _death(self) -> _ChildDied:
         code = self._process.wait()
         if code == -signal.SIGXCPU:
-            return _ChildDied("timeout", "the CPU budget is used up")
+            return _ChildDied("timeout", "the CPU budget is used up", self._source)
+        if code == -signal.SIGKILL:
+            return _ChildDied(_KILLED, "SIGKILL", self._source)
+        if code == -signal.SIGABRT and "bad_alloc" in self._read_errors():
+            return _ChildDied("crashed", "a library asked for more memory than there is", self._source)
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return _ChildDied("crashed", how)
+        return _ChildDied("crashed", how, self._source)
+
+    def _read_errors(self) -> str:
+        """What the process printed."""
+        self._errors.seek(0)
+        return self._errors.read().decode(errors="replace")

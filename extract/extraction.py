@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
 
 from ..errors import NoGoodVideoError, StoreDamagedError
-from ..store.reader import is_store
+from ..store.reader import is_store, open_store
+from ..store.redone import note_redone
 from ..store.writer import StoreWriter, refuse_existing
+from .changed_rows import find_changed_rows, warn_of_changed
 from .cluster import run_on_workers
 from .config import ExtractConfig
 from .decoding import DecoderPool
@@ -34,6 +36,10 @@ class ExtractSummary:
     failed: list[dict[str, str]]
     """video_id, path and reason of every failed row."""
     seconds: float
+    troubled: list[dict[str, str]] = field(default_factory=list)
+    """The same of every pending row that was tried: what the machine did not let happen."""
+    changed: list[str] = field(default_factory=list)
+    """video_id of every good row whose video was replaced since."""
 
 
 def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: None) -> ExtractSummary:
@@ -59,22 +65,28 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
         records = list_rows(config, pool, report)
         report("building the backbone", 0, len(records))
         job = set_up_job(config, records, pool, clock, report)
-        unmended = mend_store(job) if config.repair and job.goes_on else []
+        changed = _find_changed(job) if job.goes_on else []
+        unmended = mend_store(job, changed) if config.repair and job.goes_on else []
         with open_writer(job) as writer:
-            shards = [] if config.prepare else undone_shards(job, writer)
+            shards = [] if config.prepare else undone_shards(job, writer, changed if config.redo_changed else ())
+            before = _sources_of(config.out, changed)
             is_alone = config.num_workers is None and config.scheduler is None
             meter = _run_here(job, writer, shards) if is_alone else _run_on_workers(job, shards)
             table = writer.consolidate()
+            note_redone(config.out, _count_redone(table, changed, before))
         finish_store(job, table)
     summary = _summarise(config.out, table, time.perf_counter() - start)
+    store = open_store(config.out)
+    still_changed = find_changed_rows(store, config.root) if changed and config.redo_changed else changed
+    summary = replace(summary, changed=warn_of_changed(store, still_changed))
     if meter.rows:  # a run that had nothing to do leaves the last one's figures
         write_stats(config.out, meter, summary.seconds)
     if unmended:
         damaged = sorted({one.shard for one in unmended if one.shard is not None})
         raise StoreDamagedError(
-            f"{config.out}: damage stays in shards {', '.join(map(str, damaged))}; all else is mended. Doing them anew "
-            f"would lose good rows whose videos are no longer below {config.root}: bring the videos back and run the "
-            "same command again."
+            f"{config.out}: damage stays in shards {', '.join(map(str, damaged))}; all else is mended. Their damaged "
+            "rows were made of other videos than lie there now: bring those back, or take the new ones with "
+            "--redo-changed."
         )
     if summary.videos["ok"] == 0 and summary.videos["pending"] == 0:
         reasons = "; ".join(sorted({row["reason"] for row in summary.failed})[:3])
@@ -105,8 +117,27 @@ def _run_on_workers(job: Job, shards: Sequence[int]) -> Meter:
     return meter
 
 
+def _find_changed(job: Job) -> list[int]:
+    paths = [record.path for record in job.records] if job.config.repair else None
+    return find_changed_rows(open_store(job.config.out), job.config.root, paths=paths)
+
+
+def _sources_of(path: Path, rows: Sequence[int]) -> list[str | None]:
+    if not rows:
+        return []
+    return open_store(path).read_manifest(["source_hash"])["source_hash"].take(list(rows)).to_pylist()
+
+
+def _count_redone(table: pa.Table, rows: Sequence[int], before: Sequence[str | None]) -> int:
+    """How many of some rows are made of another video than before."""
+    after = table["source_hash"].take(list(rows)).to_pylist() if rows else []
+    return sum(old != new for old, new in zip(before, after, strict=True))
+
+
 def _summarise(path: Path, table: pa.Table, seconds: float) -> ExtractSummary:
     counts = {row["values"]: row["counts"] for row in table["status"].value_counts().to_pylist()}
     failed = table.filter(pa.compute.equal(table["status"], "failed")).select(["video_id", "path", "reason"])
+    pending = pa.compute.and_(pa.compute.equal(table["status"], "pending"), pa.compute.is_valid(table["reason"]))
+    troubled = table.filter(pending).select(["video_id", "path", "reason"]).to_pylist()
     videos = {status: counts.get(status, 0) for status in ("ok", "failed", "pending")}
-    return ExtractSummary(path, videos, failed.to_pylist(), round(seconds, 3))
+    return ExtractSummary(path, videos, failed.to_pylist(), round(seconds, 3), troubled)

@@ -15,9 +15,9 @@ from ..store.manifest import ClassList
 from ..store.reader import is_store, open_store
 from ..store.records import VideoRecord
 from .backbone import Backbone, build_backbone, find_peak_flops, resolve_device
-from .config import DEFAULT_FRAMES, ExtractConfig
+from .config import ALLOWED_LOSS_SHARE, DEFAULT_FRAMES, ExtractConfig
 from .datasets import resolve_protocol
-from .decoding import DecodedVideo, DecodeRequest, DecoderPool
+from .decoding import DecodedVideo, DecoderPool, decode_records
 from .planning import plan_layout
 from .resizing import NUM_VIEWS
 from .stats import Meter, ReportProgress, StageClock
@@ -42,6 +42,8 @@ class Job:
     pool: DecoderPool
     clock: StageClock
     report: ReportProgress
+    missing: frozenset[str] = frozenset()
+    """Paths that were not there when the videos were listed."""
 
     @property
     def goes_on(self) -> bool:
@@ -63,15 +65,16 @@ class Job:
     def decode(self, records: Iterable[VideoRecord], num_frames: int | None = None) -> Iterator[DecodedVideo]:
         """Videos to pixels, in order, a few ahead: what is cached of them, or so many frames.
 
+        A file that was listed and is gone leaves its row pending, as whatever else the machine did not let happen.
+
         Raises:
-            EnvironmentFailedError: If not a file is missing, but the folder of all of them.
+            EnvironmentFailedError: If the folder of all videos is gone, or so many in a row are lost to the machine
+                that it is not about them.
         """
         side_px = self.layout.image_size[0]
-        requests = (DecodeRequest.of(record, self.config, crop_px=side_px, num_frames=num_frames) for record in records)
-        for video in self.pool.decode_ahead(requests):
-            if video.pixels is None and video.facts["reason"].startswith("missing-file"):
-                self.config.require_root()
-            yield video
+        return decode_records(
+            self.pool, records, self.config, crop_px=side_px, num_frames=num_frames, missing=self.missing
+        )
 
     def start_meter(self, shards: Sequence[int]) -> Meter:
         """Count the work on some shards from now on."""
@@ -116,6 +119,7 @@ def set_up_job(
     pool: DecoderPool,
     clock: StageClock,
     report: ReportProgress = lambda *_: None,
+    missing: frozenset[str] = frozenset(),
 ) -> Job:
     """Build the backbone, without its weights, and work out the store's sizes.
 
@@ -153,6 +157,7 @@ def set_up_job(
         pool=pool,
         clock=clock,
         report=report,
+        missing=missing,
     )
 
 
@@ -175,6 +180,7 @@ def _describe(
         "backbone": {**info, "batch_size": config.batch_size, **({"compiled": True} if config.with_compile else {})},
         "frames": dict(sorted(config.frames.items())),
         **({} if config.segment_s is None else {"segment_s": config.segment_s}),
+        **({} if config.allow_loss == ALLOWED_LOSS_SHARE else {"allow_loss": config.allow_loss}),
         **({} if set(config.clips.values()) == {1} else {"clips": dict(sorted(config.clips.items()))}),
         **({} if set(config.views.values()) == {"centre"} else {"views": dict(sorted(config.views.items()))}),
         "sampling": config.sampling,

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
-from ..errors import DataNotFoundError, StoreExistsError
+from ..errors import StoreExistsError
 from ..store.appending import append_rows
 from ..store.codec import Codec
 from ..store.lease import Scope
-from ..store.reader import StoreReader, is_store, open_store
+from ..store.reader import is_store, open_store
 from ..store.texts import has_current_texts
 from ..store.writer import StoreWriter, create_store, resume_store
 from .calibration import fit_codec, frames_per_video, gather_sample, group_for_calibration
 from .job import Job
-from .keeping import GoodRows, name_videos
 from .planning import require_space
-
-_log = logging.getLogger(__name__)
 
 
 def open_writer(job: Job) -> StoreWriter:
@@ -30,7 +26,8 @@ def open_writer(job: Job) -> StoreWriter:
     if job.goes_on:
         store = open_store(config.out)
         if config.append and len(job.records) > store.layout.num_rows:
-            _require_appendable(job, store)
+            first = store.layout.num_rows // store.layout.rows_per_shard
+            _require_room(job, job.limit_shards(range(first, job.layout.num_shards)))
             append_rows(config.out, layout=job.layout, attributes=job.attributes, records=job.records)
         return _resume(job)
     if not config.prepare:
@@ -67,30 +64,24 @@ def _scope_of(job: Job) -> Scope:
     return Scope.all() if job.part_bounds is None else Scope.shards(*job.part_bounds)
 
 
-def undone_shards(job: Job, writer: StoreWriter) -> list[int]:
+def undone_shards(job: Job, writer: StoreWriter, changed: Sequence[int] = ()) -> list[int]:
     """What this run has to do; there is room for it on the disk.
+
+    Args:
+        job: The extraction.
+        writer: Of its store.
+        changed: Rows to do anew because their videos were replaced.
 
     Raises:
         ConfigError: If there is not.
     """
-    undone = {*writer.pending_shards(), *(_retried_shards(job, writer) if job.config.retry_failed else ())}
+    undone = {*writer.pending_shards(), *(writer.failed_shards() if job.config.retry_failed else ())}
+    undone |= {row // job.layout.rows_per_shard for row in changed}
     shards = job.limit_shards(sorted(undone))
     _require_room(job, shards)
+    if rows := [row for row in changed if row // job.layout.rows_per_shard in set(shards)]:
+        writer.set_pending(rows)
     return shards
-
-
-def _retried_shards(job: Job, writer: StoreWriter) -> list[int]:
-    """Shards with a failed row, but for those that would lose a good one."""
-    good, retried = GoodRows(open_store(job.config.out)), []
-    for shard in writer.failed_shards():
-        if gone := good.without_video(job, shard):
-            _log.warning(
-                "%s: shard %d with its failed rows is not done anew: it would lose %s, good there and gone from %s",
-                *(job.config.out, shard, name_videos(job, gone), job.config.root),
-            )
-        else:
-            retried.append(shard)
-    return retried
 
 
 def fits_codec(job: Job) -> bool:
@@ -117,19 +108,6 @@ def make_codec(job: Job) -> Codec:
         channels=layout.channels,
         batch_size=config.batch_size,
     )
-
-
-def _require_appendable(job: Job, store: StoreReader) -> None:
-    """Refuse new rows that do not fit on the disk, and old ones of a last shard that cannot be done again."""
-    first = store.layout.num_rows // store.layout.rows_per_shard
-    _require_room(job, job.limit_shards(range(first, job.layout.num_shards)))
-    if gone := GoodRows(store).without_video(job, first) if first < store.layout.num_shards else []:
-        begun = store.layout.num_rows - first * store.layout.rows_per_shard
-        raise DataNotFoundError(
-            f"the last shard of {store.path} is not full: with new rows its {begun} old ones are done again, "
-            f"and {name_videos(job, gone)} {'are' if len(gone) > 1 else 'is'} no longer below {job.config.root}. "
-            "Nothing was changed: bring them back, or extract the new videos into a store of their own."
-        )
 
 
 def _require_room(job: Job, shards: Sequence[int], *, replaces: bool = False) -> None:

@@ -1,6 +1,6 @@
 """Shards of whole videos through four stages, each of which runs while the next one is at work.
 
-    decode     decoder processes: a video's frames, resized and cropped
+    decode     decoder processes: the frames of the rows that are done, resized and cropped; others are kept
       |          2n + 2 videos ahead of n decoders (decoding.py)
     forward    the backbone, on batches across the videos of a shard
       |          one batch at a time
@@ -10,13 +10,14 @@
     write      a thread: the shard of every array, then its done-marker
 
 Each stage is a generator that pulls from the one before it. What is batched together depends on row numbers alone:
-batches restart at each shard, share its frames evenly, and a video that failed leaves its slots zero (batching.py). So
-a store does not depend on timing or on resumes.
+batches restart at each shard, share its frames evenly, and a video that failed leaves its slots zero (batching.py), as
+a row that is kept does. So a store does not depend on timing or on resumes.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +26,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ..store.reader import open_store
+from ..errors import StoreDamagedError
 from ..store.records import Status, VideoRecord, VideoResult
 from ..store.writer import RowTokens, StoreWriter
 from .backbone import FrameTokens
@@ -34,7 +35,9 @@ from .buffers import BatchBuffers
 from .coding import BatchCoder
 from .decoding import DecodedVideo
 from .job import Job
-from .keeping import GoodRows
+from .kept_rows import KeptRows, ShardPlan
+
+_log = logging.getLogger(__name__)
 
 
 def batches_ahead(device: torch.device) -> int:
@@ -45,12 +48,17 @@ def batches_ahead(device: torch.device) -> int:
     return 1 if device.type == "cuda" else 0
 
 
+_KEPT = DecodedVideo(None, {})
+"""In the place of a video whose row is kept: nothing of it goes through the backbone."""
+
+
 @dataclass(slots=True)
 class _Shard:
     """A shard in the making."""
 
     number: int
     rows: range
+    plan: ShardPlan
     videos: list[DecodedVideo] = field(default_factory=list)
     """Of its first rows, as far as they are decoded."""
     tokens: dict[int, RowTokens] = field(default_factory=dict)
@@ -83,7 +91,7 @@ class Pipeline:
         self._layout = job.layout
         self._writer = writer
         self._coder = BatchCoder(job.backbone, writer.codec, job.layout)
-        self._good_rows = GoodRows(open_store(writer.path))
+        self._kept_rows = KeptRows(job.config, job.records)
         self._num_ahead = batches_ahead(device)
         buffers = [
             BatchBuffers(device, job.config.batch_size, job.layout.image_size) for _ in range(self._num_ahead + 1)
@@ -106,16 +114,26 @@ class Pipeline:
     def decode(self, shards: Sequence[int]) -> Iterator[_Batch]:
         """The batches of some shards, each as soon as its videos are decoded."""
         job = self._job
-        videos = job.decode(job.records[row] for shard in shards for row in self._layout.shard_rows(shard))
+        plans: dict[int, ShardPlan] = {}  # of shards whose videos are asked for ahead
+
+        def plan(number: int) -> ShardPlan:
+            if number not in plans:
+                plans[number] = self._kept_rows.plan(number)
+            return plans[number]
+
+        rows = (row for shard in shards for row in self._layout.shard_rows(shard) if row not in plan(shard).kept)
+        videos = job.decode(job.records[row] for row in rows)
         for number in shards:
-            shard = _Shard(number, self._layout.shard_rows(number))
+            shard = _Shard(number, self._layout.shard_rows(number), plan(number))
             frames, views = ([counts[row] for row in shard.rows] for counts in (job.num_frames, job.num_views))
             batches = batch_slots(frames, views, job.config.batch_size)
             for slots in batches:
                 while len(shard.videos) <= slots[-1][0]:
                     with job.clock.stage("waiting for decoders"):
-                        shard.videos.append(next(videos))
+                        is_kept = shard.rows[len(shard.videos)] in shard.plan.kept
+                        shard.videos.append(_KEPT if is_kept else next(videos))
                 yield _Batch(shard, slots, is_last=slots is batches[-1], buffers=next(self._buffers))
+            del plans[number]
 
     def forward(self, batches: Iterable[_Batch]) -> Iterator[tuple[_Batch, FrameTokens | None]]:
         """Batches with their tokens; None where not one frame is there."""
@@ -142,18 +160,37 @@ class Pipeline:
         with ThreadPoolExecutor(1, thread_name_prefix="s4v-write") as thread:
             writing: Future[None] | None = None
             for shard in shards:
-                records = [self._job.records[row] for row in shard.rows]
-                results = [_as_result(record, video) for record, video in zip(records, shard.videos, strict=True)]
-                if self._good_rows.may_replace(shard.number, results):
-                    with self._job.clock.stage("waiting for the writer"):
-                        if writing is not None:
-                            writing.result()
-                    writing = thread.submit(self._writer.write_shard, shard.number, shard.tokens, results)
+                with self._job.clock.stage("waiting for the writer"):
+                    if writing is not None:
+                        writing.result()
+                writing = thread.submit(self._write_shard, shard)
                 yield shard.number
                 del shard
             with self._job.clock.stage("waiting for the writer"):
                 if writing is not None:
                     writing.result()
+
+    def _write_shard(self, shard: _Shard) -> None:
+        """Put what was done beside what is kept, and write it; where nothing comes of it, the shard stays as it is."""
+        results, replaced = [], set()
+        try:
+            for row, video in zip(shard.rows, shard.videos, strict=True):
+                result, is_kept = shard.plan.kept.get(row), True
+                if result is None:
+                    made = _as_result(self._job.records[row], video)
+                    result, is_kept = shard.plan.settle(row, made, may_change=self._job.config.redo_changed)
+                    if result is not made:
+                        shard.tokens.pop(row, None)
+                        _log.warning("%s stays as it was: %s", made.video_id, made.reason or result.reason)
+                if result.status == "ok" and is_kept:
+                    shard.tokens[row] = self._kept_rows.read(row, result)
+                elif row in shard.plan.before and shard.plan.before[row].status == "ok":
+                    replaced.add(row)
+                results.append(result)
+        except StoreDamagedError as error:
+            _log.warning("shard %d of %s stays as it was: %s", shard.number, self._writer.path, error)
+            return
+        self._writer.write_shard(shard.number, shard.tokens, results, replaced=replaced)
 
     def _run_backbone(self, batch: _Batch) -> FrameTokens:
         """One pass; on a GPU it is only begun."""

@@ -1,28 +1,31 @@
-"""`--repair`: put back what is damaged of the whole store, and mark damaged shards undone."""
+"""`--repair`: put back what is damaged of the whole store, and mark damaged rows pending."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 
 from ..errors import StoreDamagedError
 from ..store import manifest
 from ..store.lease import Lease, Scope, hold_lease
 from ..store.reader import StoreReader, open_store
-from ..store.records import VideoResult
-from ..store.verify import Damage, find_lost_rows, verify_store
+from ..store.verify import Damage, verify_store
 from ..store.writer import repair_store
 from .job import Job
-from .keeping import GoodRows, name_videos
 from .opening import make_codec
 
 _log = logging.getLogger(__name__)
 
 
-def mend_store(job: Job) -> list[Damage]:
-    """Mend a store as far as that loses nothing.
+def mend_store(job: Job, changed: Collection[int]) -> list[Damage]:
+    """Mend a store as far as that loses nothing: damaged rows are done anew, all others keep their bytes.
 
-    A shard is left as it is where a good row of it would be lost: one that is whole, and whose video is gone.
+    A shard is left as it is where a damaged row was made of another video than lies there now.
+
+    Args:
+        job: The extraction.
+        changed: Rows whose video was replaced.
 
     Returns:
         Damage that stays.
@@ -32,26 +35,34 @@ def mend_store(job: Job) -> list[Damage]:
     """
     path, advice = job.config.out, "wait for it before repairing its store"
     with hold_lease(path, Scope.all(), purpose="extract --repair", advice=advice) as lease:
-        return _mend_store(job, lease)
+        return _mend_store(job, changed, lease)
 
 
-def _mend_store(job: Job, lease: Lease) -> list[Damage]:
+def _mend_store(job: Job, changed: Collection[int], lease: Lease) -> list[Damage]:
     store = open_store(job.config.out)
     damage = verify_store(store, job.report)
-    kept = _find_kept_shards(job, store, damage)
+    lost: dict[int, set[int]] = defaultdict(set)
+    for one in damage:
+        if one.shard is not None and one.where != manifest.MANIFEST_NAME:
+            lost[one.shard] |= set(one.rows)
+    fixed = set() if job.config.redo_changed else set(changed)
+    kept = {shard: rows & fixed for shard, rows in lost.items() if rows & fixed}
+    for shard, rows in kept.items():
+        ids = [job.records[row].video_id for row in sorted(rows)]
+        _log.warning(
+            "%s: shard %d is damaged and stays so: %s was made of another video than lies there now, which "
+            "--redo-changed takes",
+            *(store.path, shard, ", ".join(ids[:3])),
+        )
     to_mend = [one for one in damage if one.shard not in kept]
     if to_mend:
-        _mend(job, store, to_mend, lease)
-    # The manifest is joined from the done-markers at the end of every run.
-    mended = {manifest.MANIFEST_NAME}
-    for shard in sorted(kept):
-        name = f"{manifest.PARTS_NAME}/{manifest.part_path(store.path, shard).name}"
-        if any(one.where == name for one in damage) and _restore_marker(store, shard, lease):
-            mended.add(name)
-    return [one for one in damage if one.shard in kept and one.where not in mended]
+        _mend(job, store, to_mend, {shard: rows for shard, rows in lost.items() if shard not in kept}, lease)
+    return [one for one in damage if one.shard in kept]
 
 
-def _mend(job: Job, store: StoreReader, damage: Sequence[Damage], lease: Lease) -> None:
+def _mend(
+    job: Job, store: StoreReader, damage: Sequence[Damage], lost: Mapping[int, Collection[int]], lease: Lease
+) -> None:
     job.load_weights()
     try:
         codec = store.codec
@@ -61,6 +72,7 @@ def _mend(job: Job, store: StoreReader, damage: Sequence[Damage], lease: Lease) 
     repair_store(
         store.path,
         damage,
+        lost_rows=lost,
         layout=job.layout,
         attributes={**job.attributes, "created": store.attributes["created"]},
         records=job.records,
@@ -68,36 +80,4 @@ def _mend(job: Job, store: StoreReader, damage: Sequence[Damage], lease: Lease) 
         head=job.backbone.read_head(),
         lease=lease,
     )
-    shards = sorted({one.shard for one in damage if one.shard is not None})
-    _log.warning("%s: %d damages; doing %d shards anew", store.path, len(damage), len(shards))
-
-
-def _find_kept_shards(job: Job, store: StoreReader, damage: Sequence[Damage]) -> set[int]:
-    """Damaged shards with a whole row whose video is gone."""
-    if store.layout.num_rows != len(job.records):
-        return set()  # another command's store: it is refused as that
-    good, kept = GoodRows(store), set()
-    for shard in sorted({one.shard for one in damage if one.shard is not None}):
-        gone = good.without_video(job, shard)
-        if not gone:
-            continue
-        hit = {row for one in damage if one.shard == shard for row in find_lost_rows(store, one)}
-        if whole := [row for row in gone if row not in hit]:
-            kept.add(shard)
-            _log.warning(
-                "%s: shard %d is damaged and stays so: done anew it would lose %s, good there and gone from %s",
-                *(store.path, shard, name_videos(job, whole), job.config.root),
-            )
-    return kept
-
-
-def _restore_marker(store: StoreReader, shard: int, lease: Lease) -> bool:
-    """Write a done-marker as the manifest has its rows; returns whether it has them."""
-    rows = store.layout.shard_rows(shard)
-    table = manifest.read_table(store.path / manifest.MANIFEST_NAME, ["video_id", *manifest.RESULT_SCHEMA.names])
-    results = [VideoResult(**row) for row in table.slice(rows.start, len(rows)).to_pylist()]
-    if any(result.status == "pending" for result in results):
-        return False
-    lease.check()
-    manifest.write_part(store.path, shard, results, store.attributes["codec"]["sha256"])
-    return True
+    _log.warning("%s: %d damages; doing %d rows anew", store.path, len(damage), sum(map(len, lost.values())))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -102,10 +102,27 @@ def render_view(frame: np.ndarray, view: View) -> np.ndarray:
         view: Where to cut.
 
     Returns:
-        (view.height, view.width, 3) uint8.
+        (view.height, view.width, 3) uint8, which keeps nothing of the frame.
     """
-    size = (view.resized_width, view.resized_height)
-    if size != (frame.shape[1], frame.shape[0]):
-        frame = np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
-    box = frame[view.y : view.y + view.height, view.x : view.x + view.width]
-    return np.ascontiguousarray(box[:, ::-1] if view.flip else box)
+    return render_views(frame, [view])[0]
+
+
+def render_views(frame: np.ndarray, views: Sequence[View]) -> list[np.ndarray]:
+    """The views of one frame, which is resized once for all that want it in one size.
+
+    Args:
+        frame: (H, W, 3) uint8, upright.
+        views: Where to cut.
+
+    Returns:
+        (view.height, view.width, 3) uint8 of each view; they keep nothing of the frame.
+    """
+    resized: dict[Size, np.ndarray] = {(frame.shape[1], frame.shape[0]): frame}
+    crops = []
+    for view in views:
+        size = (view.resized_width, view.resized_height)
+        if size not in resized:
+            resized[size] = np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
+        box = resized[size][view.y : view.y + view.height, view.x : view.x + view.width]
+        crops.append(np.array(box[:, ::-1] if view.flip else box, order="C"))
+    return crops

@@ -27,7 +27,7 @@ from ..errors import StoreDamagedError, StoreMismatchError
 from ..store._files import hash_file, hash_text, kill_point, read_json, sync_folder, write_json
 from ..store.checksums import CHECKSUMS_NAME
 from ..store.lease import Lease, hold_place
-from ..store.manifest import PARTS_NAME
+from ..store.markers import find_markers
 from ..store.reader import StoreReader
 from ..store.scratch import make_scratch, remove_dead_scratch
 from .trained import TrainedFrames
@@ -61,7 +61,7 @@ def fingerprint(store: StoreReader, trained: TrainedFrames | None = None) -> str
 
     Of the store's list of hashes, of which shards are done, and of the run's weights.
     """
-    done = sorted(path.name for path in (store.path / PARTS_NAME).glob("[0-9]*.parquet"))
+    done = [str(shard) for shard in find_markers(store.path)]
     weights = [] if trained is None else [trained.sha256]
     return hash_text("\n".join([hash_file(store.path / CHECKSUMS_NAME), *done, *weights]))
 

@@ -13,6 +13,7 @@ from ._files import kill_point, read_json, sync_folder, write_json
 from .checksums import APPEND_NAME, write_checksums
 from .layout import StoreLayout
 from .lease import Lease, Scope, hold_lease
+from .markers import PARTS_NAME, find_markers, marker_path, read_marker
 from .reader import StoreReader, open_store
 from .records import VideoRecord
 from .scratch import make_scratch, remove_dead_scratch
@@ -31,7 +32,8 @@ def append_rows(
     """Give a store more rows, which are pending then.
 
     What the store will be is written beside it and renamed into it as `_append`; from that moment on the change takes
-    place, if need be by `finish_appending` after a kill. A last shard that was not full is done anew with its new rows.
+    place, if need be by `finish_appending` after a kill. A last shard that was not full keeps what it has, and gets
+    pending rows.
 
     Args:
         path: The store.
@@ -49,18 +51,18 @@ def append_rows(
         remove_dead_scratch(path, APPEND_NAME)
         kept = {**attributes, "created": store.attributes["created"]}
         with make_scratch(path, APPEND_NAME, _PURPOSE, lease=lease.nonce) as scratch:
-            prepared = scratch / APPEND_NAME
-            inputs = write_skeleton(prepared, layout, kept, records, store.codec, store.head)
-            grown = _last_shard_if_it_grows(store.layout)
+            prepared, version = scratch / APPEND_NAME, store.attributes["format_version"]
+            inputs = write_skeleton(prepared, layout, kept, records, store.codec, store.head, version)
             parts = {}
-            for shard in range(store.layout.num_shards):
-                part = None if shard == grown else manifest.read_part(path, shard, store.codec.sha256)
-                if part is not None:
-                    parts[layout.shard_rows(shard)] = part
-            manifest.write_table(prepared / manifest.MANIFEST_NAME, manifest.join_parts(inputs, parts))
+            for shard in find_markers(path):
+                marker = read_marker(path, shard, store.codec.sha256)
+                if marker is not None:
+                    parts[layout.shard_rows(shard).start] = marker.results
+            table = manifest.replace_results(manifest.pending_manifest(inputs), parts)
+            manifest.write_table(prepared / manifest.MANIFEST_NAME, table)
             arrays = [f"{spec.name}/zarr.json" for spec in layout.array_specs()]
             files = [*arrays, manifest.CAPTIONS_NAME, manifest.MANIFEST_NAME, "zarr.json"]
-            write_json(prepared / _TO_DO_NAME, {"files": files, "undone_shard": grown})
+            write_json(prepared / _TO_DO_NAME, {"files": files, "undone_shard": None})
             kill_point("append prepared")
             lease.check()
             prepared.rename(path / APPEND_NAME)
@@ -96,8 +98,9 @@ def _read_row_order(store: StoreReader, video_ids: Sequence[str]) -> list[str]:
     for shard in range(store.layout.num_shards):
         span = store.layout.shard_rows(shard)
         with suppress(StoreDamagedError):
-            part = manifest.read_part(store.path, shard, store.attributes["codec"]["sha256"])
-            rows[span.start : span.stop] = [None] * len(span) if part is None else part["video_id"].to_pylist()
+            marker = read_marker(store.path, shard, store.attributes["codec"]["sha256"])
+            if marker is not None:
+                rows[span.start : span.start + len(marker.results)] = marker.results["video_id"].to_pylist()
     placed = set(rows)
     others = (video_id for video_id in video_ids if video_id not in placed)
     return [name for row in rows if (name := row if row is not None else next(others, None)) is not None]
@@ -105,10 +108,6 @@ def _read_row_order(store: StoreReader, video_ids: Sequence[str]) -> list[str]:
 
 def _hold(path: Path) -> Lease:
     return hold_lease(path, Scope.all(), purpose=_PURPOSE, advice="wait for it before adding rows")
-
-
-def _last_shard_if_it_grows(layout: StoreLayout) -> int | None:
-    return layout.num_shards - 1 if layout.num_rows % layout.rows_per_shard else None
 
 
 def _require_same_rows(
@@ -136,9 +135,9 @@ def _take_place(path: Path, lease: Lease) -> None:
     prepared = path / APPEND_NAME
     to_do = read_json(prepared / _TO_DO_NAME)
     lease.check()
-    if to_do["undone_shard"] is not None:
-        manifest.part_path(path, to_do["undone_shard"]).unlink(missing_ok=True)
-        sync_folder(path / manifest.PARTS_NAME)
+    if to_do["undone_shard"] is not None:  # by the version before, which did a last shard that grew anew
+        marker_path(path, to_do["undone_shard"]).unlink(missing_ok=True)
+        sync_folder(path / PARTS_NAME)
     for name in to_do["files"]:
         if (prepared / name).exists():
             lease.check()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import os
 from pathlib import Path
 from typing import Any
 
 from ..errors import StoreDamagedError
-from . import manifest
-from ._files import hash_file, read_json, wait_for_folder, write_json
+from ._files import hash_file, read_json, write_json
+from .manifest import CAPTIONS_NAME, MANIFEST_NAME
+from .markers import PARTS_NAME
 
 CHECKSUMS_NAME = "checksums.json"
 
@@ -26,39 +27,55 @@ def read_recorded_hashes(path: Path) -> dict[str, Any]:
     return read_damageable_json(file) if file.is_file() else {}
 
 
-def forget_checksums(root: Path, names: Collection[str]) -> None:
-    """Take files out of the recorded hashes; workers of a cluster do so one after another."""
-    with wait_for_folder(root / manifest.PARTS_NAME):
-        path = root / CHECKSUMS_NAME
-        known = read_json(path) if path.exists() else {}
-        left = {name: value for name, value in known.items() if name not in names}
-        if left != known:
-            write_json(path, left)
+def forget_parts(root: Path) -> None:
+    """Take all done-markers out of the recorded hashes, where the version before has put some there.
+
+    A marker tells by itself whether it is whole. Its recorded hash would be damage as soon as it is replaced.
+    """
+    known = read_recorded_hashes(root)
+    if any(name.startswith(f"{PARTS_NAME}/") for name in known):
+        write_json(root / CHECKSUMS_NAME, {n: v for n, v in known.items() if not n.startswith(f"{PARTS_NAME}/")})
 
 
 def forget_missing_parts(root: Path) -> None:
-    """Take done-markers that are gone out of the recorded hashes: their shards are pending, and get other ones."""
-    names = [name for name in read_recorded_hashes(root) if name.startswith(f"{manifest.PARTS_NAME}/")]
-    there = {file.name for file in (root / manifest.PARTS_NAME).iterdir()}
-    if gone := {name for name in names if name.rpartition("/")[2] not in there}:
-        forget_checksums(root, gone)
+    """The same, if a done-marker that was recorded is gone: its shard is pending, and gets another one."""
+    names = {name for name in read_recorded_hashes(root) if name.startswith(f"{PARTS_NAME}/")}
+    if names and not names <= {f"{PARTS_NAME}/{file.name}" for file in (root / PARTS_NAME).iterdir()}:
+        forget_parts(root)
 
 
-def write_checksums(root: Path, *, without: str | None = None) -> None:
-    """Record the hashes of metadata and Parquet files; a file that is as it was recorded stays as it is."""
+def write_checksums(root: Path, *, without: str | None = None) -> dict[str, str]:
+    """Record the hashes of the manifest, the captions and all `zarr.json`; nothing is written where they are known.
+
+    Args:
+        root: The store.
+        without: A file to leave out, which is about to change.
+
+    Returns:
+        The hashes by file name.
+    """
     path = root / CHECKSUMS_NAME
     known = read_json(path) if path.exists() else {}
-    hashes = {}
-    for file in sorted([*root.rglob("zarr.json"), *root.rglob("*.parquet")]):
+    # Names with _ or . in front are no part of the store yet, or not any more.
+    folders = [folder for folder in root.iterdir() if folder.is_dir() and folder.name[0] not in "_."]
+    metadata = [root / "zarr.json"]
+    for folder in folders:
+        metadata += [folder / "zarr.json", *(below / "zarr.json" for below in _folders_below(folder))]
+    hashes = {name: value for name, value in known.items() if name.startswith(f"{PARTS_NAME}/")}
+    for file in [*metadata, root / MANIFEST_NAME, root / CAPTIONS_NAME]:
         name = file.relative_to(root).as_posix()
-        if name.startswith(APPEND_NAME) or ".partial" in name:
-            continue  # not of the store yet
-        # Finished parts never change: only the first consolidation after them reads them.
-        is_known_part = name in known and name.startswith(manifest.PARTS_NAME)
-        if name != without:
-            hashes[name] = known[name] if is_known_part else hash_file(file)
+        if name != without and ".partial" not in name and file.is_file():
+            hashes[name] = hash_file(file)
+    hashes = dict(sorted(hashes.items()))
     if hashes != known:
         write_json(path, hashes)
+    return hashes
+
+
+def _folders_below(folder: Path) -> list[Path]:
+    """Not by a pattern: an array's folder holds a file for each of thousands of shards."""
+    with os.scandir(folder) as entries:
+        return [Path(entry.path) for entry in entries if entry.is_dir()]
 
 
 def read_damageable_json(path: Path) -> dict[str, Any]:

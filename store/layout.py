@@ -21,7 +21,8 @@ from typing import Literal
 
 import numpy as np
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of new stores. A store of version 1 keeps its done-markers in Parquet, and stays of that version."""
 
 STATS_NAME = "stats.json"
 """File of a store that says how long its last extraction took."""

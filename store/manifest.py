@@ -1,13 +1,12 @@
-"""The manifest: one row per video with its status and reason, and the done-markers of shards.
+"""The manifest: one row per video with its status and reason.
 
 `videos.parquet` is written once before any work, with every row pending, and once more at the end. In between,
-each finished shard leaves its rows' results in `_parts/<shard>.parquet`, renamed into place after the shard's data
-is durable: that file is the done-marker.
+each finished shard leaves its rows' results in a done-marker: see `markers.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 
 from ..errors import StoreDamagedError
 from ._files import write_atomic
-from .records import VideoRecord, VideoResult
+from .records import VideoRecord
 
 _VIEW = pa.struct(
     [
@@ -65,13 +64,12 @@ RESULT_SCHEMA = pa.schema(
 )
 _LATER_COLUMNS = frozenset({"source_bytes", "source_mtime_ns", "source_hash"})
 """Result columns that stores from before do not have."""
-_PART_SCHEMA = pa.schema([INPUT_SCHEMA.field("video_id"), *RESULT_SCHEMA])
+PART_SCHEMA = pa.schema([INPUT_SCHEMA.field("video_id"), *RESULT_SCHEMA])
+"""Of a shard's results."""
 _CAPTION_SCHEMA = pa.schema([("caption_id", pa.string()), ("video_id", pa.string()), ("text", pa.string())])
 
 MANIFEST_NAME = "videos.parquet"
 CAPTIONS_NAME = "captions.parquet"
-PARTS_NAME = "_parts"
-_CODEC_KEY = b"codec_sha256"
 
 
 @dataclass(frozen=True)
@@ -121,28 +119,55 @@ def pending_manifest(inputs: pa.Table) -> pa.Table:
     return pa.table({**{n: inputs[n] for n in INPUT_SCHEMA.names}, **columns})
 
 
-def join_parts(inputs: pa.Table, parts: dict[range, pa.Table]) -> pa.Table:
-    """The manifest with the result columns of finished shards; rows without one stay pending.
+def pending_results(video_ids: pa.ChunkedArray) -> pa.Table:
+    """Results of rows that nobody has done, as a done-marker has them."""
+    columns = [pa.nulls(len(video_ids), field.type) for field in RESULT_SCHEMA]
+    columns[0] = pa.array(["pending"] * len(video_ids))
+    return pa.table([video_ids, *columns], schema=PART_SCHEMA)
+
+
+def replace_results(table: pa.Table, parts: Mapping[int, pa.Table]) -> pa.Table:
+    """A manifest with other results in some of its rows.
+
+    Args:
+        table: All columns.
+        parts: By the number of its first row: video_id and result columns of consecutive rows.
 
     Raises:
         StoreDamagedError: If a part is of other videos than its rows.
     """
-    pending = pending_manifest(inputs)
-    pieces = []
+    pieces: list[pa.Table] = []
     done = 0
-    for rows in sorted(parts, key=lambda r: r.start):
-        pieces.append(pending.slice(done, rows.start - done))
-        chunk = inputs.slice(rows.start, len(rows))
-        if not chunk["video_id"].equals(parts[rows]["video_id"]):
+    for run in _join_neighbours(parts):
+        first, results = run
+        pieces.append(table.slice(done, first - done))
+        chunk = table.select(INPUT_SCHEMA.names).slice(first, len(results))
+        if len(chunk) != len(results) or not chunk["video_id"].equals(results["video_id"]):
             raise StoreDamagedError(
-                f"the done-marker of rows {rows.start} to {rows.stop - 1} is of other videos than the manifest "
+                f"a done-marker of rows {first} to {first + len(results) - 1} is of other videos than the manifest "
                 "has there. Run the command that began the store with --repair."
             )
-        results = parts[rows].select(RESULT_SCHEMA.names)
-        pieces.append(pa.table([*chunk.columns, *results.columns], schema=pending.schema))
-        done = rows.stop
-    pieces.append(pending.slice(done))
+        columns = [*chunk.columns, *results.select(RESULT_SCHEMA.names).columns]
+        pieces.append(pa.table(columns, schema=table.schema))
+        done = first + len(results)
+    pieces.append(table.slice(done))
     return pa.concat_tables(pieces).combine_chunks()
+
+
+def _join_neighbours(parts: Mapping[int, pa.Table]) -> Iterator[tuple[int, pa.Table]]:
+    """Parts that follow each other as one table: thousands of small tables take long to put together."""
+    run: list[pa.Table] = []
+    first = stop = -1
+    for start in sorted(parts):
+        if start != stop and run:
+            yield first, pa.concat_tables(run)
+            run = []
+        if not run:
+            first = start
+        run.append(parts[start])
+        stop = start + len(parts[start])
+    if run:
+        yield first, pa.concat_tables(run)
 
 
 def write_table(path: Path, table: pa.Table) -> None:
@@ -182,29 +207,3 @@ def _with_later_columns(table: pa.Table, columns: list[str] | None) -> pa.Table:
         if name in _LATER_COLUMNS and name not in table.column_names:
             table = table.append_column(RESULT_SCHEMA.field(name), pa.nulls(len(table), RESULT_SCHEMA.field(name).type))
     return table if columns is None else table.select(columns)
-
-
-def part_path(root: Path, shard: int) -> Path:
-    """Where the done-marker of a shard lies."""
-    return root / PARTS_NAME / f"{shard:06d}.parquet"
-
-
-def write_part(root: Path, shard: int, results: Sequence[VideoResult], codec_sha256: str) -> None:
-    """Mark a shard done: call it only after the shard's data is durable."""
-    table = pa.Table.from_pylist([asdict(result) for result in results], schema=_PART_SCHEMA)
-    write_table(part_path(root, shard), table.replace_schema_metadata({_CODEC_KEY: codec_sha256.encode()}))
-
-
-def read_part(root: Path, shard: int, codec_sha256: str) -> pa.Table | None:
-    """The result columns of a finished shard; None where it is not done.
-
-    Raises:
-        StoreDamagedError: If the marker is unreadable or was written with another codec.
-    """
-    path = part_path(root, shard)
-    if not path.exists():
-        return None
-    table = read_table(path)
-    if (table.schema.metadata or {}).get(_CODEC_KEY) != codec_sha256.encode():
-        raise StoreDamagedError(f"{path} was written with another codec than the store's. Extract anew (--overwrite).")
-    return table

@@ -13,6 +13,7 @@ from ._files import describe_bytes, hash_file, kill_point, write_atomic
 from .checksums import read_recorded_hashes, write_checksums
 from .fidelity import FIDELITY_NAME
 from .layout import STATS_NAME, StoreLayout
+from .markers import PARTS_NAME, marker_path
 from .reader import StoreReader, open_store
 from .scratch import is_scratch_name, make_scratch, remove_dead_scratch
 from .writer import StoreWriter, list_differences, move_into_place, naming_what_is_refused
@@ -71,13 +72,13 @@ def _require_same(first: StoreReader, other: StoreReader) -> None:
 
 
 def _find_source(stores: Sequence[StoreReader], shard: int) -> Path | None:
-    return next((store.path for store in stores if manifest.part_path(store.path, shard).exists()), None)
+    return next((store.path for store in stores if marker_path(store.path, shard).exists()), None)
 
 
 def _shard_files(source: Path, layout: StoreLayout, shard: int) -> list[Path]:
     """The files of a finished shard, its done-marker last; arrays in which no row of it is good have none."""
     files = [source / spec.name / key for spec in layout.array_specs() for key in spec.shard_keys(shard)]
-    return [*(file for file in files if file.exists()), manifest.part_path(source, shard)]
+    return [*(file for file in files if file.exists()), marker_path(source, shard)]
 
 
 def _count_bytes(source: Path, layout: StoreLayout, shard: int) -> int:
@@ -109,7 +110,7 @@ def _fill_skeleton(source: Path, fresh: Path) -> None:
 
     def skip(folder: str, names: list[str]) -> set[str]:
         place = Path(folder).relative_to(source).as_posix()
-        if place == manifest.PARTS_NAME:
+        if place == PARTS_NAME:
             return set(names)
         unfinished = {name for name in names if is_scratch_name(name)}
         return unfinished | ({name for name in names if name.startswith("c.")} if place in arrays else set())

@@ -23,6 +23,7 @@ from ._zarr import fill_value_of, open_array, read_small_array
 from .checksums import APPEND_NAME, CHECKSUMS_NAME, read_damageable_json, read_recorded_hashes
 from .codec import Codec
 from .layout import FORMAT_VERSION, StoreLayout
+from .markers import find_markers, read_marker
 
 _CLIP_ARRAYS = ("patches", "cls", "pixels")
 _CODEC_PARTS = ("mean", "basis", "scale")
@@ -93,17 +94,15 @@ class StoreReader:
             return table
         if "pending" not in self._statuses(table):
             return table
-        finished = set(range(self.layout.num_shards)) & {
-            int(p.stem) for p in (self.path / manifest.PARTS_NAME).glob("[0-9]*.parquet")
-        }
         parts = {}
-        for shard in sorted(finished):
-            part = manifest.read_part(self.path, shard, self.codec.sha256)
-            if part is not None:  # a retry may have undone it since
-                parts[self.layout.shard_rows(shard)] = part
+        for shard in find_markers(self.path):
+            rows = self.layout.shard_rows(shard)
+            marker = read_marker(self.path, shard, self.attributes["codec"]["sha256"]) if len(rows) else None
+            if marker is not None:
+                parts[rows.start] = marker.results
         if not parts:
             return table
-        joined = manifest.join_parts(self.input_columns(), parts)
+        joined = manifest.replace_results(manifest.read_table(self.path / manifest.MANIFEST_NAME), parts)
         return joined if columns is None else joined.select(columns)
 
     def _statuses(self, table: pa.Table) -> set[str]:
@@ -220,6 +219,31 @@ class StoreReader:
         missing = self._row_states[0][span] & np.isnan(values[:, 0, 0, 0])
         if missing.any():
             raise self._damage("embedding", rows.start + np.flatnonzero(missing), "the chunk is missing")
+        return values
+
+    def read_row(self, row: int, num_views: int, num_frames: int) -> dict[str, np.ndarray]:
+        """All that a row has in the arrays, whatever the manifest says of it.
+
+        Args:
+            row: Its number.
+            num_views: Views that it has.
+            num_frames: Frames that it has.
+
+        Returns:
+            Codes and all else by array name, (a, f, ...).
+
+        Raises:
+            StoreDamagedError: If a chunk is missing or its bytes do not match their checksum.
+        """
+        values: dict[str, np.ndarray] = {}
+        views, rows = np.arange(num_views), np.full(num_views, row)
+        places = np.broadcast_to(np.arange(num_frames), (num_views, num_frames))
+        for spec in self.layout.array_specs():
+            sharded = self._sharded(spec.name) if spec.chunk_shape is not None else None
+            if sharded is not None:
+                values[spec.name] = self._wait_for(spec.name, sharded.read(rows, views, places, None, self._threads))
+            else:
+                values[spec.name] = self._read_with_tensorstore(spec.name, rows, views, places, None)
         return values
 
     def layer_places(self, layers: Sequence[int]) -> list[int]:

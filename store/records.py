@@ -19,7 +19,11 @@ REASONS = {
     "truncated": "more frames are announced than can be decoded",
     "decode-error": "the decoder reported an error",
     "timeout": "decoding took longer than --decode-timeout allows",
-    "crashed": "the decoder process died",
+    "crashed": "the decoder process died, and again while no other one ran",
+    "too-large": "it takes more memory, pixels or packets than a decoder may have",
+    "source-changing": "the file was written to or replaced while it was decoded",
+    "io-error": "reading failed, or was not permitted: the machine's trouble, the row is pending",
+    "no-memory": "the machine had no memory left, or killed the decoder: its trouble, the row is pending",
 }
 """Why a row failed: `reason` is one of these codes, then a colon and a detail that is the same in every run.
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +20,11 @@ from ._cores import count_cores
 from ._files import hash_file
 from ._shards import DamagedChunkError, verify_chunk_file, verify_shard
 from .checksums import CHECKSUMS_NAME, read_recorded_hashes
+from .fingerprint import fingerprint_shard
 from .layout import ArraySpec
+from .markers import PARTS_NAME, Marker, find_markers, marker_path, read_marker
 from .reader import StoreReader
+from .swap import find_swaps
 from .texts import TEXT_NAME, TEXTS_PER_SHARD
 
 
@@ -37,6 +39,8 @@ class Damage:
     """The shard that mends it when it is done anew; None for what belongs to the whole store."""
     video_id: str | None = None
     """The first video that it costs."""
+    rows: tuple[int, ...] = ()
+    """Of whose tokens less is left than there was."""
 
 
 def verify_store(store: StoreReader, report: Callable[[str, int, int], None] = lambda *_: None) -> list[Damage]:
@@ -51,7 +55,8 @@ def verify_store(store: StoreReader, report: Callable[[str, int, int], None] = l
     """
     found = [*_check_hashes(store), *_check_small_arrays(store), *_check_texts(store)]
     mismatched = {one.where for one in found}
-    finished = [s for s in range(store.layout.num_shards) if manifest.part_path(store.path, s).exists()]
+    markers = find_markers(store.path)
+    finished = [s for s in range(store.layout.num_shards) if s in markers]
     sha256 = store.attributes["codec"]["sha256"]
     video_ids = _read_ids(store)
     parts: dict[range, pa.Table] = {}
@@ -62,30 +67,7 @@ def verify_store(store: StoreReader, report: Callable[[str, int, int], None] = l
             if part is not None:
                 parts[store.layout.shard_rows(shard)] = part
             report("verifying", done, len(finished))
-    return found + _check_manifest(store, parts)
-
-
-def find_lost_rows(store: StoreReader, damage: Damage) -> list[int]:
-    """Rows of whose tokens a damage has left less than there was: none, where it is in a done-marker or the manifest.
-
-    Args:
-        store: Where it was found.
-        damage: Of a shard.
-    """
-    assert damage.shard is not None
-    rows = list(store.layout.shard_rows(damage.shard))
-    spec = next((s for s in store.layout.array_specs() if s.name == damage.where.partition("/")[0]), None)
-    if spec is None:
-        return []
-    if spec.chunk_shape is None:
-        return rows
-    num_chunks = math.prod(a // b for a, b in zip(spec.shard_shape, spec.chunk_shape, strict=True))
-    try:
-        verify_shard(store.path / damage.where, num_chunks)
-    except DamagedChunkError:
-        return rows  # of a file without its index no chunk is left
-    ids = store.input_columns()["video_id"]
-    return [row for row in rows if ids[row].as_py() == damage.video_id]
+    return found + _check_manifest(store, parts, mismatched)
 
 
 def _check_hashes(store: StoreReader) -> Iterator[Damage]:
@@ -99,7 +81,7 @@ def _check_hashes(store: StoreReader) -> Iterator[Damage]:
         yield Damage(where=CHECKSUMS_NAME, what=str(error))
         return
     for name, wanted in sorted(hashes.items()):
-        part = re.fullmatch(rf"{manifest.PARTS_NAME}/(\d+)\.parquet", name)
+        part = re.fullmatch(rf"{PARTS_NAME}/(\d+)\.parquet", name)
         if (what := _compare_hash(store.path / name, wanted)) is not None:
             yield Damage(where=name, what=what, shard=int(part[1]) if part else None)
 
@@ -158,26 +140,48 @@ def _check_shard(
 ) -> tuple[pa.Table | None, list[Damage]]:
     """A finished shard of every array; returns its results too, where they can be read."""
     rows = store.layout.shard_rows(shard)
-    marker = manifest.part_path(store.path, shard)
+    marker = marker_path(store.path, shard)
     try:
-        part = manifest.read_part(store.path, shard, sha256)
+        read = read_marker(store.path, shard, sha256)
     except StoreDamagedError as error:
         return None, [Damage(where=str(marker.relative_to(store.path)), what=str(error), shard=shard)]
-    assert part is not None
-    if video_ids is not None and part["video_id"].to_pylist() != video_ids[rows.start : rows.stop]:
+    if read is None:  # another process is doing the shard anew
+        return None, []
+    part = read.results
+    if video_ids is not None and part["video_id"].to_pylist() != video_ids[rows.start : rows.start + len(part)]:
         what = "it holds other videos than the manifest has in these rows"
         return None, [Damage(where=str(marker.relative_to(store.path)), what=what, shard=shard)]
     counts = np.zeros((len(rows), 2), dtype=np.int64)  # views and frames of each row
+    is_pending = np.zeros(store.layout.rows_per_shard, dtype=bool)  # such a row may have chunks or not
+    is_pending[len(part) : len(rows)] = True
     for place, row in enumerate(part.select(["status", "num_views", "num_cached_frames"]).to_pylist()):
+        is_pending[place] = row["status"] == "pending"
         if row["status"] == "ok":
             counts[place] = row["num_views"], row["num_cached_frames"]
+    ids = part["video_id"].to_pylist()
     damage = []
     for spec in store.layout.array_specs():
         for place, key in enumerate(spec.shard_keys(shard)):
             wanted = _wanted_chunks(spec, counts, place * spec.shard_shape[1])
-            if wanted.any():
-                damage += _check_file(store, spec, shard, key, wanted, part["video_id"].to_pylist())
+            found = _check_file(store, spec, shard, key, wanted, is_pending, ids) if wanted.any() else []
+            damage += found or _check_fingerprint(store, spec, shard, key, read)
     return part, damage
+
+
+def _check_fingerprint(store: StoreReader, spec: ArraySpec, shard: int, key: str, marker: Marker) -> list[Damage]:
+    """Whether a file is the one that its done-marker was written for: two writers at once would mix them."""
+    name = f"{spec.name}/{key}"
+    if not marker.files or shard in find_swaps(store.path):
+        return []
+    file, rows = store.path / name, tuple(store.layout.shard_rows(shard))
+    try:
+        found = fingerprint_shard(file, spec) if file.exists() else None
+    except (OSError, ValueError) as error:
+        return [Damage(where=name, what=str(error), shard=shard, rows=rows)]
+    if found == marker.files.get(name):
+        return []
+    what = "is not the file that the shard's done-marker was written for"
+    return [Damage(where=name, what=what, shard=shard, rows=rows)]
 
 
 def _wanted_chunks(spec: ArraySpec, counts: np.ndarray, first_view: int) -> np.ndarray:
@@ -191,14 +195,22 @@ def _wanted_chunks(spec: ArraySpec, counts: np.ndarray, first_view: int) -> np.n
 
 
 def _check_file(
-    store: StoreReader, spec: ArraySpec, shard: int, key: str, wanted: np.ndarray, video_ids: list[str]
+    store: StoreReader,
+    spec: ArraySpec,
+    shard: int,
+    key: str,
+    wanted: np.ndarray,
+    is_pending: np.ndarray,
+    video_ids: list[str],
 ) -> list[Damage]:
     file = store.path / spec.name / key
     where = f"{spec.name}/{key}"
 
     def damage(what: str, place: int | None = None) -> Damage:
-        row = int(np.flatnonzero(wanted.any(axis=(1, 2)))[0]) if place is None else place
-        return Damage(where=where, what=what, shard=shard, video_id=video_ids[row])
+        first = store.layout.shard_rows(shard).start
+        hit = np.flatnonzero(wanted.any(axis=(1, 2))).tolist() if place is None else [place]
+        rows = tuple(first + row for row in hit)
+        return Damage(where=where, what=what, shard=shard, video_id=video_ids[hit[0]], rows=rows)
 
     if spec.chunk_shape is None:
         what = verify_chunk_file(file)
@@ -208,8 +220,9 @@ def _check_file(
     except (DamagedChunkError, OSError) as error:
         return [damage(_describe(error))]
     per_row = wanted[0].size
-    found = [damage(what, number // per_row) for number, what in problems.items()]
-    for number in np.flatnonzero(is_there != wanted.ravel()).tolist():
+    is_known = np.repeat(~is_pending, per_row)
+    found = [damage(what, number // per_row) for number, what in problems.items() if is_known[number]]
+    for number in np.flatnonzero((is_there != wanted.ravel()) & is_known).tolist():
         what = "has no chunk" if wanted.flat[number] else "has a chunk that the manifest does not know of"
         found.append(damage(f"{what} {number}", min(number // per_row, len(video_ids) - 1)))
     return found
@@ -219,16 +232,24 @@ def _describe(error: Exception) -> str:
     return f"it cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
 
 
-def _check_manifest(store: StoreReader, parts: dict[range, pa.Table]) -> list[Damage]:
+def _check_manifest(store: StoreReader, parts: dict[range, pa.Table], mismatched: Collection[str]) -> list[Damage]:
     """Whether a finished manifest says what the done-markers say."""
     try:
         table = manifest.read_table(store.path / manifest.MANIFEST_NAME)
     except StoreDamagedError as error:
-        return [Damage(where=manifest.MANIFEST_NAME, what=str(error))]
+        known = manifest.MANIFEST_NAME in mismatched
+        return [] if known else [Damage(where=manifest.MANIFEST_NAME, what=str(error))]
     found = []
+    statuses = table["status"].to_numpy(zero_copy_only=False)
+    there = find_markers(store.path)
+    for shard in range(store.layout.num_shards):
+        rows = store.layout.shard_rows(shard)
+        where = str(marker_path(store.path, shard).relative_to(store.path))
+        if shard not in there and where not in mismatched and (statuses[rows.start : rows.stop] != "pending").any():
+            found.append(Damage(where=where, what="the file is missing", shard=shard))
     for rows, part in parts.items():
-        told: Any = table.slice(rows.start, len(rows)).select(manifest.RESULT_SCHEMA.names)
-        is_pending = set(told["status"].to_pylist()) == {"pending"}  # not consolidated since
+        told: Any = table.slice(rows.start, len(part)).select(manifest.RESULT_SCHEMA.names)
+        is_pending = "pending" in told["status"].to_pylist()  # not consolidated since
         if not is_pending and told.to_pylist() != part.select(manifest.RESULT_SCHEMA.names).to_pylist():
             shard = rows.start // store.layout.rows_per_shard
             what = f"rows {rows.start} to {rows.stop - 1} are not what the done-marker of shard {shard} says"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +23,55 @@ from ._zarr import create_array, open_array, refused_write, write_group, write_s
 from .checksums import (
     APPEND_NAME,
     CHECKSUMS_NAME,
-    forget_checksums,
     forget_missing_parts,
+    forget_parts,
     read_recorded_hashes,
     write_checksums,
 )
 from .codec import Codec
+from .fingerprint import fingerprint_shard
 from .layout import FORMAT_VERSION, StoreLayout
 from .lease import Lease, Scope, check_lease, hold_lease, lease_new_store
+from .markers import (
+    JOINED_NAME,
+    PARTS_NAME,
+    MarkerState,
+    find_markers,
+    is_undone,
+    make_marker,
+    marker_path,
+    read_joined,
+    read_marker,
+    read_marker_state,
+    write_joined,
+)
 from .reader import StoreReader, open_store
 from .records import VideoRecord, VideoResult
-from .scratch import make_scratch, remove_dead_files, remove_dead_scratch
+from .scratch import Scratch, make_scratch, remove_dead_files, remove_dead_scratch
+from .swap import find_swaps, finish_swap, place_marker, publish_shard, shard_files, swap_shard
 from .texts import REMOVED_STEM, TEXT_NAME, has_current_texts, remove_texts
 from .verify import Damage
+
+__all__ = [
+    "MarkerState",
+    "RowTokens",
+    "StoreWriter",
+    "create_store",
+    "is_undone",
+    "read_marker_state",
+    "repair_store",
+    "resume_store",
+]
 
 _log = logging.getLogger(__name__)
 
 # May differ between two runs without making their stores differ: data, weights and a codec's source may lie elsewhere
 # by now. What they are is told by paths below the root, by the weights' hash and by the codec's.
-_VOLATILE_ATTRIBUTES = ("created", "codec", "codec_from", "dataset.root", "backbone.weights")
+_VOLATILE_ATTRIBUTES = ("created", "format_version", "codec", "codec_from", "dataset.root", "backbone.weights")
 
-
+_SHARDS_STEM = "shards"
 _REPAIR_STEM = "repair"
 _BUSY_ADVICE = "wait for it, or choose another --out"
-
-MarkerState = tuple[int, int]
-"""Tells one done-marker from another one in its place."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,14 +124,17 @@ class StoreWriter:
         self.codec = codec
         self._codec_sha256 = codec.sha256
         self._inputs = inputs
-        self._specs = {spec.name: spec for spec in layout.array_specs()}
-        self._arrays = {name: open_array(path, name, write=True) for name in self._specs}
+        self._specs = layout.array_specs()
+        self._format_version = open_store(path).attributes["format_version"]
         self._expected: dict[int, MarkerState | None] = {}
+        self._manifest_lease: Lease | None = None
+        self._scratch: Scratch | None = None
+        self._arrays: dict[str, ts.TensorStore] = {}
         if lease is not None:
             self._remove_leftovers()
             with self.hold_manifest():
                 if lease.scope.kind == "all":
-                    _remove_unfinished(path, list(self._specs))
+                    _remove_unfinished(path, [spec.name for spec in self._specs])
                 forget_missing_parts(path)
 
     def __enter__(self) -> StoreWriter:
@@ -118,6 +145,10 @@ class StoreWriter:
 
     def close(self) -> None:
         """Let other writers in."""
+        if self._scratch is not None:
+            self._scratch.remove()
+            self._scratch = None
+            self._arrays.clear()
         if self.lease is not None:
             self.lease.close()
 
@@ -131,33 +162,93 @@ class StoreWriter:
             self.lease.check()
         elif self.lease_nonce is not None:
             check_lease(self.path, self.lease_nonce)
+        if self._manifest_lease is not None:
+            self._manifest_lease.check()
 
-    def _is_ours(self, key: str) -> bool:
-        """Whether a file of an array, `c.SHARD.0...`, is of a shard that this writer may write."""
-        shard = key.split(".")[1]
-        return self.lease is None or not shard.isdecimal() or self.lease.scope.covers(int(shard))
+    def _is_ours(self, shard: int) -> bool:
+        """Whether a shard is one that this writer may write."""
+        return self.lease is None or self.lease.scope.covers(shard)
 
     @contextmanager
     def hold_manifest(self) -> Iterator[None]:
         """Be the only one that writes what belongs to the whole store; who has shards alone waits for others."""
-        if self.lease is None or self.lease.scope.meets(Scope.manifest()):
+        is_held = self._manifest_lease is not None
+        if is_held or self.lease is None or self.lease.scope.meets(Scope.manifest()):
             yield
             return
-        with hold_lease(self.path, Scope.manifest(), purpose="extract", wait=True, advice=_BUSY_ADVICE):
-            yield
+        with hold_lease(self.path, Scope.manifest(), purpose="extract", wait=True, advice=_BUSY_ADVICE) as lease:
+            self._manifest_lease = lease
+            try:
+                yield
+            finally:
+                self._manifest_lease = None
 
     def pending_shards(self) -> list[int]:
-        """Shards without a done-marker, ascending."""
-        return [s for s in range(self.layout.num_shards) if not manifest.part_path(self.path, s).exists()]
+        """Shards with a row that is not done, ascending."""
+        return self._shards_with("pending")
 
     def failed_shards(self) -> list[int]:
-        """Finished shards with a row that failed, ascending."""
-        found = []
-        for shard in range(self.layout.num_shards):
-            part = manifest.read_part(self.path, shard, self._codec_sha256)
-            if part is not None and "failed" in part["status"].to_pylist():
-                found.append(shard)
-        return found
+        """Shards with a row that failed, ascending."""
+        return self._shards_with("failed")
+
+    def _shards_with(self, status: str) -> list[int]:
+        is_so = np.asarray(pa.compute.equal(self.read_statuses(), status))
+        return np.unique(np.flatnonzero(is_so) // self.layout.rows_per_shard).tolist()
+
+    def read_statuses(self) -> pa.ChunkedArray:
+        """Of all rows, those of markers that the manifest does not hold yet included."""
+        table = manifest.read_table(self.path / manifest.MANIFEST_NAME, ["status"])
+        statuses = table["status"].to_numpy(zero_copy_only=False)
+        changed, _ = self._changed_parts(statuses)
+        for first, part in changed.items():
+            statuses[first : first + len(part)] = part["status"].to_numpy(zero_copy_only=False)
+        return pa.chunked_array([pa.array(statuses, pa.string())])
+
+    def set_pending(self, rows: Sequence[int]) -> None:
+        """Have the manifest say of some rows that their done-markers tell: they are about to be done anew.
+
+        A reader that opens the store looks into the markers then, which change together with the rows' tokens.
+
+        Args:
+            rows: Whose shards all have done-markers.
+        """
+        with self.hold_manifest():
+            self._set_pending(rows)
+
+    def _set_pending(self, rows: Sequence[int]) -> None:
+        shards = {row // self.layout.rows_per_shard for row in rows}
+        path = self.path / manifest.MANIFEST_NAME
+        table = manifest.read_table(path)
+        statuses = table["status"].to_numpy(zero_copy_only=False)
+        statuses[np.asarray(rows, dtype=np.int64)] = "pending"
+        table = table.set_column(table.column_names.index("status"), "status", pa.array(statuses, pa.string()))
+        joined = {shard: state for shard, state in self._read_joined().items() if shard not in shards}
+        self._write_manifest(table)
+        write_joined(self.path, joined, write_checksums(self.path)[manifest.MANIFEST_NAME])
+
+    def set_sources(self, sources: Mapping[int, tuple[int, int, str]]) -> None:
+        """Note of which videos rows were made, in the done-markers of their shards.
+
+        Args:
+            sources: By row number: bytes, time of the last change in ns, hash.
+        """
+        rows = sorted(sources)
+        for shard in sorted({row // self.layout.rows_per_shard for row in rows}):
+            marker, first = read_marker(self.path, shard, self._codec_sha256), self.layout.shard_rows(shard).start
+            if marker is None:
+                continue
+            names = ("source_bytes", "source_mtime_ns", "source_hash")
+            results = [
+                replace(result, **dict(zip(names, sources[row], strict=True))) if row in sources else result
+                for row, result in enumerate(marker.as_results(), start=first)
+            ]
+            scratch = self._open_scratch()
+            version = self._format_version
+            with self.hold_manifest():
+                forget_parts(self.path)
+            made = make_marker(scratch, shard, results, self._codec_sha256, marker.files or {}, version)
+            self.check_lease()
+            place_marker(self.path, shard, made)
 
     def expect_markers(self, markers: Mapping[int, MarkerState | None]) -> None:
         """Tell a worker which done-markers its shards had when they were handed out.
@@ -167,15 +258,23 @@ class StoreWriter:
         """
         self._expected.update(markers)
 
-    def write_shard(self, shard: int, tokens: Mapping[int, RowTokens], results: Sequence[VideoResult]) -> None:
+    def write_shard(
+        self,
+        shard: int,
+        tokens: Mapping[int, RowTokens],
+        results: Sequence[VideoResult],
+        *,
+        replaced: Collection[int] = (),
+    ) -> None:
         """Write one shard of every array whole, make it durable, then mark it done.
 
         A worker does not write what another one has finished since the shard was handed out (`expect_markers`).
 
         Args:
             shard: Which one.
-            tokens: By row number; rows that failed are not in it, and a shard of failed rows alone has no file.
-            results: One per row of the shard, in row order.
+            tokens: By row number, of the rows that are ok; a shard without any has no file.
+            results: One per row of the shard, in row order. Where one is pending, the shard is not done.
+            replaced: Rows that get other tokens than they have: readers find them pending meanwhile.
 
         Raises:
             EnvironmentFailedError: If the file system refuses, say for lack of space; the shard is not marked done.
@@ -186,38 +285,78 @@ class StoreWriter:
         if shard in self._expected and not is_undone(self.path, shard, self._expected[shard]):
             _log.warning("shard %d of %s was finished by another worker meanwhile", shard, self.path)
             return
-        needed = sum(getattr(row, name).nbytes for row in tokens.values() for name in self._arrays)
+        names = [spec.name for spec in self._specs]
+        needed = sum(getattr(row, name).nbytes for row in tokens.values() for name in names)
         with naming_what_is_refused(self.path / f"shard {shard}", needed=needed):
-            self._undo_shard(shard)
+            scratch = self._open_scratch()
             self._write_arrays(tokens)
             kill_point("shard written")
-            for name in self._arrays:
-                sync_folder(self.path / name)
-            kill_point("shard durable")
-            manifest.write_part(self.path, shard, results, self._codec_sha256)
+            files = {
+                f"{spec.name}/{key}": fingerprint_shard(scratch / spec.name / key, spec)
+                for spec in self._specs
+                for key in spec.shard_keys(shard)
+                if (scratch / spec.name / key).is_file()
+            }
+            mark = partial(make_marker, codec_sha256=self._codec_sha256, format_version=self._format_version)
+            marker = mark(scratch, shard, results, files=files)
+            old = marker_path(self.path, shard)
+            if not old.exists():
+                publish_shard(self.path, scratch, self._specs, shard, marker, list(files), self.check_lease)
+            else:
+                if old.suffix == ".parquet":
+                    with self.hold_manifest():
+                        forget_parts(self.path)
+                before = self._mark_pending(shard, replaced, mark) if replaced else None
+                swap_shard(
+                    *(self.path, scratch, self._specs, shard, marker, list(files), self.check_lease),
+                    codec_sha256=self._codec_sha256,
+                    before=before,
+                )
         kill_point("shard done")
 
-    def _undo_shard(self, shard: int) -> None:
-        """Take back a shard that was done before, or what a killed writer left of it."""
-        marker = manifest.part_path(self.path, shard)
-        if marker.exists():
-            # In this order: a marker without a recorded hash is a marker, a hash of another marker is damage.
-            forget_checksums(self.path, {f"{manifest.PARTS_NAME}/{marker.name}"})
-            kill_point("shard forgotten")
-            marker.unlink(missing_ok=True)
-            sync_folder(marker.parent)
-        kill_point("shard undone")
-        # Gone first: tensorstore would merge the rows of the new shard into the file of the old one.
-        for name, spec in self._specs.items():
-            for key in spec.shard_keys(shard):
-                (self.path / name / key).unlink(missing_ok=True)
+    def _mark_pending(self, shard: int, replaced: Collection[int], mark: Callable[..., Path]) -> Path | None:
+        """The shard's marker, but for rows that are about to get other tokens; None where it cannot be read."""
+        assert self._scratch is not None
+        try:
+            marker = read_marker(self.path, shard, self._codec_sha256)
+        except StoreDamagedError:
+            return None
+        assert marker is not None
+        first = self.layout.shard_rows(shard).start
+        results = [
+            replace(result, status="pending") if first + place in replaced else result
+            for place, result in enumerate(marker.as_results())
+        ]
+        folder = self._scratch.path / "before"
+        folder.mkdir(exist_ok=True)
+        return mark(folder, shard, results, files=marker.files or {})
+
+    def finish_swaps(self, shards: Collection[int] | None = None) -> None:
+        """Complete changes of shards that killed writers have begun: all, or those of some shards."""
+        for shard in find_swaps(self.path):
+            if self._is_ours(shard) and (shards is None or shard in shards):
+                finish_swap(self.path, self._specs, shard, self._codec_sha256, self.check_lease)
 
     def _remove_leftovers(self) -> None:
-        """Files that killed writers were still filling. Only while no worker writes: each fills one of these."""
-        for name in self._arrays:
-            for file in (self.path / name).iterdir():
-                if file.name.endswith(".__lock") and self._is_ours(file.name):
+        """What killed writers have left half done, as far as it is this writer's."""
+        self.finish_swaps()
+        remove_dead_scratch(self.path, _SHARDS_STEM)
+        for spec in self._specs:  # of the version before, which filled its files beside the others
+            for file in (self.path / spec.name).iterdir():
+                shard = file.name.split(".")[1] if file.name.endswith(".__lock") else ""
+                if shard.isdecimal() and self._is_ours(int(shard)):
                     file.unlink(missing_ok=True)
+
+    def _open_scratch(self) -> Path:
+        """A folder of our own with all arrays, empty, to fill shards in."""
+        if self._scratch is None:
+            self._scratch = make_scratch(self.path, _SHARDS_STEM, "extract", lease=self.lease_nonce)
+            for spec in self._specs:
+                folder = self._scratch.path / spec.name
+                folder.mkdir()
+                shutil.copyfile(self.path / spec.name / "zarr.json", folder / "zarr.json")
+                self._arrays[spec.name] = open_array(self._scratch.path, spec.name, write=True)
+        return self._scratch.path
 
     def _write_arrays(self, tokens: Mapping[int, RowTokens]) -> None:
         # A transaction gathers the rows of a shard into one write of its file, and leaves unused places absent.
@@ -241,41 +380,55 @@ class StoreWriter:
             EnvironmentFailedError: If the file system refuses; finished shards stay so.
         """
         with naming_what_is_refused(self.path / manifest.MANIFEST_NAME), self.hold_manifest():
-            self._remove_leftovers()
             return self._consolidate()
 
     def _consolidate(self) -> pa.Table:
-        parts = {}
-        for shard in range(self.layout.num_shards):
-            part = manifest.read_part(self.path, shard, self._codec_sha256)
-            if part is not None:
-                parts[self.layout.shard_rows(shard)] = part
+        table = manifest.read_table(self.path / manifest.MANIFEST_NAME)
+        parts, markers = self._changed_parts(table["status"].to_numpy(zero_copy_only=False))
         kill_point("before consolidation")
-        table = manifest.join_parts(self._inputs, parts)
-        path = self.path / manifest.MANIFEST_NAME
         # A finished store stays as it is, times included: "the newest store" means the one written last.
-        if not manifest.read_table(path).equals(table):
-            # Killed between the two writes, a store has no hash of its manifest, not a wrong one.
-            write_checksums(self.path, without=manifest.MANIFEST_NAME)
-            manifest.write_table(path, table)
-            kill_point("manifest written")
-        write_checksums(self.path)
+        if parts and not (joined := manifest.replace_results(table, parts)).equals(table):
+            table = joined
+            self._write_manifest(table)
+        hashes = write_checksums(self.path)
+        if parts:
+            write_joined(self.path, markers, hashes[manifest.MANIFEST_NAME])
         kill_point("after consolidation")
         return table
 
+    def _write_manifest(self, table: pa.Table) -> None:
+        """Killed between its two writes, a store has no hash of its manifest, not a wrong one."""
+        self.check_lease()
+        write_checksums(self.path, without=manifest.MANIFEST_NAME)
+        self.check_lease()
+        manifest.write_table(self.path / manifest.MANIFEST_NAME, table)
+        kill_point("manifest written")
 
-def read_marker_state(path: Path, shard: int) -> MarkerState | None:
-    """Which done-marker a shard has; None where it has none."""
-    try:
-        state = manifest.part_path(path, shard).stat()
-    except FileNotFoundError:
-        return None
-    return state.st_ino, state.st_mtime_ns
+    def _read_joined(self) -> dict[int, MarkerState]:
+        return read_joined(self.path, read_recorded_hashes(self.path).get(manifest.MANIFEST_NAME))
 
+    def _changed_parts(self, statuses: np.ndarray) -> tuple[dict[int, pa.Table], dict[int, MarkerState]]:
+        """Results that the manifest does not hold yet, by first row, and all markers that there are.
 
-def is_undone(path: Path, shard: int, handed_out: MarkerState | None) -> bool:
-    """Whether nobody has finished a shard since it was handed out, with that marker or none."""
-    return read_marker_state(path, shard) in (None, handed_out)
+        Where a marker is gone whose rows the manifest holds, they are pending.
+
+        Args:
+            statuses: As the manifest has them.
+        """
+        markers, joined = find_markers(self.path), self._read_joined()
+        parts: dict[int, pa.Table] = {}
+        for shard in range(self.layout.num_shards):
+            state = markers.get(shard)
+            if state is not None and state == joined.get(shard):
+                continue
+            rows = self.layout.shard_rows(shard)
+            marker = None if state is None else read_marker(self.path, shard, self._codec_sha256)
+            if marker is not None:
+                parts[rows.start] = marker.results
+            elif (statuses[rows.start : rows.stop] != "pending").any():
+                ids = self._inputs["video_id"].slice(rows.start, len(rows))
+                parts[rows.start] = manifest.pending_results(ids)
+        return parts, markers
 
 
 def create_store(
@@ -362,7 +515,7 @@ def _remove_unfinished(path: Path, arrays: Sequence[str]) -> None:
         stems.append(TEXT_NAME)
     for stem in stems:
         remove_dead_scratch(path, stem)
-    for folder in (path, path / manifest.PARTS_NAME, *(path / name for name in arrays)):
+    for folder in (path, path / PARTS_NAME, *(path / name for name in arrays)):
         remove_dead_files(folder)
     for name in (manifest.MANIFEST_NAME, manifest.CAPTIONS_NAME, CHECKSUMS_NAME, "zarr.json"):
         (path / f".{name}.partial").unlink(missing_ok=True)
@@ -378,6 +531,7 @@ def write_skeleton(
     records: Sequence[VideoRecord],
     codec: Codec,
     head: Mapping[str, np.ndarray],
+    format_version: int = FORMAT_VERSION,
 ) -> pa.Table:
     """Everything of a store but its shards; returns the manifest's input columns."""
     partial.mkdir()
@@ -387,10 +541,10 @@ def write_skeleton(
     _write_named(partial, "head", head)
     classes = manifest.ClassList(tuple(attributes["classes"]["names"]))
     inputs = manifest.input_table(records, classes)
-    (partial / manifest.PARTS_NAME).mkdir()
+    (partial / PARTS_NAME).mkdir()
     manifest.write_table(partial / manifest.MANIFEST_NAME, manifest.pending_manifest(inputs))
     manifest.write_table(partial / manifest.CAPTIONS_NAME, manifest.caption_table(records))
-    write_group(partial, {"s4v": full_attributes(attributes, layout, codec)})
+    write_group(partial, {"s4v": {**full_attributes(attributes, layout, codec), "format_version": format_version}})
     write_checksums(partial)
     return inputs
 
@@ -457,6 +611,7 @@ def repair_store(
     path: Path,
     damage: Sequence[Damage],
     *,
+    lost_rows: Mapping[int, Collection[int]],
     layout: StoreLayout,
     attributes: Mapping[str, Any],
     records: Sequence[VideoRecord],
@@ -464,11 +619,12 @@ def repair_store(
     head: Mapping[str, np.ndarray],
     lease: Lease,
 ) -> None:
-    """Put damaged files of the whole store back as they were written, and mark damaged shards undone.
+    """Put damaged files of the whole store back as they were written, and mark damaged rows pending.
 
     Args:
         path: The store; its own metadata (`zarr.json`) must be whole.
         damage: As `verify_store` found it.
+        lost_rows: By damaged shard: rows of it whose tokens are damaged. The others are kept as they are.
         layout: As for `create_store`, all of it must be what the store was begun with: files that come out otherwise
             are not replaced.
         attributes: As for `create_store`.
@@ -482,7 +638,8 @@ def repair_store(
         StoreMismatchError: If the store was begun with other settings or has other rows; nothing was changed.
         StoreDamagedError: If a file cannot be had back; nothing was changed.
     """
-    differences = list_differences(open_store(path).attributes, full_attributes(attributes, layout, codec))
+    store = open_store(path)
+    differences = list_differences(store.attributes, full_attributes(attributes, layout, codec))
     if differences:
         raise StoreMismatchError(
             f"{path} was begun otherwise than this command says: {'; '.join(differences)}. Nothing was changed. Repair "
@@ -495,8 +652,8 @@ def repair_store(
     remove_dead_scratch(path, _REPAIR_STEM)
     # In the store, so that all of it is on one file system: a store may be a mount of its own.
     with make_scratch(path, _REPAIR_STEM, "extract --repair", lease=lease.nonce) as scratch:
-        fresh = scratch / path.name
-        write_skeleton(fresh, layout, attributes, records, codec, head)
+        fresh, version = scratch / path.name, store.attributes["format_version"]
+        write_skeleton(fresh, layout, attributes, records, codec, head, version)
         if CHECKSUMS_NAME in whole_store:  # nothing tells whether these are as they were: they are put back too
             whole_store = sorted({*whole_store, *(n for n in read_recorded_hashes(fresh) if n != "zarr.json")})
         for name in whole_store:
@@ -512,18 +669,47 @@ def repair_store(
             (fresh / name).replace(path / name)
             sync_folder((path / name).parent)
             kill_point("file repaired")
+        for shard, rows in lost_rows.items():
+            lease.check()
+            _mark_damaged(path, layout, shard, rows, codec.sha256, version, scratch)
         lease.check()
-        markers = [manifest.part_path(path, one.shard) for one in damage if one.shard is not None]
-        forget_checksums(path, {f"{manifest.PARTS_NAME}/{marker.name}" for marker in markers})
-        for file in {*markers, *(path / one.where for one in damage if one.shard is not None)}:
-            if file.is_dir():  # in a file's place
-                shutil.rmtree(file)
-        for marker in markers:
-            marker.unlink(missing_ok=True)
-        sync_folder(path / manifest.PARTS_NAME)
+        (path / PARTS_NAME / JOINED_NAME).unlink(missing_ok=True)
+        sync_folder(path / PARTS_NAME)
         if has_bad_texts:
             remove_texts(path, lease)
         write_checksums(path)
+
+
+def _mark_damaged(
+    path: Path,
+    layout: StoreLayout,
+    shard: int,
+    rows: Collection[int],
+    codec_sha256: str,
+    format_version: int,
+    scratch: Path,
+) -> None:
+    """Have a shard's marker say that some of its rows are to be done anew; a marker that is damaged goes."""
+    for name in shard_files(layout.array_specs(), shard):
+        if (path / name).is_dir():  # in a file's place
+            shutil.rmtree(path / name)
+    target = marker_path(path, shard)
+    try:
+        marker = read_marker(path, shard, codec_sha256)
+    except StoreDamagedError:
+        marker = None
+    forget_parts(path)
+    if target.is_dir():
+        shutil.rmtree(target)
+    if marker is None:
+        target.unlink(missing_ok=True)  # its rows are told by the manifest, as far as they are in it
+        return
+    first = layout.shard_rows(shard).start
+    results = [
+        replace(result, status="pending", reason="damaged") if first + place in rows else result
+        for place, result in enumerate(marker.as_results())
+    ]
+    make_marker(scratch, shard, results, codec_sha256, marker.files or {}, format_version).replace(target)
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:

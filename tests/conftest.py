@@ -36,7 +36,7 @@ def contents() -> Callable[..., dict[str, bytes]]:
 
     def read(path: Path, *without: str) -> dict[str, bytes]:
         files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
-        left_out = {"stats.json", "checksums.json", *without}
+        left_out = {"stats.json", "checksums.json", "_parts/joined.arrows", *without}
         return {name: file.read_bytes() for name, file in files.items() if name not in left_out}
 
     return read

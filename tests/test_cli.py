@@ -191,7 +191,7 @@ def test_ctrl_c_keeps_finished_shards_and_exits_with_130(tmp_path, make_video):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("s.zarr/_parts/*.parquet")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob("s.zarr/_parts/[0-9]*.arrows")) and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)

@@ -44,7 +44,7 @@ def wait_until(is_so, seconds=60.0):
 
 
 def markers(store):
-    return sorted((store / "_parts").glob("[0-9]*.parquet"))
+    return sorted((store / "_parts").glob("[0-9]*.arrows"))
 
 
 @contextmanager
@@ -106,8 +106,8 @@ def test_a_worker_leaves_alone_what_was_finished_since_it_was_handed_out(begun, 
     with WorkerJob(begun) as job:
         job.process({0: None, 1: read_marker_state(begun.out, 1), 3: None})
     after = {path.name: path.stat().st_mtime_ns for path in markers(begun.out)}
-    assert {name for name in before if after[name] != before[name]} == {"000001.parquet"}, "only what is to be redone"
-    assert set(after) - set(before) == {"000003.parquet"}
+    assert {name for name in before if after[name] != before[name]} == {"000001.arrows"}, "only what is to be redone"
+    assert set(after) - set(before) == {"000003.arrows"}
     assert verify_store(open_store(begun.out)) == []
 
 

@@ -215,10 +215,8 @@ def test_pool_decodes_and_survives_a_killed_process(tmp_path, make_video):
         assert pool.submit(pool_request(path)).result().pixels.shape == (1, 4, 1, 64, 64, 3)
         (child,) = pool._children
         os.kill(child._process.pid, signal.SIGKILL)
-        died = pool.submit(pool_request(path)).result()
-        assert died.pixels is None
-        assert died.facts == {"reason": "crashed: SIGKILL"}
-        assert pool.submit(pool_request(path)).result().pixels is not None, "the next video has a new process"
+        assert pool.submit(pool_request(path)).result().pixels is not None, "tried again, by a new process"
+        assert pool._children != [child]
 
 
 def test_signals_to_the_whole_group_are_the_parents_business(tmp_path, make_video):
@@ -230,14 +228,12 @@ def test_signals_to_the_whole_group_are_the_parents_business(tmp_path, make_vide
             assert pool.submit(pool_request(path)).result().pixels is not None, number
 
 
-def test_hanging_decoder_costs_only_its_video(tmp_path, make_video):
+def test_a_video_whose_decoder_hangs_is_tried_again(tmp_path, make_video):
     path = make_video(tmp_path / "v.mp4")
     with DecoderPool(1) as pool:
         pool.submit(pool_request(path)).result()
         os.kill(pool._children[0]._process.pid, signal.SIGSTOP)
-        stuck = pool.submit(pool_request(path, timeout_s=0.2)).result()
-        assert stuck.facts == {"reason": "timeout: no answer within the wall limit"}
-        assert pool.submit(pool_request(path)).result().pixels is not None
+        assert pool.submit(pool_request(path, timeout_s=2.0)).result().pixels is not None, "tried again"
 
 
 def test_cpu_budget_ends_a_decoder_that_spins():

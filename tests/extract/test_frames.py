@@ -47,8 +47,8 @@ def test_frames_come_in_the_order_of_their_numbers(tmp_path, make_frames, name, 
 
 
 def test_what_is_a_frames_name():
-    assert all(is_frame_name(name) for name in ("00001.jpg", "img_1.JPG", "a b 7.jpeg"))
-    assert not any(is_frame_name(name) for name in ("cover.jpg", ".1.jpg", "1.png", "1.jpg.txt"))
+    assert all(is_frame_name(name) for name in ("00001.jpg", "img_1.JPG", "a b 7.jpeg", "1.png", "2.WebP"))
+    assert not any(is_frame_name(name) for name in ("cover.jpg", ".1.jpg", "1.bmp", "1.jpg.txt"))
 
 
 def test_rate_gives_times_and_segments(tmp_path, make_frames):
@@ -88,7 +88,7 @@ def test_one_number_twice_is_refused(tmp_path, make_frames):
 
 def test_broken_folders_fail_with_a_code(tmp_path, make_frames):
     (tmp_path / "empty").mkdir()
-    assert fail(tmp_path / "empty") == ("no-frames", "the folder holds no numbered JPEG")
+    assert fail(tmp_path / "empty") == ("no-frames", "the folder holds no numbered picture")
     assert fail(tmp_path / "none")[0] == "missing-file"
     folder = make_frames(tmp_path / "v", num_frames=3)
     (folder / "00002.jpg").write_bytes(b"no picture")

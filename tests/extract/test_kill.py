@@ -26,9 +26,9 @@ POINTS = (
     "shard written 4",
     "shard durable 1",
     "shard durable 11",
-    "before rename of 000000.parquet 1",
-    "after rename of 000004.parquet 1",
-    "before rename of 000010.parquet 1",
+    "before rename of 000000.arrows 1",
+    "after rename of 000004.arrows 1",
+    "before rename of 000010.arrows 1",
     "shard done 5",
     "shard done 11",
     "before consolidation 1",
@@ -45,7 +45,7 @@ RETRY_POINTS = (
     "shard undone 1",
     "shard being written 1",
     "shard durable 1",
-    "before rename of 000009.parquet 1",
+    "before rename of 000009.arrows 1",
     "shard done 1",
     "before rename of videos.parquet 1",
 )
@@ -54,14 +54,14 @@ REPAIR_POINTS = (
     "after rename of checksums.json 2",
     "shard undone 1",
     "shard durable 2",
-    "before rename of 000007.parquet 1",
+    "before rename of 000007.arrows 1",
     "before rename of videos.parquet 2",
 )
 MERGE_POINTS = (
     "before rename of checksums.json 1",
     "before rename of c.3.0.0.0.0.0 1",
-    "before rename of 000005.parquet 1",
-    "after rename of 000005.parquet 1",
+    "before rename of 000005.arrows 1",
+    "after rename of 000005.arrows 1",
     "shard merged 11",
     "before rename of videos.parquet 2",
 )
@@ -91,7 +91,7 @@ def kill(process):
 
 
 def markers(store):
-    return list((store / "_parts").glob("[0-9]*.parquet"))
+    return list((store / "_parts").glob("[0-9]*.arrows"))
 
 
 def wait_for_marker(process, store, count=1):
@@ -197,7 +197,7 @@ def test_a_repair_killed_at_a_point_is_completed_by_the_same_command(
     point, video_folder, float_store, contents, flip_byte, tmp_path
 ):
     out = shutil.copytree(float_store, tmp_path / "damaged.zarr")
-    for name in ("patches/c.1.0.0.0.0.0", "pixels/c.7.0.0.0.0.0.0", "_parts/000004.parquet", "videos.parquet"):
+    for name in ("patches/c.1.0.0.0.0.0", "pixels/c.7.0.0.0.0.0.0", "_parts/000004.arrows", "videos.parquet"):
         flip_byte(out / name)
     finish(extract(video_folder, out, "--repair", kill_at=point), -signal.SIGKILL)
     finish(extract(video_folder, out, "--repair"))

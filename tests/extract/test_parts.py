@@ -132,7 +132,7 @@ def test_a_merge_on_a_disk_that_fills_up_names_the_shard_and_goes_on(
     copy = shutil.copyfile
 
     def refuse(source, target, **options):
-        if Path(source).name == "000004.parquet":
+        if Path(source).name == "000004.arrows":
             raise OSError(code, os.strerror(code), str(target))
         return copy(source, target, **options)
 

@@ -166,11 +166,11 @@ def test_killed_run_continues_to_the_same_store(video_folder, tmp_path, float_st
     )
     victim = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 60
-    while not list(out.glob("_parts/*.parquet")) and time.monotonic() < deadline:
+    while not list(out.glob("_parts/[0-9]*.arrows")) and time.monotonic() < deadline:
         time.sleep(0.005)
     victim.send_signal(signal.SIGKILL)
     victim.wait()
-    assert list(out.glob("_parts/*.parquet"))
+    assert list(out.glob("_parts/[0-9]*.arrows"))
     subprocess.run([sys.executable, "-c", code], check=True)
     assert_same_store(out, float_store)
 
@@ -295,7 +295,7 @@ def test_videos_that_are_unmounted_stop_the_run(video_folder, make_config, tmp_p
         extract_dataset(config, unmount)
     root.rmdir()
     (tmp_path / "elsewhere").rename(root)
-    assert len(list(config.out.glob("_parts/*.parquet"))) >= 2
+    assert len(list(config.out.glob("_parts/[0-9]*.arrows"))) >= 2
     extract_dataset(config)
     assert contents(config.out, "zarr.json") == contents(float_store, "zarr.json")
 
@@ -329,7 +329,7 @@ def test_a_worker_does_a_run_of_shards_once(video_folder, make_config, tmp_path,
         assert "backbone" not in worker.process(undone), "somebody has done them all"
         assert "backbone" in worker.process({**undone, 3: read_marker_state(config.out, 3)})
     changed = {path.name for path, time in times.items() if path.stat().st_mtime_ns != time}
-    assert changed == {"000003.parquet"}
+    assert changed == {"000003.arrows"}
     extract_dataset(config)
     assert contents(config.out, "zarr.json") == contents(float_store, "zarr.json")
 

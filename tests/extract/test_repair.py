@@ -8,7 +8,6 @@ from s4v.errors import StoreDamagedError, StoreMismatchError
 from s4v.extract.extraction import extract_dataset
 from s4v.store.reader import open_store
 from s4v.store.verify import verify_store
-from s4v.store.writer import is_undone, read_marker_state
 
 
 @pytest.fixture
@@ -19,7 +18,7 @@ def damaged(int8_store, tmp_path):
 def test_repair_redoes_what_is_damaged_and_nothing_else(
     damaged, int8_store, video_folder, make_config, contents, flip_byte
 ):
-    for name in ("patches/c.1.0.0.0.0.0", "pixels/c.2.0.0.0.0.0.0", "embedding/c.4.0.0.0", "_parts/000005.parquet"):
+    for name in ("patches/c.1.0.0.0.0.0", "pixels/c.2.0.0.0.0.0.0", "embedding/c.4.0.0.0", "_parts/000005.arrows"):
         flip_byte(damaged / name)
     for name in ("videos.parquet", "captions.parquet", "cls/zarr.json", "head/norm_weight/c.0", "codec/scale/c.0.0"):
         flip_byte(damaged / name)
@@ -34,9 +33,14 @@ def test_repair_redoes_what_is_damaged_and_nothing_else(
 
 
 def test_repairing_a_whole_store_changes_nothing(damaged, video_folder, make_config):
-    before = {p: p.stat().st_mtime_ns for p in damaged.rglob("*") if p.is_file()}
+    def times():
+        # What is known of done-markers is known of their inodes: a copy finds it out again.
+        files = [p for p in damaged.rglob("*") if p.is_file() and p.name != "joined.arrows"]
+        return {p: p.stat().st_mtime_ns for p in files}
+
+    before = times()
     extract_dataset(make_config(video_folder, damaged, dtype="int8", repair=True))
-    assert {p: p.stat().st_mtime_ns for p in damaged.rglob("*") if p.is_file()} == before
+    assert times() == before
 
 
 def test_another_command_does_not_repair(damaged, video_folder, make_config, contents, flip_byte, monkeypatch):
@@ -70,54 +74,70 @@ def paired(make_video, make_config, tmp_path):
     return config
 
 
+def read(config, row):
+    return open_store(config.out).read_clips([row], [[0, 1, 2, 3]]).patches
+
+
 def statuses(config):
     return open_store(config.out).read_manifest(["status"])["status"].to_pylist()
 
 
-def test_trying_failed_rows_again_loses_no_good_row(paired, make_video, caplog):
+def test_trying_failed_rows_again_keeps_good_ones_whose_video_is_gone(paired, make_video):
     before = statuses(paired)
+    kept = read(paired, 3)
     (paired.root / "03.mp4").unlink()  # beside 02
     for name in ("02.mp4", "07.mp4"):
         make_video(paired.root / name, seed=50)
     summary = extract_dataset(replace(paired, retry_failed=True))
-    assert summary.videos == {"ok": 17, "failed": 1, "pending": 0}
-    assert statuses(paired) == [*before[:7], "ok", *before[8:]], "07 is had, 02 is not, 03 is kept"
-    assert "shard 1 with its failed rows is not done anew: it would lose 03.mp4" in caplog.text
+    assert summary.videos == {"ok": 18, "failed": 0, "pending": 0}
+    assert [now for now, then in zip(statuses(paired), before, strict=True) if then == "ok"] == ["ok"] * 16
+    assert np.array_equal(read(paired, 3), kept)
     assert verify_store(open_store(paired.out)) == []
 
 
-def test_a_good_row_is_not_replaced_by_a_failed_one(paired, make_video, caplog, contents):
-    before, marker = contents(paired.out), read_marker_state(paired.out, 1)
+def test_a_good_row_is_not_replaced_by_a_failed_or_another_one(paired, make_video, caplog):
+    kept = {row: read(paired, row) for row in (3, 6)}
     (paired.root / "03.mp4").write_bytes(b"no video any more")
-    (paired.root / "06.mp4").write_bytes(b"no video any more")
+    make_video(paired.root / "06.mp4", seed=70)  # another video in its place
     for name in ("02.mp4", "07.mp4"):
         make_video(paired.root / name, seed=50)
-    assert extract_dataset(replace(paired, retry_failed=True)).videos == {"ok": 16, "failed": 2, "pending": 0}
-    assert contents(paired.out) == before
-    assert not is_undone(paired.out, 1, marker), "who hands out shards to workers does not hand it out again"
-    assert "shard 1 stays as it was, for good rows of it do not decode now: 03.mp4 (unreadable" in caplog.text
-    # Where the marker is gone, nothing is left that could stay.
-    (paired.out / "_parts/000005.parquet").unlink()
+    summary = extract_dataset(replace(paired, retry_failed=True))
+    assert summary.videos == {"ok": 18, "failed": 0, "pending": 0}
+    assert summary.changed == ["03.mp4", "06.mp4"]
+    assert "2 rows were made of other videos than lie there now (03.mp4, 06.mp4)" in caplog.text
+    assert all(np.array_equal(read(paired, row), tokens) for row, tokens in kept.items())
+    # A done-marker that is gone takes nothing with it.
+    (paired.out / "_parts/000005.arrows").unlink()
     (paired.root / "10.mp4").unlink()
-    extract_dataset(paired)
-    assert "shard 5 loses rows that were good and do not decode now: 10.mp4 (missing-file)" in caplog.text
+    assert extract_dataset(paired).videos == {"ok": 18, "failed": 0, "pending": 0}
+    assert verify_store(open_store(paired.out)) == []
 
 
-def test_repair_loses_no_good_row(paired, flip_byte, caplog):
-    store = open_store(paired.out)
-    clips = store.read_clips([8], [[0, 1, 2, 3]])
+def test_repair_keeps_every_row_that_is_whole(paired, flip_byte):
+    kept = read(paired, 8)
     (paired.root / "08.mp4").unlink()
     flip_last_chunk(paired.out / "patches/c.4.0.0.0.0.0")  # of row 9
     flip_byte(paired.out / "patches/c.6.0.0.0.0.0")
-    flip_byte(paired.out / "_parts/000004.parquet", 300)
-    with pytest.raises(StoreDamagedError, match=r"damage stays in shards 4; all else is mended.*bring the videos back"):
+    flip_byte(paired.out / "_parts/000004.arrows", 300)
+    summary = extract_dataset(replace(paired, repair=True))
+    assert summary.videos == {"ok": 16, "failed": 2, "pending": 0}
+    assert verify_store(open_store(paired.out)) == []
+    assert np.array_equal(read(paired, 8), kept)
+
+
+def test_a_damaged_row_is_not_mended_with_another_video(paired, make_video, flip_byte, caplog):
+    flip_last_chunk(paired.out / "patches/c.4.0.0.0.0.0")  # of row 9
+    flip_byte(paired.out / "patches/c.6.0.0.0.0.0")
+    make_video(paired.root / "09.mp4", seed=80)
+    with pytest.raises(StoreDamagedError, match=r"damage stays in shards 4; all else is mended.*--redo-changed"):
         extract_dataset(replace(paired, repair=True))
-    assert "shard 4 is damaged and stays so: done anew it would lose 08.mp4" in caplog.text
+    assert "shard 4 is damaged and stays so: 09.mp4 was made of another video" in caplog.text
     assert [(one.shard, one.video_id) for one in verify_store(open_store(paired.out))] == [(4, "09.mp4")]
-    assert np.array_equal(open_store(paired.out).read_clips([8], [[0, 1, 2, 3]]).patches, clips.patches)
+    extract_dataset(replace(paired, repair=True, redo_changed=True))
+    assert verify_store(open_store(paired.out)) == []
 
 
-def test_repair_redoes_a_shard_where_only_damaged_rows_are_lost(paired, flip_byte, caplog):
+def test_repair_loses_only_damaged_rows_whose_video_is_gone(paired, flip_byte):
     for name in ("08.mp4", "14.mp4"):
         (paired.root / name).unlink()
     flip_byte(paired.out / "patches/c.4.0.0.0.0.0")  # its first chunk is row 8's
@@ -126,14 +146,12 @@ def test_repair_redoes_a_shard_where_only_damaged_rows_are_lost(paired, flip_byt
     summary = extract_dataset(replace(paired, repair=True))
     assert summary.videos == {"ok": 14, "failed": 4, "pending": 0}
     assert verify_store(open_store(paired.out)) == []
-    assert "shard 4 loses rows that were good and do not decode now: 08.mp4 (missing-file)" in caplog.text
-    assert "shard 7 loses rows that were good" in caplog.text
 
 
 def test_a_damaged_done_marker_alone_is_written_anew_where_a_video_is_gone(paired, contents):
     before = contents(paired.out)
     (paired.root / "08.mp4").unlink()
-    (paired.out / "_parts/000004.parquet").unlink()
+    (paired.out / "_parts/000004.arrows").unlink()
     extract_dataset(replace(paired, repair=True))
     assert contents(paired.out) == before
     assert verify_store(open_store(paired.out)) == []

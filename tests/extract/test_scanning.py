@@ -12,7 +12,7 @@ def test_a_scan_names_what_an_extraction_would_lose(video_folder, tmp_path):
     result = CliRunner().invoke(app, [*command, "--json", "--strict"])
     assert result.exit_code == 3, result.output
     told = json.loads(result.stdout.splitlines()[-1])
-    assert told["videos"] == {"ok": 10, "failed": 1} and told["reasons"] == {"unreadable": 1}
+    assert told["videos"] == {"ok": 10, "failed": 1, "pending": 0} and told["reasons"] == {"unreadable": 1}
     rows = pyarrow.parquet.read_table(out).to_pylist()
     assert [row["video_id"] for row in rows] == sorted(row["video_id"] for row in rows)
     good = next(row for row in rows if row["video_id"] == "train/walk/0.mp4")

@@ -49,7 +49,7 @@ def test_every_flipped_byte_is_found_where_it_is(store_path, flip_byte):
 @pytest.mark.parametrize(
     "name",
     ["codec/scale/c.0.0", "head/norm_weight/c.0", "embedding/c.3.0.0.0", "videos.parquet", "captions.parquet",
-     "_parts/000002.parquet", "patches/zarr.json"],
+     "_parts/000002.arrows", "patches/zarr.json"],
 )  # fmt: skip
 def test_flips_outside_of_the_shards_are_found(store_path, name, flip_byte):
     flip_byte(store_path / name, 33)
@@ -58,11 +58,11 @@ def test_flips_outside_of_the_shards_are_found(store_path, name, flip_byte):
 
 def test_missing_files_and_truncations_are_found(store_path):
     (store_path / "cls/c.1.0.0.0.0").unlink()
-    (store_path / "_parts/000004.parquet").unlink()
+    (store_path / "_parts/000004.arrows").unlink()
     whole = store_path / "pixels/c.2.0.0.0.0.0.0"
     whole.write_bytes(whole.read_bytes()[:-1000])
     found = {(one.where, one.shard) for one in verify_store(open_store(store_path))}
-    assert found == {("cls/c.1.0.0.0.0", 1), ("_parts/000004.parquet", 4), ("pixels/c.2.0.0.0.0.0.0", 2)}
+    assert found == {("cls/c.1.0.0.0.0", 1), ("_parts/000004.arrows", 4), ("pixels/c.2.0.0.0.0.0.0", 2)}
 
 
 def test_a_manifest_that_says_something_else_is_found(store_path):
@@ -103,20 +103,18 @@ def test_missing_checksums_are_damage_that_repair_mends(store_path, int8_store, 
 def test_a_flip_in_the_recorded_hashes_is_found_and_mended(store_path, int8_store, video_folder, make_config, contents):
     hashes = store_path / "checksums.json"
     known = json.loads(hashes.read_text())
-    for name in ("cls/zarr.json", "_parts/000002.parquet", "videos.parquet"):
+    for name in ("cls/zarr.json", "videos.parquet"):
         known[name] = known[name][::-1]
     hashes.write_text(json.dumps({**known, "_parts/00x.parquet": "0"}))
     found = {(one.where, one.shard) for one in verify_store(open_store(store_path))}
-    wrong = {("cls/zarr.json", None), ("_parts/000002.parquet", 2), ("videos.parquet", None)}
-    assert found == wrong | {("_parts/00x.parquet", None)}
-    del known["_parts/000002.parquet"]
+    assert found == {("cls/zarr.json", None), ("videos.parquet", None), ("_parts/00x.parquet", None)}
     hashes.write_text(json.dumps(known))
     extract_dataset(make_config(video_folder, store_path, dtype="int8", repair=True))
     assert verify_store(open_store(store_path)) == []
     assert contents(store_path, "zarr.json") == contents(int8_store, "zarr.json")
 
 
-@pytest.mark.parametrize("name", ["_parts/000003.parquet", "patches/c.1.0.0.0.0.0", "cls/zarr.json", "videos.parquet"])
+@pytest.mark.parametrize("name", ["_parts/000003.arrows", "patches/c.1.0.0.0.0.0", "cls/zarr.json", "videos.parquet"])
 def test_a_folder_in_the_place_of_a_file_is_damage_and_the_rest_is_verified(
     name, store_path, int8_store, video_folder, make_config, contents, flip_byte
 ):
@@ -130,7 +128,7 @@ def test_a_folder_in_the_place_of_a_file_is_damage_and_the_rest_is_verified(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reading /proc/self/mem from its start is an input/output error")
-@pytest.mark.parametrize("name", ["_parts/000003.parquet", "patches/c.1.0.0.0.0.0", "embedding/c.4.0.0.0"])
+@pytest.mark.parametrize("name", ["_parts/000003.arrows", "patches/c.1.0.0.0.0.0", "embedding/c.4.0.0.0"])
 def test_a_disk_that_does_not_read_a_file_is_damage_and_the_rest_is_verified(name, store_path, flip_byte):
     (store_path / name).unlink()
     (store_path / name).symlink_to("/proc/self/mem")
@@ -156,7 +154,7 @@ def test_one_byte_in_each_of_50_shards_is_named_refused_and_mended(
     flipped = {}
     for shard in shards:
         name = draw.choice([*arrays, "_parts"])
-        key = f"{shard:06d}.parquet" if name == "_parts" else arrays[name].shard_keys(shard)[0]
+        key = f"{shard:06d}.arrows" if name == "_parts" else arrays[name].shard_keys(shard)[0]
         flip_byte(config.out / name / key, draw.randrange((config.out / name / key).stat().st_size))
         flipped[shard] = name, f"{name}/{key}"
     assert {one.shard: one.where for one in verify_store(open_store(config.out))} == {
@@ -180,5 +178,5 @@ def test_one_byte_in_each_of_50_shards_is_named_refused_and_mended(
     assert contents(config.out) == contents(whole)
     kept = set(range(56)) - set(shards)
     files = [config.out / name / key for name, spec in arrays.items() for s in kept for key in spec.shard_keys(s)]
-    files += [config.out / f"_parts/{shard:06d}.parquet" for shard in kept]
+    files += [config.out / f"_parts/{shard:06d}.arrows" for shard in kept]
     assert all(file.stat().st_mtime_ns == before[file] for file in files) and len(files) == 6 * (len(arrays) + 1)

@@ -36,13 +36,13 @@ def refuse(monkeypatch):
     ("code", "said"), [(errno.ENOSPC, "no space left"), (errno.EDQUOT, "the disk quota is used up")]
 )
 def test_a_done_marker_that_has_no_room_names_shard_and_space(code, said, video_folder, make_config, tmp_path, refuse):
-    refuse("000002.parquet", code)
+    refuse("000002.arrows", code)
     config = make_config(video_folder, tmp_path / "full.zarr")
     with pytest.raises(
         EnvironmentFailedError, match=rf"shard 2 could not be written: {said}; it needs \d+\.\d MB.*the same command"
     ):
         extract_dataset(config)
-    assert [path.name for path in sorted((config.out / "_parts").iterdir())] == ["000000.parquet", "000001.parquet"]
+    assert [path.name for path in sorted((config.out / "_parts").iterdir())] == ["000000.arrows", "000001.arrows"]
 
 
 @pytest.mark.parametrize("name", ["checksums.json", "videos.parquet"])
@@ -58,10 +58,11 @@ def test_a_skeleton_or_manifest_that_has_no_room_is_told_in_one_line(
     assert not (tmp_path / "new.zarr").exists()
 
 
-def test_retrying_forgets_a_marker_before_it_takes_it_back(
-    float_store, video_folder, make_video, make_config, tmp_path, monkeypatch
+@pytest.mark.parametrize("point", ["swap prepared", "swap begun", "swap moved", "swap done"])
+def test_a_shard_is_replaced_from_any_point_on(
+    point, float_store, video_folder, make_video, make_config, tmp_path, monkeypatch
 ):
-    """Killed in between, what is left must not be a recorded hash of a marker that another one replaces."""
+    """Killed in between, the store has the old shard or is completed by the next writer; nothing of it is damage."""
     root, out = (shutil.copytree(path, tmp_path / path.name) for path in (video_folder, float_store))
     make_video(root / "train/walk/broken.mp4", seed=99)
     config = make_config(root, out, retry_failed=True)
@@ -69,24 +70,29 @@ def test_retrying_forgets_a_marker_before_it_takes_it_back(
     class Killed(BaseException):
         pass
 
-    def kill(point):
-        if point == "shard undone":
+    def kill(passed):
+        if passed == point:
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("s4v.store.writer.kill_point", kill)
+        patch.setattr("s4v.store.swap.kill_point", kill)
         with pytest.raises(Killed):
             extract_dataset(config)
-    extract_dataset(config)
     assert verify_store(open_store(out)) == []
+    assert extract_dataset(config).videos == {"ok": 11, "failed": 0, "pending": 0}
+    assert verify_store(open_store(out)) == []
+    assert not [path.name for path in out.iterdir() if path.name.startswith("_scratch")]
+    assert not list((out / "_swaps").iterdir())
 
 
 def test_a_marker_that_got_lost_is_made_anew_without_damage(float_store, video_folder, make_config, tmp_path):
     out = shutil.copytree(float_store, tmp_path / "lost.zarr")
-    (out / "_parts/000003.parquet").unlink()
-    assert {one.where for one in verify_store(open_store(out))} == {"_parts/000003.parquet"}
+    (out / "_parts/000003.arrows").unlink()
+    assert {one.where for one in verify_store(open_store(out))} == {"_parts/000003.arrows"}
+    before = (out / "patches/c.3.0.0.0.0.0").read_bytes()
     extract_dataset(make_config(video_folder, out))
     assert verify_store(open_store(out)) == []
+    assert (out / "patches/c.3.0.0.0.0.0").read_bytes() == before
 
 
 def test_what_killed_writers_were_filling_is_removed(float_store, video_folder, make_config, tmp_path, contents):

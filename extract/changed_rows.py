@@ -1,0 +1,164 @@
+"""Rows whose video is not the one any more that they were made of."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow.compute as pc
+
+from ..errors import StoreDamagedError
+from ..store.markers import find_markers, read_marker
+from ..store.reader import StoreReader
+from ..store.writer import StoreWriter
+from .source import SourceFacts, is_same_source, read_source
+
+_THREADS = 16
+"""A network disk answers many questions at once, and each of them slowly."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceReport:
+    """The rows of a store beside the files that lie there now, by row number."""
+
+    same: list[int] = field(default_factory=list)
+    changed: list[int] = field(default_factory=list)
+    gone: list[int] = field(default_factory=list)
+    unknown: list[int] = field(default_factory=list)
+    """Good rows from before sources were known."""
+    split: list[str] = field(default_factory=list)
+    """Files whose segments were made of different versions of them."""
+
+
+def find_changed_rows(store: StoreReader, root: Path, *, paths: Sequence[str] | None = None) -> list[int]:
+    """Good rows whose file is there and another one by size or, where its time of change is another, by its bytes.
+
+    Args:
+        store: What was extracted.
+        root: Folder below which the videos lie.
+        paths: Of all rows, where the manifest may be damaged: then done-markers are asked, as far as they are whole.
+
+    Returns:
+        Row numbers, ascending.
+    """
+    rows = _read_manifest(store) if paths is None else _read_markers(store, paths)
+    return _compare(rows, root, is_same_source).changed
+
+
+def compare_sources(store: StoreReader, root: Path) -> SourceReport:
+    """The same for every good row, and by the bytes of every file."""
+
+    def is_same(num_bytes: int, _: int, recorded: str, path: Path) -> bool:
+        facts = read_source(path)
+        return (facts.source_bytes, facts.source_hash) == (num_bytes, recorded)
+
+    return _compare(_read_manifest(store), root, is_same)
+
+
+def record_sources(store: StoreReader, root: Path, rows: Sequence[int]) -> int:
+    """Take what lies there now for the source of rows from before sources were known.
+
+    Args:
+        store: What was extracted.
+        root: Folder below which the videos lie.
+        rows: Good rows without a source.
+
+    Returns:
+        How many rows have one now; files that cannot be read leave theirs as they are.
+
+    Raises:
+        StoreBusyError: If another process writes to the store.
+    """
+    paths = store.input_columns()["path"].take(list(rows)).to_pylist()
+    facts: dict[str, SourceFacts | None] = {}
+    with ThreadPoolExecutor(_THREADS) as threads:
+        unique = list(dict.fromkeys(paths))
+        facts.update(zip(unique, threads.map(lambda path: _read_if_there(root / path), unique), strict=True))
+    sources = {
+        row: (known.source_bytes, known.source_mtime_ns, known.source_hash)
+        for row, path in zip(rows, paths, strict=True)
+        if (known := facts[path]) is not None
+    }
+    with StoreWriter(store.path, store.layout, store.codec, store.input_columns()) as writer:
+        writer.set_sources(sources)
+        writer.consolidate()
+    return len(sources)
+
+
+def warn_of_changed(store: StoreReader, rows: Sequence[int]) -> list[str]:
+    """Tell of changed rows, in one line; returns their ids."""
+    if not rows:
+        return []
+    table = store.input_columns().take(list(rows))
+    files = list(dict.fromkeys(table["path"].to_pylist()))
+    shown = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+    _log.warning(
+        "%s: %d rows were made of other videos than lie there now (%s). They keep what they have; --redo-changed does "
+        "them anew.",
+        *(store.path, len(rows), shown),
+    )
+    return table["video_id"].to_pylist()
+
+
+_Row = tuple[int, str, int | None, int | None, str | None]
+"""Row number, path, bytes, time of the last change, hash."""
+
+
+def _read_manifest(store: StoreReader) -> Iterator[_Row]:
+    """All good rows."""
+    columns = ["path", "source_bytes", "source_mtime_ns", "source_hash"]
+    table = store.read_manifest([*columns, "status"])
+    good = pc.indices_nonzero(pc.equal(table["status"], "ok"))
+    table = table.take(good)
+    return zip(good.to_pylist(), *(table[name].to_pylist() for name in columns), strict=True)
+
+
+def _read_markers(store: StoreReader, paths: Sequence[str]) -> Iterator[_Row]:
+    """Good rows of shards whose done-marker is whole."""
+    for shard in find_markers(store.path):
+        first = store.layout.shard_rows(shard).start
+        with suppress(StoreDamagedError):
+            marker = read_marker(store.path, shard, store.attributes["codec"]["sha256"])
+            for row, one in enumerate(marker.as_results() if marker else (), start=first):
+                if one.status == "ok" and row < len(paths):
+                    yield row, paths[row], one.source_bytes, one.source_mtime_ns, one.source_hash
+
+
+def _compare(rows: Iterable[_Row], root: Path, is_same: Callable[[int, int, str, Path], bool]) -> SourceReport:
+    report = SourceReport()
+    by_source: dict[tuple[str, int, int, str], list[int]] = defaultdict(list)
+    for row, path, num_bytes, mtime_ns, source_hash in rows:
+        if None in (num_bytes, mtime_ns, source_hash):
+            report.unknown.append(row)
+        else:
+            by_source[path, num_bytes, mtime_ns, source_hash].append(row)
+
+    def judge(source: tuple[str, int, int, str]) -> bool | None:
+        path, *recorded = source
+        try:
+            return is_same(*recorded, root / path)  # type: ignore[arg-type]
+        except OSError:
+            return None
+
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for rows, verdict in zip(by_source.values(), threads.map(judge, by_source), strict=True):
+            (report.gone if verdict is None else report.same if verdict else report.changed).extend(rows)
+    hashes = {(path, source_hash) for path, _, _, source_hash in by_source}
+    report.split.extend(sorted(path for path, count in Counter(path for path, _ in hashes).items() if count > 1))
+    for rows in (report.same, report.changed, report.gone):
+        rows.sort()
+    return report
+
+
+def _read_if_there(path: Path) -> SourceFacts | None:
+    try:
+        return read_source(path)
+    except OSError:
+        return None
