@@ -11,6 +11,7 @@
     │   ├── StoreNotFoundError    nothing there, or something that is not a store
     │   ├── StoreExistsError      writing would replace a store
     │   ├── StoreBusyError        another process is writing there
+    │   │   └── LeaseLostError    exit code 5: this process was stopped for long, and another one took over
     │   ├── StoreMismatchError    the store does not hold what the run or the command needs
     │   └── StoreDamagedError     exit code 4: bytes on disk are not the bytes that were written
     ├── RunError
@@ -67,6 +68,12 @@ class StoreExistsError(StoreError, FileExistsError):
 
 class StoreBusyError(StoreError, BlockingIOError):
     """Another process is writing there."""
+
+
+class LeaseLostError(StoreBusyError):
+    """This process was stopped or cut off for so long that another one took over what it was writing to."""
+
+    exit_code = 5
 
 
 class StoreMismatchError(StoreError, ValueError):

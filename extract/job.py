@@ -88,13 +88,20 @@ class Job:
             report=self.report,
         )
 
+    @property
+    def part_bounds(self) -> tuple[int, int] | None:
+        """First shard of this machine's part and the first after it; None where all shards are this machine's."""
+        if self.config.part is None:
+            return None
+        part, num_parts = self.config.part
+        return (part - 1) * self.layout.num_shards // num_parts, part * self.layout.num_shards // num_parts
+
     def limit_shards(self, shards: Sequence[int]) -> list[int]:
         """Those of this machine's part, of them the first that hold `limit` rows together, the last one whole."""
         shards = list(shards)
-        if self.config.part is not None:
-            part, num_parts = self.config.part
-            bounds = [place * self.layout.num_shards // num_parts for place in (part - 1, part)]
-            shards = [shard for shard in shards if bounds[0] <= shard < bounds[1]]
+        if self.part_bounds is not None:
+            first, stop = self.part_bounds
+            shards = [shard for shard in shards if first <= shard < stop]
         if self.config.limit is None:
             return shards
         taken, num_rows = [], 0

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..errors import StoreExistsError
 from ..store.appending import append_rows
 from ..store.codec import Codec
-from ..store.reader import open_store
+from ..store.lease import Scope
+from ..store.reader import is_store, open_store
 from ..store.texts import has_current_texts
 from ..store.writer import StoreWriter, create_store, resume_store
 from .calibration import fit_codec, frames_per_video, gather_sample, group_for_calibration
@@ -27,22 +29,39 @@ def open_writer(job: Job) -> StoreWriter:
             first = store.layout.num_rows // store.layout.rows_per_shard
             _require_room(job, job.limit_shards(range(first, job.layout.num_shards)))
             append_rows(config.out, layout=job.layout, attributes=job.attributes, records=job.records)
-        return resume_store(config.out, layout=job.layout, attributes=job.attributes, records=job.records)
+        return _resume(job)
     if not config.prepare:
         _require_room(job, job.limit_shards(range(job.layout.num_shards)), replaces=True)
     job.load_weights()
     job.report("calibrating the codec", 0, len(job.records))
     with job.clock.stage("calibration"):
         codec = make_codec(job)
-    return create_store(
-        config.out,
-        layout=job.layout,
-        attributes=job.attributes,
-        records=job.records,
-        codec=codec,
-        head=job.backbone.read_head(),
-        overwrite=config.overwrite,
+    try:
+        return create_store(
+            config.out,
+            layout=job.layout,
+            attributes=job.attributes,
+            records=job.records,
+            codec=codec,
+            head=job.backbone.read_head(),
+            overwrite=config.overwrite,
+            scope=_scope_of(job),
+        )
+    except StoreExistsError:
+        if config.overwrite or not is_store(config.out):
+            raise
+        return _resume(job)  # another process of the same command was first
+
+
+def _resume(job: Job) -> StoreWriter:
+    return resume_store(
+        job.config.out, layout=job.layout, attributes=job.attributes, records=job.records, scope=_scope_of(job)
     )
+
+
+def _scope_of(job: Job) -> Scope:
+    """What this run writes to: other parts may be under way beside it."""
+    return Scope.all() if job.part_bounds is None else Scope.shards(*job.part_bounds)
 
 
 def undone_shards(job: Job, writer: StoreWriter, changed: Sequence[int] = ()) -> list[int]:

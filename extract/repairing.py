@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from ..errors import StoreDamagedError
 from ..store import manifest
+from ..store.lease import Lease, Scope, hold_lease
 from ..store.reader import StoreReader, open_store
 from ..store.verify import Damage, verify_store
 from ..store.writer import repair_store
@@ -32,6 +33,12 @@ def mend_store(job: Job, changed: Collection[int]) -> list[Damage]:
     Raises:
         StoreError: If the store is another command's, or cannot be mended by it; nothing was changed.
     """
+    path, advice = job.config.out, "wait for it before repairing its store"
+    with hold_lease(path, Scope.all(), purpose="extract --repair", advice=advice) as lease:
+        return _mend_store(job, changed, lease)
+
+
+def _mend_store(job: Job, changed: Collection[int], lease: Lease) -> list[Damage]:
     store = open_store(job.config.out)
     damage = verify_store(store, job.report)
     lost: dict[int, set[int]] = defaultdict(set)
@@ -49,11 +56,13 @@ def mend_store(job: Job, changed: Collection[int]) -> list[Damage]:
         )
     to_mend = [one for one in damage if one.shard not in kept]
     if to_mend:
-        _mend(job, store, to_mend, {shard: rows for shard, rows in lost.items() if shard not in kept})
+        _mend(job, store, to_mend, {shard: rows for shard, rows in lost.items() if shard not in kept}, lease)
     return [one for one in damage if one.shard in kept]
 
 
-def _mend(job: Job, store: StoreReader, damage: Sequence[Damage], lost: Mapping[int, Collection[int]]) -> None:
+def _mend(
+    job: Job, store: StoreReader, damage: Sequence[Damage], lost: Mapping[int, Collection[int]], lease: Lease
+) -> None:
     job.load_weights()
     try:
         codec = store.codec
@@ -69,5 +78,6 @@ def _mend(job: Job, store: StoreReader, damage: Sequence[Damage], lost: Mapping[
         records=job.records,
         codec=codec,
         head=job.backbone.read_head(),
+        lease=lease,
     )
     _log.warning("%s: %d damages; doing %d rows anew", store.path, len(damage), sum(map(len, lost.values())))

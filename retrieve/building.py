@@ -13,13 +13,9 @@ What reads them is retrieve/index.py.
 
 from __future__ import annotations
 
-import fcntl
-import logging
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,17 +24,17 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import StoreDamagedError, StoreMismatchError
-from ..store._files import hash_file, hash_text, read_json, sync_folder, wait_for_folder, write_json
+from ..store._files import hash_file, hash_text, kill_point, read_json, sync_folder, write_json
 from ..store.checksums import CHECKSUMS_NAME
+from ..store.lease import Lease, hold_place
 from ..store.markers import find_markers
 from ..store.reader import StoreReader
+from ..store.scratch import make_scratch, remove_dead_scratch
 from .trained import TrainedFrames
 from .vectors import normalise_rows, pool_frames
 
 FORMAT_VERSION = 2
 _FACTS_NAME = "index.json"
-
-_log = logging.getLogger(__name__)
 
 Report = Callable[[str, int, int], None]
 
@@ -83,11 +79,7 @@ def build_index(
         StoreMismatchError: If the store has no good video or has grown since it was opened, or something else stands at
             `path`.
     """
-    if path.exists() and not _is_index(path) and (not path.is_dir() or any(path.iterdir())):
-        raise StoreMismatchError(
-            f"{path} exists and is no index. Nothing was written; name another folder (--index of `s4v retrieve`, "
-            "--out of `s4v index`)."
-        )
+    _require_free(path)
     state = fingerprint(store, trained)  # before what it is the state of
     table = store.read_manifest(["status", "num_cached_frames", "timestamps_s", "eval_clips"])
     require_rows(store, len(table))
@@ -97,7 +89,7 @@ def build_index(
     run = None if trained is None else str(trained.run.path.resolve())
     facts = IndexFacts(FORMAT_VERSION, str(store.path.resolve()), state, len(good), store.layout.embed_dim, 0.0, run)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _make_room(path) as room:
+    with _make_room(path) as (room, lease):
         found = read_facts(path)
         if found is not None and found.fingerprint == state:  # another process has built it meanwhile
             return found
@@ -105,8 +97,17 @@ def build_index(
         folder.mkdir()
         facts = replace(facts, rounding=_write_arrays(folder, store, table, good, report, trained))
         write_json(folder / _FACTS_NAME, asdict(facts))
-        _move_into_place(folder, path)
+        _move_into_place(folder, path, lease)
     return facts
+
+
+def _require_free(path: Path) -> None:
+    """Refuse a place where something stands that is not an index."""
+    if path.exists() and not _is_index(path) and (not path.is_dir() or any(path.iterdir())):
+        raise StoreMismatchError(
+            f"{path} exists and is no index. Nothing was written; name another folder (--index of `s4v retrieve`, "
+            "--out of `s4v index`)."
+        )
 
 
 def require_rows(store: StoreReader, num_rows: int) -> None:
@@ -189,49 +190,22 @@ def measure_rounding(vectors: np.ndarray, rounded: np.ndarray) -> float:
 
 
 @contextmanager
-def _make_room(path: Path) -> Iterator[Path]:
-    """A folder to build an index in, as the only process that does; what is left in it goes afterwards.
-
-    Builders lock the folder that theirs lie in. Where a file system has no locks they build side by side, and the last
-    one counts: nobody removes what may be another's.
-    """
-    room = path.with_name(f"{path.name}.partial")
-    with ExitStack() as held:
-        while True:
-            room.mkdir(exist_ok=True)
-            try:
-                handle = held.enter_context(wait_for_folder(room, f"another process builds {path.name}: waiting"))
-                if os.path.samestat(os.fstat(handle), room.stat()):
-                    _clear_if_locked(room, handle)
-                    mine = room / uuid.uuid4().hex
-                    mine.mkdir()
-                    break
-            except FileNotFoundError:  # whoever had it has finished, and taken it away
-                pass
-            held.close()
-        try:
-            yield mine
-        finally:
-            shutil.rmtree(mine, ignore_errors=True)
-            with suppress(OSError):  # another one's is in it
-                room.rmdir()
+def _make_room(path: Path) -> Iterator[tuple[Path, Lease]]:
+    """A folder to build an index in, as the only process that does; what is left in it goes afterwards."""
+    with hold_place(path, purpose="index", waiting=f"another process builds {path.name}") as lease:
+        remove_dead_scratch(path.parent, path.name)
+        with make_scratch(path.parent, path.name, "index") as room:
+            yield room, lease
 
 
-def _clear_if_locked(room: Path, handle: int) -> None:
-    """Remove what builders that were killed have left."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it is ours already, if there are locks at all
-    except OSError as error:
-        _log.warning("%s cannot be locked (%s): other processes may build the same index", room, error.strerror)
-        return
-    for left in room.iterdir():
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
-
-
-def _move_into_place(folder: Path, path: Path) -> None:
+def _move_into_place(folder: Path, path: Path, lease: Lease) -> None:
     """Rename an index to its place; the one that was there goes into the folder beside `folder`."""
-    with suppress(FileNotFoundError):
+    kill_point("index built")
+    lease.check()
+    _require_free(path)
+    if path.exists():
         path.rename(folder.with_name("old"))
+    kill_point("old index away")
     folder.rename(path)
     sync_folder(path.parent)
 

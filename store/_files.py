@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import logging
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import StoreBusyError
+from ._owner import make_token
 
-_log = logging.getLogger(__name__)
-
+_MOST_OF_A_NAME = 40
+"""Characters of a file's name in the name of what is to become it: a name has 255 bytes at most."""
 
 _passed: Counter[str] = Counter()
 
@@ -34,9 +31,10 @@ def kill_point(name: str) -> None:
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file, make it durable, and rename it to `path`.
 
-    A process killed at any moment leaves the old file or the new one, never a part of either.
+    A process killed at any moment leaves the old file or the new one, never a part of either. What it was still filling
+    has a name that no one else uses: `scratch.remove_dead_files` knows whose it was.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name[:_MOST_OF_A_NAME]}.{make_token()}.partial")
     try:
         write(temporary)
         with temporary.open("rb+") as file:
@@ -63,67 +61,6 @@ def sync_folder(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-class FolderLock:
-    """A lock on a folder against other processes, until `close` or until this process ends, however it ends.
-
-    It is the kernel's, on the folder itself: there is no file that a killed process could leave behind.
-
-    Args:
-        path: The folder.
-        busy: What to tell the user when another process holds it.
-
-    Raises:
-        StoreBusyError: If another process holds it.
-    """
-
-    def __init__(self, path: Path, busy: str) -> None:
-        self._handle = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise StoreBusyError(busy) from None
-        except OSError as error:  # some network file systems have no locks
-            _log.warning("%s cannot be locked (%s): make sure that nothing else writes there", path, error.strerror)
-
-    def __enter__(self) -> FolderLock:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Let others in; closing twice is fine."""
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
-
-
-@contextmanager
-def wait_for_folder(path: Path, waiting: str | None = None) -> Iterator[int]:
-    """Hold a folder's lock, after whoever has it; where a file system has no locks, without.
-
-    Args:
-        path: The folder.
-        waiting: What to tell the user if another process has it.
-
-    Yields:
-        The folder, open: it may have been renamed while somebody else had it.
-    """
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if waiting is not None:
-                    _log.warning(waiting)
-                fcntl.flock(handle, fcntl.LOCK_EX)
-        yield handle
     finally:
         os.close(handle)
 

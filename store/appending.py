@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -10,15 +9,18 @@ from typing import Any
 
 from ..errors import StoreDamagedError, StoreMismatchError
 from . import manifest
-from ._files import FolderLock, kill_point, read_json, sync_folder, write_json
+from ._files import kill_point, read_json, sync_folder, write_json
 from .checksums import APPEND_NAME, write_checksums
 from .layout import StoreLayout
+from .lease import Lease, Scope, hold_lease
 from .markers import PARTS_NAME, find_markers, marker_path, read_marker
 from .reader import StoreReader, open_store
 from .records import VideoRecord
+from .scratch import make_scratch, remove_dead_scratch
 from .writer import full_attributes, list_codec_differences, list_differences, write_skeleton
 
 _TO_DO_NAME = "append.json"
+_PURPOSE = "extract --append"
 
 # What new rows change.
 _GROWING = ("layout.num_rows ", "classes.")
@@ -41,37 +43,39 @@ def append_rows(
 
     Raises:
         StoreMismatchError: If anything but the number of rows and classes is another; all differences listed.
+        StoreBusyError: If another process writes to the store.
     """
-    with _lock(path):
+    with _hold(path) as lease:
         store = open_store(path)
         _require_same_rows(store, layout, attributes, records)
-        partial = path / f"{APPEND_NAME}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_dead_scratch(path, APPEND_NAME)
         kept = {**attributes, "created": store.attributes["created"]}
-        version = store.attributes["format_version"]
-        inputs = write_skeleton(partial, layout, kept, records, store.codec, store.head, version)
-        parts = {}
-        for shard in find_markers(path):
-            marker = read_marker(path, shard, store.codec.sha256)
-            if marker is not None:
-                parts[layout.shard_rows(shard).start] = marker.results
-        table = manifest.replace_results(manifest.pending_manifest(inputs), parts)
-        manifest.write_table(partial / manifest.MANIFEST_NAME, table)
-        arrays = [f"{spec.name}/zarr.json" for spec in layout.array_specs()]
-        files = [*arrays, manifest.CAPTIONS_NAME, manifest.MANIFEST_NAME, "zarr.json"]
-        write_json(partial / _TO_DO_NAME, {"files": files, "undone_shard": None})
-        kill_point("append prepared")
-        partial.rename(path / APPEND_NAME)
-        sync_folder(path)
-        _take_place(path)
+        with make_scratch(path, APPEND_NAME, _PURPOSE, lease=lease.nonce) as scratch:
+            prepared, version = scratch / APPEND_NAME, store.attributes["format_version"]
+            inputs = write_skeleton(prepared, layout, kept, records, store.codec, store.head, version)
+            parts = {}
+            for shard in find_markers(path):
+                marker = read_marker(path, shard, store.codec.sha256)
+                if marker is not None:
+                    parts[layout.shard_rows(shard).start] = marker.results
+            table = manifest.replace_results(manifest.pending_manifest(inputs), parts)
+            manifest.write_table(prepared / manifest.MANIFEST_NAME, table)
+            arrays = [f"{spec.name}/zarr.json" for spec in layout.array_specs()]
+            files = [*arrays, manifest.CAPTIONS_NAME, manifest.MANIFEST_NAME, "zarr.json"]
+            write_json(prepared / _TO_DO_NAME, {"files": files, "undone_shard": None})
+            kill_point("append prepared")
+            lease.check()
+            prepared.rename(path / APPEND_NAME)
+            sync_folder(path)
+        _take_place(path, lease)
 
 
 def finish_appending(path: Path) -> None:
     """Complete an `append_rows` that was killed; without one, nothing."""
     if (path / APPEND_NAME).is_dir():
-        with _lock(path):
+        with _hold(path) as lease:
             if (path / APPEND_NAME).is_dir():  # nobody else completed it meanwhile
-                _take_place(path)
+                _take_place(path, lease)
 
 
 def order_records(path: Path, records: Sequence[VideoRecord]) -> list[VideoRecord]:
@@ -102,8 +106,8 @@ def _read_row_order(store: StoreReader, video_ids: Sequence[str]) -> list[str]:
     return [name for row in rows if (name := row if row is not None else next(others, None)) is not None]
 
 
-def _lock(path: Path) -> FolderLock:
-    return FolderLock(path, f"another process is writing to {path}: wait for it before adding rows")
+def _hold(path: Path) -> Lease:
+    return hold_lease(path, Scope.all(), purpose=_PURPOSE, advice="wait for it before adding rows")
 
 
 def _require_same_rows(
@@ -126,21 +130,24 @@ def _require_same_rows(
         )
 
 
-def _take_place(path: Path) -> None:
+def _take_place(path: Path, lease: Lease) -> None:
     """Move the prepared files to their places: done again from any point, it comes to the same."""
     prepared = path / APPEND_NAME
     to_do = read_json(prepared / _TO_DO_NAME)
+    lease.check()
     if to_do["undone_shard"] is not None:  # by the version before, which did a last shard that grew anew
         marker_path(path, to_do["undone_shard"]).unlink(missing_ok=True)
         sync_folder(path / PARTS_NAME)
     for name in to_do["files"]:
         if (prepared / name).exists():
+            lease.check()
             (prepared / name).replace(path / name)
             sync_folder((path / name).parent)
             kill_point("append moved")
     write_checksums(path)
     kill_point("append in place")
     # Renamed first: a list of what to do that is half removed would be worse than none.
-    done = path / f"{APPEND_NAME}.partial"
-    prepared.rename(done)
-    shutil.rmtree(done)
+    with make_scratch(path, APPEND_NAME, _PURPOSE, lease=lease.nonce) as scratch:
+        lease.check()
+        prepared.rename(scratch / APPEND_NAME)
+        kill_point("append away")

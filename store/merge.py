@@ -9,13 +9,14 @@ from pathlib import Path
 
 from ..errors import ConfigError, StoreDamagedError, StoreExistsError, StoreMismatchError
 from . import manifest
-from ._files import describe_bytes, hash_file, kill_point, sync_folder, write_atomic
+from ._files import describe_bytes, hash_file, kill_point, write_atomic
 from .checksums import read_recorded_hashes, write_checksums
 from .fidelity import FIDELITY_NAME
 from .layout import STATS_NAME, StoreLayout
 from .markers import PARTS_NAME, marker_path
 from .reader import StoreReader, open_store
-from .writer import StoreWriter, list_differences, naming_what_is_refused
+from .scratch import is_scratch_name, make_scratch, remove_dead_scratch
+from .writer import StoreWriter, list_differences, move_into_place, naming_what_is_refused
 
 
 def merge_stores(
@@ -97,16 +98,22 @@ def _copy_skeleton(source: Path, out: Path) -> None:
     """All of a store but its shards and their markers, renamed into place whole."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StoreExistsError(f"{out} exists and is not a store. Nothing was written; choose another --out.")
-    fresh = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(fresh, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
+    remove_dead_scratch(out.parent, out.name)
+    with make_scratch(out.parent, out.name, "merge") as scratch:
+        _fill_skeleton(source, scratch / out.name)
+        move_into_place(scratch / out.name, out)
+
+
+def _fill_skeleton(source: Path, fresh: Path) -> None:
     arrays = {spec.name for spec in open_store(source).layout.array_specs()}
 
     def skip(folder: str, names: list[str]) -> set[str]:
         place = Path(folder).relative_to(source).as_posix()
         if place == PARTS_NAME:
             return set(names)
-        return {name for name in names if name.startswith("c.")} if place in arrays else set()
+        unfinished = {name for name in names if is_scratch_name(name)}
+        return unfinished | ({name for name in names if name.startswith("c.")} if place in arrays else set())
 
     shutil.copytree(source, fresh, ignore=skip)
     for name in (FIDELITY_NAME, STATS_NAME):  # of that machine, not of the whole
@@ -120,8 +127,6 @@ def _copy_skeleton(source: Path, out: Path) -> None:
                 "with --repair."
             )
     write_checksums(fresh)
-    fresh.rename(out)
-    sync_folder(out.parent)
 
 
 def _copy_shard(source: Path, out: Path, layout: StoreLayout, shard: int) -> None:

@@ -21,17 +21,24 @@ import numpy as np
 import tensorstore as ts
 
 from ..errors import EnvironmentFailedError, StoreDamagedError, StoreMismatchError
-from ._files import FolderLock, hash_file, kill_point, read_json, sync_folder
+from ._files import hash_file, kill_point, read_json, sync_folder
 from ._shards import DamagedChunkError, verify_shard
 from ._zarr import create_array, open_array, refused_write, write_group
 from .checksums import write_checksums
 from .layout import ArraySpec
+from .lease import Lease, Scope, hold_lease
 from .manifest import CAPTIONS_NAME
 from .reader import StoreReader
+from .scratch import Scratch, make_scratch, remove_dead_scratch, take_over_scratch
 
 TEXT_NAME = "text"
 TEXT_ARRAYS = ("tokens", "mask", "embedding")
 TEXTS_PER_SHARD = 1024
+
+REMOVED_STEM = "removed"
+"""Of scratch folders with texts that are on their way out."""
+_OLD_NAMES = (f"{TEXT_NAME}.partial", f"{TEXT_NAME}.partial.old")
+"""Of what the version before was filling, and removing."""
 
 MAX_WORDS = 32
 """M, start and end among them, where the text tower takes as many: what the reference trains and tests with."""
@@ -78,16 +85,43 @@ def write_texts(
         num_words: M.
         report: Told about progress.
 
+    Another process that writes them is waited for; shards may be written meanwhile.
+
     Raises:
         EnvironmentFailedError: If the file system refuses; what was written of the texts is removed.
-        StoreBusyError: If another process writes to the store.
+        StoreBusyError: If another process writes to the whole store.
+        LeaseLostError: If another process took over, because this one was stopped or cut off for too long.
     """
-    with FolderLock(store.path, f"another process is writing to {store.path}: run the command again in a moment"):
+    advice = "run the command again in a moment"
+    with hold_lease(store.path, Scope.manifest(), purpose="extract", wait=True, advice=advice) as lease:
+        if has_current_texts(store.path):
+            return  # of whom we waited for
+        remove_dead_scratch(store.path, REMOVED_STEM)
+        scratch = _open_scratch(store.path, lease)
         try:
-            _write_texts(store, encode, num_words, report)
+            _write_texts(store, encode, num_words, report, scratch.path / TEXT_NAME, lease)
         except EnvironmentFailedError:
-            shutil.rmtree(store.path / f"{TEXT_NAME}.partial", ignore_errors=True)
+            scratch.remove()
             raise
+        except BaseException:
+            scratch.leave()
+            raise
+        scratch.remove()
+
+
+def _open_scratch(root: Path, lease: Lease) -> Scratch:
+    """What a killed process has left of the texts, or a new folder."""
+    scratch = take_over_scratch(root, TEXT_NAME, "extract", lease=lease.nonce)
+    remove_dead_scratch(root, TEXT_NAME)
+    if scratch is None:
+        scratch = make_scratch(root, TEXT_NAME, "extract", lease=lease.nonce)
+        kept = root / _OLD_NAMES[0]
+        if kept.is_dir() and not kept.is_symlink():
+            kept.rename(scratch.path / TEXT_NAME)
+    for name in _OLD_NAMES:
+        if not (root / name).is_symlink():
+            shutil.rmtree(root / name, ignore_errors=True)
+    return scratch
 
 
 def _write_texts(
@@ -95,10 +129,10 @@ def _write_texts(
     encode: Callable[[list[str]], Texts],
     num_words: int,
     report: Callable[[str, int, int], None],
+    partial: Path,
+    lease: Lease,
 ) -> None:
-    captions = store.read_captions()["text"].to_pylist()
-    partial, final = store.path / f"{TEXT_NAME}.partial", store.path / TEXT_NAME
-    shutil.rmtree(_old(store.path), ignore_errors=True)
+    captions, final = store.read_captions()["text"].to_pylist(), store.path / TEXT_NAME
     specs = _specs(len(captions), num_words, store.layout.embed_dim)
     arrays = _open_partial(partial, specs, hash_file(store.path / CAPTIONS_NAME))
     for shard, first in enumerate(range(0, len(captions), TEXTS_PER_SHARD)):
@@ -119,7 +153,8 @@ def _write_texts(
         if folder.is_dir():
             sync_folder(folder)
     kill_point("texts written")
-    remove_texts(store.path)
+    remove_texts(store.path, lease)
+    lease.check()
     partial.rename(final)
     sync_folder(store.path)
     kill_point("texts in place")
@@ -165,18 +200,18 @@ def count_text_bytes(num_captions: int, embed_dim: int) -> int:
     return sum(math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in specs)
 
 
-def remove_texts(root: Path) -> None:
-    """Take the texts out of a store, all at once."""
+def remove_texts(root: Path, lease: Lease) -> None:
+    """Take the texts out of a store, all at once.
+
+    Raises:
+        LeaseLostError: If another process took over.
+    """
     if (root / TEXT_NAME).is_dir():
-        gone = _old(root)
-        shutil.rmtree(gone, ignore_errors=True)
-        (root / TEXT_NAME).rename(gone)
-        write_checksums(root)
-        shutil.rmtree(gone)
-
-
-def _old(root: Path) -> Path:
-    return root / f"{TEXT_NAME}.partial.old"
+        with make_scratch(root, REMOVED_STEM, "extract", lease=lease.nonce) as scratch:
+            lease.check()
+            (root / TEXT_NAME).rename(scratch / TEXT_NAME)
+            write_checksums(root)
+            kill_point("texts away")
 
 
 class TextReader:

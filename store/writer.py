@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
-import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,20 @@ import tensorstore as ts
 
 from ..errors import S4vError, StoreDamagedError, StoreError, StoreExistsError, StoreMismatchError
 from . import manifest
-from ._files import FolderLock, hash_file, kill_point, sync_folder, wait_for_folder
+from ._files import hash_file, kill_point, sync_folder
 from ._zarr import create_array, open_array, refused_write, write_group, write_small_array
-from .checksums import CHECKSUMS_NAME, forget_missing_parts, forget_parts, read_recorded_hashes, write_checksums
+from .checksums import (
+    APPEND_NAME,
+    CHECKSUMS_NAME,
+    forget_missing_parts,
+    forget_parts,
+    read_recorded_hashes,
+    write_checksums,
+)
 from .codec import Codec
 from .fingerprint import fingerprint_shard
 from .layout import FORMAT_VERSION, StoreLayout
+from .lease import Lease, Scope, check_lease, hold_lease, lease_new_store
 from .markers import (
     JOINED_NAME,
     PARTS_NAME,
@@ -39,8 +47,9 @@ from .markers import (
 )
 from .reader import StoreReader, open_store
 from .records import VideoRecord, VideoResult
+from .scratch import Scratch, make_scratch, remove_dead_files, remove_dead_scratch
 from .swap import find_swaps, finish_swap, place_marker, publish_shard, shard_files, swap_shard
-from .texts import TEXT_NAME, remove_texts
+from .texts import REMOVED_STEM, TEXT_NAME, has_current_texts, remove_texts
 from .verify import Damage
 
 __all__ = [
@@ -60,6 +69,10 @@ _log = logging.getLogger(__name__)
 # by now. What they are is told by paths below the root, by the weights' hash and by the codec's.
 _VOLATILE_ATTRIBUTES = ("created", "format_version", "codec", "codec_from", "dataset.root", "backbone.weights")
 
+_SHARDS_STEM = "shards"
+_REPAIR_STEM = "repair"
+_BUSY_ADVICE = "wait for it, or choose another --out"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowTokens:
@@ -78,15 +91,34 @@ class RowTokens:
 class StoreWriter:
     """Writes shards into a store whose skeleton exists; `create_store` and `resume_store` make one.
 
-    It is the store's only writer until `close`, or until its process ends however it ends; also a context manager.
-    A worker of the one that is takes no lock: it is told which shards are its own (`expect_markers`).
+    It is the only writer of its lease's scope until `close`, or until its process ends however it ends; also a context
+    manager. Without a lease it takes one of the whole store. A worker of the process that has it takes none: it is told
+    which shards are its own (`expect_markers`), and the lease's nonce (`lease_nonce`).
+
+    Raises:
+        StoreBusyError: If another process writes there.
     """
 
     def __init__(
-        self, path: Path, layout: StoreLayout, codec: Codec, inputs: pa.Table, *, is_worker: bool = False
+        self,
+        path: Path,
+        layout: StoreLayout,
+        codec: Codec,
+        inputs: pa.Table,
+        *,
+        is_worker: bool = False,
+        lease: Lease | None = None,
     ) -> None:
-        busy = f"another process is writing to {path}: wait for it, or choose another --out"
-        self._lock = None if is_worker else FolderLock(path, busy)
+        with ExitStack() as opening:
+            if not is_worker:
+                lease = lease or hold_lease(path, Scope.all(), purpose="extract", advice=_BUSY_ADVICE)
+                opening.callback(lease.close)
+            self._open(path, layout, codec, inputs, lease)
+            opening.pop_all()
+
+    def _open(self, path: Path, layout: StoreLayout, codec: Codec, inputs: pa.Table, lease: Lease | None) -> None:
+        self.lease = lease
+        self.lease_nonce: str | None = None if lease is None else lease.nonce
         self.path = path
         self.layout = layout
         self.codec = codec
@@ -95,11 +127,15 @@ class StoreWriter:
         self._specs = layout.array_specs()
         self._format_version = open_store(path).attributes["format_version"]
         self._expected: dict[int, MarkerState | None] = {}
-        self._scratch: Path | None = None
+        self._manifest_lease: Lease | None = None
+        self._scratch: Scratch | None = None
         self._arrays: dict[str, ts.TensorStore] = {}
-        if not is_worker:
+        if lease is not None:
             self._remove_leftovers()
-            forget_missing_parts(path)
+            with self.hold_manifest():
+                if lease.scope.kind == "all":
+                    _remove_unfinished(path, [spec.name for spec in self._specs])
+                forget_missing_parts(path)
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -110,11 +146,42 @@ class StoreWriter:
     def close(self) -> None:
         """Let other writers in."""
         if self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch.remove()
             self._scratch = None
             self._arrays.clear()
-        if self._lock is not None:
-            self._lock.close()
+        if self.lease is not None:
+            self.lease.close()
+
+    def check_lease(self) -> None:
+        """See that what is written still is ours to write: before each rename that publishes something.
+
+        Raises:
+            LeaseLostError: If another process took over, because this one was stopped or cut off for too long.
+        """
+        if self.lease is not None:
+            self.lease.check()
+        elif self.lease_nonce is not None:
+            check_lease(self.path, self.lease_nonce)
+        if self._manifest_lease is not None:
+            self._manifest_lease.check()
+
+    def _is_ours(self, shard: int) -> bool:
+        """Whether a shard is one that this writer may write."""
+        return self.lease is None or self.lease.scope.covers(shard)
+
+    @contextmanager
+    def hold_manifest(self) -> Iterator[None]:
+        """Be the only one that writes what belongs to the whole store; who has shards alone waits for others."""
+        is_held = self._manifest_lease is not None
+        if is_held or self.lease is None or self.lease.scope.meets(Scope.manifest()):
+            yield
+            return
+        with hold_lease(self.path, Scope.manifest(), purpose="extract", wait=True, advice=_BUSY_ADVICE) as lease:
+            self._manifest_lease = lease
+            try:
+                yield
+            finally:
+                self._manifest_lease = None
 
     def pending_shards(self) -> list[int]:
         """Shards with a row that is not done, ascending."""
@@ -145,6 +212,10 @@ class StoreWriter:
         Args:
             rows: Whose shards all have done-markers.
         """
+        with self.hold_manifest():
+            self._set_pending(rows)
+
+    def _set_pending(self, rows: Sequence[int]) -> None:
         shards = {row // self.layout.rows_per_shard for row in rows}
         path = self.path / manifest.MANIFEST_NAME
         table = manifest.read_table(path)
@@ -173,9 +244,10 @@ class StoreWriter:
             ]
             scratch = self._open_scratch()
             version = self._format_version
-            forget_parts(self.path)
+            with self.hold_manifest():
+                forget_parts(self.path)
             made = make_marker(scratch, shard, results, self._codec_sha256, marker.files or {}, version)
-            self._lease_check()
+            self.check_lease()
             place_marker(self.path, shard, made)
 
     def expect_markers(self, markers: Mapping[int, MarkerState | None]) -> None:
@@ -229,13 +301,14 @@ class StoreWriter:
             marker = mark(scratch, shard, results, files=files)
             old = marker_path(self.path, shard)
             if not old.exists():
-                publish_shard(self.path, scratch, self._specs, shard, marker, list(files), self._lease_check)
+                publish_shard(self.path, scratch, self._specs, shard, marker, list(files), self.check_lease)
             else:
                 if old.suffix == ".parquet":
-                    forget_parts(self.path)
+                    with self.hold_manifest():
+                        forget_parts(self.path)
                 before = self._mark_pending(shard, replaced, mark) if replaced else None
                 swap_shard(
-                    *(self.path, scratch, self._specs, shard, marker, list(files), self._lease_check),
+                    *(self.path, scratch, self._specs, shard, marker, list(files), self.check_lease),
                     codec_sha256=self._codec_sha256,
                     before=before,
                 )
@@ -254,39 +327,36 @@ class StoreWriter:
             replace(result, status="pending") if first + place in replaced else result
             for place, result in enumerate(marker.as_results())
         ]
-        folder = self._scratch / "before"
+        folder = self._scratch.path / "before"
         folder.mkdir(exist_ok=True)
         return mark(folder, shard, results, files=marker.files or {})
 
     def finish_swaps(self, shards: Collection[int] | None = None) -> None:
         """Complete changes of shards that killed writers have begun: all, or those of some shards."""
         for shard in find_swaps(self.path):
-            if shards is None or shard in shards:
-                finish_swap(self.path, self._specs, shard, self._codec_sha256, self._lease_check)
-
-    def _lease_check(self) -> None:
-        """Called before every change that others see."""
+            if self._is_ours(shard) and (shards is None or shard in shards):
+                finish_swap(self.path, self._specs, shard, self._codec_sha256, self.check_lease)
 
     def _remove_leftovers(self) -> None:
-        """What killed writers have left half done."""
+        """What killed writers have left half done, as far as it is this writer's."""
         self.finish_swaps()
-        for folder in self.path.iterdir():
-            if folder.name.startswith("_scratch-"):
-                shutil.rmtree(folder, ignore_errors=True)
+        remove_dead_scratch(self.path, _SHARDS_STEM)
         for spec in self._specs:  # of the version before, which filled its files beside the others
             for file in (self.path / spec.name).iterdir():
-                if file.name.endswith(".__lock"):
+                shard = file.name.split(".")[1] if file.name.endswith(".__lock") else ""
+                if shard.isdecimal() and self._is_ours(int(shard)):
                     file.unlink(missing_ok=True)
 
     def _open_scratch(self) -> Path:
         """A folder of our own with all arrays, empty, to fill shards in."""
         if self._scratch is None:
-            self._scratch = self.path / f"_scratch-{uuid.uuid4().hex}"
+            self._scratch = make_scratch(self.path, _SHARDS_STEM, "extract", lease=self.lease_nonce)
             for spec in self._specs:
-                (self._scratch / spec.name).mkdir(parents=True)
-                shutil.copyfile(self.path / spec.name / "zarr.json", self._scratch / spec.name / "zarr.json")
-                self._arrays[spec.name] = open_array(self._scratch, spec.name, write=True)
-        return self._scratch
+                folder = self._scratch.path / spec.name
+                folder.mkdir()
+                shutil.copyfile(self.path / spec.name / "zarr.json", folder / "zarr.json")
+                self._arrays[spec.name] = open_array(self._scratch.path, spec.name, write=True)
+        return self._scratch.path
 
     def _write_arrays(self, tokens: Mapping[int, RowTokens]) -> None:
         # A transaction gathers the rows of a shard into one write of its file, and leaves unused places absent.
@@ -309,7 +379,7 @@ class StoreWriter:
         Raises:
             EnvironmentFailedError: If the file system refuses; finished shards stay so.
         """
-        with naming_what_is_refused(self.path / manifest.MANIFEST_NAME):
+        with naming_what_is_refused(self.path / manifest.MANIFEST_NAME), self.hold_manifest():
             return self._consolidate()
 
     def _consolidate(self) -> pa.Table:
@@ -328,9 +398,9 @@ class StoreWriter:
 
     def _write_manifest(self, table: pa.Table) -> None:
         """Killed between its two writes, a store has no hash of its manifest, not a wrong one."""
-        self._lease_check()
+        self.check_lease()
         write_checksums(self.path, without=manifest.MANIFEST_NAME)
-        self._lease_check()
+        self.check_lease()
         manifest.write_table(self.path / manifest.MANIFEST_NAME, table)
         kill_point("manifest written")
 
@@ -370,10 +440,12 @@ def create_store(
     codec: Codec,
     head: Mapping[str, np.ndarray],
     overwrite: bool = False,
+    scope: Scope | None = None,
 ) -> StoreWriter:
     """Create a store's skeleton: metadata, codec, head and a manifest of pending rows.
 
-    The skeleton is built beside `path` and renamed, so that what stands at `path` is always a whole one.
+    The skeleton is built beside `path` and renamed, so that what stands at `path` is always a whole one. Of two
+    processes that create it at once, one does: a folder is not renamed over another one that holds something.
 
     Args:
         path: Where; its parent folders are created.
@@ -383,27 +455,73 @@ def create_store(
         codec: How patches are coded, numpy arrays.
         head: What stage two needs of the frozen tower's end, by name.
         overwrite: Replace a store that stands at `path`.
+        scope: What the writer will write to; None is everything.
 
     Raises:
         StoreExistsError: If something stands at `path`: a store without `overwrite`, or anything else.
+        StoreBusyError: If another process writes to the store that is to be replaced.
     """
     path = path.resolve()  # what a link points to is replaced, not the link
-    partial, old = (path.with_name(f"{path.name}.{word}") for word in ("partial", "old"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with wait_for_folder(path.parent, f"another process creates a store in {path.parent}: waiting"):
-        refuse_existing(path, overwrite=overwrite)
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        with naming_what_is_refused(path):
-            inputs = write_skeleton(partial, layout, attributes, records, codec, head)
-        # Renamed away first: a kill leaves the old store, none, or the new one, never a gutted one.
-        if path.exists():
-            FolderLock(path, f"another process is writing to {path}: stop it before replacing its store").close()
-            path.rename(old)
-        partial.rename(path)
-        sync_folder(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-        return StoreWriter(path, layout, codec, inputs)  # locked before another one may replace it
+    refuse_existing(path, overwrite=overwrite)
+    remove_dead_scratch(path.parent, path.name)
+    with ExitStack() as open_things, naming_what_is_refused(path):
+        scratch = open_things.enter_context(make_scratch(path.parent, path.name, "extract"))
+        fresh = scratch / path.name
+        inputs = write_skeleton(fresh, layout, attributes, records, codec, head)
+        # Under the skeleton's own lease from its first moment: nobody may replace it, or begin it, in between.
+        lease = lease_new_store(fresh, scope or Scope.all(), purpose="extract")
+        closing = open_things.enter_context(ExitStack())
+        closing.callback(lease.close)
+        if overwrite and path.exists():
+            _move_away(path, scratch / "old")
+        move_into_place(fresh, path)
+        lease.moved_to(path)
+        closing.pop_all()
+        return StoreWriter(path, layout, codec, inputs, lease=lease)
+
+
+def _move_away(path: Path, place: Path) -> None:
+    """Rename a store that nobody writes to. A kill leaves the old store, none, or the new one, never a gutted one."""
+    advice = "stop it before replacing its store"
+    with hold_lease(path, Scope.all(), purpose="extract --overwrite", advice=advice) as lease:
+        path.rename(place)
+        lease.moved_to(place)
+    kill_point("old store away")
+
+
+def move_into_place(fresh: Path, path: Path) -> None:
+    """Rename a new store to its place, where nothing may stand but an empty folder.
+
+    Raises:
+        StoreExistsError: If something does.
+    """
+    try:
+        fresh.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise StoreExistsError(
+            f"{path} was made by another process meanwhile. Nothing was written; run the same command again to go on "
+            "with what is there, or choose another --out."
+        ) from error
+    sync_folder(path.parent)
+
+
+def _remove_unfinished(path: Path, arrays: Sequence[str]) -> None:
+    """What killed processes have left in a store that is all ours, and what the version before has left there."""
+    stems = [APPEND_NAME, REMOVED_STEM, _REPAIR_STEM]
+    if has_current_texts(path):  # else they are what the next ones go on with
+        stems.append(TEXT_NAME)
+    for stem in stems:
+        remove_dead_scratch(path, stem)
+    for folder in (path, path / PARTS_NAME, *(path / name for name in arrays)):
+        remove_dead_files(folder)
+    for name in (manifest.MANIFEST_NAME, manifest.CAPTIONS_NAME, CHECKSUMS_NAME, "zarr.json"):
+        (path / f".{name}.partial").unlink(missing_ok=True)
+    for name in (f"{APPEND_NAME}.partial", f"{TEXT_NAME}.partial.old"):
+        if not (path / name).is_symlink():
+            shutil.rmtree(path / name, ignore_errors=True)
 
 
 def write_skeleton(
@@ -438,6 +556,7 @@ def resume_store(
     attributes: Mapping[str, Any],
     records: Sequence[VideoRecord],
     is_worker: bool = False,
+    scope: Scope | None = None,
 ) -> StoreWriter:
     """Go on with a store that the same command began.
 
@@ -447,12 +566,33 @@ def resume_store(
         attributes: As for `create_store`.
         records: As for `create_store`.
         is_worker: Whether another process holds the store and hands out its shards.
+        scope: What the writer will write to; None is everything.
 
     Raises:
         StoreMismatchError: If the store was begun with other settings or other videos; all differences listed.
         StoreNotFoundError: If `path` is not a store.
+        StoreBusyError: If another process writes there.
     """
     store = open_store(path)
+    if is_worker:
+        inputs = _require_same(store, layout, attributes, records)
+        return StoreWriter(path, layout, store.codec, inputs, is_worker=True)
+    lease = hold_lease(path, scope or Scope.all(), purpose="extract", advice=_BUSY_ADVICE)
+    try:
+        store = open_store(path)  # as it is now that nobody changes it
+        inputs = _require_same(store, layout, attributes, records)
+        codec = store.codec
+    except BaseException:
+        lease.close()
+        raise
+    return StoreWriter(path, layout, codec, inputs, lease=lease)
+
+
+def _require_same(
+    store: StoreReader, layout: StoreLayout, attributes: Mapping[str, Any], records: Sequence[VideoRecord]
+) -> pa.Table:
+    """Refuse a store of other settings or videos; returns the manifest's input columns."""
+    path = store.path
     inputs = manifest.input_table(records, manifest.ClassList(tuple(attributes["classes"]["names"])))
     wanted = full_attributes(attributes, layout, store.codec)
     differences = list_differences(store.attributes, wanted) + _list_video_differences(store, inputs)
@@ -464,7 +604,7 @@ def resume_store(
             f"{path} was begun with other settings: {'; '.join(differences)}. "
             "Run the command that began it, choose another --out, or replace the store with --overwrite."
         )
-    return StoreWriter(path, layout, store.codec, inputs, is_worker=is_worker)
+    return inputs
 
 
 def repair_store(
@@ -477,6 +617,7 @@ def repair_store(
     records: Sequence[VideoRecord],
     codec: Codec,
     head: Mapping[str, np.ndarray],
+    lease: Lease,
 ) -> None:
     """Put damaged files of the whole store back as they were written, and mark damaged rows pending.
 
@@ -490,8 +631,10 @@ def repair_store(
         records: As for `create_store`.
         codec: As for `create_store`.
         head: As for `create_store`.
+        lease: Of the whole store, held since the damage was looked for.
 
     Raises:
+        LeaseLostError: If another process took over meanwhile.
         StoreMismatchError: If the store was begun with other settings or has other rows; nothing was changed.
         StoreDamagedError: If a file cannot be had back; nothing was changed.
     """
@@ -506,37 +649,45 @@ def repair_store(
     has_bad_texts = any(one.where.startswith(f"{TEXT_NAME}/") for one in damage)
     whole_store = sorted({one.where for one in damage if one.shard is None and not one.where.startswith(TEXT_NAME)})
     hashes = read_recorded_hashes(path)
-    fresh = path.with_name(f"{path.name}.partial")
-    with FolderLock(path, f"another process is writing to {path}: wait for it before repairing its store"):
-        shutil.rmtree(fresh, ignore_errors=True)
-        try:
-            write_skeleton(fresh, layout, attributes, records, codec, head, store.attributes["format_version"])
-            if CHECKSUMS_NAME in whole_store:  # nothing tells whether these are as they were: they are put back too
-                whole_store = sorted({*whole_store, *(n for n in read_recorded_hashes(fresh) if n != "zarr.json")})
-            for name in whole_store:
-                if not (fresh / name).is_file() or not _is_as_before(fresh / name, path / name, hashes.get(name)):
-                    raise StoreDamagedError(
-                        f"{path / name} is damaged and this command does not give the same file. Nothing was changed. "
-                        "Run the command that began the store, or extract it anew (--overwrite)."
-                    )
-            for name in whole_store:
-                if (path / name).is_dir():
-                    shutil.rmtree(path / name)
-                (fresh / name).replace(path / name)
-                sync_folder((path / name).parent)
-            for shard, rows in lost_rows.items():
-                _mark_damaged(path, layout, shard, rows, codec.sha256, store.attributes["format_version"])
-            (path / PARTS_NAME / JOINED_NAME).unlink(missing_ok=True)
-            sync_folder(path / PARTS_NAME)
-            if has_bad_texts:
-                remove_texts(path)
-            write_checksums(path)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+    remove_dead_scratch(path, _REPAIR_STEM)
+    # In the store, so that all of it is on one file system: a store may be a mount of its own.
+    with make_scratch(path, _REPAIR_STEM, "extract --repair", lease=lease.nonce) as scratch:
+        fresh, version = scratch / path.name, store.attributes["format_version"]
+        write_skeleton(fresh, layout, attributes, records, codec, head, version)
+        if CHECKSUMS_NAME in whole_store:  # nothing tells whether these are as they were: they are put back too
+            whole_store = sorted({*whole_store, *(n for n in read_recorded_hashes(fresh) if n != "zarr.json")})
+        for name in whole_store:
+            if not (fresh / name).is_file() or not _is_as_before(fresh / name, path / name, hashes.get(name)):
+                raise StoreDamagedError(
+                    f"{path / name} is damaged and this command does not give the same file. Nothing was changed. "
+                    "Run the command that began the store, or extract it anew (--overwrite)."
+                )
+        for name in whole_store:
+            lease.check()
+            if (path / name).is_dir():
+                shutil.rmtree(path / name)
+            (fresh / name).replace(path / name)
+            sync_folder((path / name).parent)
+            kill_point("file repaired")
+        for shard, rows in lost_rows.items():
+            lease.check()
+            _mark_damaged(path, layout, shard, rows, codec.sha256, version, scratch)
+        lease.check()
+        (path / PARTS_NAME / JOINED_NAME).unlink(missing_ok=True)
+        sync_folder(path / PARTS_NAME)
+        if has_bad_texts:
+            remove_texts(path, lease)
+        write_checksums(path)
 
 
 def _mark_damaged(
-    path: Path, layout: StoreLayout, shard: int, rows: Collection[int], codec_sha256: str, format_version: int
+    path: Path,
+    layout: StoreLayout,
+    shard: int,
+    rows: Collection[int],
+    codec_sha256: str,
+    format_version: int,
+    scratch: Path,
 ) -> None:
     """Have a shard's marker say that some of its rows are to be done anew; a marker that is damaged goes."""
     for name in shard_files(layout.array_specs(), shard):
@@ -558,10 +709,7 @@ def _mark_damaged(
         replace(result, status="pending", reason="damaged") if first + place in rows else result
         for place, result in enumerate(marker.as_results())
     ]
-    folder = path / f"_scratch-{uuid.uuid4().hex}"
-    folder.mkdir()
-    make_marker(folder, shard, results, codec_sha256, marker.files or {}, format_version).replace(target)
-    shutil.rmtree(folder)
+    make_marker(scratch, shard, results, codec_sha256, marker.files or {}, format_version).replace(target)
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:

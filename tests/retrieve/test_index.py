@@ -1,7 +1,11 @@
 import errno
 import fcntl
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -165,7 +169,13 @@ def test_an_index_of_another_version_is_built_anew(store, version):
     assert not (index.path / "more.npy").exists()
 
 
-def test_the_second_of_two_first_searches_waits(store, caplog):
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_the_second_of_two_first_searches_waits(has_locks, store, caplog, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if not has_locks:
+        monkeypatch.setattr(fcntl, "flock", refuse)
     has_begun, may_end, built = threading.Event(), threading.Event(), []
 
     def build(name, wait):
@@ -181,42 +191,24 @@ def test_the_second_of_two_first_searches_waits(store, caplog):
     assert has_begun.wait(30)
     second = threading.Thread(target=build, args=("second", False))
     second.start()
-    second.join(0.3)
+    while "another process builds s.index: waiting" not in caplog.text and second.is_alive():
+        second.join(0.01)
     assert second.is_alive()
     may_end.set()
     for thread in (first, second):
         thread.join(30)
     assert set(built) == {"first"}
-    assert "another process builds s.index: waiting" in caplog.text
     assert open_index(store).facts.videos == 10
-    assert [p.name for p in store.path.parent.iterdir() if "partial" in p.name] == []
-
-
-def test_without_locks_two_builders_leave_each_other_alone(store, caplog, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    done = []
-
-    def report(*_):
-        if not done:  # in the middle of the first one
-            done.append(open_index(open_store(store.path)))
-
-    index = open_index(store, report=report)
-    assert index.rows.tolist() == done[0].rows.tolist()
-    np.testing.assert_array_equal(index._pooled, done[0]._pooled)
-    assert "s.index.partial cannot be locked (No locks available): other processes may build" in caplog.text
     assert sorted(path.name for path in store.path.parent.iterdir()) == ["s.index", "s.zarr"]
 
 
 def test_what_a_killed_builder_left_goes(store):
-    left = store.path.with_name("s.index.partial")
-    (left / "0123/new").mkdir(parents=True)
-    (left / "0123/new/pooled.npy").write_bytes(b"half")
-    (left / "pooled.npy").write_bytes(b"of an older s4v")
+    command = [sys.executable, "-m", "s4v", "index", "--features", str(store.path)]
+    environment = {**os.environ, "S4V_KILL_AT": "index built 1"}
+    assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
+    assert len(list(store.path.parent.iterdir())) == 3, "a scratch folder and a lease beside the store"
     assert open_index(store).facts.videos == 10
-    assert not left.exists()
+    assert sorted(path.name for path in store.path.parent.iterdir()) == ["s.index", "s.zarr"]
 
 
 def test_an_index_that_is_replaced_while_it_is_opened_is_opened_again(store, monkeypatch):

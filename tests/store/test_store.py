@@ -2,7 +2,6 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,6 @@ from s4v.errors import (
     StoreNotFoundError,
 )
 from s4v.store import _shards, manifest
-from s4v.store._files import wait_for_folder
 from s4v.store.codec import Codec, round_mantissas
 from s4v.store.info import describe_store
 from s4v.store.layout import StoreLayout
@@ -468,18 +466,6 @@ def test_second_writer_is_refused(tmp_path):
         create(tmp_path / "busy.zarr", overwrite=True)
     writer.close()
     resume_store(tmp_path / "busy.zarr", layout=LAYOUT, attributes=ATTRIBUTES, records=RECORDS)
-
-
-def test_a_store_waits_for_one_that_is_made_in_the_same_folder(tmp_path, caplog):
-    made = []
-    with wait_for_folder(tmp_path):
-        second = threading.Thread(target=lambda: made.append(create(tmp_path / "b.zarr")))
-        second.start()
-        second.join(0.3)
-        assert second.is_alive() and not (tmp_path / "b.zarr").exists()
-    second.join(30)
-    assert [writer.path.name for writer in made] == ["b.zarr"]
-    assert f"another process creates a store in {tmp_path}: waiting" in caplog.text
 
 
 def test_overwrite_replaces_what_a_link_points_to(store_path, tmp_path):

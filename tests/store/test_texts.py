@@ -18,6 +18,7 @@ from s4v.extract.extraction import extract_dataset
 from s4v.extract.text_tower import load_text_tower
 from s4v.store import texts as texts_module
 from s4v.store.info import describe_store
+from s4v.store.lease import Scope, hold_lease
 from s4v.store.reader import open_store
 from s4v.store.texts import MAX_WORDS, TextReader, has_current_texts, remove_texts, write_texts
 from s4v.store.verify import verify_store
@@ -153,7 +154,7 @@ def test_an_interrupted_run_leaves_no_half_texts(
         TextReader(open_store(config.out))
     extract_dataset(config)
     assert contents(config.out, "zarr.json") == contents(captioned_store, "zarr.json"), "but for the time of its making"
-    assert not (config.out / "text.partial").exists()
+    assert not list(config.out.glob(".text.*"))
 
 
 class Killed(BaseException):
@@ -164,8 +165,15 @@ class Killed(BaseException):
 def bare_store(captioned_store, tmp_path):
     """A store that has its captions and no texts of them."""
     path = shutil.copytree(captioned_store, tmp_path / "bare.zarr")
-    remove_texts(path)
+    with hold_lease(path, Scope.manifest(), purpose="test") as lease:
+        remove_texts(path, lease)
     return open_store(path)
+
+
+def find_partial(store):
+    """Where texts are that are not whole yet."""
+    [partial] = store.path.glob(".text.*.partial/text")
+    return partial
 
 
 def write_some(store, tower, monkeypatch, *, until=None, num_words=28):
@@ -196,7 +204,7 @@ def test_texts_go_on_where_they_were_killed(bare_store, tower, monkeypatch, cont
     assert write_some(undisturbed, tower, monkeypatch) == 19
     assert write_some(bare_store, tower, monkeypatch, until=done) == min(4 * done, 19)
     assert not has_current_texts(bare_store.path)
-    (bare_store.path / "text.partial/tokens/c.4.0.0.__lock").write_bytes(b"half")
+    (find_partial(bare_store) / "tokens/c.4.0.0.__lock").write_bytes(b"half")
     assert write_some(bare_store, tower, monkeypatch) == 19 - min(4 * done, 19)
     assert contents(bare_store.path) == contents(undisturbed.path)
     assert has_current_texts(bare_store.path)
@@ -206,7 +214,7 @@ def test_shards_that_are_not_whole_are_done_again(bare_store, tower, monkeypatch
     undisturbed = open_store(shutil.copytree(bare_store.path, tmp_path / "undisturbed.zarr"))
     write_some(undisturbed, tower, monkeypatch)
     write_some(bare_store, tower, monkeypatch, until=4)
-    partial = bare_store.path / "text.partial"
+    partial = find_partial(bare_store)
     flip_byte(partial / "tokens/c.0.0.0")
     (partial / "mask/c.1.0").unlink()
     cut = partial / "embedding/c.2.0"
@@ -218,10 +226,10 @@ def test_shards_that_are_not_whole_are_done_again(bare_store, tower, monkeypatch
 def test_what_is_of_other_captions_or_sizes_is_begun_anew(bare_store, tower, monkeypatch):
     write_some(bare_store, tower, monkeypatch, until=2, num_words=20)
     assert write_some(bare_store, tower, monkeypatch, until=2) == 8
-    partial = bare_store.path / "text.partial/zarr.json"
+    partial = find_partial(bare_store) / "zarr.json"
     partial.write_text(partial.read_text().replace('"captions_sha256": "', '"captions_sha256": "0'))
     assert write_some(bare_store, tower, monkeypatch, until=2) == 8
-    (bare_store.path / "text.partial/mask/zarr.json").unlink()
+    (find_partial(bare_store) / "mask/zarr.json").unlink()
     assert write_some(bare_store, tower, monkeypatch) == 19
     assert TextReader(bare_store).num_words == 28
 
@@ -268,4 +276,4 @@ def test_a_run_killed_between_texts_is_completed(point, captioned_folder, captio
     subprocess.run(command, check=True, capture_output=True)
     assert contents(out, "zarr.json") == contents(captioned_store, "zarr.json")
     assert verify_store(open_store(out)) == []
-    assert not list(out.glob("text.*"))
+    assert not list(out.glob(".text.*"))
