@@ -26,14 +26,20 @@ from s4v.store.writer import StoreWriter, read_marker_state
 
 
 def decoders(of=None):
-    """Decoder processes, all or those below one process."""
+    """Decoder processes, those below one process or all but those of tests that run beside this one."""
     found = psutil.process_iter() if of is None else psutil.Process(of).children(recursive=True)
     pids = set()
     for process in found:
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            if "s4v.extract._decoder" in process.cmdline():
+            if "s4v.extract._decoder" in process.cmdline() and not is_another_workers(process):
                 pids.add(process.pid)
     return pids
+
+
+def is_another_workers(process):
+    """Whether another process of pytest-xdist started it; whose parent was killed has none of them above it."""
+    above = {parent.pid for parent in process.parents()}
+    return "PYTEST_XDIST_WORKER" in os.environ and os.getppid() in above and os.getpid() not in above
 
 
 def wait_until(is_so, seconds=60.0):
