@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
+
+import pyarrow as pa
 
 from ..errors import StoreDamagedError
 from ..store import manifest
@@ -16,16 +18,32 @@ _log = logging.getLogger(__name__)
 
 
 class GoodRows:
-    """The rows of a store that are ok, shard by shard."""
+    """The rows of a store that are ok, shard by shard.
 
-    def __init__(self, store: StoreReader) -> None:
+    Args:
+        store: Which.
+        consolidated: Rows that the manifest has as ok, as far as somebody else has looked; None reads it when a shard
+            without a done-marker is asked for.
+    """
+
+    def __init__(self, store: StoreReader, consolidated: Collection[int] | None = None) -> None:
         self._store = store
         self._layout = store.layout
+        self._known = consolidated
 
     def of_shard(self, shard: int) -> list[int]:
         """Row numbers: as the done-marker tells or, where there is none to be read, the manifest."""
+        statuses = self._read_marker(shard)
+        if not statuses:
+            return self.of_manifest(shard)
+        return [row for row, status in zip(self._layout.shard_rows(shard), statuses, strict=False) if status == "ok"]
+
+    def of_manifest(self, shard: int) -> list[int]:
+        """Row numbers, as the last consolidation left them."""
         rows = self._layout.shard_rows(shard)
-        statuses = self._read_marker(shard) or self._consolidated[rows.start : rows.stop]
+        if self._known is not None:
+            return [row for row in rows if row in self._known]
+        statuses = self._consolidated.slice(rows.start, len(rows)).to_pylist()
         return [row for row, status in zip(rows, statuses, strict=False) if status == "ok"]
 
     def without_video(self, job: Job, shard: int) -> list[int]:
@@ -60,13 +78,13 @@ class GoodRows:
         return [] if part is None else part["status"].to_pylist()
 
     @cached_property
-    def _consolidated(self) -> list[str]:
+    def _consolidated(self) -> pa.ChunkedArray:
         """Statuses of all rows as of the last consolidation; none where the manifest is damaged."""
         try:
             table = manifest.read_table(self._store.path / manifest.MANIFEST_NAME, ["status"])
         except StoreDamagedError:
-            return []
-        return table["status"].to_pylist()
+            return pa.chunked_array([], pa.string())
+        return table["status"]
 
 
 def name_videos(job: Job, rows: Sequence[int], most: int = 3) -> str:

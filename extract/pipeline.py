@@ -75,15 +75,21 @@ class _Batch:
 
 
 class Pipeline:
-    """Does shards of an open store, with a backbone that has its weights."""
+    """Does shards of an open store, with a backbone that has its weights.
 
-    def __init__(self, job: Job, writer: StoreWriter) -> None:
+    Args:
+        job: The run.
+        writer: Of the store.
+        good_rows: What the store holds of shards that are done anew; None looks it up where it is needed.
+    """
+
+    def __init__(self, job: Job, writer: StoreWriter, good_rows: GoodRows | None = None) -> None:
         device = job.backbone.device
         self._job = job
         self._layout = job.layout
         self._writer = writer
         self._coder = BatchCoder(job.backbone, writer.codec, job.layout)
-        self._good_rows = GoodRows(open_store(writer.path))
+        self._good_rows = good_rows or GoodRows(open_store(writer.path))
         self._num_ahead = batches_ahead(device)
         buffers = [
             BatchBuffers(device, job.config.batch_size, job.layout.image_size) for _ in range(self._num_ahead + 1)

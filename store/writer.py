@@ -52,14 +52,15 @@ class RowTokens:
 
 
 class StoreWriter:
-    """Writes shards into a store whose skeleton exists; `create_store` and `resume_store` make one.
+    """Writes shards into a store whose skeleton exists; `create_store`, `resume_store` and `join_store` make one.
 
     It is the store's only writer until `close`, or until its process ends however it ends; also a context manager.
-    A worker of the one that is takes no lock: it is told which shards are its own (`expect_markers`).
+    A worker of the one that is takes no lock: it is told which shards are its own (`expect_markers`), and has no
+    table of all inputs.
     """
 
     def __init__(
-        self, path: Path, layout: StoreLayout, codec: Codec, inputs: pa.Table, *, is_worker: bool = False
+        self, path: Path, layout: StoreLayout, codec: Codec, inputs: pa.Table | None, *, is_worker: bool = False
     ) -> None:
         busy = f"another process is writing to {path}: wait for it, or choose another --out"
         self._lock = None if is_worker else FolderLock(path, busy)
@@ -121,7 +122,9 @@ class StoreWriter:
             EnvironmentFailedError: If the file system refuses, say for lack of space; the shard is not marked done.
         """
         rows = self.layout.shard_rows(shard)
-        assert [r.video_id for r in results] == self._inputs["video_id"].slice(rows.start, len(rows)).to_pylist()
+        assert len(results) == len(rows)
+        if self._inputs is not None:
+            assert [r.video_id for r in results] == self._inputs["video_id"].slice(rows.start, len(rows)).to_pylist()
         assert set(tokens) == {row for row, r in zip(rows, results, strict=True) if r.status == "ok"}
         if shard in self._expected and not is_undone(self.path, shard, self._expected[shard]):
             _log.warning("shard %d of %s was finished by another worker meanwhile", shard, self.path)
@@ -185,6 +188,7 @@ class StoreWriter:
             return self._consolidate()
 
     def _consolidate(self) -> pa.Table:
+        assert self._inputs is not None, "a worker does not consolidate"
         parts = {}
         for shard in range(self.layout.num_shards):
             part = manifest.read_part(self.path, shard, self._codec_sha256)
@@ -293,7 +297,6 @@ def resume_store(
     layout: StoreLayout,
     attributes: Mapping[str, Any],
     records: Sequence[VideoRecord],
-    is_worker: bool = False,
 ) -> StoreWriter:
     """Go on with a store that the same command began.
 
@@ -302,7 +305,6 @@ def resume_store(
         layout: As for `create_store`.
         attributes: As for `create_store`.
         records: As for `create_store`.
-        is_worker: Whether another process holds the store and hands out its shards.
 
     Raises:
         StoreMismatchError: If the store was begun with other settings or other videos; all differences listed.
@@ -315,12 +317,32 @@ def resume_store(
     differences += list_codec_differences(store, attributes)
     if not store.read_captions().equals(manifest.caption_table(records)):
         differences.append("captions differ")
+    _refuse_differences(path, differences)
+    return StoreWriter(path, layout, store.codec, inputs)
+
+
+def join_store(store: StoreReader, *, layout: StoreLayout, attributes: Mapping[str, Any]) -> StoreWriter:
+    """Write some shards of a store that another process holds and hands out; neither manifest nor captions are read.
+
+    Args:
+        store: That store.
+        layout: As for `create_store`, as this process has it.
+        attributes: As for `create_store`, as this process has them: its own libraries, weights and precision.
+
+    Raises:
+        StoreMismatchError: If this process would write other tokens than the store's; all differences listed.
+    """
+    wanted = full_attributes(attributes, layout, store.codec)
+    _refuse_differences(store.path, list_differences(store.attributes, wanted))
+    return StoreWriter(store.path, layout, store.codec, None, is_worker=True)
+
+
+def _refuse_differences(path: Path, differences: Sequence[str]) -> None:
     if differences:
         raise StoreMismatchError(
             f"{path} was begun with other settings: {'; '.join(differences)}. "
             "Run the command that began it, choose another --out, or replace the store with --overwrite."
         )
-    return StoreWriter(path, layout, store.codec, inputs, is_worker=is_worker)
 
 
 def repair_store(

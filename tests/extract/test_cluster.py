@@ -15,9 +15,9 @@ import distributed
 import psutil
 import pytest
 
-from s4v.errors import ConfigError, EnvironmentFailedError
+from s4v.errors import ConfigError
 from s4v.extract import cluster as workers
-from s4v.extract.cluster import WorkerJob, split_into_tasks
+from s4v.extract.cluster import split_into_tasks
 from s4v.extract.extraction import extract_dataset
 from s4v.store._cores import count_cores
 from s4v.store.reader import open_store
@@ -100,61 +100,42 @@ def begun(video_folder, make_config, tmp_path):
     return replace(config, limit=None)
 
 
-def test_a_worker_leaves_alone_what_was_finished_since_it_was_handed_out(begun, contents, float_store):
+def test_a_worker_leaves_alone_what_was_finished_since_it_was_handed_out(begun, worker_job, hand_out):
     before = {path.name: path.stat().st_mtime_ns for path in markers(begun.out)}
     assert len(before) == 3
-    with WorkerJob(begun) as job:
-        job.process({0: None, 1: read_marker_state(begun.out, 1), 3: None})
+    with worker_job(begun) as job:
+        job.process(hand_out(begun, {0: None, 1: read_marker_state(begun.out, 1), 3: None}))
     after = {path.name: path.stat().st_mtime_ns for path in markers(begun.out)}
     assert {name for name in before if after[name] != before[name]} == {"000001.parquet"}, "only what is to be redone"
     assert set(after) - set(before) == {"000003.parquet"}
     assert verify_store(open_store(begun.out)) == []
 
 
-def test_a_frozen_worker_that_wakes_up_does_not_undo_what_another_one_finished(begun, monkeypatch):
+def test_a_frozen_worker_that_wakes_up_does_not_undo_what_another_one_finished(
+    begun, monkeypatch, worker_job, hand_out
+):
     """It looks at the marker again when its shard is about to be written."""
     write, seen = StoreWriter.write_shard, []
 
     def write_late(writer, shard, tokens, results):
         if not seen:
-            with WorkerJob(begun) as other:
+            with worker_job(begun) as other:
                 seen.append(shard)
-                other.process({shard: None})
+                other.process(hand_out(begun, {shard: None}))
                 seen.append(read_marker_state(begun.out, shard))
         write(writer, shard, tokens, results)
 
     monkeypatch.setattr(StoreWriter, "write_shard", write_late)
-    with WorkerJob(begun) as job:
-        job.process({5: None})
+    with worker_job(begun) as job:
+        job.process(hand_out(begun, {5: None}))
     assert seen == [5, read_marker_state(begun.out, 5)] and seen[1] is not None
 
 
-def test_a_worker_that_is_refused_leaves_no_decoder_behind(begun):
+def test_a_worker_that_is_refused_leaves_no_decoder_behind(begun, worker_job):
     before = decoders(os.getpid())
     with pytest.raises(ValueError, match="was begun with other settings"):
-        WorkerJob(replace(begun, seed=7, frames={"": 3})).__enter__()
+        worker_job(replace(begun, seed=7, frames={"": 3})).__enter__()
     wait_until(lambda: not decoders(os.getpid()) - before, 10)
-
-
-def test_shards_that_workers_did_elsewhere_are_missed(begun, monkeypatch):
-    class Client:
-        status = "running"
-
-        def __init__(self):
-            self.rounds = 0
-
-        def run(self, *_, **__):
-            pass
-
-    def count_round(client, *_):
-        client.rounds += 1
-
-    client = Client()
-    monkeypatch.setattr(workers, "_run_tasks", count_round)
-    error = workers._run_rounds(client, begun, {2: read_marker_state(begun.out, 2), 3: None, 4: None}, lambda *_: None)
-    assert isinstance(error, EnvironmentFailedError) and "that they did shards 2-4, and" in str(error)
-    assert client.rounds == 3
-    assert workers._run_rounds(client, begun, {2: None}, lambda *_: None) is None, "done by now"
 
 
 def test_stragglers_are_named_once(caplog, monkeypatch):
@@ -163,13 +144,15 @@ def test_stragglers_are_named_once(caplog, monkeypatch):
             self.tell = handler
 
     client = Client()
-    stragglers = workers._Stragglers(client, {"a": [0], "b": [1], "c": [2, 3]})
+    stragglers = workers._TasksUnderWay(client)
+    for key, shards in {"a": [0], "b": [1], "c": [2, 3]}.items():
+        stragglers.add(key, shards)
     now = time.monotonic()
-    for key in ("a", "b", "c"):
+    for key in ("a", "b", "c", "another command's"):
         client.tell((0.0, {"key": key, "worker": "tcp://slow:1"}))
     stragglers.warn()
-    stragglers.finished("a", 3.0)
-    stragglers.finished("b", 5.0)
+    stragglers.finish("a", 3.0)
+    stragglers.finish("b", 5.0)
     monkeypatch.setattr(workers.time, "monotonic", lambda: now + 79)
     stragglers.warn()
     assert not caplog.messages, "two shards at ten times the median"
@@ -220,7 +203,7 @@ def test_a_worker_with_several_threads_opens_one_backbone_and_gives_it_back(
         thread.join()
         assert max(most) == 1
         with distributed.Client(cluster) as client:
-            assert client.run(lambda: len(sys.modules["s4v.extract.cluster"]._open_jobs)) == {
+            assert client.run(lambda: len(sys.modules["s4v.extract.worker"]._open_jobs)) == {
                 next(iter(client.nthreads())): 0
             }
     assert contents(config.out, "zarr.json") == contents(float_store, "zarr.json")
