@@ -479,12 +479,14 @@ def test_a_worker_of_a_segmented_store_reads_no_lengths(
     assert {config.segment_s for config in decoded} == {1.0}
 
 
-def test_a_worker_refuses_a_store_that_is_not_the_commands(begun, worker_job, int8_store, tmp_path):  # D
+def test_a_worker_refuses_a_store_that_is_not_the_commands(begun, worker_job, float_store, tmp_path):  # D
     job = worker_job(begun)
     begun.out.rename(tmp_path / "elsewhere.zarr")
     with pytest.raises(EnvironmentFailedError, match=r"does not see the command's store at .*: no store is there"):
         job.__enter__()
-    shutil.copytree(int8_store, begun.out)
+    shutil.copytree(float_store, begun.out)
+    (begun.out / "checksums.json").unlink()
+    (begun.out / "zarr.json").write_text((float_store / "zarr.json").read_text() + "\n")  # of another day, say
     with pytest.raises(EnvironmentFailedError, match=r"at .*begun\.zarr: another store is there.*path everywhere"):
         job.__enter__()
 
