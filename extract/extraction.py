@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from ..errors import NoGoodVideoError, StoreDamagedError
+from ..errors import EnvironmentFailedError, NoGoodVideoError, StoreDamagedError
 from ..store.reader import is_store, open_store
 from ..store.redone import note_redone
 from ..store.writer import StoreWriter, refuse_existing
 from .changed_rows import find_changed_rows, warn_of_changed
-from .cluster import run_on_workers
+from .cluster import Unfinished, run_on_workers
 from .config import ExtractConfig
 from .decoding import DecoderPool
 from .finishing import finish_store
@@ -71,7 +71,9 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
             shards = [] if config.prepare else undone_shards(job, writer, changed if config.redo_changed else ())
             before = _sources_of(config.out, changed)
             is_alone = config.num_workers is None and config.scheduler is None
-            meter = _run_here(job, writer, shards) if is_alone else _run_on_workers(job, shards)
+            meter, unfinished = (
+                _run_here(job, writer, shards) if is_alone else _run_on_workers(job, shards, writer.lease_nonce)
+            )
             table = writer.consolidate()
             note_redone(config.out, _count_redone(table, changed, before))
         finish_store(job, table)
@@ -81,6 +83,8 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
     summary = replace(summary, changed=warn_of_changed(store, still_changed))
     if meter.rows:  # a run that had nothing to do leaves the last one's figures
         write_stats(config.out, meter, summary.seconds)
+    if unfinished is not None:
+        raise EnvironmentFailedError(unfinished.message)
     if unmended:
         damaged = sorted({one.shard for one in unmended if one.shard is not None})
         raise StoreDamagedError(
@@ -94,16 +98,16 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
     return summary
 
 
-def _run_here(job: Job, writer: StoreWriter, shards: Sequence[int]) -> Meter:
+def _run_here(job: Job, writer: StoreWriter, shards: Sequence[int]) -> tuple[Meter, None]:
     if shards:
         job.load_weights()
     meter = job.start_meter(shards)
     if shards:
         Pipeline(job, writer).run(shards, meter.count)
-    return meter
+    return meter, None
 
 
-def _run_on_workers(job: Job, shards: Sequence[int]) -> Meter:
+def _run_on_workers(job: Job, shards: Sequence[int], lease_nonce: str | None) -> tuple[Meter, Unfinished | None]:
     """Have shards done by Dask's workers; the seconds of all of them are counted together."""
     meter = job.start_meter(shards)
 
@@ -113,8 +117,8 @@ def _run_on_workers(job: Job, shards: Sequence[int]) -> Meter:
 
     if shards:
         job.backbone.free_weights()  # the device is the workers'
-        run_on_workers(job.config, shards, count)
-    return meter
+        return meter, run_on_workers(job, shards, count, lease_nonce)
+    return meter, None
 
 
 def _find_changed(job: Job) -> list[int]:

@@ -24,7 +24,6 @@ from s4v.extract import extraction, job, pipeline, planning
 from s4v.extract.backbone import FrameTokens, build_backbone
 from s4v.extract.batching import batch_slots
 from s4v.extract.buffers import BatchBuffers
-from s4v.extract.cluster import WorkerJob
 from s4v.extract.coding import BatchCoder
 from s4v.extract.extraction import extract_dataset
 from s4v.extract.stats import Meter, StageClock
@@ -316,17 +315,19 @@ def test_a_store_is_not_replaced_by_one_that_does_not_fit(
     assert extract_dataset(config).videos["ok"] == 10, "with the old store's own room there is enough"
 
 
-def test_a_worker_does_a_run_of_shards_once(video_folder, make_config, tmp_path, float_store, contents):
+def test_a_worker_does_a_run_of_shards_once(
+    video_folder, make_config, tmp_path, float_store, contents, worker_job, hand_out
+):
     config = make_config(video_folder, tmp_path / "s.zarr", prepare=True)
     extract_dataset(config)
     config = replace(config, prepare=False)
-    undone = dict.fromkeys(range(11))
-    with WorkerJob(config) as worker:
+    undone = hand_out(config, dict.fromkeys(range(11)))
+    with worker_job(config) as worker:
         assert worker.process(undone)["backbone"] > 0
         times = {path: path.stat().st_mtime_ns for path in config.out.glob("_parts/*")}
         assert len(times) == 11
         assert "backbone" not in worker.process(undone), "somebody has done them all"
-        again = worker.process({**undone, 3: read_marker_state(config.out, 3)})
+        again = worker.process({**undone, **hand_out(config, {3: read_marker_state(config.out, 3)})})
         assert "backbone" not in again and "waiting for the writer" in again, "good rows are copied"
     changed = {path.name for path, time in times.items() if path.stat().st_mtime_ns != time}
     assert changed == {"000003.arrows"}
@@ -339,7 +340,7 @@ def test_while_workers_run_their_parent_holds_no_weights(video_folder, make_conf
     build = job.build_backbone
     monkeypatch.setattr(job, "build_backbone", lambda *args, **kwargs: built.append(build(*args, **kwargs)) or built[0])
 
-    def work(config, shards, report):
+    def work(_, shards, report, *__):
         seen.append(built[0].has_weights)
         for shard in shards:
             report(shard, {"backbone": 2.0, "start": 5.0})
