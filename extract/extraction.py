@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from ..errors import NoGoodVideoError, StoreDamagedError
+from ..store.info import count_reasons, count_table
 from ..store.reader import is_store
 from ..store.writer import StoreWriter, refuse_existing
 from .cluster import run_on_workers
@@ -34,6 +35,12 @@ class ExtractSummary:
     failed: list[dict[str, str]]
     """video_id, path and reason of every failed row."""
     seconds: float
+    files: dict[str, int]
+    """Files with a row of that status: a file's segments are rows of their own."""
+    pending: list[dict[str, str]]
+    """The same as `failed`, of rows that the machine kept from being done."""
+    pending_reasons: dict[str, int]
+    """How many of them, by the code of their reason."""
 
 
 def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: None) -> ExtractSummary:
@@ -56,14 +63,16 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
     if not is_store(config.out):
         refuse_existing(config.out, overwrite=config.overwrite)
     with DecoderPool(config.num_decoders) as pool:
+        report("listing the videos", 0, 0)
         records = list_rows(config, pool, report)
-        report("building the backbone", 0, len(records))
+        report("building the backbone", 0, 0)
         job = set_up_job(config, records, pool, clock, report)
         unmended = mend_store(job) if config.repair and job.goes_on else []
         with open_writer(job) as writer:
             shards = [] if config.prepare else undone_shards(job, writer)
             is_alone = config.num_workers is None and config.scheduler is None
             meter = _run_here(job, writer, shards) if is_alone else _run_on_workers(job, shards)
+            report("joining the manifest", 0, 0)
             table = writer.consolidate()
         finish_store(job, table)
     summary = _summarise(config.out, table, time.perf_counter() - start)
@@ -78,7 +87,12 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
         )
     if summary.videos["ok"] == 0 and summary.videos["pending"] == 0:
         reasons = "; ".join(sorted({row["reason"] for row in summary.failed})[:3])
-        raise NoGoodVideoError(f"not one of {len(records)} videos decodes. First reasons: {reasons}")
+        num_files = summary.files["failed"]
+        rows = f"{len(records)} videos" if num_files == len(records) else f"{len(records)} rows of {num_files} files"
+        raise NoGoodVideoError(
+            f"not one of {rows} decodes. First reasons: {reasons}. {config.out} keeps every reason and nothing to train "
+            "on or to search: mend the files and run the same command with --retry-failed, or remove it."
+        )
     return summary
 
 
@@ -87,6 +101,7 @@ def _run_here(job: Job, writer: StoreWriter, shards: Sequence[int]) -> Meter:
         job.load_weights()
     meter = job.start_meter(shards)
     if shards:
+        job.report("extracting", 0, meter.total)
         Pipeline(job, writer).run(shards, meter.count)
     return meter
 
@@ -100,13 +115,26 @@ def _run_on_workers(job: Job, shards: Sequence[int]) -> Meter:
         meter.count(shard, sum(value for stage, value in seconds.items() if stage != "start"))
 
     if shards:
+        job.report("extracting", 0, meter.total)
         job.backbone.free_weights()  # the device is the workers'
         run_on_workers(job.config, shards, count)
     return meter
 
 
 def _summarise(path: Path, table: pa.Table, seconds: float) -> ExtractSummary:
-    counts = {row["values"]: row["counts"] for row in table["status"].value_counts().to_pylist()}
-    failed = table.filter(pa.compute.equal(table["status"], "failed")).select(["video_id", "path", "reason"])
-    videos = {status: counts.get(status, 0) for status in ("ok", "failed", "pending")}
-    return ExtractSummary(path, videos, failed.to_pylist(), round(seconds, 3))
+    counts = count_table(table)
+    failed = _select(table, pa.compute.equal(table["status"], "failed"))
+    is_kept_off = pa.compute.and_(pa.compute.equal(table["status"], "pending"), pa.compute.is_valid(table["reason"]))
+    return ExtractSummary(
+        store=path,
+        videos=counts.rows,
+        failed=failed,
+        seconds=round(seconds, 3),
+        files=counts.files,
+        pending=_select(table, is_kept_off),
+        pending_reasons=count_reasons(table, "pending"),
+    )
+
+
+def _select(table: pa.Table, chosen: pa.ChunkedArray) -> list[dict[str, str]]:
+    return table.filter(chosen).select(["video_id", "path", "reason"]).to_pylist()

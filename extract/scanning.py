@@ -36,6 +36,7 @@ def scan_dataset(
     Raises:
         EnvironmentFailedError: If the folder of the videos disappears.
     """
+    report("listing the videos", 0, 0)
     records = config.read_records()
     rows: list[dict[str, Any]] = []
     requests = (
