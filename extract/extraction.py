@@ -90,7 +90,7 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
         num_files = summary.files["failed"]
         rows = f"{len(records)} videos" if num_files == len(records) else f"{len(records)} rows of {num_files} files"
         raise NoGoodVideoError(
-            f"not one of {rows} decodes. First reasons: {reasons}. {config.out} keeps every reason and nothing to train "
+            f"not one of {rows} decodes. First reasons: {reasons}. {config.out} keeps every reason, nothing to train "
             "on or to search: mend the files and run the same command with --retry-failed, or remove it."
         )
     return summary
