@@ -23,6 +23,7 @@ _UNITS = {
     "checking the stores": "stores",
     "embedding captions": "captions",
     "extracting": "rows",
+    "fitting the codec": "layers",
     "indexing": "rows",
     "measuring the codec": "frames",
     "merging": "shards",
@@ -55,6 +56,8 @@ class LineProgress:
     _total: int = 0
     _rate: str = ""
     _began: float = 0.0
+    _first: int = 0
+    """What was done when the stage began."""
     _last_line: float = 0.0
     _has_estimate: bool = False
     _lock: threading.RLock = field(default_factory=threading.RLock)
@@ -64,7 +67,7 @@ class LineProgress:
         with self._lock:
             if stage != self._stage:
                 self.finish()
-                self._begin(stage, total)
+                self._begin(stage, done, total)
             self._done, self._total, self._rate = done, total, rate
             is_long = not self._has_estimate and (self._seconds_left() or 0) > self.every_s
             if is_long:
@@ -87,23 +90,24 @@ class LineProgress:
                 self._write(f"done in {describe_seconds(elapsed)}{count}")
             self._stage = None
 
-    def _begin(self, stage: str, total: int) -> None:
-        self._stage, self._began, self._has_estimate = stage, self.clock(), False
+    def _begin(self, stage: str, done: int, total: int) -> None:
+        self._stage, self._began, self._first, self._has_estimate = stage, self.clock(), done, False
         said = stage.partition(": ")[2]
         self._write(said or (f"{total:,} {_unit(stage)}" if total else ""))
 
     def _seconds_left(self) -> float | None:
-        if not 0 < self._done < self._total:
+        if not self._first < self._done < self._total:
             return None
-        return (self.clock() - self._began) * (self._total - self._done) / self._done
+        return (self.clock() - self._began) * (self._total - self._done) / (self._done - self._first)
 
     def _write_state(self) -> None:
         assert self._stage is not None
         elapsed, left = self.clock() - self._began, self._seconds_left()
-        rate = self._rate or describe_rate(self._stage, self._done, elapsed)
+        num_new = self._done - self._first
+        rate = self._rate or describe_rate(self._stage, num_new, elapsed)
         parts = [
             f"{self._done:,} of {self._total:,} {_unit(self._stage)}" if self._total else "",
-            rate if self._done else f"for {describe_seconds(elapsed)} now",
+            rate if num_new and self._done < self._total else f"for {describe_seconds(elapsed)} now",
             "" if left is None else f"about {describe_seconds(left)} left",
         ]
         self._write(", ".join(part for part in parts if part))
@@ -187,11 +191,11 @@ def _show_bar(first: str | None) -> Iterator[Report]:
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(first or "starting", total=None, rate="")
-        began: dict[str, float] = {}
+        began: dict[str, tuple[float, int]] = {}
 
         def report(stage: str, done: int, total: int, rate: str = "") -> None:
-            elapsed = time.perf_counter() - began.setdefault(stage, time.perf_counter())
-            rate = rate or describe_rate(stage, done, elapsed)
+            start, first = began.setdefault(stage, (time.perf_counter(), done))
+            rate = rate or describe_rate(stage, done - first, time.perf_counter() - start)
             bar.update(task, description=stage, completed=done, total=total or None, rate=rate)
 
         yield report

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..errors import ConfigError, NoGoodVideoError
-from ..store.codec import Codec, check_finite, fit_basis, fit_scale, round_mantissas
+from ..store.codec import Codec, check_finite, fit_basis, fit_basis_of_few, fit_scale, round_mantissas
 from ..store.fidelity import FidelityMeter, LayerFidelity
 from ..store.layout import PatchDtype, StoreLayout
 from ..store.records import VideoRecord
@@ -154,15 +154,25 @@ def fit_codec(
             f"{len(set(sample.video_ids))} videos have {num_tokens}. Take fewer channels, more videos, or a codec that "
             "another store was fitted with (--codec-from)."
         )
-    moments = _Moments(len(layers), width, with_products=is_projected, device=backbone.device)
     num_passes = 2 if is_projected and dtype == "int8" else 1
     tokens_of = _SampleTokens("calibrating the codec", sample, backbone, layers, batch_size, num_passes, report)
+    # A trial's: the eigenvectors of ViT-E's covariances alone would take a CPU minutes.
+    are_few = is_projected and tokens_of.is_kept and num_tokens < width
+    moments = _Moments(len(layers), width, with_products=is_projected and not are_few, device=backbone.device)
     tokens_of.hand_to(moments.add)
     mean = moments.mean
     if not is_projected:
         absmax = np.maximum(moments.largest - mean, mean - moments.smallest)
         return Codec(dtype=dtype, mean=mean.astype(np.float32), scale=fit_scale(absmax, moments.deviation))
-    basis = np.stack([fit_basis(covariance, channels) for covariance in moments.covariances()])
+    bases: list[np.ndarray] = []
+    for place in range(len(layers)):
+        report("fitting the codec", place, len(layers))
+        if are_few:
+            values = tokens_of.kept[place].flatten(0, 1).double().cpu().numpy()
+            bases.append(fit_basis_of_few(values, mean[place], channels))
+        else:
+            bases.append(fit_basis(moments.covariance(place), channels))
+    basis = np.stack(bases)
     codec = Codec(dtype="float32", mean=mean.astype(np.float32), basis=basis)
     if dtype != "int8":
         return Codec(dtype=dtype, mean=codec.mean, basis=codec.basis)
@@ -244,43 +254,46 @@ class _SampleTokens:
     ) -> None:
         self._sample, self._backbone, self._layers = sample, backbone, layers
         self._batches = split_evenly(len(sample.pixels), batch_size)
-        self._kept: list[torch.Tensor] | None = None
-        self._is_kept = len(self._batches) == 1
-        self._report = report
-        self._done, self._total = 0, len(sample.pixels) * (1 if self._is_kept else num_passes)
-        self._began = time.perf_counter()
-        how_often = " twice" if self._total > len(sample.pixels) else ""
-        num_videos, num_frames = len(set(sample.video_ids)), len(sample.pixels)
-        self._stage = f"{stage}: {num_videos} videos, {num_frames} frames{how_often} through the backbone"
-        report(self._stage, 0, self._total)
+        self.is_kept = len(self._batches) == 1
+        """Whether there is one pass, whose tokens stay."""
+        self.kept: list[torch.Tensor] = []
+        self._stage, self._report = stage, report
+        self._pass, self._num_passes = 0, 1 if self.is_kept else num_passes
 
     def hand_to(self, use: Callable[[list[torch.Tensor]], None]) -> None:
         """Hand over the tokens, (B, N, D) for each layer, batch by batch.
 
         A batch is freed before the next pass, as an iterator's would not be: 16 frames of ViT-E's layers are 0.5 GB.
         """
+        if self.kept:
+            use(self.kept)
+            return
+        self._pass += 1
+        began, num_frames = time.perf_counter(), len(self._sample.pixels)
+        which = "" if self._num_passes == 1 else f", time {self._pass} of {self._num_passes}"
+        num_videos = len(set(self._sample.video_ids))
+        stage = f"{self._stage}: {num_videos} videos, {num_frames} frames through the backbone{which}"
+        self._report(stage, 0, num_frames)
         for batch in self._batches:
             use(self._encode(slice(batch.start, batch.stop)))
+            self._report(stage, batch.stop, num_frames)
+            if batch is self._batches[0]:
+                self._warn_if_long((time.perf_counter() - began) / len(batch))
 
     def _encode(self, batch: slice) -> list[torch.Tensor]:
-        if self._kept is not None:
-            return self._kept
         tokens = self._backbone.encode_frames(torch.from_numpy(self._sample.pixels[batch]), self._layers).patches
         for layer, values in zip(self._layers, tokens, strict=True):
             check_finite(values, values, layer, self._sample.video_ids[batch])
-        self._count(batch.stop - batch.start)
-        if self._is_kept:
-            self._kept = tokens
+        if self.is_kept:
+            self.kept = tokens
         return tokens
 
-    def _count(self, num_frames: int) -> None:
-        is_first, self._done = self._done == 0, self._done + num_frames
-        self._report(self._stage, self._done, self._total)
-        seconds = (time.perf_counter() - self._began) * (self._total - self._done) / self._done
-        if is_first and seconds > _LONG_S:
+    def _warn_if_long(self, seconds_per_frame: float) -> None:
+        seconds = seconds_per_frame * len(self._sample.pixels) * (self._num_passes - self._pass + 1)
+        if self._pass == 1 and seconds > _LONG_S:
             _log.warning(
-                "%s takes about %.0f minutes more here: fewer --calibration-videos shorten it, and --dtype float16 has "
-                "no codec to fit",
+                "%s takes about %.0f minutes here: fewer --calibration-videos shorten it, and --dtype float16 has no "
+                "codec to fit",
                 *(self._stage, seconds / 60),
             )
 
@@ -330,8 +343,8 @@ class _Moments:
         """(L, D) float64."""
         return self._largest.cpu().numpy()
 
-    def covariances(self) -> Iterator[np.ndarray]:
-        """(D, D) float64 for each layer."""
+    def covariance(self, place: int) -> np.ndarray:
+        """(D, D) float64 of a layer."""
         assert self._products is not None
-        for products, mean in zip(self._products, self.mean, strict=True):
-            yield products.cpu().numpy() / self._count - np.outer(mean, mean)
+        mean = self.mean[place]
+        return self._products[place].cpu().numpy() / self._count - np.outer(mean, mean)
