@@ -24,6 +24,9 @@ from .repairing import mend_store
 from .segments import list_rows
 from .stats import Meter, ReportProgress, StageClock, write_stats
 
+_MANY_SHARDS = 1000
+"""From so many on, joining their results takes long enough to be told."""
+
 
 @dataclass(frozen=True, slots=True)
 class ExtractSummary:
@@ -72,7 +75,8 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
             shards = [] if config.prepare else undone_shards(job, writer)
             is_alone = config.num_workers is None and config.scheduler is None
             meter = _run_here(job, writer, shards) if is_alone else _run_on_workers(job, shards)
-            report("joining the manifest", 0, 0)
+            if job.layout.num_shards >= _MANY_SHARDS:
+                report("joining the manifest", 0, 0)
             table = writer.consolidate()
         finish_store(job, table)
     summary = _summarise(config.out, table, time.perf_counter() - start)

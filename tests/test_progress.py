@@ -48,7 +48,6 @@ def test_an_extraction_tells_each_stage_in_a_line(video_folder, tmp_path):
         "decoding for calibration: 9 videos, 15 frames of each",
         "calibrating the codec: 8 videos, 108 frames through the backbone",
         "extracting: 11 rows",
-        "joining the manifest",
         "decoding to measure the codec",
         "measuring the codec: 2 videos, 24 frames through the backbone, time 1 of 2",
         "measuring the codec: 2 videos, 24 frames through the backbone, time 2 of 2",
@@ -75,6 +74,13 @@ def test_captions_lengths_and_the_other_commands_are_told(captioned_folder, make
     cut = ["--dataset", "folder", "--root", tmp_path / "long", "--segment", "2", "--dtype", "float32"]
     cut = run(*EXTRACT, "--frames", "2", *cut, "--out", tmp_path / "cut.zarr")
     assert "reading lengths: 1 videos" in stages(cut, "extract")
+
+
+def test_joining_many_shards_is_a_stage(one_video_folder, tmp_path, monkeypatch):
+    """F1."""
+    monkeypatch.setattr("s4v.extract.extraction._MANY_SHARDS", 1)
+    command = [*EXTRACT, "--dataset", "folder", "--root", one_video_folder, "--dtype", "float32", "--frames", "2"]
+    assert stages(run(*command, "--out", tmp_path / "s.zarr"), "extract")[-1] == "joining the manifest"
 
 
 def test_the_first_line_comes_before_torch_is_imported(tmp_path):
