@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from ..errors import EnvironmentFailedError, NoGoodVideoError, StoreDamagedError
+from ..store.info import count_reasons, count_table
 from ..store.reader import is_store, open_store
 from ..store.redone import note_redone
 from ..store.writer import StoreWriter, refuse_existing
@@ -25,6 +26,9 @@ from .repairing import mend_store
 from .segments import list_rows
 from .stats import Meter, ReportProgress, StageClock, write_stats
 
+_MANY_SHARDS = 1000
+"""From so many on, joining their results takes long enough to be told."""
+
 
 @dataclass(frozen=True, slots=True)
 class ExtractSummary:
@@ -36,8 +40,12 @@ class ExtractSummary:
     failed: list[dict[str, str]]
     """video_id, path and reason of every failed row."""
     seconds: float
-    troubled: list[dict[str, str]] = field(default_factory=list)
-    """The same of every pending row that was tried: what the machine did not let happen."""
+    files: dict[str, int]
+    """Files with a row of that status: a file's segments are rows of their own."""
+    pending: list[dict[str, str]]
+    """The same as `failed`, of rows that the machine kept from being done."""
+    pending_reasons: dict[str, int]
+    """How many of them, by the code of their reason."""
     changed: list[str] = field(default_factory=list)
     """video_id of every good row whose video was replaced since."""
 
@@ -62,8 +70,9 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
     if not is_store(config.out):
         refuse_existing(config.out, overwrite=config.overwrite)
     with DecoderPool(config.num_decoders) as pool:
+        report("listing the videos", 0, 0)
         records = list_rows(config, pool, report)
-        report("building the backbone", 0, len(records))
+        report("building the backbone", 0, 0)
         job = set_up_job(config, records, pool, clock, report)
         changed = _find_changed(job) if job.goes_on else []
         unmended = mend_store(job, changed) if config.repair and job.goes_on else []
@@ -74,6 +83,8 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
             meter, unfinished = (
                 _run_here(job, writer, shards) if is_alone else _run_on_workers(job, shards, writer.lease_nonce)
             )
+            if job.layout.num_shards >= _MANY_SHARDS:
+                report("joining the manifest", 0, 0)
             table = writer.consolidate()
             note_redone(config.out, _count_redone(table, changed, before))
         finish_store(job, table)
@@ -94,7 +105,12 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
         )
     if summary.videos["ok"] == 0 and summary.videos["pending"] == 0:
         reasons = "; ".join(sorted({row["reason"] for row in summary.failed})[:3])
-        raise NoGoodVideoError(f"not one of {len(records)} videos decodes. First reasons: {reasons}")
+        num_files = summary.files["failed"]
+        rows = f"{len(records)} videos" if num_files == len(records) else f"{len(records)} rows of {num_files} files"
+        raise NoGoodVideoError(
+            f"not one of {rows} decodes. First reasons: {reasons}. {config.out} keeps every reason, nothing to train "
+            "on or to search: mend the files and run the same command with --retry-failed, or remove it."
+        )
     return summary
 
 
@@ -103,6 +119,7 @@ def _run_here(job: Job, writer: StoreWriter, shards: Sequence[int]) -> tuple[Met
         job.load_weights()
     meter = job.start_meter(shards)
     if shards:
+        job.report("extracting", 0, meter.total)
         Pipeline(job, writer).run(shards, meter.count)
     return meter, None
 
@@ -116,6 +133,7 @@ def _run_on_workers(job: Job, shards: Sequence[int], lease_nonce: str | None) ->
         meter.count(shard, sum(value for stage, value in seconds.items() if stage != "start"))
 
     if shards:
+        job.report("extracting", 0, meter.total)
         job.backbone.free_weights()  # the device is the workers'
         return meter, run_on_workers(job, shards, count, lease_nonce)
     return meter, None
@@ -139,9 +157,19 @@ def _count_redone(table: pa.Table, rows: Sequence[int], before: Sequence[str | N
 
 
 def _summarise(path: Path, table: pa.Table, seconds: float) -> ExtractSummary:
-    counts = {row["values"]: row["counts"] for row in table["status"].value_counts().to_pylist()}
-    failed = table.filter(pa.compute.equal(table["status"], "failed")).select(["video_id", "path", "reason"])
-    pending = pa.compute.and_(pa.compute.equal(table["status"], "pending"), pa.compute.is_valid(table["reason"]))
-    troubled = table.filter(pending).select(["video_id", "path", "reason"]).to_pylist()
-    videos = {status: counts.get(status, 0) for status in ("ok", "failed", "pending")}
-    return ExtractSummary(path, videos, failed.to_pylist(), round(seconds, 3), troubled)
+    counts = count_table(table)
+    failed = _select(table, pa.compute.equal(table["status"], "failed"))
+    is_kept_off = pa.compute.and_(pa.compute.equal(table["status"], "pending"), pa.compute.is_valid(table["reason"]))
+    return ExtractSummary(
+        store=path,
+        videos=counts.rows,
+        failed=failed,
+        seconds=round(seconds, 3),
+        files=counts.files,
+        pending=_select(table, is_kept_off),
+        pending_reasons=count_reasons(table, "pending"),
+    )
+
+
+def _select(table: pa.Table, chosen: pa.ChunkedArray) -> list[dict[str, str]]:
+    return table.filter(chosen).select(["video_id", "path", "reason"]).to_pylist()

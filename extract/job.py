@@ -78,7 +78,7 @@ class Job:
     def load_weights(self) -> None:
         """Give the backbone its weights, unless it has them."""
         if not self.backbone.has_weights:
-            self.report("loading the weights", 0, len(self.records))
+            self.report(f"loading the weights: {self.backbone.info.weights}", 0, 0)
             with self.clock.stage("start"):
                 self.backbone.load_weights()
 

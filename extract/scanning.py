@@ -57,6 +57,7 @@ def scan_dataset(
     Raises:
         EnvironmentFailedError: If the folder of the videos disappears.
     """
+    report("listing the videos", 0, 0)
     rows: list[dict[str, Any]] = []
     with DecoderPool(config.num_decoders) as pool:
         records = list_rows(replace(config, overwrite=True), pool, report)  # whatever store is at `out`
