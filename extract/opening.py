@@ -28,6 +28,7 @@ def open_writer(job: Job) -> StoreWriter:
     config = job.config
     if job.goes_on:
         store = open_store(config.out)
+        store.require_arrays()
         if config.append and len(job.records) > store.layout.num_rows:
             _require_appendable(job, store)
             append_rows(config.out, layout=job.layout, attributes=job.attributes, records=job.records)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ..errors import StoreDamagedError
 from ..store import manifest
 from ..store._files import FolderLock
+from ..store.names import refuse_links
 from ..store.reader import StoreReader, open_store
 from ..store.records import VideoResult
 from ..store.verify import Damage, find_lost_rows, verify_store
@@ -31,6 +32,7 @@ def mend_store(job: Job) -> list[Damage]:
         StoreError: If the store is another command's, or cannot be mended by it; nothing was changed.
     """
     store = open_store(job.config.out)
+    refuse_links(store.path)
     damage = verify_store(store, job.report)
     kept = _find_kept_shards(job, store, damage)
     to_mend = [one for one in damage if one.shard not in kept]

@@ -260,9 +260,8 @@ class TextReader:
         if not len(wanted):
             return np.empty((0, *self._arrays[name].shape[1:]), dtype=self._arrays[name].dtype.numpy_dtype)
         spec = self._specs[name]
-        for shard in np.unique(
-            wanted // spec.shard_shape[0]
-        ).tolist():  # no link and no pipe, which would be waited for
+        for shard in np.unique(wanted // spec.shard_shape[0]).tolist():
+            # tensorstore would follow a link, and wait for a pipe.
             file = f"{TEXT_NAME}/{name}/{name_text_shard(spec, shard)}"
             if os.path.lexists(self._root / file):
                 names.require_file(self._root, file)
