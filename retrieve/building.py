@@ -124,7 +124,7 @@ def require_rows(store: StoreReader, num_rows: int) -> None:
 class RowFacts:
     """What an index wants of a manifest's good rows, as flat arrays: parts of them are slices, not look-ups.
 
-    `Table.take` costs the whole of a column's chunk for each call, which is minutes where there are thousands of shards.
+    `Table.take` costs the whole of a column's chunk for each call: minutes, where there are thousands of shards.
 
     Args:
         table: The columns num_cached_frames, timestamps_s and eval_clips of all rows.
@@ -163,7 +163,7 @@ class RowFacts:
 
 
 def _flatten_lists(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, np.ndarray]:
-    """The entries of a column of lists, row after row, and where each row's begin, (rows + 1,); null is an empty list."""
+    """The entries of a column of lists, row after row, and where each row's begin, (rows + 1,); null is empty."""
     lengths = pa.compute.list_value_length(column).fill_null(0).to_numpy().astype(np.int64)
     return pa.compute.list_flatten(column), np.concatenate([[0], lengths.cumsum()])
 

@@ -164,6 +164,10 @@ class StoreReader:
             table = manifest.read_table(path, columns=columns)
         except (KeyError, ValueError, TypeError, OverflowError) as error:  # a column that it lacks, say
             raise StoreDamagedError(f"{path} is not what s4v writes: {error}. {_MEND}") from error
+        if len(table) != self.layout.num_rows and _has_changed(self):
+            raise StoreMismatchError(
+                f"{self.path} has {len(table)} rows, and had {self.layout.num_rows} when it was opened: open it again"
+            )
         check_rows(table, self.layout, len(self.classes.names), path, self.layout.num_rows, columns)
         return table
 
