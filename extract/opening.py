@@ -25,6 +25,7 @@ def open_writer(job: Job) -> StoreWriter:
     config = job.config
     if job.goes_on:
         store = open_store(config.out)
+        store.require_arrays()
         if config.append and len(job.records) > store.layout.num_rows:
             first = store.layout.num_rows // store.layout.rows_per_shard
             _require_room(job, job.limit_shards(range(first, job.layout.num_shards)))

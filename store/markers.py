@@ -144,8 +144,13 @@ def read_marker(root: Path, shard: int, codec_sha256: str, *, parts: str = PARTS
         raise StoreDamagedError(f"{path} was written with another codec than the store's. Extract anew (--overwrite).")
     if not set(PART_SCHEMA.names) <= set(table.column_names):
         raise StoreDamagedError(f"{path} lacks columns of a done-marker. {_MEND}")
-    files = json.loads(metadata[_FILES_KEY]) if _FILES_KEY in metadata else None
-    return Marker(table.select(PART_SCHEMA.names).cast(PART_SCHEMA), files)
+    try:
+        files = json.loads(metadata[_FILES_KEY]) if _FILES_KEY in metadata else None
+        if files is not None and not isinstance(files, dict):
+            raise ValueError("its files are no object")
+        return Marker(table.select(PART_SCHEMA.names).cast(PART_SCHEMA), files)
+    except (ValueError, RecursionError) as error:  # pyarrow's own are ValueErrors
+        raise StoreDamagedError(f"{path} is not a done-marker: {error}. {_MEND}") from error
 
 
 def read_joined(root: Path, manifest_sha256: str | None) -> dict[int, MarkerState]:
