@@ -241,11 +241,12 @@ class StoreWriter:
             marker, first = read_marker(self.path, shard, self._codec_sha256), self.layout.shard_rows(shard).start
             if marker is None:
                 continue
-            names = ("source_bytes", "source_mtime_ns", "source_hash")
-            results = [
-                replace(result, **dict(zip(names, sources[row], strict=True))) if row in sources else result
-                for row, result in enumerate(marker.as_results(), start=first)
-            ]
+            results = marker.as_results()
+            for row in range(first, first + len(results)):
+                if row in sources:
+                    num_bytes, mtime_ns, digest = sources[row]
+                    known = {"source_bytes": num_bytes, "source_mtime_ns": mtime_ns, "source_hash": digest}
+                    results[row - first] = VideoResult(**{**asdict(results[row - first]), **known})
             scratch = self._open_scratch()
             version = self._format_version
             with self.hold_manifest():
@@ -437,6 +438,7 @@ class StoreWriter:
             if marker is not None:
                 parts[rows.start] = marker.results
             elif (statuses[rows.start : rows.stop] != "pending").any():
+                assert self._inputs is not None, "a worker does not consolidate"
                 ids = self._inputs["video_id"].slice(rows.start, len(rows))
                 parts[rows.start] = manifest.pending_results(ids)
         return parts, markers
