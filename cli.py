@@ -44,6 +44,9 @@ Protocol = Annotated[
 ]
 Frames = Annotated[str, typer.Option(help="Cached frames: 8, or by split; a bare number is for the rest.")]
 Views = Annotated[str, typer.Option(help="centre, flip (with its mirror image), three; by split: test=three,centre.")]
+NoClasses = Annotated[
+    bool, typer.Option("--no-classes", help="For folder: an archive, whose folders are no classes; paths are ids.")
+]
 Segment = Annotated[
     float | None,
     typer.Option(help="Cut videos into rows of so many seconds, to search long ones. [one row]"),
@@ -87,6 +90,7 @@ def extract(
     annotations: Annotations = None,
     column: Column = None,
     protocol: Protocol = None,
+    no_classes: NoClasses = False,
     out: Annotated[Path | None, typer.Option(help="The store to write. [store/DATASET.zarr]")] = None,
     split: Annotated[list[str] | None, typer.Option(help="Only this split. Repeatable.")] = None,
     frames: Frames = _FRAMES,
@@ -152,6 +156,7 @@ def extract(
             annotations=annotations,
             columns=columns,
             protocol=protocol,
+            with_classes=not no_classes,
             splits=tuple(split) if split else None,
             frames=parsed_frames,
             segment_s=segment,
@@ -208,6 +213,7 @@ def plan(
     annotations: Annotations = None,
     column: Column = None,
     protocol: Protocol = None,
+    no_classes: NoClasses = False,
     out: Annotated[Path | None, typer.Option(help="Where the store would lie. [store/DATASET.zarr]")] = None,
     frames: Frames = _FRAMES,
     views: Views = "centre",
@@ -254,6 +260,7 @@ def plan(
             annotations=annotations,
             columns=_parse_columns(column or []),
             protocol=protocol,
+            with_classes=not no_classes,
             out=store_path,
             frames=parsed_frames,
             views=parsed_views,
@@ -287,6 +294,7 @@ def scan(
     annotations: Annotations = None,
     column: Column = None,
     protocol: Protocol = None,
+    no_classes: NoClasses = False,
     out: Annotated[Path | None, typer.Option(help="Table of all videos. [scan-DATASET.parquet]")] = None,
     frames: Frames = _FRAMES,
     decoder: Decoder = "auto",
@@ -313,6 +321,7 @@ def scan(
             annotations=annotations,
             columns=_parse_columns(column or []),
             protocol=protocol,
+            with_classes=not no_classes,
             frames=parsed_frames,
             decoder=decoder,  # type: ignore[arg-type]
             num_decoders=decoders,

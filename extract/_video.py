@@ -22,7 +22,7 @@ try:  # wheels exist for Linux on x86-64 and for Windows
 except ImportError:
     decord = None
 
-from ._frames import list_frames
+from ._frames import format_of_frame, list_frames
 
 _ALLOWED_LOSS_FRAMES = 2
 _ALLOWED_LOSS_SHARE = 0.02
@@ -246,7 +246,9 @@ def _decode_frame_files(timeline: Timeline, indices: list[int]) -> Decoded:
     for index in sorted(set(indices)):
         file = timeline.frame_files[index]
         try:
-            with Image.open(file, formats=("JPEG",)) as image:
+            with Image.open(file, formats=(format_of_frame(file),)) as image:
+                if image.mode.startswith(("I", "F")):  # depths and the like: converting would cut their values
+                    raise DecodeFailure("decode-error", f"{file.name}: expected 8-bit colours, found {image.mode}")
                 frames[index] = np.asarray(image.convert("RGB"))
         except OSError as error:
             raise DecodeFailure("decode-error", f"{file.name}: {scrub_message(error, file)}") from error

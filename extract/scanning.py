@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,14 @@ from .decoding import DecodeRequest, DecoderPool
 _FACTS = ("decoder", "num_frames", "fps", "duration_s", "width", "height")
 _SMALLEST_PX = 32
 """Side of the crop that decoders are asked for: resizing is not what is looked at."""
+
+
+def _size_of(path: str) -> int | None:
+    try:
+        status = os.stat(path)  # noqa: PTH116
+    except (OSError, ValueError):
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def scan_dataset(
@@ -44,8 +54,9 @@ def scan_dataset(
     )
     with DecoderPool(config.num_decoders) as pool:
         for record, video in zip(records, pool.decode_ahead(requests), strict=True):
-            path = config.root / record.path
-            if not path.exists():
+            # os.path: what we may not look at, and a name that no disk can have, is a row like any other.
+            path = os.path.join(config.root, record.path)  # noqa: PTH118
+            if not os.path.exists(path):  # noqa: PTH110
                 config.require_root()
             rows.append(
                 {
@@ -53,7 +64,7 @@ def scan_dataset(
                     "path": record.path,
                     "split": record.split,
                     "class_name": record.class_name,
-                    "bytes": path.stat().st_size if path.is_file() else None,
+                    "bytes": _size_of(path),
                     "status": "ok" if video.pixels is not None else "failed",
                     "reason": video.facts.get("reason"),
                     **{name: video.facts.get(name) for name in _FACTS},
