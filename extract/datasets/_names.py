@@ -72,7 +72,7 @@ def check_path(text: str, *, root: object = "--root") -> str:
         raise ValueError(
             f"expected a path below {root}, found {text!r}, which names a drive of another machine: cut it"
         )
-    if text.startswith("/") or ".." in _SEPARATOR.split(text):
+    if text.startswith(("/", "\\")) or ".." in _SEPARATOR.split(text):
         raise ValueError(f"expected a path below {root}, without `..`, found {text!r}")
     if "//" in text or text.startswith("./") or "/./" in text or text.endswith(("/", "/.")) or text in ("", "."):
         text = "/".join(part for part in text.split("/") if part not in ("", "."))
@@ -87,7 +87,8 @@ def check_name(text: str) -> str:
     Raises:
         ValueError: If it is empty or more than one part, or anything that `check_path` refuses.
     """
-    if _SEPARATOR.search(check_path(text)):
+    check_path(text)
+    if _SEPARATOR.search(text):
         raise ValueError(f"expected a name without folders, found {text!r}")
     return text
 

@@ -177,7 +177,7 @@ def _relative_path(path: str | None, root: Path, bases: Sequence[str]) -> str:
     if path is None:
         raise ValueError("the path is empty")
     base = next((base for base in bases if path.startswith(base)), "")
-    return check_path(path.removeprefix(base), root=root)
+    return check_path(path.removeprefix(base).lstrip("/") if base else path, root=root)
 
 
 def _captions(value: Any) -> tuple[str, ...]:

@@ -87,7 +87,7 @@ def test_a_wanted_split_may_be_spelled_as_annotations_do(place):
 
 # A10: endings, and what is not taken.
 
-ENDINGS = ".mxf .vob .asf .f4v .gif .m2v .nut .divx .dv .rm .rmvb .m1v .mpv .mjpeg .y4m .ogm .qt .3g2 .amv .MXF .wtv .m2t"
+ENDINGS = ".mxf .vob .asf .f4v .gif .m2v .nut .divx .dv .rm .rmvb .m1v .mpv .mjpeg .y4m .ogm .qt .3g2 .amv .MXF .m2t"
 
 
 def test_videos_of_rarer_kinds_are_listed(place):
