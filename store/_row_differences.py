@@ -127,9 +127,9 @@ def _list_changes(here: Mapping[str, _Row], there: Mapping[str, _Row]) -> list[s
     changed: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for video_id in here.keys() & there.keys():
         if here[video_id] != there[video_id]:
-            names = [n for n in here[video_id] if here[video_id][n] != there[video_id][n]]
+            columns = [name for name, value in here[video_id].items() if value != there[video_id][name]]
             # The number of a class changes with every new class: the name is what counts.
-            changed[tuple([n for n in names if n != "label"] or names)].append(video_id)
+            changed[tuple([name for name in columns if name != "label"] or columns)].append(video_id)
     parts = []
     for names, video_ids in sorted(changed.items()):
         first = min(video_ids)

@@ -170,7 +170,9 @@ def read_listing(
         found = read_table_file(annotations, files.tree, columns or {})
     else:
         found = _read(name, files, protocol, with_classes)
-    if name not in ("lists", "table"):
+    if name in ("lists", "table"):
+        _tell_odd_endings(files.tree, found)
+    else:
         _tell_what_is_no_video(files)
     if files.tree.is_walked and files.annotation_files and name != "lists":
         _tell_what_is_no_row(files.tree, found)
@@ -337,6 +339,17 @@ def _tell_what_is_no_video(files: DatasetFiles) -> None:
         _log.warning(
             "%d folders below %s cannot be read, and their videos are no rows: %s",
             *(len(walk.unreadable), files.root, _some(walk.unreadable)),
+        )
+
+
+def _tell_odd_endings(tree: VideoTree, records: Sequence[VideoRecord]) -> None:
+    """Count the rows of a table or list whose files are not named as videos: playlists, pictures, the wrong column."""
+    odd = {r.path for r in records if ending_of(r.path.rpartition("/")[2]) and not is_video_name(r.path)}
+    # Folders of frames may have any name.
+    if odd := {path for path in odd if not (tree.root / path).is_dir()}:
+        _log.warning(
+            "%d rows name files without a video's ending (%s): what is no video becomes a failed row",
+            *(len(odd), _some(sorted(odd))),
         )
 
 

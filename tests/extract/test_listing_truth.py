@@ -187,6 +187,17 @@ def test_scan_tells_what_is_not_taken(place, one_video, make_config, tmp_path, c
     assert "2 files were not taken for videos: 2 .srt" in caplog.text
 
 
+def test_rows_of_files_that_are_not_named_as_videos_are_counted(place, make_frames, caplog):
+    """A7, A10: playlists, pictures, a column of something else."""
+    root = place({}, "a.mp4", "x.m3u8", "b.txt", "blob")
+    make_frames(root / "frames.v2")
+    assert len(read_table(root, "path\na.mp4\nx.m3u8\nb.txt\nblob\nframes.v2\n", "path")) == 5
+    assert "2 rows name files without a video's ending (b.txt, x.m3u8)" in caplog.text
+    caplog.clear()
+    assert len(read_list(root, "a.mp4\nx.m3u8\n", "path")) == 2
+    assert "1 rows name files without a video's ending (x.m3u8)" in caplog.text
+
+
 # A12: tables.
 
 
