@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -117,7 +118,7 @@ class VideoTree:
         return "walk" in self.__dict__
 
     def holds(self, path: str) -> bool:
-        """Whether something lies at a path relative to the root, whatever its ending.
+        """Whether a file or folder lies at a path relative to the root, whatever its ending.
 
         What the disk does not let us see is there, as far as is known: the decoder will say more of it.
         """
@@ -125,12 +126,12 @@ class VideoTree:
         if self.is_walked and path in self._path_set:
             return path not in self.walk.dangling
         try:
-            os.stat(f"{os.fspath(self.root)}/{path}")  # noqa: PTH116
+            mode = os.stat(f"{os.fspath(self.root)}/{path}").st_mode  # noqa: PTH116
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return False
         except OSError as error:
             return error.errno not in (errno.ELOOP, errno.ENAMETOOLONG)
-        return True
+        return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
 
     def find_written(self, path: str) -> str:
         """A path as an annotation file writes it -> as the disk spells it; as good as it can be where it is not there.

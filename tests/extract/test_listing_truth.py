@@ -4,18 +4,24 @@ Each test names the fault that it is for. `outcome` makes errors values, so that
 """
 
 import errno
+import json
 import os
 import shutil
 import unicodedata
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from typer.testing import CliRunner
 
+from s4v.cli import app
 from s4v.errors import ConfigError, EnvironmentFailedError, S4vError
 from s4v.extract._decoder import decode
 from s4v.extract._frames import list_frames
@@ -23,6 +29,7 @@ from s4v.extract._video import DecodeFailure
 from s4v.extract.datasets import _files, read_dataset
 from s4v.extract.extraction import extract_dataset
 from s4v.extract.scanning import scan_dataset
+from s4v.extract.segments import list_rows
 from s4v.store.reader import open_store
 
 E_NFC, E_NFD = (unicodedata.normalize(form, "café.mp4") for form in ("NFC", "NFD"))
@@ -75,7 +82,7 @@ def test_spellings_of_a_split_are_folded_in_folders_json_and_lists_too(place):
     assert read_table(folders, lines, "split", name="t.jsonl") == [("train",)] * 2
     videos = [{"video_id": f"video{i}", "split": split} for i, split in enumerate(("Train", "validation ", "TEST"))]
     sentences = [{"video_id": f"video{i}", "caption": "x"} for i in range(3)]
-    (folders / "MSRVTT_data.json").write_text(__import__("json").dumps({"videos": videos, "sentences": sentences}))
+    (folders / "MSRVTT_data.json").write_text(json.dumps({"videos": videos, "sentences": sentences}))
     assert outcome("msrvtt", folders, "split", protocol="full") == [("train",), ("val",), ("test",)]
 
 
@@ -292,8 +299,10 @@ def test_names_that_no_disk_can_have_are_missing_files(place, caplog):
     """A12"""
     root = place({}, "a.mp4")
     long = "x" * 300 + ".mp4"
-    assert read_table(root, f"path\na.mp4\n{long}\na.mp4/b.mp4\n", "path") == [("a.mp4",), ("a.mp4/b.mp4",), (long,)]
-    assert "2 of 3 videos are not below" in caplog.text
+    os.mkfifo(root / "pipe.mp4")
+    text = f"path\na.mp4\n{long}\na.mp4/b.mp4\npipe.mp4\n"
+    assert read_table(root, text, "path") == [("a.mp4",), ("a.mp4/b.mp4",), ("pipe.mp4",), (long,)]
+    assert "3 of 4 videos are not below" in caplog.text
 
 
 # A12: lists.
@@ -498,6 +507,21 @@ def test_no_classes_is_for_folders(make_config, tmp_path):
         make_config(tmp_path, tmp_path / "x", dataset="k400", with_classes=False)
 
 
+def test_no_classes_is_an_option_of_commands(place, one_video, tmp_path):
+    """B6"""
+    root = place({"run/a.mp4": one_video.read_bytes()})
+    table = tmp_path / "scan.parquet"
+    command = ["scan", "--dataset", "folder", "--root", str(root), "--out", str(table), "--decoders", "1"]
+    assert CliRunner().invoke(app, [*command, "--no-classes"]).exit_code == 0
+    assert pq.read_table(table).select(["video_id", "class_name", "split"]).to_pylist() == [
+        {"video_id": "run/a.mp4", "class_name": None, "split": "all"}
+    ]
+    command = ["extract", "--model", "tiny-clip", "--dataset", "table", "--root", str(root), "--no-classes"]
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 1
+    assert "--no-classes is for --dataset folder, not for table" in refused.output
+
+
 # F7: splits that nobody gave.
 
 
@@ -562,11 +586,32 @@ def test_captions_without_classes_are_divided(place):
     assert found == {("train",): 8, ("val",): 2}
 
 
-def make_class(root, one_video, name, numbers):
+@pytest.fixture(scope="module")
+def small_store(tmp_path_factory, make_config, one_video):
+    """Two classes of three videos, without a split, and their store. Copy it."""
+    folder = tmp_path_factory.mktemp("small")
+    for name in ("run", "walk"):
+        add_videos(folder / "videos" / name, range(3), one_video)
+    config = make_config(folder / "videos", folder / "s.zarr", frames={"": 2}, num_decoders=1)
+    extract_dataset(config)
+    return config
+
+
+@pytest.fixture
+def copied(small_store, tmp_path):
+    root = shutil.copytree(small_store.root, tmp_path / "videos")
+    return replace(small_store, root=root, out=shutil.copytree(small_store.out, tmp_path / "s.zarr"))
+
+
+def add_videos(folder, numbers, video):
+    folder.mkdir(parents=True, exist_ok=True)
     for number in numbers:
-        file = root / name / f"{number}.mp4"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(one_video, file)
+        shutil.copy(video, folder / f"{number}.mp4")
+
+
+def list_splits(config):
+    nobody = SimpleNamespace(decode_ahead=lambda _: iter(()))  # no video's length is asked for
+    return {record.video_id: record.split for record in list_rows(config, nobody)}
 
 
 def read_splits(path):
@@ -576,9 +621,6 @@ def read_splits(path):
 
 def rewrite_split(path, change):
     """Give a store other splits, as one from before has them."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     from s4v.store.checksums import write_checksums
 
     table = pq.read_table(path / "videos.parquet")
@@ -590,50 +632,51 @@ def rewrite_split(path, change):
     write_checksums(path)
 
 
-def test_a_store_keeps_its_splits_and_new_rows_fill_up_the_share(tmp_path, make_config, one_video):
+def test_a_store_keeps_its_splits_and_new_rows_fill_up_the_share(copied, one_video):
     """F7"""
-    root = tmp_path / "videos"
-    make_class(root, one_video, "run", range(3))
-    make_class(root, one_video, "walk", range(3))
-    config = make_config(root, tmp_path / "s.zarr", frames={"": 2}, num_decoders=1)
-    extract_dataset(config)
-    # As the hash of each id had it: all of one class in train, two of the other in val.
-    rewrite_split(config.out, lambda i, _: "val" if i in ("run/0.mp4", "run/1.mp4") else "train")
-    before = read_splits(config.out)
-    extract_dataset(config)
-    assert read_splits(config.out) == before, "the same command goes on"
-    make_class(root, one_video, "run", range(3, 6))
-    make_class(root, one_video, "walk", range(3, 7))
-    extract_dataset(replace(config, append=True))
-    after = read_splits(config.out)
+    # As the hash of each id had it: none of one class in val, two of the other.
+    rewrite_split(copied.out, lambda i, _: "val" if i in ("run/0.mp4", "run/1.mp4") else "train")
+    before = read_splits(copied.out)
+    assert list_splits(copied) == before, "the same command goes on"
+    add_videos(copied.root / "run", range(3, 6), one_video)
+    add_videos(copied.root / "walk", range(3, 7), one_video)
+    extract_dataset(replace(copied, append=True))
+    after = read_splits(copied.out)
     assert {i: after[i] for i in before} == before
     assert Counter((i.partition("/")[0], s) for i, s in after.items() if s == "val") == {
         ("run", "val"): 2,
         ("walk", "val"): 1,
     }
-    extract_dataset(config)
-    assert read_splits(config.out) == after
+    assert list_splits(copied) == after
 
 
-def test_a_store_keeps_the_spelling_of_its_splits_and_its_divided_archive(tmp_path, make_config, one_video):
+def test_a_store_keeps_the_spelling_of_its_splits(copied):
     """F7, A9"""
-    root = tmp_path / "videos"
-    make_class(root, one_video, ".", range(4))
-    (root / "t.csv").write_text("path,label,split\n0.mp4,x,train\n1.mp4,x,Train\n2.mp4,x,TRAIN\n3.mp4,x,val\n")
-    config = make_config(root, tmp_path / "s.zarr", frames={"": 2}, num_decoders=1)
-    table = replace(config, out=tmp_path / "t.zarr", dataset="table", annotations=root / "t.csv")
-    extract_dataset(table)
-    spelled = {"0.mp4": "train", "1.mp4": "Train", "2.mp4": "TRAIN", "3.mp4": "val"}
-    rewrite_split(table.out, lambda i, _: spelled[i])
-    extract_dataset(table)
-    assert read_splits(table.out) == spelled
-    extract_dataset(config)
-    assert set(read_splits(config.out).values()) == {"all"}
-    divided = {"0.mp4": "val", "1.mp4": "train", "2.mp4": "train", "3.mp4": "train"}
-    rewrite_split(config.out, lambda i, _: divided[i])
-    make_class(root, one_video, ".", range(4, 6))
-    extract_dataset(replace(config, append=True))
-    assert read_splits(config.out) == {**divided, "4.mp4": "train", "5.mp4": "train"}
+    splits = ["train", "Train", "TRAIN", "val", "Novel", "novel"]
+    rows = [(f"{name}/{i}.mp4", name) for name in ("run", "walk") for i in range(3)]
+    spelled = {path: split for (path, _), split in zip(rows, splits, strict=True)}
+    lines = "".join(f"{path},{name},{spelled[path]}\n" for path, name in rows)
+    (copied.root / "t.csv").write_text(f"path,label,split\n{lines}")
+    table = replace(copied, dataset="table", annotations=copied.root / "t.csv")
+    rewrite_split(copied.out, lambda i, _: spelled[i])
+    assert list_splits(table) == spelled
+    rewrite_split(copied.out, lambda *_: "test")
+    assert list_splits(table) != spelled, "another split in the table is another split"
+    assert list_splits(table)["run/1.mp4"] == "train"
+
+
+def test_a_divided_archive_stays_divided(copied, one_video):
+    """F7"""
+    archive = replace(copied, with_classes=False)
+    divided = {i: "val" if i == "run/0.mp4" else "train" for i in read_splits(copied.out)}
+    rewrite_split(copied.out, lambda i, _: divided[i])
+    assert list_splits(archive) == divided
+    add_videos(copied.root / "run", [7, 8], one_video)
+    found = list_splits(archive)
+    assert {i: found[i] for i in divided} == divided
+    assert Counter(found.values()) == {"train": 6, "val": 2}
+    rewrite_split(copied.out, lambda *_: "all")
+    assert set(list_splits(archive).values()) == {"all"}
 
 
 def test_segments_keep_their_splits(tmp_path, make_config, make_video):
@@ -645,8 +688,7 @@ def test_segments_keep_their_splits(tmp_path, make_config, make_video):
     extract_dataset(config)
     rewrite_split(config.out, lambda i, _: "val" if i.startswith(("run/a@0", "run/a@1")) else "train")
     before = read_splits(config.out)
-    extract_dataset(config)
-    assert read_splits(config.out) == before
+    assert list_splits(config) == before
     assert len(before) == 6
 
 
@@ -660,48 +702,52 @@ def run_again(config):
         return str(error)
 
 
-def test_videos_that_moved_are_told_as_moved(tmp_path, make_config, one_video):
+def test_videos_that_moved_are_told_as_moved(copied):
     """F8"""
-    root = tmp_path / "videos"
-    make_class(root, one_video, "run", range(2))
-    make_class(root, one_video, "walk", range(2))
-    config = make_config(root, tmp_path / "s.zarr", frames={"": 2}, num_decoders=1)
-    extract_dataset(config)
-    (root / "data").mkdir()
-    (root / "run").rename(root / "data/run")
-    (root / "walk").rename(root / "data/walk")
-    message = run_again(config)
-    assert "4 videos have moved (run/0.mp4 is data/run/0.mp4 now, run/1.mp4 is data/run/1.mp4 now" in message
+    (copied.root / "data").mkdir()
+    (copied.root / "run").rename(copied.root / "data/run")
+    (copied.root / "walk").rename(copied.root / "data/walk")
+    message = run_again(copied)
+    assert "6 videos have moved (run/0.mp4 is data/run/0.mp4 now, run/1.mp4 is data/run/1.mp4 now" in message
     assert "(--append adds them)" not in message
     assert "are gone" not in message
 
 
-def test_what_only_shares_a_name_has_not_moved(tmp_path, make_config, one_video, make_video):
+def test_what_only_shares_a_name_has_not_moved(copied, one_video):
     """F8"""
-    root = tmp_path / "videos"
-    make_class(root, one_video, "run", range(3))
-    config = make_config(root, tmp_path / "s.zarr", frames={"": 2}, num_decoders=1)
-    extract_dataset(config)
-    (root / "run/0.mp4").unlink()
-    make_class(root, one_video, "walk", [0])
-    make_class(root, one_video, "jump", [0])
-    message = run_again(config)
-    assert "2 (jump/0.mp4, walk/0.mp4) videos are new" in message
+    (copied.root / "run/0.mp4").unlink()
+    add_videos(copied.root / "hop", [0], one_video)
+    add_videos(copied.root / "jump", [0], one_video)
+    message = run_again(copied)
+    assert "2 (hop/0.mp4, jump/0.mp4) videos are new" in message
     assert "1 (run/0.mp4) videos are gone" in message
     assert "moved" not in message
 
 
-def test_changed_rows_say_what_changed(tmp_path, make_config, one_video):
+def test_a_file_of_another_size_has_not_moved(copied, one_video):
     """F8"""
-    root = tmp_path / "videos"
-    make_class(root, one_video, "run", range(2))
-    (root / "t.csv").write_text("id,path,label,split\na,run/0.mp4,x,train\nb,run/1.mp4,x,train\n")
-    config = make_config(root, tmp_path / "s.zarr", frames={"": 2}, num_decoders=1)
-    config = replace(config, dataset="table", annotations=root / "t.csv")
-    extract_dataset(config)
-    (root / "run").rename(root / "jump")
-    (root / "t.csv").write_text("id,path,label,split\na,jump/0.mp4,x,train\nb,jump/1.mp4,x,train\n")
-    assert "2 (a, b) videos have another path (a: path run/0.mp4 there, jump/0.mp4 here)" in run_again(config)
+    from s4v.store._row_differences import _without_other_sizes
+
+    (copied.root / "run/0.mp4").rename(copied.root / "a.mp4")
+    (copied.root / "run/1.mp4").rename(copied.root / "b.mp4")
+    moved, here = (
+        {"run/0.mp4": "a.mp4", "run/1.mp4": "b.mp4", "x": "b.mp4"},
+        {n: {"path": n} for n in ("a.mp4", "b.mp4")},
+    )
+    sizes = {"run/0.mp4": one_video.stat().st_size, "run/1.mp4": 5}
+    assert _without_other_sizes(moved, here, sizes, copied.root) == {"run/0.mp4": "a.mp4", "x": "b.mp4"}
+
+
+def test_changed_rows_say_what_changed(copied):
+    """F8"""
+    splits = read_splits(copied.out)
+    rows = "".join(f"{i},{i.replace('run', 'jump')},{i.partition('/')[0]},{split}\n" for i, split in splits.items())
+    (copied.root / "run").rename(copied.root / "jump")
+    (copied.root / "t.csv").write_text(f"id,path,label,split\n{rows}")
+    table = replace(copied, dataset="table", annotations=copied.root / "t.csv")
+    message = run_again(table)
+    assert "3 (run/0.mp4, run/1.mp4, run/2.mp4) videos have another source_id, path (run/0.mp4: " in message
+    assert "path run/0.mp4 there, jump/0.mp4 here" in message
 
 
 def test_pairs_of_moved_videos_are_the_ones_with_most_in_common():
