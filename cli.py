@@ -46,6 +46,9 @@ Protocol = Annotated[
 ]
 Frames = Annotated[str, typer.Option(help="Cached frames: 8, or by split; a bare number is for the rest.")]
 Views = Annotated[str, typer.Option(help="centre, flip (with its mirror image), three; by split: test=three,centre.")]
+NoClasses = Annotated[
+    bool, typer.Option("--no-classes", help="For folder: an archive, whose folders are no classes; paths are ids.")
+]
 Segment = Annotated[
     float | None,
     typer.Option(help="Cut videos into rows of so many seconds, to search long ones. [one row]"),
@@ -102,6 +105,7 @@ def extract(
     annotations: Annotations = None,
     column: Column = None,
     protocol: Protocol = None,
+    no_classes: NoClasses = False,
     out: Annotated[Path | None, typer.Option(help="The store to write. [store/DATASET.zarr]")] = None,
     split: Annotated[list[str] | None, typer.Option(help="Only this split. Repeatable.")] = None,
     frames: Frames = _FRAMES,
@@ -169,6 +173,7 @@ def extract(
                 annotations=annotations,
                 columns=columns,
                 protocol=protocol,
+                with_classes=not no_classes,
                 splits=tuple(split) if split else None,
                 frames=parsed_frames,
                 segment_s=segment,
@@ -233,6 +238,7 @@ def plan(
     annotations: Annotations = None,
     column: Column = None,
     protocol: Protocol = None,
+    no_classes: NoClasses = False,
     out: Annotated[Path | None, typer.Option(help="Where the store would lie. [store/DATASET.zarr]")] = None,
     frames: Frames = _FRAMES,
     views: Views = "centre",
@@ -279,6 +285,7 @@ def plan(
             annotations=annotations,
             columns=_parse_columns(column or []),
             protocol=protocol,
+            with_classes=not no_classes,
             out=store_path,
             frames=parsed_frames,
             views=parsed_views,
@@ -312,6 +319,7 @@ def scan(
     annotations: Annotations = None,
     column: Column = None,
     protocol: Protocol = None,
+    no_classes: NoClasses = False,
     out: Annotated[Path | None, typer.Option(help="Table of all videos. [scan-DATASET.parquet]")] = None,
     split: Annotated[list[str] | None, typer.Option(help="Only this split. Repeatable.")] = None,
     frames: Frames = _FRAMES,
@@ -347,6 +355,7 @@ def scan(
                 annotations=annotations,
                 columns=_parse_columns(column or []),
                 protocol=protocol,
+                with_classes=not no_classes,
                 splits=tuple(split) if split else None,
                 frames=parsed_frames,
                 segment_s=segment,

@@ -23,7 +23,7 @@ except ImportError:
     decord = None
 
 from ._containers import MAX_FRAME_PIXELS, open_container
-from ._frames import list_frames
+from ._frames import format_of_frame, list_frames
 from ._orientation import turn_of
 from ._timeline import ALLOWED_LOSS_SHARE, Clock, Timeline, check_shape, is_too_short, read_file_timeline
 from ._trouble import DecodeFailure, as_failure, scrub_message
@@ -41,8 +41,6 @@ _SEEK_SHARE = 0.5
 
 # Decoders that give frames out of their order hold back at most so many.
 _MOST_REORDERED = 32
-
-_PICTURE_FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 @dataclass(frozen=True)
@@ -265,13 +263,15 @@ def _decode_pictures(timeline: Timeline, indices: list[int], render: Render) -> 
     for index in sorted(set(indices)):
         file = timeline.frame_files[index]
         try:
-            with Image.open(file, formats=_PICTURE_FORMATS) as image:
+            with Image.open(file, formats=(format_of_frame(file),)) as image:
                 width, height = image.size
                 if width * height > MAX_FRAME_PIXELS:
                     raise DecodeFailure(
                         "too-large", f"{file.name}: {width}x{height}, at most {MAX_FRAME_PIXELS} pixels are decoded"
                     )
                 check_shape(width, height)
+                if image.mode.startswith(("I", "F")):  # depths and the like: converting would cut their values
+                    raise DecodeFailure("decode-error", f"{file.name}: expected 8-bit colours, found {image.mode}")
                 picture = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
         except (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError) as error:
             failure = as_failure(error, file)

@@ -23,7 +23,7 @@ from .job import Job, set_up_job
 from .opening import open_writer, undone_shards
 from .pipeline import Pipeline
 from .repairing import mend_store
-from .segments import list_rows
+from .segments import list_rows_and_missing
 from .stats import Meter, ReportProgress, StageClock, write_stats
 
 _MANY_SHARDS = 1000
@@ -71,9 +71,10 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
         refuse_existing(config.out, overwrite=config.overwrite)
     with DecoderPool(config.num_decoders) as pool:
         report("listing the videos", 0, 0)
-        records = list_rows(config, pool, report)
+        listing = list_rows_and_missing(config, pool, report)
+        records = listing.records
         report("building the backbone", 0, 0)
-        job = set_up_job(config, records, pool, clock, report)
+        job = set_up_job(config, records, pool, clock, report, listing.missing)
         changed = _find_changed(job) if job.goes_on else []
         unmended = mend_store(job, changed) if config.repair and job.goes_on else []
         with open_writer(job) as writer:

@@ -20,6 +20,7 @@ import tensorstore as ts
 from ..errors import S4vError, StoreDamagedError, StoreError, StoreExistsError, StoreMismatchError
 from . import manifest
 from ._files import hash_file, kill_point, sync_folder
+from ._row_differences import list_video_differences
 from ._zarr import create_array, open_array, refused_write, write_group, write_small_array
 from .checksums import (
     APPEND_NAME,
@@ -603,7 +604,8 @@ def _require_same(
     path = store.path
     inputs = manifest.input_table(records, manifest.ClassList(tuple(attributes["classes"]["names"])))
     wanted = full_attributes(attributes, layout, store.codec)
-    differences = list_differences(store.attributes, wanted) + _list_video_differences(store, inputs)
+    root = attributes.get("dataset", {}).get("root")
+    differences = list_differences(store.attributes, wanted) + list_video_differences(store, inputs, root)
     differences += list_codec_differences(store, attributes)
     if not store.read_captions().equals(manifest.caption_table(records)):
         differences.append("captions differ")
@@ -800,22 +802,6 @@ def list_codec_differences(store: StoreReader, attributes: Mapping[str, Any]) ->
 def _shorten(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _list_video_differences(store: StoreReader, inputs: pa.Table) -> list[str]:
-    old = store.input_columns()
-    if old.equals(inputs):
-        return []
-    here, there = (dict(zip(t["video_id"].to_pylist(), t.to_pylist(), strict=True)) for t in (inputs, old))
-    examples: Callable[[set[str]], str] = lambda ids: f"{len(ids)} ({', '.join(sorted(ids)[:3])})"  # noqa: E731
-    parts = []
-    if new := here.keys() - there.keys():
-        parts.append(f"{examples(new)} videos are new (--append adds them)")
-    if gone := there.keys() - here.keys():
-        parts.append(f"{examples(gone)} videos are gone")
-    if changed := {i for i in here.keys() & there.keys() if here[i] != there[i]}:
-        parts.append(f"{examples(changed)} videos have another path, split, class or segment")
-    return parts
 
 
 def _is_as_before(fresh: Path, file: Path, recorded: str | None) -> bool:
