@@ -41,8 +41,9 @@ _PICTURES = av.stream.Disposition.attached_pic | av.stream.Disposition.still_ima
 _PICTURES |= av.stream.Disposition.timed_thumbnails
 _DEFAULT = av.stream.Disposition.default
 
-# Containers whose reading ends where a second file begins, and how many bytes tell the beginning of one.
-_MAGIC_BYTES = {"flv": 4, "asf": 16}
+# Containers whose reading may end where a second file begins: how many bytes begin one, and what stands near them.
+_BEGINNINGS = {"flv": (4, b""), "asf": (16, b""), "matroska,webm": (4, b"\x42\x82")}
+_BEGINNING_BYTES = 64
 _REST_BYTES = 1 << 20
 
 # A stream that jumps back by less than this, and not to a key frame, is badly muxed and no second stream.
@@ -113,16 +114,21 @@ class Clock:
         self._offset = 0
         self._end: int | None = None
         self._last_dts: int | None = None
+        self._last_key_pts: int | None = None
 
     def set(self, packet: Any) -> int | None:
         """Change a packet's timestamps where streams before it ended; returns its display time."""
         dts, pts = packet.dts, packet.pts
+        jumps_back = False
         if dts is not None:
-            last = self._last_dts
-            jumps_back = last is not None and dts < last and (packet.is_keyframe or last - dts > self._jump)
-            if jumps_back and pts is not None and self._end is not None:
-                self._offset = self._end - pts
+            if self._last_dts is not None and dts < self._last_dts:
+                jumps_back = packet.is_keyframe or self._last_dts - dts > self._jump
             self._last_dts = dts
+        if packet.is_keyframe and pts is not None:
+            jumps_back |= self._last_key_pts is not None and pts < self._last_key_pts
+            self._last_key_pts = pts
+        if jumps_back and pts is not None and self._end is not None:
+            self._offset = self._end - pts
         if pts is None:
             return None
         if self._offset:
@@ -209,7 +215,7 @@ class _Track:
         is_film, is_default = self.num_packets > 1, bool(_disposition(self.stream) & _DEFAULT)
         return is_film, is_default, self.width * self.height, self.num_packets, -self.stream.index
 
-    def as_timeline(self, head: bytes, allow_loss: float, is_alone: bool) -> Timeline:
+    def as_timeline(self, allow_loss: float, may_decord_open: bool) -> Timeline:
         """All of it.
 
         Raises:
@@ -244,10 +250,9 @@ class _Track:
             duration_s=duration_s,
             is_seekable=(
                 self.is_seekable
-                and is_alone
+                and may_decord_open
                 and keys is not None
                 and is_turned_right
-                and may_decord_open(head)
                 and self.width * self.height <= _MAX_DECORD_PIXELS
             ),
             is_counted=is_counted,
@@ -289,18 +294,22 @@ def read_file_timeline(path: Path, allow_loss: float = ALLOWED_LOSS_SHARE) -> Ti
     """
     try:
         head = read_head(path)
-        check_boxes(path, head)
-        with open_container(path) as container:
+        boxes = check_boxes(path, head)
+        with open_container(path, head) as container:
             tracks = _list_tracks(container)
             place = 0
             for place, packet in enumerate(container.demux([track.stream for track in tracks.values()])):
                 if (track := tracks.get(packet.stream_index)) is not None:
                     track.add(packet, place)
             film = max(tracks.values(), key=lambda track: track.rank)
+            if boxes.is_elsewhere and not film.num_packets:
+                raise DecodeFailure("unreadable", "its frames lie in another file, and none but itself is opened")
             _check_film(film, container, head)
             _check_neighbours(film, tracks.values(), container)
             _check_rest(path, film.end_byte, head, container.format.name)
-            return film.as_timeline(head, allow_loss, is_alone=len(container.streams.video) == 1)
+            # decord takes a path in UTF-8, and chooses a track by itself.
+            is_alone = len(container.streams.video) == 1
+            return film.as_timeline(allow_loss, is_alone and may_decord_open(head) and is_utf8(str(path)))
     except (av.FFmpegError, OSError, MemoryError) as error:
         raise as_failure(error, path, "unreadable") from error
 
@@ -359,15 +368,26 @@ def _check_neighbours(film: _Track, tracks: Any, container: Any) -> None:
 
 def _check_rest(path: Path, end_byte: int, head: bytes, kind: str) -> None:
     """Refuse a file behind which a second one begins, where reading ends with the first."""
-    if kind not in _MAGIC_BYTES:
+    if kind not in _BEGINNINGS:
         return
-    magic = head[: _MAGIC_BYTES[kind]]
+    num_bytes, mark = _BEGINNINGS[kind]
     with path.open("rb") as file:
         file.seek(end_byte)
-        if magic in file.read(_REST_BYTES):
-            raise DecodeFailure(
-                "truncated", "a second file begins behind the first one, and players show the first: take them apart"
-            )
+        rest = file.read(_REST_BYTES)
+    place = rest.find(head[:num_bytes])
+    if place >= 0 and mark in rest[place : place + _BEGINNING_BYTES]:
+        raise DecodeFailure(
+            "truncated", "a second file begins behind the first one, and players show the first: take them apart"
+        )
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a file's name is text, or bytes that only the file system knows what to do with."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _disposition(stream: Any) -> Any:

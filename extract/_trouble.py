@@ -140,6 +140,16 @@ class MemoryLimit:
             self._beyond_bytes = beyond_bytes
             _limit_address_space(self._start_bytes + beyond_bytes)
 
+    def is_reached(self, num_bytes: int) -> bool:
+        """Whether so many bytes more are refused now: libraries may take that for damage of the video."""
+        if not self._start_bytes:
+            return False
+        try:
+            with mmap.mmap(-1, max(num_bytes, mmap.PAGESIZE)):
+                return False
+        except (OSError, MemoryError, ValueError):
+            return True
+
     def has_machine_the_rest(self) -> bool:
         """Whether the machine would have given all that the limit allows: then it was the limit that refused."""
         if not self._start_bytes:
