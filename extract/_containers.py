@@ -147,3 +147,43 @@ def _walk(descriptor: int, start: int, end: int, boxes: Boxes) -> bool:
                 boxes.num_bare_samples = max(boxes.num_bare_samples, count)
         start += length
     return has_samples
+
+
+_MATROSKA_MASTERS = frozenset({0x1A45DFA3, 0x18538067, 0x1F43B675})
+"""EBML header, segment and cluster: what stands in them is looked at."""
+_MATROSKA_ELEMENTS = frozenset(
+    {
+        *(0x4286, 0x42F7, 0x42F2, 0x42F3, 0x4282, 0x4287, 0x4285, 0x4281),  # of the EBML header
+        *(0x114D9B74, 0x1549A966, 0x1654AE6B, 0x1C53BB6B, 0x1941A469, 0x1043A770, 0x1254C367),  # of the segment
+        *(0xE7, 0xA3, 0xA0, 0xAB, 0xA7, 0xAF, 0x5854),  # of a cluster
+        *(0xEC, 0xBF),  # void and checksum, anywhere
+    }
+)
+
+
+def is_matroska_whole(path: Path) -> bool:
+    """Whether each element of a Matroska file follows the one before it, from the first to the end of the file.
+
+    Readers skip what is damaged without a word, and the frames in it with it.
+
+    Raises:
+        OSError: If the file cannot be read.
+    """
+    with path.open("rb", buffering=0) as file:
+        descriptor = file.fileno()
+        size, place = os.fstat(descriptor).st_size, 0
+        while place < size:
+            header = os.pread(descriptor, 12, place)
+            num_bytes = 9 - header[0].bit_length()  # of the identifier, marker included
+            if num_bytes > 4 or len(header) < num_bytes + 1:
+                return False
+            element = int.from_bytes(header[:num_bytes], "big")
+            num_size_bytes = 9 - header[num_bytes].bit_length()
+            place += num_bytes + num_size_bytes
+            if element in _MATROSKA_MASTERS:
+                continue
+            if element not in _MATROSKA_ELEMENTS or num_size_bytes > 8 or len(header) < num_bytes + num_size_bytes:
+                return False
+            length = int.from_bytes(header[num_bytes : num_bytes + num_size_bytes], "big")
+            place += length - (1 << 7 * num_size_bytes)
+        return place == size

@@ -16,7 +16,7 @@ from typing import Any
 import av
 import numpy as np
 
-from ._containers import MAX_FRAME_PIXELS, MAX_PACKETS, check_boxes, may_decord_open, open_container
+from ._containers import MAX_FRAME_PIXELS, MAX_PACKETS, check_boxes, is_matroska_whole, may_decord_open, open_container
 from ._first_bytes import name_first_bytes, read_head
 from ._orientation import Turn, turn_of
 from ._trouble import DecodeFailure, as_failure
@@ -28,8 +28,8 @@ ALLOWED_LOSS_SHARE = 0.02
 # and MPEG transport streams, in MPEG-2 and MPEG-4 with B-frames, and behind key frames that are not clean.
 _SEEKABLE_CONTAINERS = frozenset({"mov", "mp4", "matroska", "webm"})
 _SEEKABLE_CODECS = frozenset({"h264", "hevc", "vp8", "vp9"})
-# decord keeps several whole frames at a time.
-_MAX_DECORD_PIXELS = 1 << 22
+# decord keeps up to thirty whole frames at a time.
+_MAX_DECORD_PIXELS = 1 << 21
 # Where its pixels are PyAV's to the bit; in others (ten bits, interlaced) rows keep the decoder they always had.
 _SAME_PIXEL_FORMATS = frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"})
 
@@ -215,7 +215,7 @@ class _Track:
         is_film, is_default = self.num_packets > 1, bool(_disposition(self.stream) & _DEFAULT)
         return is_film, is_default, self.width * self.height, self.num_packets, -self.stream.index
 
-    def as_timeline(self, allow_loss: float, may_decord_open: bool) -> Timeline:
+    def as_timeline(self, path: Path, allow_loss: float, may_decord_open: bool) -> Timeline:
         """All of it.
 
         Raises:
@@ -230,7 +230,7 @@ class _Track:
             step = max(1, round(1 / (rate or 25.0) / self.base_s))
             self.ticks = array("q", range(0, step * self.num_packets, step))
             self._max_tick, self.last_tick_duration = self.ticks[-1], step
-        num_missing = self._count_missing(rate)
+        num_missing = self._count_missing(path, rate)
         if is_too_short(num_present, num_present + num_missing, allow_loss):
             about = "" if self.announced_frames else "about "
             raise DecodeFailure("truncated", f"{num_present} of {about}{num_present + num_missing} frames are there")
@@ -266,20 +266,27 @@ class _Track:
             and not self.probe.interlaced_frame,
         )
 
-    def _count_missing(self, rate: float) -> int:
+    def _count_missing(self, path: Path, rate: float) -> int:
         """Frames that the stream's own header announces and no packet is there for."""
         if self.announced_frames:
             num_present = self.num_packets
             if self.is_avi and self.ticks:  # a frame that was dropped is a chunk without bytes: time goes on
                 num_present = max(num_present, self._max_tick - min(self.ticks) + 1)
             return max(0, self.announced_frames - num_present)
-        if self.announced_end_s is None or not self.ticks:
+        if not self.ticks:
             return 0
         first_s, end_s = min(self.ticks) * self.base_s, (self._max_tick + self.last_tick_duration) * self.base_s
-        # Writers differ in whether the length counts from zero or from the first frame: the longer one is believed.
-        missing_s = self.announced_end_s - max(end_s, end_s - first_s)
         rate = len(self.ticks) / (end_s - first_s) if end_s > first_s else rate
-        return max(0, round(missing_s * rate))
+        # Writers differ in whether the length counts from zero or from the first frame: the longer one is believed.
+        missing_s = 0.0 if self.announced_end_s is None else self.announced_end_s - max(end_s, end_s - first_s)
+        num_missing = max(0, round(missing_s * rate))
+        if self.is_matroska and not is_matroska_whole(path):
+            # Then a gap between frames is no still stretch, but what was in the damaged place.
+            gaps = np.diff(np.unique(np.frombuffer(self.ticks, dtype=np.int64)))
+            gap_s = float(np.median(gaps)) * self.base_s if len(gaps) else 0.0
+            span_s = end_s - first_s + max(0.0, missing_s)
+            num_missing = max(num_missing, round(span_s / gap_s) - self.num_packets if gap_s else 0)
+        return num_missing
 
 
 def read_file_timeline(path: Path, allow_loss: float = ALLOWED_LOSS_SHARE) -> Timeline:
@@ -309,7 +316,7 @@ def read_file_timeline(path: Path, allow_loss: float = ALLOWED_LOSS_SHARE) -> Ti
             _check_rest(path, film.end_byte, head, container.format.name)
             # decord takes a path in UTF-8, and chooses a track by itself.
             is_alone = len(container.streams.video) == 1
-            return film.as_timeline(allow_loss, is_alone and may_decord_open(head) and is_utf8(str(path)))
+            return film.as_timeline(path, allow_loss, is_alone and may_decord_open(head) and is_utf8(str(path)))
     except (av.FFmpegError, OSError, MemoryError) as error:
         raise as_failure(error, path, "unreadable") from error
 
@@ -368,7 +375,7 @@ def _check_neighbours(film: _Track, tracks: Any, container: Any) -> None:
 
 def _check_rest(path: Path, end_byte: int, head: bytes, kind: str) -> None:
     """Refuse a file behind which a second one begins, where reading ends with the first."""
-    if kind not in _BEGINNINGS:
+    if kind not in _BEGINNINGS or not end_byte:
         return
     num_bytes, mark = _BEGINNINGS[kind]
     with path.open("rb") as file:

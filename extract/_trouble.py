@@ -10,6 +10,8 @@ import resource
 import sys
 from pathlib import Path
 
+import av
+
 _READ_BYTES = 1 << 20
 
 _IO_ERROR_NAMES = (
@@ -73,6 +75,9 @@ def as_failure(error: BaseException, path: Path, code: str = "decode-error") -> 
     if isinstance(error, OSError):
         if number in (errno.EACCES, errno.EPERM):
             return DecodeTrouble("io-error", "reading it is not permitted")
+        if number == errno.EIO and isinstance(error, av.FFmpegError) and find_read_error(path) is None:
+            # Some of FFmpeg's demuxers call it an input/output error where a file ends too early.
+            return DecodeFailure(code, "not the start of a video, or damaged")
         if number in _IO_ERRORS:
             return DecodeTrouble("io-error", f"reading it failed: {os.strerror(number)}")
         if number == errno.ELOOP:
@@ -89,15 +94,20 @@ def verdict_of(failure: DecodeFailure, path: Path) -> DecodeFailure:
     """
     if isinstance(failure, DecodeTrouble) or failure.code in ("missing-file", "too-large") or not path.is_file():
         return failure
+    error = find_read_error(path)
+    found = failure if error is None else as_failure(error, path)
+    return found if isinstance(found, DecodeTrouble) else failure
+
+
+def find_read_error(path: Path) -> OSError | None:
+    """Read a file from its start to its end; returns what stopped that."""
     try:
         with path.open("rb", buffering=0) as file:
             while file.read(_READ_BYTES):
                 pass
     except OSError as error:
-        found = as_failure(error, path)
-        if isinstance(found, DecodeTrouble):
-            return found
-    return failure
+        return error
+    return None
 
 
 def unexpected_failure(error: Exception) -> DecodeFailure:

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from s4v.errors import EnvironmentFailedError
-from s4v.extract import _video, decoding
+from s4v.extract import decoding
 from s4v.extract._decoder import decode
 from s4v.extract._video import DecodeFailure
 from s4v.extract.decoding import DecodeRequest, DecoderPool
@@ -199,6 +199,8 @@ def test_errors_of_the_machine_are_no_fault_of_the_video(tmp_path, make_video, m
         raise OSError(number, os.strerror(number))
 
     if where == "open":
+        if number == errno.EIO:
+            pytest.skip("FFmpeg calls it so too where a file ends too early: reading the file decides")
         monkeypatch.setattr(av, "open", lambda *_, **__: av.error.err_check(-number))
     elif where == "read":
         monkeypatch.setattr(os, "pread", break_down)
@@ -356,10 +358,8 @@ def black_film(tmp_path_factory):
 
 
 @needs_proc
-@pytest.mark.parametrize("decoder", ["auto", "pyav", "decord"])
+@pytest.mark.parametrize("decoder", ["auto", "pyav"])
 def test_a_decoders_memory_does_not_grow_with_frames_times_pixels(black_film, decoder):  # B4
-    if decoder == "decord" and _video.decord is None:
-        pytest.skip("decord has no wheel for this system")
     few, video = peak_mb(black_film, num_frames=2, decoder=decoder)
     many, again = peak_mb(black_film, num_frames=24, decoder=decoder)
     assert video.pixels is not None and again.pixels.shape[1] == 24
