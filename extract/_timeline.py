@@ -16,8 +16,9 @@ from typing import Any
 import av
 import numpy as np
 
-from ._containers import MAX_FRAME_PIXELS, MAX_PACKETS, check_boxes, is_matroska_whole, may_decord_open, open_container
+from ._containers import MAX_FRAME_PIXELS, MAX_PACKETS, check_boxes, may_decord_open, open_container
 from ._first_bytes import name_first_bytes, read_head
+from ._matroska import is_matroska_whole
 from ._orientation import Turn, turn_of
 from ._trouble import DecodeFailure, as_failure
 
