@@ -154,7 +154,7 @@ class _Track:
         self.width, self.height = stream.codec_context.width, stream.codec_context.height
         self.base_s = float(stream.time_base)
         self.announced_frames = len(stream.index_entries) if self.is_mp4 and stream.frames else stream.frames
-        self.announced_end_s = self._find_announced_end()
+        self.announced_end_s = self._find_announced_end(container)
         self.num_packets = 0
         self.num_hidden = 0
         self.first_place = self.last_place = 0
@@ -172,10 +172,13 @@ class _Track:
         """The first key frame, decoded, where decord may come to read the stream."""
         self.has_own_turn = False
 
-    def _find_announced_end(self) -> float | None:
+    def _find_announced_end(self, container: Any) -> float | None:
         """When the stream ends by its own header, in seconds of its timestamps."""
         if self.is_matroska:
-            return _parse_clock(self.stream.metadata.get("DURATION", ""))
+            tag_s = _parse_clock(self.stream.metadata.get("DURATION", ""))
+            file_s = container.duration / 1e6 if container.duration else None
+            # A stream is no longer than its file: a tag that says so is damaged, or another file's.
+            return tag_s if tag_s is None or file_s is None else min(tag_s, file_s)
         if self.is_mxf and self.stream.duration:
             return self.stream.duration * self.base_s
         return None
@@ -205,10 +208,11 @@ class _Track:
             data = bytes(packet)
             assert self._is_clean is not None
             self.is_seekable = self._is_clean(data)
-            self._keys.append(tick)
-            if self.probe is None:
+            if not self._keys:
                 self.probe = _decode_one(self.stream, packet)
+                self.is_seekable &= self.probe is not None
                 self.has_own_turn = _has_orientation(data, self.stream)
+            self._keys.append(tick)
 
     @property
     def rank(self) -> tuple[bool, bool, int, int, int]:

@@ -79,7 +79,7 @@ def as_failure(error: BaseException, path: Path, code: str = "decode-error") -> 
             # Some of FFmpeg's demuxers call it an input/output error where a file ends too early.
             return DecodeFailure(code, "not the start of a video, or damaged")
         if number in _IO_ERRORS:
-            return DecodeTrouble("io-error", f"reading it failed: {os.strerror(number)}")
+            return DecodeTrouble("io-error", f"reading it failed: {os.strerror(number or errno.EIO)}")
         if number == errno.ELOOP:
             return DecodeFailure("missing-file", "its links lead round in a circle")
         if number in _NO_FILE_ERRORS:

@@ -92,7 +92,7 @@ class VideoFile:
         self._path = path
         self._allow_loss = allow_loss
         self._decord: Any = None
-        self._in_order: Iterator[tuple[int, Any]] = iter(())
+        self._in_order: Iterator[tuple[int | None, Any]] = iter(())
         self._last_taken = len(self.timeline.times_s)  # nothing is left of the empty iterator
         self._decodable: list[int] | None = None
         self._is_clean = True
@@ -146,7 +146,8 @@ class VideoFile:
             return True
         cost, position = 0, -1
         for index in sorted(set(indices)):
-            key = int(timeline.key_indices[max(0, np.searchsorted(timeline.key_indices, index, side="right") - 1)])
+            place = int(np.searchsorted(timeline.key_indices, index, side="right"))
+            key = int(timeline.key_indices[max(0, place - 1)])
             cost += index - max(key - 1, position)
             position = index
         return cost >= _SEEK_SHARE * num_frames

@@ -5,7 +5,9 @@ frames. How a picture lies, and which frame it is, is read back from the pixels.
 """
 
 import gzip
+import hashlib
 import io
+import os
 import re
 import struct
 import tarfile
@@ -17,10 +19,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from s4v.extract import _video
+from s4v.extract import _decoder, _video
 from s4v.extract._decoder import LastVideo, decode
-from s4v.extract._timeline import _is_hidden_vp9
 from s4v.extract._video import DecodeFailure
+from s4v.extract.decoding import DecodeRequest, DecoderPool
 from s4v.extract.extraction import extract_dataset
 from s4v.extract.scanning import scan_dataset
 from s4v.store.reader import open_store
@@ -287,10 +289,68 @@ def test_what_only_looks_short_stays_good_with_the_same_frames(tmp_path, name): 
 
 def test_pictures_of_vp9_that_are_never_shown_are_known():  # A1
     """Bits: marker 10, profile 00, show_existing_frame, frame_type, show_frame."""
+    from s4v.extract._timeline import _is_hidden_vp9
+
     assert _is_hidden_vp9(bytes([0b10000100, 0, 0]))
     assert not _is_hidden_vp9(bytes([0b10000110, 0, 0]))
     assert not _is_hidden_vp9(bytes([0b10001000])), "an earlier picture is shown"
     assert not _is_hidden_vp9(bytes([0b10000100, 0, 0xC1])), "a superframe ends with a frame that is shown"
+
+
+# --- A2: a row knows its source ---
+
+
+def test_good_and_failed_answers_carry_their_source(tmp_path, make_frames):  # A2
+    good = write_counting_video(tmp_path / "v.mp4")
+    bad = tmp_path / "bad.mp4"
+    bad.write_bytes(b"no video" * 40)
+    folder = make_frames(tmp_path / "frames")
+    requests = [
+        DecodeRequest(path=str(path), num_frames=2, sampling="uniform", resize="224", crop_px=32)
+        for path in (good, bad, folder, tmp_path / "none.mp4")
+    ]
+    with DecoderPool(1) as pool:
+        answers = list(pool.decode_ahead(requests))
+    assert [answer.pixels is not None for answer in answers] == [True, False, True, False]
+    for path, answer in zip((good, bad), answers[:2], strict=True):
+        assert answer.facts.get("source_bytes") == path.stat().st_size
+        assert answer.facts["source_mtime_ns"] == path.stat().st_mtime_ns
+        assert answer.facts["source_hash"] == "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
+    assert answers[2].facts["source_bytes"] == sum(file.stat().st_size for file in folder.iterdir())
+    assert answers[2].facts["source_hash"].startswith("sha256-frames:")
+    assert answers[3].facts == {"reason": "missing-file"}
+
+
+@pytest.mark.parametrize("change", ["append", "replace", "touch", "folder"])
+def test_a_source_that_changes_meanwhile_is_a_failed_row(tmp_path, make_video, make_frames, change, monkeypatch):  # A2
+    path = make_frames(tmp_path / "frames") if change == "folder" else make_video(tmp_path / "v.mp4", num_frames=20)
+
+    def disturb(video, *args, decode=_decoder.VideoFile.decode, **kwargs):
+        decoded = decode(video, *args, **kwargs)
+        if change == "append":
+            with path.open("ab") as file:
+                file.write(b"more")
+        elif change == "replace":
+            data = path.read_bytes()
+            other = tmp_path / "other"
+            other.write_bytes(data)
+            stat = path.stat()
+            os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+            other.rename(path)
+        elif change == "touch":
+            os.utime(path, ns=(1, 1))
+        else:
+            make_frames(tmp_path / "more", num_frames=1, first=9)
+            (tmp_path / "more/00009.jpg").rename(path / "00009.jpg")
+        return decoded
+
+    monkeypatch.setattr(_decoder.VideoFile, "decode", disturb)
+    try:
+        run(path)
+        code = None
+    except DecodeFailure as failure:
+        code = failure.code
+    assert code == "source-changing"
 
 
 # --- A3: mirrors ---

@@ -13,8 +13,6 @@ from PIL import Image
 
 from s4v.extract import _decoder, source
 from s4v.extract._decoder import LastVideo, decode
-from s4v.extract._video import DecodeFailure
-from s4v.extract.decoding import DecodeRequest, DecoderPool
 from s4v.extract.source import SourceFacts, is_same_source, read_source
 
 MB = 1 << 20
@@ -108,27 +106,6 @@ def test_a_file_in_place_of_a_folder_is_another_source(tmp_path, make_frames):  
     assert not is_same(facts, folder)
 
 
-def test_good_and_failed_answers_carry_their_source(tmp_path, make_video, make_frames):  # A2
-    good = make_video(tmp_path / "v.mp4")
-    bad = tmp_path / "bad.mp4"
-    bad.write_bytes(b"no video" * 40)
-    paths = [good, bad, make_frames(tmp_path / "frames"), tmp_path / "none.mp4"]
-    with DecoderPool(1) as pool:
-        answers = [
-            pool.submit(
-                DecodeRequest(path=str(path), num_frames=2, sampling="uniform", resize="224", crop_px=32)
-            ).result()
-            for path in paths
-        ]
-    for path, answer in zip(paths[:3], answers[:3], strict=True):
-        facts = read_source(path)
-        assert answer.facts.get("source_bytes") == facts.source_bytes, path
-        assert answer.facts["source_mtime_ns"] == facts.source_mtime_ns
-        assert answer.facts["source_hash"] == facts.source_hash
-    assert [answer.pixels is not None for answer in answers] == [True, False, True, False]
-    assert answers[3].facts == {"reason": "missing-file"}
-
-
 def test_segments_of_a_file_share_one_hash(tmp_path, make_video, monkeypatch):  # B1
     path = make_video(tmp_path / "v.mp4", num_frames=40)
     read = []
@@ -145,38 +122,6 @@ def test_segments_of_a_file_share_one_hash(tmp_path, make_video, monkeypatch):  
     path.write_bytes(data + b"x")
     decode(ask(path, start_s=0.0, end_s=1.0), lambda _: None, last_video)
     assert len(read) == 2
-
-
-@pytest.mark.parametrize("change", ["append", "replace", "touch", "folder"])
-def test_a_source_that_changes_meanwhile_is_a_failed_row(tmp_path, make_video, make_frames, change, monkeypatch):  # A2
-    path = make_frames(tmp_path / "frames") if change == "folder" else make_video(tmp_path / "v.mp4", num_frames=20)
-
-    def disturb(video, *args, decode=_decoder.VideoFile.decode, **kwargs):
-        decoded = decode(video, *args, **kwargs)
-        if change == "append":
-            with path.open("ab") as file:
-                file.write(b"more")
-        elif change == "replace":
-            data = path.read_bytes()
-            other = tmp_path / "other"
-            other.write_bytes(data)
-            stat = path.stat()
-            os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-            other.rename(path)
-        elif change == "touch":
-            os.utime(path, ns=(1, 1))
-        else:
-            make_frames(tmp_path / "more", num_frames=1, first=9)
-            (tmp_path / "more/00009.jpg").rename(path / "00009.jpg")
-        return decoded
-
-    monkeypatch.setattr(_decoder.VideoFile, "decode", disturb)
-    try:
-        decode(ask(path), lambda _: None)
-        code = None
-    except DecodeFailure as failure:
-        code = failure.code
-    assert code == "source-changing"
 
 
 def test_hashing_costs_little_beside_decoding(tmp_path, make_video):  # B1
