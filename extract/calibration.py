@@ -172,6 +172,7 @@ def fit_codec(
             bases.append(fit_basis_of_few(values, mean[place], channels))
         else:
             bases.append(fit_basis(moments.covariance(place), channels))
+    report("fitting the codec", len(layers), len(layers))
     basis = np.stack(bases)
     codec = Codec(dtype="float32", mean=mean.astype(np.float32), basis=basis)
     if dtype != "int8":

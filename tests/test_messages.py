@@ -15,7 +15,6 @@ from s4v.extract.decoding import DecodedVideo, DecoderPool
 from s4v.extract.extraction import extract_dataset
 from s4v.extract.text_tower import TextTower, load_text_tower
 from s4v.retrieve.search import Searcher, find_newest_store
-from s4v.store.info import count_rows
 from s4v.store.reader import open_store
 
 EXTRACT = ["extract", "--model", "tiny-clip", "--weights", "random", "--device", "cpu", "--decoders", "1"]
@@ -79,11 +78,15 @@ def test_info_and_verify_and_merge_name_rows_and_files(segmented_store, tmp_path
 def test_videos_that_are_rows_of_their_own_are_called_videos(float_store):
     """F9."""
     assert "no damage; 10 videos ok, 1 failed, 0 pending" in run("verify", float_store).stdout
+    from s4v.store.info import count_rows
+
     assert count_rows(open_store(float_store)).files == {"ok": 10, "failed": 1, "pending": 0}
 
 
 def test_a_file_counts_once_for_each_status_of_its_rows(begun_store):
     """F9: its first segment is done, its second is not."""
+    from s4v.store.info import count_rows
+
     counts = count_rows(open_store(begun_store))
     assert counts.rows == {"ok": 1, "failed": 0, "pending": 5}
     assert counts.files == {"ok": 1, "failed": 0, "pending": 3}

@@ -12,8 +12,7 @@ from typer.testing import CliRunner
 from s4v.cli import app
 from s4v.extract.backbone import Backbone
 from s4v.extract.calibration import frames_per_video
-from s4v.progress import LineProgress, describe_rate, describe_seconds, show_progress
-from s4v.store.codec import fit_basis, fit_basis_of_few
+from s4v.store import codec
 from s4v.store.layout import StoreLayout
 from s4v.store.reader import open_store
 
@@ -120,6 +119,8 @@ def lines():
 
 @pytest.fixture
 def progress(lines, clock):
+    from s4v.progress import LineProgress
+
     return LineProgress("extract", lines.append, clock)
 
 
@@ -176,6 +177,8 @@ def test_a_rate_that_the_caller_knows_is_told_as_it_is(progress, lines, clock):
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (90, "1.5 min"), (7200, "2.0 h")])
 def test_durations_have_the_unit_that_suits_them(seconds, text):
+    from s4v.progress import describe_seconds
+
     assert describe_seconds(seconds) == text
 
 
@@ -189,11 +192,14 @@ def test_durations_have_the_unit_that_suits_them(seconds, text):
     ],
 )
 def test_rates_count_what_the_stage_counts(stage, done, elapsed_s, text):
+    from s4v.progress import describe_rate
+
     assert describe_rate(stage, done, elapsed_s) == text
 
 
 def test_a_terminal_has_a_bar_without_markup(monkeypatch):
     """F1, C6: brackets in a stage's name are no colours."""
+    from s4v.progress import show_progress
 
     class Terminal(io.StringIO):
         def isatty(self):
@@ -211,6 +217,7 @@ def test_a_terminal_has_a_bar_without_markup(monkeypatch):
 
 def test_a_log_that_takes_no_more_ends_nothing(monkeypatch):
     """F1: the disk of the log is full, or nobody reads the pipe."""
+    from s4v.progress import show_progress
 
     class Full(io.StringIO):
         def write(self, text):
@@ -283,8 +290,8 @@ def test_few_tokens_have_the_basis_of_their_covariance(channels):
     """F1: with far less to compute."""
     tokens = np.random.default_rng(0).normal(size=(31, 100)) * np.linspace(3, 0.1, 100) + 5
     mean = tokens.mean(axis=0)
-    expected = fit_basis(np.cov(tokens.T, bias=True), channels)
-    np.testing.assert_allclose(fit_basis_of_few(tokens, mean, channels), expected, atol=1e-6)
+    expected = codec.fit_basis(np.cov(tokens.T, bias=True), channels)
+    np.testing.assert_allclose(codec.fit_basis_of_few(tokens, mean, channels), expected, atol=1e-6)
 
 
 def make_layout(num_frames, num_patches=256, channels=256):

@@ -14,11 +14,10 @@ from typer.testing import CliRunner
 
 from s4v.cli import app, main
 from s4v.extract.extraction import extract_dataset
-from s4v.pages import draw_confusion, draw_table, escape, label, render_figure, write_page
+from s4v.pages import draw_confusion, draw_table, render_figure, write_page
 from s4v.retrieve.gallery import write_gallery
 from s4v.retrieve.search import Searcher
 from s4v.store.reader import open_store
-from s4v.terminal import VisibleFormatter, make_visible, print_lines, quote
 
 EXTRACT = ["extract", "--model", "tiny-clip", "--weights", "random", "--device", "cpu", "--decoders", "1"]
 EXTRACT += ["--frames", "2", "--dtype", "float32"]
@@ -48,6 +47,8 @@ def run(*arguments, charset="utf-8"):
 )
 def test_what_would_act_on_a_terminal_shows_instead(text, shown):
     """C6."""
+    from s4v.terminal import make_visible
+
     assert make_visible(text) == shown
 
 
@@ -122,6 +123,8 @@ def test_main_sets_up_streams_and_log(monkeypatch):
 
 def test_a_traceback_in_the_log_keeps_its_lines():
     """C6."""
+    from s4v.terminal import VisibleFormatter
+
     try:
         raise ValueError(ODD)
     except ValueError:
@@ -133,6 +136,8 @@ def test_a_traceback_in_the_log_keeps_its_lines():
 
 def test_lines_go_to_whatever_stream_there_is():
     """C6."""
+    from s4v.terminal import print_lines, quote
+
     stream = io.StringIO()
     print_lines("a\nb", 5, to=stream)
     assert stream.getvalue() == "a\\nb\n5\n"
@@ -172,6 +177,8 @@ def test_odd_characters_in_plots_are_drawn_without_a_word(name):
 
 def test_labels_are_short_and_visible():
     """C6."""
+    from s4v.pages import label
+
     assert label(ODD) == SHOWN.replace("$", r"\$")
     assert label("y" * 100) == "y" * 60 + "..."
 
@@ -179,6 +186,8 @@ def test_labels_are_short_and_visible():
 @pytest.mark.parametrize("text", ["<script>alert(1)</script>", "a'b\"c&d", "\x00\x1b\x0c", "\ud83d half", "\udcff"])
 def test_pages_hold_texts_and_no_markup_of_them(tmp_path, text):
     """C6: also what no file of UTF-8 can hold."""
+    from s4v.pages import escape
+
     write_page(tmp_path / "p.html", text, [draw_table(["name"], [[text]])])
     page = (tmp_path / "p.html").read_text(encoding="utf-8")
     assert page.count(escape(text)) == 2
@@ -190,6 +199,6 @@ def test_a_gallery_of_odd_names_is_a_page(odd_folder, tmp_path, make_config):
     extract_dataset(make_config(odd_folder, tmp_path / "s.zarr", frames={"": 2}, num_decoders=1))
     with Searcher(open_store(tmp_path / "s.zarr")) as searcher:
         (answer,) = searcher.find_text("anything")
-    write_gallery(tmp_path / "g.html", open_store(tmp_path / "s.zarr"), {f"<b>{ODD}": [answer]}, left_out={})
+    write_gallery(tmp_path / "g.html", open_store(tmp_path / "s.zarr"), {f"<b>{ODD}": [answer]})
     page = (tmp_path / "g.html").read_text()
     assert f"&lt;b&gt;{SHOWN}" in page and f"train/{SHOWN}/good.mp4" in page and "\x1b" not in page
