@@ -452,9 +452,25 @@ def merge(
 
 
 @app.command()
-def verify(store: Annotated[Path, typer.Argument(help="The store.")], as_json: Json = False) -> None:
+def verify(
+    store: Annotated[Path, typer.Argument(help="The store.")],
+    sources: Annotated[
+        bool, typer.Option("--sources", help="Compare rows with the videos they were made of, by their bytes.")
+    ] = False,
+    root: Annotated[Path | None, typer.Option(help="Where those videos lie. [where they lay at extraction]")] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="With --sources: note what lies there for rows that know no source.")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when a video was replaced.")] = False,
+    as_json: Json = False,
+) -> None:
     """Read a whole store back against its checksums and its manifest; exits with 4 when damage is found."""
+    changed: list[int] = []
     with _command("verify", as_json) as result:
+        from .errors import ConfigError
+
+        if not sources and (record or root is not None):
+            raise ConfigError("--root and --record are for --sources: add it, or leave them out")
         with show_progress("verify", "checking the hashes") as report:
             from .store.info import try_count_rows
             from .store.reader import open_store
@@ -463,6 +479,10 @@ def verify(store: Annotated[Path, typer.Argument(help="The store.")], as_json: J
             opened = open_store(store)
             damage = verify_store(opened, report)
             counts = try_count_rows(opened)
+            if sources:
+                facts = _verify_sources(opened, root, record, report)
+                changed = facts["changed"]
+                result.update(sources=facts)
         result.update(store=str(store), damage=[asdict(one) for one in damage])
         if counts is not None:
             result.update(videos=counts.rows, files=counts.files)
@@ -480,10 +500,58 @@ def verify(store: Annotated[Path, typer.Argument(help="The store.")], as_json: J
                 where = f"shards {', '.join(map(str, shards))}" if shards else "what belongs to the whole store"
                 mend = "The command that wrote it mends it, with --repair."
                 print_lines(f"{store}: {_count(len(damage), 'damage')} in {where}. {mend}")
+            if sources:
+                _print_sources(store, result["sources"])
         if counts is not None:
             _say_unfinished(store, counts.rows)
     if damage:
         raise typer.Exit(EXIT_DAMAGE)
+    if strict and changed:
+        raise typer.Exit(EXIT_STRICT)
+
+
+def _verify_sources(store: Any, root: Path | None, record: bool, report: Callable[..., None]) -> dict[str, Any]:
+    """Compare rows with their videos; ids of the rows that were replaced, counts of the others."""
+    from .errors import DataNotFoundError
+    from .extract.changed_rows import compare_sources, record_sources
+
+    root = root or Path(store.attributes["dataset"]["root"])
+    if not root.is_dir():
+        raise DataNotFoundError(
+            f"the videos of {store.path} were in {root}: no such folder. Say where they are (--root)"
+        )
+    report("comparing videos", 0, 0)
+    found = compare_sources(store, root)
+    recorded = record_sources(store, root, found.unknown) if record and found.unknown else 0
+    ids = store.input_columns()["video_id"].take(found.changed).to_pylist() if found.changed else []
+    return {
+        "root": str(root),
+        "same": len(found.same),
+        "changed": ids,
+        "gone": len(found.gone),
+        "unknown": len(found.unknown) - recorded,
+        "recorded": recorded,
+        "split": found.split,
+    }
+
+
+def _print_sources(store: Path, facts: dict[str, Any]) -> None:
+    print_lines(
+        f"{store}: of the good rows {facts['same']} are of the videos in {facts['root']}, {len(facts['changed'])} of "
+        f"others than lie there now, {facts['gone']} of videos that are not there, {facts['unknown']} know no source"
+    )
+    for video_id in facts["changed"][:_SHOWN_DAMAGE]:
+        print_lines(f"  replaced: {video_id}")
+    if len(facts["changed"]) > _SHOWN_DAMAGE:
+        print_lines(f"  and {len(facts['changed']) - _SHOWN_DAMAGE} more: see --json")
+    for path in facts["split"][:_SHOWN_DAMAGE]:
+        print_lines(f"  made of two versions of one file: {path}")
+    if facts["changed"]:
+        print_lines("`s4v extract ... --redo-changed` does replaced rows anew; without it they keep what they have")
+    if facts["recorded"]:
+        print_lines(f"{facts['recorded']} rows know their source now")
+    elif facts["unknown"]:
+        print_lines("--record notes what lies there now as the source of rows that know none")
 
 
 @app.command()

@@ -292,7 +292,8 @@ def _check_manifest(store: StoreReader, parts: dict[range, pa.Table], mismatched
         check_rows(table, store.layout, len(store.classes.names), store.path / name, store.layout.num_rows)
     except StoreDamagedError as error:
         found.append(Damage(where=name, what=str(error)))
-        return found
+        if len(table) != store.layout.num_rows:
+            return found
     statuses = table["status"].to_numpy(zero_copy_only=False)
     there = find_markers(store.path)
     for shard in range(store.layout.num_shards):
