@@ -113,7 +113,10 @@ def require_same_run(run: Run) -> None:
     """
     begun = open_run(run.path)
     # A run that is older than an option was begun with its default.
-    options = {f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING} | {"views_per_video": 1}
+    options = {f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING} | {
+        "views_per_video": 1,
+        "redone_rows": 0,
+    }
     ours, theirs = ({**options, **r.config, **r.source, "classes": r.classes, "head": r.head} for r in (run, begun))
     skipped = {*_INCIDENTAL, "store"}
     if begun.config.get("precision") is None:
