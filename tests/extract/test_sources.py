@@ -177,7 +177,7 @@ def test_the_commands_line_says_it_and_strict_exits_with_3(made, make_video):
     assert answer.exit_code == 0 and facts["changed"] == ["05.mp4"] and facts["same"] == 15
     assert CliRunner().invoke(app, [*command, "--strict"]).exit_code == 3
     text = CliRunner().invoke(app, command[:-1]).stdout
-    assert "replaced: 05.mp4" in text and "--redo-changed does replaced rows anew" in text
+    assert "replaced: 05.mp4" in text and "`s4v extract ... --redo-changed` does replaced rows anew" in text
 
 
 def test_verify_reads_bytes_and_says_what_is_gone(made):
@@ -271,7 +271,7 @@ def test_a_brake_stops_a_run_that_loses_everything(made, tmp_path):
     # B2: many in a row are not about the videos.
     config = replace(made, out=tmp_path / "braked.zarr", brake=4)
     with pytest.raises(
-        EnvironmentFailedError, match=r"4 videos in a row are lost to the machine, the last one 13\.mp4"
+        EnvironmentFailedError, match=r"4 videos in a row are lost .* the last one 13\.mp4"
     ):
         extract_dataset(config, vanish(config, *range(10, 18)))
     few = replace(made, out=tmp_path / "few.zarr", brake=9)
