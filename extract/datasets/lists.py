@@ -223,6 +223,9 @@ def _read_classes(file: Path, malformed: MalformedRows) -> dict[int, str]:
     """Names by number: a CSV file `id,name`, or one name a line, counted from 0."""
     lines = read_lines(file)
     if not lines or lines[0][1].replace(" ", "").lower() != "id,name":
+        # An empty line would number all names behind it in one of two ways.
+        if gap := next((place for place, (line, _) in enumerate(lines, start=1) if line != place), None):
+            malformed.add(file, gap, "expected a class on every line, found an empty one")
         return {number: name for number, (_, name) in enumerate(lines)}
     names: dict[int, str] = {}
     for line, row in list(read_csv(file))[1:]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -190,7 +191,7 @@ def _text(value: Any) -> str | None:
     if isinstance(value, dict | list | bytes):
         raise ValueError(f"expected text or a number, found {value!r}")
     if isinstance(value, float):
-        value = _shortest(value)
+        value = None if math.isnan(value) else _shortest(value)  # pandas writes NaN where it means nothing
     text = "" if value is None else str(value).strip()
     return check_text(text) or None
 

@@ -361,6 +361,23 @@ def test_tables_given_as_lists_are_refused_with_the_remedy(place, text):
     assert "it is a table. Read it as one, --dataset table" in str(read_list(place({}, "a.mp4"), text, "path"))
 
 
+@pytest.mark.parametrize("classes", ["run\n\njump\n", "\nrun\njump\n"])
+def test_an_empty_line_among_class_names_is_refused(place, classes):
+    """A12: the names behind it would be other classes."""
+    root = place({"classes.txt": classes}, "x.mp4")
+    found = read_list(root, "x.mp4 0\ny.mp4 1\n", "class_name")
+    assert "expected a class on every line, found an empty one" in str(found)
+
+
+def test_numbers_that_are_none_are_no_class(place):
+    """A12: pandas writes NaN where it means nothing."""
+    root = place({}, "a.mp4")
+    table = pa.table({"path": ["a.mp4", "b.mp4"], "label": [3.0, float("nan")], "start": [float("nan"), 1.5]})
+    pq.write_table(table, root / "t.parquet")
+    found = outcome("table", root, "class_name", "start_s", annotations=root / "t.parquet")
+    assert found == [("3", None), (None, 1.5)]
+
+
 def test_quoted_paths_of_a_list_are_read(place):
     """A12"""
     assert read_list(place({}, "a, b.mp4"), '"a, b.mp4",1\nc.mp4,0\n', "path") == [("a, b.mp4",), ("c.mp4",)]
