@@ -135,8 +135,8 @@ def read_fidelity(store: Path) -> dict[str, Any] | None:
     is_right = type(value.get("videos")) is int and isinstance(layers, list) and "is_held_out" in value
     if not is_right or not all(_is_layer(one) for one in layers or ()):
         raise StoreDamagedError(
-            f"{store / FIDELITY_NAME} does not say what a codec costs, layer by layer. Remove it: the command that began "
-            "the store measures anew."
+            f"{store / FIDELITY_NAME} does not say what a codec costs, layer by layer. Remove it: the command "
+            "that began the store measures anew."
         )
     return value
 
