@@ -158,10 +158,11 @@ class RowFacts:
         """Seconds of all frames of consecutive rows; NaN where a time is not known."""
         return self._times[self._time_offsets[span.start] : self._time_offsets[span.stop]]
 
-    def first_clips_of(self, span: slice) -> list[np.ndarray]:
+    def first_clips_of(self, span: slice) -> list[list[int]]:
         """The first evaluation clip of each of consecutive rows, as places on the axis F."""
         firsts = self._clip_offsets[span]
-        return [self._places[self._place_offsets[clip] : self._place_offsets[clip + 1]] for clip in firsts]
+        ends = self._place_offsets
+        return [self._places[ends[clip] : ends[clip + 1]].tolist() for clip in firsts]
 
 
 def _flatten_lists(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, np.ndarray]:

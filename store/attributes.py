@@ -108,7 +108,7 @@ def _find_wrong_sizes(sizes: dict[str, Any]) -> list[str]:
     if not _are_ints(layers, 0, _MOST_LAYERS) or not layers or list(layers) != sorted(set(layers)):
         problems.append(f"layers must be ascending blocks, found {_shorten(layers)}")
     image_size = sizes.get("image_size")
-    if not _are_ints(image_size, 1, _MOST_PIXELS) or len(image_size) != 2:
+    if image_size is None or not _are_ints(image_size, 1, _MOST_PIXELS) or len(image_size) != 2:
         problems.append(f"image_size must be height and width, found {_shorten(image_size)}")
     if sizes.get("patch_dtype") not in PATCH_DTYPES:
         problems.append(f"patch_dtype must be in {', '.join(PATCH_DTYPES)}, found {_shorten(sizes.get('patch_dtype'))}")

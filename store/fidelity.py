@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import os
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ._files import read_json, write_json
+from ..errors import StoreDamagedError
+from . import names
+from ._files import write_json
 
 FIDELITY_NAME = "fidelity.json"
 NOTABLE_LOSS = 0.05
@@ -120,9 +123,29 @@ def write_fidelity(store: Path, layers: list[LayerFidelity], *, videos: int, is_
 
 
 def read_fidelity(store: Path) -> dict[str, Any] | None:
-    """What `write_fidelity` left; None in a store that is not finished or is older than that."""
-    path = store / FIDELITY_NAME
-    return read_json(path) if path.is_file() else None
+    """What `write_fidelity` left; None in a store that is not finished or is older than that.
+
+    Raises:
+        StoreDamagedError: If the file holds anything else.
+    """
+    if not os.path.lexists(store / FIDELITY_NAME):
+        return None
+    value = names.read_json(store, FIDELITY_NAME)
+    layers = value.get("layers")
+    is_right = type(value.get("videos")) is int and isinstance(layers, list) and "is_held_out" in value
+    if not is_right or not all(_is_layer(one) for one in layers or ()):
+        raise StoreDamagedError(
+            f"{store / FIDELITY_NAME} does not say what a codec costs, layer by layer. Remove it: the command "
+            "that began the store measures anew."
+        )
+    return value
+
+
+def _is_layer(value: object) -> bool:
+    """Whether something is a `LayerFidelity` as JSON."""
+    if not isinstance(value, dict) or set(value) != {field.name for field in fields(LayerFidelity)}:
+        return False
+    return all(type(number) in (int, float) for number in value.values())
 
 
 def _as_rows(tokens: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from .layout import ArraySpec
+from .names import open_file
 
 _ABSENT = 2**64 - 1
 _CHECKSUM_BYTES = 4
@@ -31,7 +32,7 @@ def fingerprint_shard(path: Path, spec: ArraySpec) -> str:
         OSError: If the file cannot be read.
         ValueError: If it ends before its index does, or its index points outside of it.
     """
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    handle = open_file(path)
     try:
         size = os.fstat(handle).st_size
         if spec.chunk_shape is None:

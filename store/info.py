@@ -136,5 +136,6 @@ def _folder_bytes(folder: str) -> int:
         raise StoreDamagedError(f"{folder} is missing. Extract the store anew (--overwrite).")
     with os.scandir(folder) as entries:
         for entry in entries:
-            total += _folder_bytes(entry.path) if entry.is_dir() else entry.stat().st_size
+            is_folder = entry.is_dir(follow_symlinks=False)  # a link to a folder above would never end
+            total += _folder_bytes(entry.path) if is_folder else entry.stat(follow_symlinks=False).st_size
     return total

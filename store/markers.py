@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from ..errors import StoreDamagedError
 from ._files import write_atomic, write_durable
 from .manifest import PART_SCHEMA, read_table
+from .names import is_known, open_file
 from .records import VideoResult
 
 PARTS_NAME = "_parts"
@@ -146,8 +147,8 @@ def read_marker(root: Path, shard: int, codec_sha256: str, *, parts: str = PARTS
         raise StoreDamagedError(f"{path} lacks columns of a done-marker. {_MEND}")
     try:
         files = json.loads(metadata[_FILES_KEY]) if _FILES_KEY in metadata else None
-        if files is not None and not isinstance(files, dict):
-            raise ValueError("its files are no object")
+        if files is not None and not (isinstance(files, dict) and all(is_known(name) for name in files)):
+            raise ValueError("it names other files than a shard has")
         return Marker(table.select(PART_SCHEMA.names).cast(PART_SCHEMA), files)
     except (ValueError, RecursionError) as error:  # pyarrow's own are ValueErrors
         raise StoreDamagedError(f"{path} is not a done-marker: {error}. {_MEND}") from error
@@ -191,7 +192,8 @@ def _as_stream(table: pa.Table) -> bytes:
 def _read_stream(path: Path) -> pa.Table:
     """Raises FileNotFoundError where there is none."""
     try:
-        data = path.read_bytes()
+        with os.fdopen(open_file(path), "rb") as file:
+            data = file.read()
     except FileNotFoundError:
         raise
     except OSError as error:

@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from ..errors import ConfigError, StoreDamagedError, StoreExistsError, StoreMismatchError
-from . import manifest
+from . import manifest, names
 from ._files import describe_bytes, hash_file, kill_point, write_atomic
+from ._zarr import describe_small_array, name_only_chunk
 from .checksums import read_recorded_hashes, write_checksums
-from .fidelity import FIDELITY_NAME
-from .layout import STATS_NAME, StoreLayout
+from .layout import StoreLayout
 from .markers import PARTS_NAME, marker_path
 from .reader import StoreReader, open_store
-from .scratch import is_scratch_name, make_scratch, remove_dead_scratch
-from .writer import StoreWriter, list_differences, move_into_place, naming_what_is_refused
+from .records import VideoResult
+from .scratch import make_scratch, remove_dead_scratch
+from .texts import list_text_files
+from .verify import Damage, check_shard, compare_hash
+from .writer import RowTokens, StoreWriter, list_differences, move_into_place, naming_what_is_refused
+
+_log = logging.getLogger(__name__)
 
 
 def merge_stores(
     sources: Sequence[Path], out: Path, report: Callable[[str, int, int], None] = lambda *_: None
 ) -> dict[str, int]:
     """Copy the finished shards of some stores into one; run again, it goes on where it was.
+
+    Every shard is verified before it is taken. Of several copies the one with the most good rows is taken, whatever
+    the order of the sources; where they complement each other, each row comes from one that has it.
 
     Args:
         sources: Stores of one manifest, codec and backbone.
@@ -35,7 +50,8 @@ def merge_stores(
     Raises:
         StoreMismatchError: If they are not parts of one extraction; all differences listed.
         StoreExistsError: If something else stands at `out`.
-        StoreDamagedError: If the first source's metadata are not as they were written.
+        StoreDamagedError: If the first source's metadata are not as they were written, or a link or a pipe lies in one
+            of them; nothing was written. Also, when all else is merged, if shards are damaged wherever they are.
         ConfigError: If the disk cannot hold what is to be copied.
         EnvironmentFailedError: If the file system refuses; shards that are there stay.
     """
@@ -44,25 +60,168 @@ def merge_stores(
     is_there = (out / "zarr.json").is_file()
     for other in [*stores[1:], *([open_store(out)] if is_there else [])]:
         _require_same(first, other)
+    for store in [*stores, *([open_store(out)] if is_there else [])]:
+        store.require_arrays()
     if not is_there:
         with naming_what_is_refused(out):
             _copy_skeleton(first.path, out)
+    target = open_store(out)
+    video_ids = first.read_manifest(["video_id"])["video_id"]
+    bad: list[str] = []
     with StoreWriter(out, first.layout, first.codec, first.input_columns()) as writer:
-        pending = writer.pending_shards()
-        found = {shard: source for shard in pending if (source := _find_source(stores, shard)) is not None}
-        sizes = {shard: _count_bytes(source, first.layout, shard) for shard, source in found.items()}
+        pending = {*range(first.layout.num_shards)} - {*target.finished_shards()}
+        known = {store.path: set(store.finished_shards()) for store in stores}
+        shards = sorted({*pending, *set().union(*known.values())})
+        sizes = {shard: _largest_shard_bytes(stores, known, shard) for shard in sorted(pending & set(shards))}
         _require_space(out, sum(sizes.values()))
-        for done, shard in enumerate(pending, start=1):
-            if shard in found:
-                with naming_what_is_refused(out / f"shard {shard}", needed=sizes[shard]):
-                    _copy_shard(found[shard], out, first.layout, shard)
-            report("merging", done, len(pending))
-        statuses = writer.consolidate()["status"].to_pylist()
-    return {status: statuses.count(status) for status in ("ok", "failed", "pending")}
+        for done, shard in enumerate(shards, start=1):
+            rows = first.layout.shard_rows(shard)
+            expected = video_ids.slice(rows.start, len(rows)).to_pylist()
+            places = [store for store in stores if shard in known[store.path]]
+            with naming_what_is_refused(out / f"shard {shard}", needed=sizes.get(shard)):
+                bad += _merge_shard(writer, target, places, shard, expected, is_done=shard not in pending)
+            report("merging", done, len(shards))
+        table = writer.consolidate()
+    _tell_changed_sources(stores, table)
+    statuses = table["status"].to_pylist()
+    counts = {status: statuses.count(status) for status in ("ok", "failed", "pending")}
+    if bad:
+        raise StoreDamagedError(
+            f"{out} holds what is whole: {counts['ok']} videos ok, {counts['failed']} failed, {counts['pending']} "
+            f"pending. No whole copy of {len(bad)} shards: {'; '.join(bad[:3])}{'; ...' if bad[3:] else ''}. Run the "
+            "command that began the store on it, with --repair: it does them anew."
+        )
+    return counts
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A shard as one of the stores has it, verified."""
+
+    store: StoreReader
+    part: pa.Table
+    marker_sha256: str
+
+    @property
+    def statuses(self) -> list[str]:
+        return self.part["status"].to_pylist()
+
+    @property
+    def worth(self) -> tuple[int, int, str]:
+        """Orders candidates, whatever the order of the stores: by good rows, then by final ones."""
+        statuses = self.statuses
+        return statuses.count("ok"), -statuses.count("pending"), self.marker_sha256
+
+
+_WORTH = {"pending": 0, "failed": 1, "ok": 2}
+
+
+def _merge_shard(
+    writer: StoreWriter,
+    target: StoreReader,
+    stores: Sequence[StoreReader],
+    shard: int,
+    video_ids: list[str],
+    *,
+    is_done: bool,
+) -> list[str]:
+    """Bring one shard as far as the stores' copies of it allow.
+
+    Returns:
+        What is to be told, if every copy is damaged.
+    """
+    if is_done and _has_all_rows(target, shard):
+        return []
+    candidates, problems = [], []
+    for store in [*([target] if is_done else []), *stores]:
+        part, damage = check_shard(store, shard, video_ids)
+        marker = marker_path(store.path, shard)
+        damage += _check_marker(store, marker, shard)
+        if damage:
+            problems.append(f"shard {shard} of {store.path} ({damage[0].where}: {damage[0].what})")
+            _log.warning("%s is damaged: not taken", problems[-1])
+        elif part is not None:
+            candidates.append(_Candidate(store, part, hash_file(marker)))
+    if not candidates:
+        return problems[:1]
+    best = max(candidates, key=lambda one: one.worth)
+    taken = [
+        max(candidates, key=lambda one: (_WORTH[one.statuses[row]], one is best, one.worth))
+        for row in range(len(video_ids))
+    ]
+    if any(one is not best for one in taken) or (is_done and best.store is not target):
+        _write_rows(writer, shard, taken, next((one for one in candidates if one.store is target), None))
+    elif best.store is not target:
+        _copy_shard(best.store.path, writer, shard)
+    return []
+
+
+def _has_all_rows(store: StoreReader, shard: int) -> bool:
+    """Whether no other copy of a finished shard could be better than a store's own."""
+    try:
+        marker = store.read_marker(shard)
+    except StoreDamagedError:
+        return False
+    return marker is not None and set(marker.statuses) == {"ok"}
+
+
+def _check_marker(store: StoreReader, marker: Path, shard: int) -> list[Damage]:
+    """A done-marker against its recorded hash, if there is one."""
+    where = f"{PARTS_NAME}/{marker.name}"
+    recorded = read_recorded_hashes(store.path).get(where)
+    what = None if recorded is None else compare_hash(store.path, where, recorded)
+    return [] if what is None else [Damage(where=where, what=what, shard=shard)]
+
+
+def _write_rows(writer: StoreWriter, shard: int, taken: Sequence[_Candidate], before: _Candidate | None) -> None:
+    """Write a shard whose rows come from several copies of it, codes as they are stored; `before` is what is there."""
+    first = writer.layout.shard_rows(shard).start
+    tokens, results = {}, []
+    replaced = {
+        first + place
+        for place, one in enumerate(taken)
+        if before is not None and one is not before and before.statuses[place] == "ok"
+    }
+    for place, one in enumerate(taken):
+        result = VideoResult(**one.part.slice(place, 1).to_pylist()[0])
+        results.append(result)
+        if result.status == "ok":
+            tokens[first + place] = _read_row(one.store, first + place, result)
+    writer.write_shard(shard, tokens, results, replaced=replaced)
+
+
+def _read_row(store: StoreReader, row: int, result: VideoResult) -> RowTokens:
+    return RowTokens(**store.read_row(row, result.num_views or 0, result.num_cached_frames or 0))
+
+
+def _tell_changed_sources(stores: Sequence[StoreReader], merged: pa.Table) -> None:
+    """Warn of files that were not the same one when parts of them were decoded, here and there."""
+    tables = [merged.select(["path", "source_hash"])]
+    for store in stores:
+        for shard in store.finished_shards():
+            with suppress(StoreDamagedError):  # told already
+                marker = store.read_marker(shard)
+                rows = store.layout.shard_rows(shard)
+                if marker is not None:
+                    columns = [merged["path"].slice(rows.start, len(marker.results)), marker.results["source_hash"]]
+                    tables.append(pa.table(columns, names=tables[0].column_names))
+    known = pa.concat_tables(tables)
+    known = known.filter(known["source_hash"].is_valid())
+    counts = known.group_by("path").aggregate([("source_hash", "count_distinct")])
+    changed = sorted(counts.filter(pc.greater(counts["source_hash_count_distinct"], 1))["path"].to_pylist())
+    if changed:
+        _log.warning(
+            "%d files were others on one machine than on another, so their rows are not of one video: %s%s. Put the "
+            "right ones everywhere, and do those rows anew",
+            *(len(changed), ", ".join(changed[:3]), f" and {len(changed) - 3} more" if changed[3:] else ""),
+        )
 
 
 def _require_same(first: StoreReader, other: StoreReader) -> None:
     differences = list_differences(first.attributes, other.attributes)
+    versions = [store.attributes["format_version"] for store in (first, other)]
+    if versions[0] != versions[1]:
+        differences.append(f"format {versions[0]} there, {versions[1]} here: finish each with the s4v that began it")
     if first.attributes["codec"] != other.attributes["codec"]:
         differences.append("the codecs differ: fit one and share it with --prepare or --codec-from")
     if not first.input_columns().equals(other.input_columns()):
@@ -71,18 +230,23 @@ def _require_same(first: StoreReader, other: StoreReader) -> None:
         raise StoreMismatchError(f"{first.path} and {other.path} are not parts of one store: {'; '.join(differences)}")
 
 
-def _find_source(stores: Sequence[StoreReader], shard: int) -> Path | None:
-    return next((store.path for store in stores if marker_path(store.path, shard).exists()), None)
-
-
-def _shard_files(source: Path, layout: StoreLayout, shard: int) -> list[Path]:
+def _shard_files(source: Path, layout: StoreLayout, shard: int) -> list[str]:
     """The files of a finished shard, its done-marker last; arrays in which no row of it is good have none."""
-    files = [source / spec.name / key for spec in layout.array_specs() for key in spec.shard_keys(shard)]
-    return [*(file for file in files if file.exists()), marker_path(source, shard)]
+    files = [f"{spec.name}/{key}" for spec in layout.array_specs() for key in spec.shard_keys(shard)]
+    marker = f"{PARTS_NAME}/{marker_path(source, shard).name}"
+    return [*(name for name in files if os.path.lexists(source / name)), marker]
 
 
-def _count_bytes(source: Path, layout: StoreLayout, shard: int) -> int:
-    return sum(file.stat().st_size for file in _shard_files(source, layout, shard))
+def _largest_shard_bytes(stores: Sequence[StoreReader], known: Mapping[Path, set[int]], shard: int) -> int:
+    """Bytes of the largest copy of a shard; 0 where there is none."""
+    return max(
+        (
+            sum((store.path / name).lstat().st_size for name in _shard_files(store.path, store.layout, shard))
+            for store in stores
+            if shard in known[store.path]
+        ),
+        default=0,
+    )
 
 
 def _require_space(out: Path, needed: int) -> None:
@@ -106,31 +270,44 @@ def _copy_skeleton(source: Path, out: Path) -> None:
 
 
 def _fill_skeleton(source: Path, fresh: Path) -> None:
-    arrays = {spec.name for spec in open_store(source).layout.array_specs()}
-
-    def skip(folder: str, names: list[str]) -> set[str]:
-        place = Path(folder).relative_to(source).as_posix()
-        if place == PARTS_NAME:
-            return set(names)
-        unfinished = {name for name in names if is_scratch_name(name)}
-        return unfinished | ({name for name in names if name.startswith("c.")} if place in arrays else set())
-
-    shutil.copytree(source, fresh, ignore=skip)
-    for name in (FIDELITY_NAME, STATS_NAME):  # of that machine, not of the whole
-        (fresh / name).unlink(missing_ok=True)
-    manifest.write_table(fresh / manifest.MANIFEST_NAME, manifest.pending_manifest(open_store(source).input_columns()))
-    for name, recorded in read_recorded_hashes(source).items():
-        file = fresh / name
-        if name != manifest.MANIFEST_NAME and file.is_file() and hash_file(file) != recorded:
+    store = open_store(source)
+    recorded = read_recorded_hashes(source)
+    for name in _skeleton_files(store):
+        file = names.require_file(source, name)
+        (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+        _copy_file(file, fresh / name)
+        if name in recorded and compare_hash(fresh, name, recorded[name]) is not None:
             raise StoreDamagedError(
                 f"{source / name} does not match its recorded hash. Mend it first: the command that began the store, "
                 "with --repair."
             )
+    (fresh / PARTS_NAME).mkdir()
+    manifest.write_table(fresh / manifest.MANIFEST_NAME, manifest.pending_manifest(store.input_columns()))
     write_checksums(fresh)
 
 
-def _copy_shard(source: Path, out: Path, layout: StoreLayout, shard: int) -> None:
+def _skeleton_files(store: StoreReader) -> list[str]:
+    """The names, relative to a store, of all that it has beside its rows: known ones, and no others."""
+    arrays = [f"{spec.name}/zarr.json" for spec in store.layout.array_specs()]
+    small = [
+        *((f"codec/{part}", store.codec_shape(part).__eq__) for part in sorted(store.codec.parts)),
+        *((f"head/{name}", store.is_head_shape) for name in sorted(store.head)),  # read: their checksums are right
+    ]
+    files = ["zarr.json", manifest.CAPTIONS_NAME, *arrays, "codec/zarr.json", "head/zarr.json"]
+    for name, is_possible in small:
+        files += [f"{name}/zarr.json", name_only_chunk(describe_small_array(store.path, name, is_possible))]
+    return [*files, *list_text_files(store)]
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    """Copy a plain file; nothing else is opened."""
+    os.close(names.open_file(source))
+    shutil.copyfile(source, target, follow_symlinks=False)
+
+
+def _copy_shard(source: Path, writer: StoreWriter, shard: int) -> None:
     """Data first, then the marker: killed in between, the shard is pending."""
-    for file in _shard_files(source, layout, shard):
-        write_atomic(out / file.relative_to(source), partial(shutil.copyfile, file))
+    for name in _shard_files(source, writer.layout, shard):
+        writer.check_lease()
+        write_atomic(writer.path / name, partial(_copy_file, names.require_file(source, name)))
     kill_point("shard merged")

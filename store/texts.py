@@ -100,6 +100,27 @@ def describe_text_array(store: StoreReader, name: str) -> ArraySpec:
     return specs[name]
 
 
+def list_text_files(store: StoreReader) -> list[str]:
+    """The names, relative to a store, of all files of its texts; none where it has no texts of the captions it has now.
+
+    Raises:
+        StoreDamagedError: If they are not as they were written.
+    """
+    if not has_current_texts(store.path):
+        return []
+    files = [f"{TEXT_NAME}/zarr.json"]
+    for name in TEXT_ARRAYS:
+        spec = describe_text_array(store, name)
+        files.append(f"{TEXT_NAME}/{name}/zarr.json")
+        for shard in range(-(-spec.shape[0] // spec.shard_shape[0])):
+            file = f"{TEXT_NAME}/{name}/{name_text_shard(spec, shard)}"
+            rows = spec.shard_shape[0]
+            if not _is_whole(store.path / file, min(rows, spec.shape[0] - shard * rows), rows):
+                raise StoreDamagedError(f"{store.path / file} is damaged. {_MEND}")
+            files.append(file)
+    return files
+
+
 def write_texts(
     store: StoreReader,
     encode: Callable[[list[str]], Texts],
@@ -171,7 +192,7 @@ def _write_texts(
     for shard, first in enumerate(range(0, len(captions), TEXTS_PER_SHARD)):
         span = slice(first, min(first + TEXTS_PER_SHARD, len(captions)))
         files = [partial / spec.name / key for spec in specs for key in spec.shard_keys(shard)]
-        if not all(_is_whole(file, span.stop - span.start) for file in files):
+        if not all(_is_whole(file, span.stop - span.start, TEXTS_PER_SHARD) for file in files):
             for file in files:
                 file.unlink(missing_ok=True)  # else tensorstore would merge the new chunks into it
             texts = encode(captions[span])
@@ -218,10 +239,10 @@ def _describe_sizes(metadata: dict[str, Any]) -> tuple[tuple[int, ...], str, tup
     return tuple(metadata["shape"]), metadata["data_type"], tuple(shard_shape)
 
 
-def _is_whole(shard: Path, num_texts: int) -> bool:
+def _is_whole(shard: Path, num_texts: int, rows: int) -> bool:
     """Whether a shard is there and holds so many texts, all as they were written."""
     try:
-        is_there, problems = verify_shard(shard, TEXTS_PER_SHARD)
+        is_there, problems = verify_shard(shard, rows)
     except DamagedChunkError:
         return False
     return not problems and bool(is_there[:num_texts].all())

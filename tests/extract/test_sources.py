@@ -270,9 +270,7 @@ def test_a_file_that_was_never_there_is_a_failed_row(made, tmp_path):
 def test_a_brake_stops_a_run_that_loses_everything(made, tmp_path):
     # B2: many in a row are not about the videos.
     config = replace(made, out=tmp_path / "braked.zarr", brake=4)
-    with pytest.raises(
-        EnvironmentFailedError, match=r"4 videos in a row are lost .* the last one 13\.mp4"
-    ):
+    with pytest.raises(EnvironmentFailedError, match=r"4 videos in a row are lost .* the last one 13\.mp4"):
         extract_dataset(config, vanish(config, *range(10, 18)))
     few = replace(made, out=tmp_path / "few.zarr", brake=9)
     assert extract_dataset(few, vanish(few, *range(10, 18))).videos["pending"] == 0, "gone before they were listed"
