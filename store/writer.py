@@ -368,7 +368,7 @@ class StoreWriter:
                 folder = self._scratch.path / spec.name
                 folder.mkdir()
                 shutil.copyfile(self.path / spec.name / "zarr.json", folder / "zarr.json")
-                self._arrays[spec.name] = open_array(self._scratch.path, spec.name, write=True)
+                self._arrays[spec.name] = open_array(self._scratch.path, spec, write=True)
         return self._scratch.path
 
     def _write_arrays(self, tokens: Mapping[int, RowTokens]) -> None:
