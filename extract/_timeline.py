@@ -192,6 +192,8 @@ class _Track:
     def add(self, packet: Any, place: int) -> None:
         """Take a packet into account; `place` counts packets of all tracks."""
         if not packet.size:
+            # A sample without bytes repeats the picture before it; without a time it is the end of the stream.
+            self.num_packets += packet.pts is not None
             return
         self.first_place = self.first_place if self.num_packets else place
         self.last_place = place

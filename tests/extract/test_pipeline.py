@@ -94,7 +94,7 @@ def test_broken_video_is_a_row_with_its_reason(float_store):
     (broken,) = [row for row in rows if row["status"] != "ok"]
     assert broken["video_id"] == "train/walk/broken.mp4"
     assert broken["status"] == "failed"
-    assert broken["reason"].startswith("unreadable: Invalid data found")
+    assert broken["reason"].startswith("unreadable: it is a text")
     assert broken["frame_indices"] is None
 
 
