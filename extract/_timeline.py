@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,8 @@ _REST_BYTES = 1 << 20
 
 # A stream that jumps back by less than this, and not to a key frame, is badly muxed and no second stream.
 _JUMP_S = 10.0
+# Packets that share a timestamp are near each other.
+_NUM_RECENT = 32
 _LONGEST_SHAPE = 100
 """How many times as long as wide a frame may be: resized to the crop's short side it would be too large."""
 
@@ -104,10 +107,9 @@ def is_too_short(num_present: int, num_announced: int, allow_loss: float) -> boo
 
 
 class Clock:
-    """Gives each packet of a stream its place in time, across timestamps that jump back.
+    """Gives each packet of a stream its place in time, across timestamps that jump back or that two packets share.
 
-    The packets' own timestamps are changed to it, so that the frames bear it too. Of a stream without jumps nothing is
-    changed.
+    The packets' own timestamps are changed to it, so that the frames bear it too. Of other streams nothing is changed.
     """
 
     def __init__(self, time_base: float) -> None:
@@ -116,6 +118,7 @@ class Clock:
         self._end: int | None = None
         self._last_dts: int | None = None
         self._last_key_pts: int | None = None
+        self._recent: deque[int] = deque(maxlen=_NUM_RECENT)
 
     def set(self, packet: Any) -> int | None:
         """Change a packet's timestamps where streams before it ended; returns its display time."""
@@ -132,9 +135,12 @@ class Clock:
             self._offset = self._end - pts
         if pts is None:
             return None
-        if self._offset:
-            pts += self._offset
-            packet.pts = pts
+        place = pts + self._offset
+        while place in self._recent:
+            place += 1
+        self._recent.append(place)
+        if place != pts:
+            packet.pts = pts = place
             if dts is not None:
                 packet.dts = dts + self._offset
         end = pts + (packet.duration or 0)
@@ -186,6 +192,8 @@ class _Track:
     def add(self, packet: Any, place: int) -> None:
         """Take a packet into account; `place` counts packets of all tracks."""
         if not packet.size:
+            # A sample without bytes repeats the picture before it; without a time it is the end of the stream.
+            self.num_packets += packet.pts is not None
             return
         self.first_place = self.first_place if self.num_packets else place
         self.last_place = place

@@ -317,6 +317,6 @@ def check_mutated(corpus, folder, count, seed):
 def test_mutated_videos_hang_nothing_crash_nothing_and_are_no_good_rows(corpus, tmp_path, count):  # A1, B4
     wrong, codes, peak_gb = check_mutated(corpus, tmp_path / "mutated", count, seed=21)
     print(codes, f"{peak_gb:.2f} GB")
-    assert wrong == []
+    assert wrong == [], "\n".join(map(str, wrong))
     assert codes["ok"] > 0 and sum(codes.values()) - codes["ok"] > count // 3
     assert peak_gb < 2.0

@@ -297,6 +297,19 @@ def test_pictures_of_vp9_that_are_never_shown_are_known():  # A1
     assert not _is_hidden_vp9(bytes([0b10000100, 0, 0xC1])), "a superframe ends with a frame that is shown"
 
 
+def test_frames_that_share_a_time_are_all_there(tmp_path):  # A1
+    path = tmp_path / "v.mkv"
+    source = write_counting_video(tmp_path / "source.mkv", 40, gop=1)
+    with av.open(str(source)) as file, av.open(str(path), "w") as shared:
+        stream = shared.add_stream_from_template(file.streams.video[0])
+        for packet in file.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                packet.pts = packet.dts = packet.pts - packet.pts % 80
+                shared.mux(packet)
+    assert_is_counted(path, 40, num_frames=40)
+
+
 # --- A2: a row knows its source ---
 
 
