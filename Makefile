@@ -1,5 +1,6 @@
 # make demo   the whole pipeline on generated videos, then its report
-# make test   the tests
+# make test   the tests, in as many processes as there are cores, four at most (WORKERS=0: in one)
+# make test-slow   those that take long or measure the machine, in one process
 # make lint   ruff and mypy
 # make tiny-clip   train the small world's CLIP again
 # Each sets up .venv first, once; afterwards only when pyproject.toml changes.
@@ -8,6 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO_OUT ?= runs/demo
+WORKERS ?= logical
 
 .PHONY: demo test test-slow lint format tiny-clip clean
 
@@ -15,7 +17,7 @@ demo: $(INSTALLED)
 	$(BIN)/s4v demo --out $(DEMO_OUT)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest tests -m "not slow"
+	$(BIN)/python -m pytest tests -m "not slow" --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest tests -m slow

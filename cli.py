@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -18,6 +18,8 @@ from typing import Annotated, Any
 import typer
 
 from .errors import S4vError
+from .progress import show_progress
+from .terminal import print_lines, set_up_output
 
 app = typer.Typer(
     name="s4v",
@@ -44,6 +46,9 @@ Protocol = Annotated[
 ]
 Frames = Annotated[str, typer.Option(help="Cached frames: 8, or by split; a bare number is for the rest.")]
 Views = Annotated[str, typer.Option(help="centre, flip (with its mirror image), three; by split: test=three,centre.")]
+NoClasses = Annotated[
+    bool, typer.Option("--no-classes", help="For folder: an archive, whose folders are no classes; paths are ids.")
+]
 Segment = Annotated[
     float | None,
     typer.Option(help="Cut videos into rows of so many seconds, to search long ones. [one row]"),
@@ -81,11 +86,14 @@ EXIT_ENVIRONMENT = 5
 EXIT_INTERRUPTED = 130
 
 _SHOWN_DAMAGE = 50
+_SHOWN_VIDEOS = 20
+
+_LOADING = "loading the libraries"
 
 
 def main() -> None:
     """Entry of the console script."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    set_up_output()
     app()
 
 
@@ -97,6 +105,7 @@ def extract(
     annotations: Annotations = None,
     column: Column = None,
     protocol: Protocol = None,
+    no_classes: NoClasses = False,
     out: Annotated[Path | None, typer.Option(help="The store to write. [store/DATASET.zarr]")] = None,
     split: Annotated[list[str] | None, typer.Option(help="Only this split. Repeatable.")] = None,
     frames: Frames = _FRAMES,
@@ -132,6 +141,10 @@ def extract(
     part: Annotated[str | None, typer.Option(help="I/N: only the I-th of N equal parts; then s4v merge.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N pending rows this time.")] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Decode failed videos anew.")] = False,
+    redo_changed: Annotated[
+        bool, typer.Option("--redo-changed", help="Do rows anew whose video was replaced since.")
+    ] = False,
+    brake: Annotated[int, typer.Option(help="Stop when so many videos in a row are lost to the machine.")] = 50,
     repair: Annotated[bool, typer.Option("--repair", help="Verify the store first; do anew what is damaged.")] = False,
     append: Annotated[bool, typer.Option("--append", help="Add videos that are new, at the store's end.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the store.")] = False,
@@ -148,62 +161,71 @@ def extract(
         data_root, store_path = default_paths(dataset, root, out)
         columns = _parse_columns(column or [])
         # Cheap checks are done; what follows imports torch.
-        from .extract.config import ExtractConfig
-        from .extract.extraction import extract_dataset
+        with show_progress("extract", _LOADING) as report:
+            from .extract.config import ExtractConfig
+            from .extract.extraction import extract_dataset
 
-        config = ExtractConfig(
-            model=model,
-            dataset=dataset,
-            out=store_path,
-            root=data_root,
-            annotations=annotations,
-            columns=columns,
-            protocol=protocol,
-            splits=tuple(split) if split else None,
-            frames=parsed_frames,
-            segment_s=segment,
-            sampling=sampling,
-            clips=parsed_clips,
-            resize=resize,
-            views=parsed_views,
-            layers=layers,
-            dtype=dtype,  # type: ignore[arg-type]
-            channels=channels,
-            keep_bits=keep_bits,
-            codec_from=codec_from,
-            calibration_videos=calibration_videos,
-            with_pixels=not no_pixels,
-            weights=weights,
-            device=device,
-            precision=precision,  # type: ignore[arg-type]
-            batch_size=batch_size,
-            with_compile=compile_,
-            num_decoders=decoders,
-            decoder=decoder,  # type: ignore[arg-type]
-            decode_timeout_s=decode_timeout,
-            allow_loss=allow_loss,
-            seed=seed,
-            num_workers=workers,
-            scheduler=scheduler,
-            prepare=prepare,
-            part=_parse_part(part),
-            limit=limit,
-            retry_failed=retry_failed,
-            repair=repair,
-            append=append,
-            overwrite=overwrite,
-        )
-        with _progress() as report:
+            config = ExtractConfig(
+                model=model,
+                dataset=dataset,
+                out=store_path,
+                root=data_root,
+                annotations=annotations,
+                columns=columns,
+                protocol=protocol,
+                with_classes=not no_classes,
+                splits=tuple(split) if split else None,
+                frames=parsed_frames,
+                segment_s=segment,
+                sampling=sampling,
+                clips=parsed_clips,
+                resize=resize,
+                views=parsed_views,
+                layers=layers,
+                dtype=dtype,  # type: ignore[arg-type]
+                channels=channels,
+                keep_bits=keep_bits,
+                codec_from=codec_from,
+                calibration_videos=calibration_videos,
+                with_pixels=not no_pixels,
+                weights=weights,
+                device=device,
+                precision=precision,  # type: ignore[arg-type]
+                batch_size=batch_size,
+                with_compile=compile_,
+                num_decoders=decoders,
+                decoder=decoder,  # type: ignore[arg-type]
+                decode_timeout_s=decode_timeout,
+                allow_loss=allow_loss,
+                seed=seed,
+                num_workers=workers,
+                scheduler=scheduler,
+                prepare=prepare,
+                part=_parse_part(part),
+                limit=limit,
+                retry_failed=retry_failed,
+                redo_changed=redo_changed,
+                brake=brake,
+                repair=repair,
+                append=append,
+                overwrite=overwrite,
+            )
             summary = extract_dataset(config, report)
-        result.update(store=str(summary.store), videos=summary.videos, failed=summary.failed)
+        result.update(store=str(summary.store), videos=summary.videos, files=summary.files, failed=summary.failed)
+        result.update(pending_reasons=summary.pending_reasons, changed=summary.changed)
         if not as_json:
-            counts = summary.videos
-            print(f"{summary.store}: {counts['ok']} videos ok, {counts['failed']} failed, {counts['pending']} pending")
-            for row in summary.failed[:20]:
-                print(f"  {row['video_id']}: {row['reason']}")
-            if len(summary.failed) > 20:
-                print(f"  and {len(summary.failed) - 20} more: see videos.parquet in the store")
-    if strict and summary.failed:
+            print_lines(f"{summary.store}: {_describe_rows(summary.videos, summary.files)}")
+            _print_reasons(summary.failed, f"s4v info {summary.store}")
+            if summary.pending:
+                print_lines("pending, for the machine failed and not the video:")
+                _print_reasons(summary.pending, f"s4v info {summary.store}")
+        if summary.pending:
+            _say(
+                f"s4v extract: {len(summary.pending)} rows are pending with a reason: the same command tries them again"
+            )
+    if summary.pending:
+        raise typer.Exit(EXIT_ENVIRONMENT)
+    if strict and (summary.failed or summary.changed):
         raise typer.Exit(EXIT_STRICT)
 
 
@@ -216,6 +238,7 @@ def plan(
     annotations: Annotations = None,
     column: Column = None,
     protocol: Protocol = None,
+    no_classes: NoClasses = False,
     out: Annotated[Path | None, typer.Option(help="Where the store would lie. [store/DATASET.zarr]")] = None,
     frames: Frames = _FRAMES,
     views: Views = "centre",
@@ -262,6 +285,7 @@ def plan(
             annotations=annotations,
             columns=_parse_columns(column or []),
             protocol=protocol,
+            with_classes=not no_classes,
             out=store_path,
             frames=parsed_frames,
             views=parsed_views,
@@ -295,6 +319,7 @@ def scan(
     annotations: Annotations = None,
     column: Column = None,
     protocol: Protocol = None,
+    no_classes: NoClasses = False,
     out: Annotated[Path | None, typer.Option(help="Table of all videos. [scan-DATASET.parquet]")] = None,
     split: Annotated[list[str] | None, typer.Option(help="Only this split. Repeatable.")] = None,
     frames: Frames = _FRAMES,
@@ -318,44 +343,43 @@ def scan(
         parsed_frames = parse_frames(frames)
         parsed_clips, parsed_views = parse_clips(clips), parse_views(views)
         data_root, _ = default_paths(dataset, root, None)
-        from .extract.config import ExtractConfig
-        from .extract.scanning import scan_dataset
+        with show_progress("scan", _LOADING) as report:
+            from .extract.config import ExtractConfig
+            from .extract.scanning import scan_dataset
 
-        config = ExtractConfig(
-            model="none",
-            dataset=dataset,
-            root=data_root,
-            out=Path(),
-            annotations=annotations,
-            columns=_parse_columns(column or []),
-            protocol=protocol,
-            splits=tuple(split) if split else None,
-            frames=parsed_frames,
-            segment_s=segment,
-            sampling=sampling,
-            clips=parsed_clips,
-            resize=resize,
-            views=parsed_views,
-            decoder=decoder,  # type: ignore[arg-type]
-            num_decoders=decoders,
-            decode_timeout_s=decode_timeout,
-            allow_loss=allow_loss,
-        )
-        path = out or Path(f"scan-{data_root.resolve().name}.parquet")
-        with _progress() as report:
+            config = ExtractConfig(
+                model="none",
+                dataset=dataset,
+                root=data_root,
+                out=Path(),
+                annotations=annotations,
+                columns=_parse_columns(column or []),
+                protocol=protocol,
+                with_classes=not no_classes,
+                splits=tuple(split) if split else None,
+                frames=parsed_frames,
+                segment_s=segment,
+                sampling=sampling,
+                clips=parsed_clips,
+                resize=resize,
+                views=parsed_views,
+                decoder=decoder,  # type: ignore[arg-type]
+                num_decoders=decoders,
+                decode_timeout_s=decode_timeout,
+                allow_loss=allow_loss,
+            )
+            path = out or Path(f"scan-{data_root.resolve().name}.parquet")
             summary = scan_dataset(config, path, report)
         result.update(summary)
         if not as_json:
-            print(f"{path}: {summary['videos']['ok']} videos decode, {summary['videos']['failed']} do not")
-            if summary["pending"]:
-                print(f"  {len(summary['pending'])} could not be read now: the machine's trouble, not theirs")
+            print_lines(f"{path}: {summary['videos']['ok']} videos decode, {summary['videos']['failed']} do not")
             for code, count in summary["reasons"].items():
-                print(f"  {count} {code}")
-            lost = [*summary["pending"], *summary["failed"]]
-            for row in lost[:20]:
-                print(f"  {row['video_id']}: {row['reason']}")
-            if len(lost) > 20:
-                print(f"  and {len(lost) - 20} more: see {path}")
+                print_lines(f"  {count} {code}")
+            if summary["pending"]:
+                print_lines(f"{len(summary['pending'])} could not be read now: the machine's trouble, not theirs")
+            _print_reasons([*summary["pending"], *summary["failed"]], str(path))
+    if summary["pending"]:
+        raise typer.Exit(EXIT_ENVIRONMENT)
     if strict and summary["failed"]:
         raise typer.Exit(EXIT_STRICT)
 
@@ -378,7 +402,7 @@ def datasets(
             result.update(datasets=[asdict(facts) for facts in FACTS.values()])
             if not as_json:
                 for facts in FACTS.values():
-                    print(f"{facts.name:8} {facts.title:24} {', '.join(facts.protocols)}".rstrip())
+                    print_lines(f"{facts.name:8} {facts.title:24} {', '.join(facts.protocols)}".rstrip())
             return
         check_dataset_name(name)
         if root is not None:
@@ -414,40 +438,120 @@ def merge(
 ) -> None:
     """Join the parts that machines made of one store."""
     with _command("merge", as_json) as result:
-        from .store.merge import merge_stores
+        with show_progress("merge", "checking the stores") as report:
+            from .store.info import count_rows
+            from .store.merge import merge_stores
+            from .store.reader import open_store
 
-        with _progress() as report:
-            videos = merge_stores(stores, out, report)
-        result.update(store=str(out), videos=videos)
+            merge_stores(stores, out, report)
+            counts = count_rows(open_store(out))
+        result.update(store=str(out), videos=counts.rows, files=counts.files)
         if not as_json:
-            print(f"{out}: {videos['ok']} videos ok, {videos['failed']} failed, {videos['pending']} pending")
+            print_lines(f"{out}: {_describe_rows(counts.rows, counts.files)}")
+            _say_unfinished(out, counts.rows)
 
 
 @app.command()
-def verify(store: Annotated[Path, typer.Argument(help="The store.")], as_json: Json = False) -> None:
+def verify(
+    store: Annotated[Path, typer.Argument(help="The store.")],
+    sources: Annotated[
+        bool, typer.Option("--sources", help="Compare rows with the videos they were made of, by their bytes.")
+    ] = False,
+    root: Annotated[Path | None, typer.Option(help="Where those videos lie. [where they lay at extraction]")] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="With --sources: note what lies there for rows that know no source.")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when a video was replaced.")] = False,
+    as_json: Json = False,
+) -> None:
     """Read a whole store back against its checksums and its manifest; exits with 4 when damage is found."""
+    changed: list[int] = []
     with _command("verify", as_json) as result:
-        from .store.reader import open_store
-        from .store.verify import verify_store
+        from .errors import ConfigError
 
-        with _progress() as report:
-            damage = verify_store(open_store(store), report)
+        if not sources and (record or root is not None):
+            raise ConfigError("--root and --record are for --sources: add it, or leave them out")
+        with show_progress("verify", "checking the hashes") as report:
+            from .store.info import try_count_rows
+            from .store.reader import open_store
+            from .store.verify import verify_store
+
+            opened = open_store(store)
+            damage = verify_store(opened, report)
+            counts = try_count_rows(opened)
+            if sources:
+                facts = _verify_sources(opened, root, record, report)
+                changed = facts["changed"]
+                result.update(sources=facts)
         result.update(store=str(store), damage=[asdict(one) for one in damage])
+        if counts is not None:
+            result.update(videos=counts.rows, files=counts.files)
         if not as_json:
             for one in damage[:_SHOWN_DAMAGE]:
                 video = "" if one.video_id is None else f" (video {one.video_id})"
-                print(f"{one.where}: {one.what}{video}")
+                print_lines(f"{one.where}: {one.what}{video}")
             if len(damage) > _SHOWN_DAMAGE:
-                print(f"and {len(damage) - _SHOWN_DAMAGE} more: see --json")
+                print_lines(f"and {len(damage) - _SHOWN_DAMAGE} more: see --json")
             shards = sorted({one.shard for one in damage if one.shard is not None})
             if not damage:
-                print(f"{store}: no damage")
+                rows = "" if counts is None else f"; {_describe_rows(counts.rows, counts.files)}"
+                print_lines(f"{store}: no damage{rows}")
             else:
                 where = f"shards {', '.join(map(str, shards))}" if shards else "what belongs to the whole store"
-                print(f"{store}: {_count(len(damage), 'damage')} in {where}.", end=" ")
-                print("The command that wrote it mends it, with --repair.")
+                mend = "The command that wrote it mends it, with --repair."
+                print_lines(f"{store}: {_count(len(damage), 'damage')} in {where}. {mend}")
+            if sources:
+                _print_sources(store, result["sources"])
+        if counts is not None:
+            _say_unfinished(store, counts.rows)
     if damage:
         raise typer.Exit(EXIT_DAMAGE)
+    if strict and changed:
+        raise typer.Exit(EXIT_STRICT)
+
+
+def _verify_sources(store: Any, root: Path | None, record: bool, report: Callable[..., None]) -> dict[str, Any]:
+    """Compare rows with their videos; ids of the rows that were replaced, counts of the others."""
+    from .errors import DataNotFoundError
+    from .extract.changed_rows import compare_sources, record_sources
+
+    root = root or Path(store.attributes["dataset"]["root"])
+    if not root.is_dir():
+        raise DataNotFoundError(
+            f"the videos of {store.path} were in {root}: no such folder. Say where they are (--root)"
+        )
+    report("comparing videos", 0, 0)
+    found = compare_sources(store, root)
+    recorded = record_sources(store, root, found.unknown) if record and found.unknown else 0
+    ids = store.input_columns()["video_id"].take(found.changed).to_pylist() if found.changed else []
+    return {
+        "root": str(root),
+        "same": len(found.same),
+        "changed": ids,
+        "gone": len(found.gone),
+        "unknown": len(found.unknown) - recorded,
+        "recorded": recorded,
+        "split": found.split,
+    }
+
+
+def _print_sources(store: Path, facts: dict[str, Any]) -> None:
+    print_lines(
+        f"{store}: of the good rows {facts['same']} are of the videos in {facts['root']}, {len(facts['changed'])} of "
+        f"others than lie there now, {facts['gone']} of videos that are not there, {facts['unknown']} know no source"
+    )
+    for video_id in facts["changed"][:_SHOWN_DAMAGE]:
+        print_lines(f"  replaced: {video_id}")
+    if len(facts["changed"]) > _SHOWN_DAMAGE:
+        print_lines(f"  and {len(facts['changed']) - _SHOWN_DAMAGE} more: see --json")
+    for path in facts["split"][:_SHOWN_DAMAGE]:
+        print_lines(f"  made of two versions of one file: {path}")
+    if facts["changed"]:
+        print_lines("`s4v extract ... --redo-changed` does replaced rows anew; without it they keep what they have")
+    if facts["recorded"]:
+        print_lines(f"{facts['recorded']} rows know their source now")
+    elif facts["unknown"]:
+        print_lines("--record notes what lies there now as the source of rows that know none")
 
 
 @app.command()
@@ -565,8 +669,9 @@ def train(
         result.update(summary)
         if is_first and not as_json:
             counts = summary["videos"]
-            print(f"{summary['run']}: {_percentages(summary['last'])} after {summary['epochs']} epochs", end="")
-            print(f" ({counts['train']} training videos, {counts['val']} validation videos)")
+            videos = f"({counts['train']} training videos, {counts['val']} validation videos)"
+            shares = _percentages(summary["last"])
+            print_lines(f"{summary['run']}: {shares} after {summary['epochs']} epochs {videos}")
 
 
 @app.command(name="eval")
@@ -631,9 +736,9 @@ def evaluate(
         result.update(figures)
         if not as_json:
             order = ", played backwards and compared with their labels forwards" if backwards else ""
-            print(f"{path}, {checkpoint} checkpoint, {figures['videos']} videos of {split}{order}: ", end="")
-            print(_percentages(figures))
-            print(f"results: {path / ('results_' + split + ('_backwards' if backwards else '') + '.html')}")
+            videos = f"{figures['videos']} videos of {split}{order}"
+            print_lines(f"{path}, {checkpoint} checkpoint, {videos}: {_percentages(figures)}")
+            print_lines(f"results: {path / ('results_' + split + ('_backwards' if backwards else '') + '.html')}")
 
 
 @app.command()
@@ -682,7 +787,7 @@ def compare(
         lines = compare_methods(base, methods=chosen, seeds=seeds, ask=ask, say=_say)
         result.update(out=str(base.out), methods=[asdict(line) for line in lines])
         if not as_json:
-            print("\n".join(render_table(lines)))
+            print_lines(*render_table(lines))
 
 
 @app.command(name="import")
@@ -704,9 +809,9 @@ def import_official(
         result.update(summary)
         if not as_json:
             variant, checked = summary["variant"], ", ".join(summary["checked"]) or "nothing: no --features"
-            print(f"{out}: {variant['task']} beside {variant['family'].upper()}, layers {summary['layers']}")
-            print(f"checked against the store: {checked}")
-            print(f"not used: {describe_unused(summary['unused'])}")
+            print_lines(f"{out}: {variant['task']} beside {variant['family'].upper()}, layers {summary['layers']}")
+            print_lines(f"checked against the store: {checked}")
+            print_lines(f"not used: {describe_unused(summary['unused'])}")
 
 
 @app.command()
@@ -742,12 +847,13 @@ def retrieve(
         _require_run_of(checkpoint, run)
         store = _open_searched_store(run, features)
         from .retrieve.search import Searcher
+        from .store.info import count_statuses
         from .train.evaluate import find_device
 
         # What is no UTF-8 in an argument arrives as halves of characters, which no file and no tokenizer takes.
         query, like, where = (text and text.encode(errors="replace").decode() for text in (query, like, where))
         with (
-            _progress() as report,
+            show_progress("retrieve") as report,
             Searcher(
                 store,
                 index=index_path,
@@ -769,6 +875,11 @@ def retrieve(
         result.update(store=str(store.path), run=None if run is None else str(run), text_tower_seconds=seconds)
         loaded = "" if seconds is None else f"; text tower loaded in {seconds:.1f} s"
         _say(f"{store.path}, {'the frozen backbone alone' if run is None else f'as {run} sees it'}{loaded}")
+        rows = count_statuses(store)
+        result.update(rows=rows)
+        _say_unfinished(store.path, rows)
+        left_out = {text: searcher.left_out[text] for text in answers if searcher.left_out.get(text)}
+        result.update(left_out=left_out)
         if queries is not None:
             result.update(queries=[{"query": text, "answers": one} for text, one in answers.items()])
         else:
@@ -778,13 +889,13 @@ def retrieve(
         if page is not None:
             from .retrieve.gallery import write_gallery
 
-            write_gallery(page, store, found)
+            write_gallery(page, store, found, left_out=left_out)
             result.update(html=str(page))
         if not as_json:
-            for text, rows in answers.items():
+            for text, one in answers.items():
                 if queries is not None:
-                    print(text)
-                _print_answers(rows)
+                    print_lines(text)
+                _print_answers(one)
 
 
 @app.command()
@@ -808,21 +919,25 @@ def index(
         if features is None and run is None:
             raise ConfigError("index wants --features STORE, --run RUN, or both")
         _require_run_of(checkpoint, run)
-        store = _open_searched_store(run, features)
-        from .retrieve.index import open_index
-        from .retrieve.trained import TrainedFrames
-        from .train.evaluate import find_device
+        with show_progress("index", _LOADING) as report:
+            store = _open_searched_store(run, features)
+            from .retrieve.index import open_index
+            from .retrieve.trained import TrainedFrames
+            from .store.info import count_rows
+            from .train.evaluate import find_device
 
-        trained = None if run is None else TrainedFrames(run, store.path, find_device(device), checkpoint or "best")
-        with _progress() as report:
+            trained = None if run is None else TrainedFrames(run, store.path, find_device(device), checkpoint or "best")
+            report("opening the index", 0, 0)
             built = open_index(store, out, report, trained=trained)
-        result.update(index=str(built.path), videos=built.facts.videos)
+        counts = count_rows(store)
+        result.update(index=str(built.path), videos=built.facts.videos, rows=counts.rows)
+        _say_unfinished(store.path, counts.rows)
         if export is not None:
             from .retrieve.export import export_vectors
 
             result.update(export=str(export), exported=export_vectors(store, built, export))
         if not as_json:
-            print(f"{built.path}: {built.facts.videos} videos")
+            print_lines(f"{built.path}: {_name_rows(built.facts.videos, counts.files['ok'])}")
 
 
 @app.command()
@@ -843,8 +958,8 @@ def demo(
         if not as_json:
             for name, method in figures["methods"].items():
                 by_seed = method["top1_by_seed"]
-                print(f"{name:13} {sum(by_seed) / len(by_seed):.1%}")
-            print(f"{'chance':13} {figures['chance']:.1%}\nreport: {figures['report']}")
+                print_lines(f"{name:13} {sum(by_seed) / len(by_seed):.1%}")
+            print_lines(f"{'chance':13} {figures['chance']:.1%}", f"report: {figures['report']}")
 
 
 @app.command()
@@ -876,12 +991,12 @@ def world(
             shake_px=shake,
             noise=noise,
         )
-        with _progress() as report:
+        with show_progress("world", "writing videos") as report:
             videos = write_world(out, config, report)
         result.update(out=str(out), videos=videos)
         if not as_json:
-            print(f"{out}: {', '.join(f'{count} {split}' for split, count in videos.items())}")
-            print(
+            print_lines(f"{out}: {', '.join(f'{count} {split}' for split, count in videos.items())}")
+            print_lines(
                 f"read them with: s4v extract --model tiny-clip --dataset table --root {out} "
                 f"--annotations {out / ANNOTATIONS_NAME} --column label=shape_motion --resize 224"
             )
@@ -916,44 +1031,18 @@ def _command(name: str, as_json: bool) -> Iterator[dict[str, Any]]:
         _fail(name, as_json, f"{error.strerror or error}{where}. Nothing finished is lost.", "OSError", code)
     if as_json:
         seconds = round(time.perf_counter() - start, 3)
-        print(json.dumps({"command": name, "ok": True, **result, "seconds": seconds}))
+        print_lines(json.dumps({"command": name, "ok": True, **result, "seconds": seconds}))
 
 
 def _fail(name: str, as_json: bool, message: object, kind: str, code: int) -> None:
     _say(f"s4v {name}: {message}")
     if as_json:
-        print(json.dumps({"command": name, "ok": False, "error": {"type": kind, "message": str(message)}}))
+        print_lines(json.dumps({"command": name, "ok": False, "error": {"type": kind, "message": str(message)}}))
     raise typer.Exit(code)
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr with rate and time left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=None, rate="")
-        began: dict[str, float] = {}
-
-        def report(stage: str, done: int, total: int, rate: str = "") -> None:
-            elapsed = time.perf_counter() - began.setdefault(stage, time.perf_counter())
-            if not rate and done and elapsed > 1:
-                rate = f"{done / elapsed:.1f} videos/s"
-            bar.update(task, description=stage, completed=done, total=total, rate=rate)
-
-        yield report
+    print_lines(message, to=sys.stderr)
 
 
 def _report_epoch(metrics: dict[str, Any], epochs: int) -> None:
@@ -980,20 +1069,20 @@ def _check_eval_options(is_retrieval: bool, clips: int | None, dual_softmax: boo
 def _print_retrieval(path: Path, figures: dict[str, Any]) -> None:
     protocol = f", protocol {figures['protocol']}" if figures["protocol"] else ""
     order = ", played backwards" if figures["is_backwards"] else ""
-    print(
+    print_lines(
         f"{path}, {figures['checkpoint']} checkpoint, {figures['dataset']}{protocol}, {figures['videos']} videos and "
         f"{figures['captions']} captions of {figures['split']}{order}"
     )
     tables = {"trained": figures, "frozen": figures["frozen"]}
     if "dual_softmax" in figures:
         tables["trained, dual softmax"] = figures["dual_softmax"]
-    print(f"{'':24}{'':15}{'R@1':>7}{'R@5':>7}{'R@10':>7}{'MdR':>7}{'MnR':>8}")
+    print_lines(f"{'':24}{'':15}{'R@1':>7}{'R@5':>7}{'R@10':>7}{'MdR':>7}{'MnR':>8}")
     for name, table in tables.items():
         for direction in ("text_to_video", "video_to_text"):
             one = table[direction]
             shares = "".join(f"{100 * one[k]:7.1f}" for k in ("r1", "r5", "r10"))
             ranks = f"{one['median_rank']:7.1f}{one['mean_rank']:8.1f}"
-            print(f"{name:24}{direction.replace('_', ' '):15}{shares}{ranks}")
+            print_lines(f"{name:24}{direction.replace('_', ' '):15}{shares}{ranks}")
 
 
 def _find_newest_retrieval_run() -> Path | None:
@@ -1080,58 +1169,90 @@ def _parse_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
 def _print_plan(plan: Any, epochs: int) -> None:
     from .store._files import describe_bytes
 
-    print(f"{'videos':13} {plan.videos:,}, {plan.frames:,} cached frames")
+    print_lines(f"{'videos':13} {plan.videos:,}, {plan.frames:,} cached frames")
     for name, size in plan.bytes_by_array.items():
-        print(f"  {name:11} {describe_bytes(size)}")
+        print_lines(f"  {name:11} {describe_bytes(size)}")
     tokens = plan.bytes_by_array["patches"] + plan.bytes_by_array["cls"]
     pixels = plan.bytes_by_array.get("pixels")
     with_pixels = "" if pixels is None else f", {describe_bytes(tokens + pixels)} with pixels"
-    print(f"{'tokens':13} {describe_bytes(tokens)} of patches and class tokens{with_pixels}")
+    print_lines(f"{'tokens':13} {describe_bytes(tokens)} of patches and class tokens{with_pixels}")
     free = "" if plan.free_bytes is None else f"; {describe_bytes(plan.free_bytes)} free there"
-    print(
+    print_lines(
         f"{'in all':13} {describe_bytes(plan.total_bytes)}{free}{'' if plan.fits is not False else ': it does not fit'}"
     )
     if plan.hours is None:
-        print(f"{'time':13} not known: state --rate FRAMES_PER_SECOND, or measure it here with --probe")
+        print_lines(f"{'time':13} not known: state --rate FRAMES_PER_SECOND, or measure it here with --probe")
         return
     price = "" if plan.price is None else f", {plan.price:,.2f} at that price"
-    print(f"{'time':13} {_duration(plan.hours)} on one device at {plan.frames_per_second:,.1f} frames/s{price}")
+    print_lines(f"{'time':13} {_duration(plan.hours)} on one device at {plan.frames_per_second:,.1f} frames/s{price}")
     read, forward = (_duration(s / 3600) for s in (plan.read_seconds_per_epoch, plan.forward_seconds_per_epoch))
-    print(f"{'each epoch':13} {read} of reading, or {forward} of running the backbone")
+    print_lines(f"{'each epoch':13} {read} of reading, or {forward} of running the backbone")
     if plan.break_even_epochs == float("inf"):
-        print(f"{'the cache':13} does not pay: reading its tokens takes longer than making them. Store fewer bytes")
+        print_lines(
+            f"{'the cache':13} does not pay: reading its tokens takes longer than making them. Store fewer bytes"
+        )
     else:
         verdict = (
             "it pays" if plan.break_even_epochs < epochs else f"it does not pay for {epochs} epochs in one training"
         )
-        print(f"{'the cache':13} breaks even after {plan.break_even_epochs:.1f} epochs: {verdict}")
+        print_lines(f"{'the cache':13} breaks even after {plan.break_even_epochs:.1f} epochs: {verdict}")
 
 
 def _print_dataset(facts: dict[str, Any]) -> None:
-    print(f"{facts['name']}: {facts['title']}\nsource     {facts['source']}")
-    print("layout     " + "\n           ".join(facts["layout"]))
+    print_lines(f"{facts['name']}: {facts['title']}", f"source     {facts['source']}")
+    first, *others = facts["layout"]
+    print_lines(f"layout     {first}", *(f"           {line}" for line in others))
     for protocol, counts in facts["counts"].items():
-        print(f"expected   {protocol + ': ' if protocol else ''}{_counts(counts)}")
+        print_lines(f"expected   {protocol + ': ' if protocol else ''}{_counts(counts)}")
     if facts["num_classes"]:
-        print(f"classes    {facts['num_classes']}")
+        print_lines(f"classes    {facts['num_classes']}")
     if facts["protocols"]:
-        print(f"protocols  {', '.join(facts['protocols'])} (--protocol; the first is the default)")
-    print(f"clips      {facts['clip_settings']}")
+        print_lines(f"protocols  {', '.join(facts['protocols'])} (--protocol; the first is the default)")
+    print_lines(f"clips      {facts['clip_settings']}")
 
 
 def _print_check(found: dict[str, Any]) -> None:
-    print(f"{found['dataset']} in {found['root']}" + (f", {found['protocol']}" if found["protocol"] else ""))
+    print_lines(f"{found['dataset']} in {found['root']}" + (f", {found['protocol']}" if found["protocol"] else ""))
     for split, counts in found["splits"].items():
         expected = "" if counts["expected"] is None else f", {counts['expected']} expected"
-        print(f"{split:8} {counts['listed']} listed{expected}, {counts['missing']} not on the disk")
+        print_lines(f"{split:8} {counts['listed']} listed{expected}, {counts['missing']} not on the disk")
     if found["expected_classes"]:
-        print(f"classes  {found['classes']} found, {found['expected_classes']} expected")
+        print_lines(f"classes  {found['classes']} found, {found['expected_classes']} expected")
     if found["unlisted"]:
-        print(f"{found['unlisted']} videos below the root are in no row")
+        print_lines(f"{found['unlisted']} videos below the root are in no row")
     for path in found["missing"][:20]:
-        print(f"  missing: {path}")
+        print_lines(f"  missing: {path}")
     if len(found["missing"]) > 20:
-        print(f"  and {len(found['missing']) - 20} more: --json lists them all")
+        print_lines(f"  and {len(found['missing']) - 20} more: --json lists them all")
+
+
+def _describe_rows(rows: dict[str, int], files: dict[str, int]) -> str:
+    """`55 rows of 23 files ok, 1 failed, 0 pending`; videos, where each is a row of its own."""
+    good = f"{_name_rows(rows['ok'], files['ok'])} ok"
+    return ", ".join([good, *(f"{count} {status}" for status, count in rows.items() if status != "ok")])
+
+
+def _name_rows(num_rows: int, num_files: int) -> str:
+    return f"{num_rows} videos" if num_rows == num_files else f"{num_rows} rows of {num_files} files"
+
+
+def _say_unfinished(store: Path, rows: dict[str, int]) -> None:
+    """What a store lacks, in one line; nothing where it lacks nothing."""
+    total, parts = sum(rows.values()), []
+    if rows["pending"]:
+        parts.append(f"{rows['pending']} of {total} rows are pending: the same extract command finishes them")
+    if rows["failed"]:
+        parts.append(f"{rows['failed']} of {total} rows failed: see s4v info {store}")
+    if parts:
+        _say(f"{store}: {'; '.join(parts)}")
+
+
+def _print_reasons(rows: list[dict[str, str]], elsewhere: str) -> None:
+    """The first videos with their reasons."""
+    for row in rows[:_SHOWN_VIDEOS]:
+        print_lines(f"  {row['video_id']}: {row['reason']}")
+    if len(rows) > _SHOWN_VIDEOS:
+        print_lines(f"  and {len(rows) - _SHOWN_VIDEOS} more: see {elsewhere}")
 
 
 def _count(number: int, thing: str) -> str:
@@ -1156,12 +1277,13 @@ def _print_info(facts: dict[str, Any]) -> None:
     videos = facts["videos"]
     lines = {
         "store": f"{facts['store']} (format {facts['format_version']}, {facts['created']})",
-        "videos": f"{videos['ok']} ok, {videos['failed']} failed, {videos['pending']} pending",
+        "videos": _describe_counts(videos, facts["files"]),
         "splits": "; ".join(
             f"{name}: {sum(counts.values())} (frames {facts['frames'].get(name, facts['frames'].get(''))})"
             for name, counts in sorted(facts["splits"].items())
         ),
-        "failures": ", ".join(f"{count} {code}" for code, count in facts["failures"].items()) or "none",
+        "failures": _describe_reasons(facts["failures"]) or "none",
+        "pending": _describe_reasons(facts["pending_reasons"]),
         "classes": f"{facts['classes']}, captions {facts['captions']}",
         "backbone": f"{backbone['name']} ({backbone['architecture']}), weights {backbone['weights']}, "
         f"{backbone['precision']} on {backbone['device_type']}",
@@ -1172,11 +1294,24 @@ def _print_info(facts: dict[str, Any]) -> None:
         "on disk": describe_bytes(facts["bytes"]),
     }
     for name, text in lines.items():
-        print(f"{name:9} {text}")
+        if text or name != "pending":
+            print_lines(f"{name:9} {text}")
     for name, array in facts["arrays"].items():
-        print(f"  {name:10} {array['dtype']:8} {tuple(array['shape'])}  {describe_bytes(array['bytes'])}")
+        print_lines(f"  {name:10} {array['dtype']:8} {tuple(array['shape'])}  {describe_bytes(array['bytes'])}")
     if facts["fidelity"] is not None:
         _print_fidelity(facts["fidelity"])
+
+
+def _describe_counts(rows: dict[str, int], files: dict[str, int]) -> str:
+    """`10 ok, 1 failed, 0 pending`, and the files where rows are parts of them."""
+    counts = ", ".join(f"{count} {status}" for status, count in rows.items())
+    if rows == files:
+        return counts
+    return f"{counts} rows; files with such rows: {', '.join(f'{count} {status}' for status, count in files.items())}"
+
+
+def _describe_reasons(reasons: dict[str, int]) -> str:
+    return ", ".join(f"{count} {code}" for code, count in reasons.items())
 
 
 def _describe_codec(codec: dict[str, Any]) -> str:
@@ -1193,13 +1328,13 @@ def _print_fidelity(fidelity: dict[str, Any]) -> None:
         if fidelity["is_held_out"]
         else "that the codec was fitted on: there are no others"
     )
-    print(f"after decoding, on {fidelity['videos']} videos {kind}:")
+    print_lines(f"after decoding, on {fidelity['videos']} videos {kind}:")
     heads = ("layer", "variance", "error: median", "worst", "normed: median", "worst", "cosine")
-    print("  " + "  ".join(heads))
+    print_lines("  " + "  ".join(heads))
     for one in fidelity["layers"]:
         errors = f"{one['error_median']:13.2%}  {one['error_worst']:5.1%}"
         normed = f"{one['normed_error_median']:14.2%}  {one['normed_error_worst']:5.1%}"
-        print(f"  {one['layer']:5}  {one['variance_kept']:8.2%}  {errors}  {normed}  {one['cosine_median']:6.4f}")
+        print_lines(f"  {one['layer']:5}  {one['variance_kept']:8.2%}  {errors}  {normed}  {one['cosine_median']:6.4f}")
     poor = [one["layer"] for one in fidelity["layers"] if 1 - one["variance_kept"] > NOTABLE_LOSS]
     if poor:
         _say(
@@ -1209,9 +1344,9 @@ def _print_fidelity(fidelity: dict[str, Any]) -> None:
 
 
 def _print_answers(rows: list[dict[str, Any]]) -> None:
-    print(f"{'rank':>4}  {'score':>7}  {'best frame':>10}  {'moment':>14}  path")
+    print_lines(f"{'rank':>4}  {'score':>7}  {'best frame':>10}  {'moment':>14}  path")
     for row in rows:
         time_s = moment = "not known"
         if row["time_s"] is not None:
             time_s, moment = f"{row['time_s']:.2f} s", f"{row['start_s']:.1f} to {row['end_s']:.1f} s"
-        print(f"{row['rank']:>4}  {row['score']:>7.4f}  {time_s:>10}  {moment:>14}  {row['path']}")
+        print_lines(f"{row['rank']:>4}  {row['score']:>7.4f}  {time_s:>10}  {moment:>14}  {row['path']}")

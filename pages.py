@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import re
+import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from PIL import Image, ImageDraw
 
 from .store._files import write_text
 from .store.reader import StoreReader
+from .terminal import make_visible
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+plt.rcParams["text.usetex"] = False  # a user's own settings could have TeX read the names of classes
 
 INK, ACCENT, MUTED, OUTLINE = "#1c2733", "#0b6e99", "#9aa7b2", "#f5a623"
 
@@ -34,11 +38,27 @@ td.n {{ font-variant-numeric: tabular-nums; white-space: nowrap }}
 """
 
 
+_MOST_LABEL = 60
+"""Characters of a name in a plot: one that is pages long would make the picture as large."""
+
+
+def escape(text: object) -> str:
+    """A name or a message as HTML shows it: no markup, and every character visible."""
+    return html.escape(make_visible(text), quote=True)
+
+
+def label(text: object) -> str:
+    """A name as matplotlib shows it: no formula between dollars, and every character visible."""
+    line = make_visible(text)
+    line = line if len(line) <= _MOST_LABEL else f"{line[:_MOST_LABEL]}..."
+    return line.replace("$", r"\$")
+
+
 def write_page(path: Path, title: str, sections: Sequence[str]) -> None:
     """Write one HTML file, atomically, from pieces of HTML."""
     text = (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        f"<meta name='viewport' content='width=device-width'><title>{html.escape(title)}</title>"
+        f"<meta name='viewport' content='width=device-width'><title>{escape(title)}</title>"
         f"<style>{_STYLE}</style></head><body>{''.join(sections)}</body></html>"
     )
     write_text(path, text)
@@ -46,7 +66,7 @@ def write_page(path: Path, title: str, sections: Sequence[str]) -> None:
 
 def draw_share(share: float, caption: str) -> str:
     """A share as a large number over its caption."""
-    return f"<div><div class='big'>{share:.1%}</div><div class='note'>{html.escape(caption)}</div></div>"
+    return f"<div><div class='big'>{share:.1%}</div><div class='note'>{escape(caption)}</div></div>"
 
 
 def draw_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -54,7 +74,7 @@ def draw_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
     def cell(tag: str, value: Any) -> str:
         is_number = re.match(r"-?\d", str(value))
-        return f"<{tag}{' class=n' if is_number and tag == 'td' else ''}>{html.escape(str(value))}</{tag}>"
+        return f"<{tag}{' class=n' if is_number and tag == 'td' else ''}>{escape(value)}</{tag}>"
 
     head = "".join(cell("th", name) for name in header)
     body = "".join("<tr>" + "".join(cell("td", value) for value in row) + "</tr>" for row in rows)
@@ -63,7 +83,7 @@ def draw_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def draw_picture(png: bytes, alt: str = "") -> str:
     """A PNG inside the page."""
-    return f"<img alt='{html.escape(alt, quote=True)}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
+    return f"<img alt='{escape(alt)}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
 
 
 def draw_strip(
@@ -102,8 +122,9 @@ def draw_strip(
 def draw_confusion(axes: Any, counts: np.ndarray, names: Sequence[str]) -> None:
     """Counts on matplotlib axes: rows are true, columns predicted."""
     axes.imshow(counts, cmap="Blues", vmin=0)
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    axes.set_yticks(range(len(names)), names)
+    labels = [label(name) for name in names]
+    axes.set_xticks(range(len(names)), labels, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), labels)
     axes.set(xlabel="predicted", ylabel="true")
     if len(names) > 20:
         return
@@ -116,6 +137,9 @@ def draw_confusion(axes: Any, counts: np.ndarray, names: Sequence[str]) -> None:
 def render_figure(figure: Any) -> bytes:
     """A matplotlib figure as PNG; it is closed."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
+    with warnings.catch_warnings():
+        # Names in scripts that the font lacks are drawn as boxes; the tables beside the plot have them right.
+        warnings.filterwarnings("ignore", message="(Glyph .* missing|Matplotlib currently does not support)")
+        figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
     plt.close(figure)
     return buffer.getvalue()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from ..pages import (
     draw_share,
     draw_strip,
     draw_table,
+    escape,
     render_figure,
     write_page,
 )
@@ -200,7 +200,7 @@ def _describe_search(store: StoreReader, query: str, found: Mapping[str, list[di
             draw_strip(
                 store,
                 row_of[answer["video_id"]],
-                f"<span{'' if answer['is_right'] else _WRONG}>{html.escape(answer['class_name'])}</span> "
+                f"<span{'' if answer['is_right'] else _WRONG}>{escape(answer['class_name'])}</span> "
                 f"<span class='note'>{answer['score']:.3f}</span>",
             )
             for answer in answers
@@ -208,7 +208,7 @@ def _describe_search(store: StoreReader, query: str, found: Mapping[str, list[di
         return f"<div><h3>{title}</h3>{strips or '<p>Nothing.</p>'}</div>"
 
     return [
-        f"<h2>A query</h2><p>&ldquo;{html.escape(query)}&rdquo;, asked of the held-out videos. By its frames alone the "
+        f"<h2>A query</h2><p>&ldquo;{escape(query)}&rdquo;, asked of the held-out videos. By its frames alone the "
         "frozen model finds what looks like the query; no single frame says which way it moves. Under each strip its "
         "true class, red where it is not what was asked, and the cosine.</p>",
         "<div class='two'>",
@@ -257,8 +257,8 @@ def _strips(store: StoreReader, predictions: Path, num_right: int = 6, num_wrong
         for answer in chosen:
             verdict = "" if answer["is_correct"] else _WRONG
             caption = (
-                f"<span{verdict}>{html.escape(answer['class_name'])}, predicted {html.escape(answer['predicted'])} "
-                f"({answer['probability']:.0%})</span> <span class='note'>{html.escape(answer['video_id'])}</span>"
+                f"<span{verdict}>{escape(answer['class_name'])}, predicted {escape(answer['predicted'])} "
+                f"({answer['probability']:.0%})</span> <span class='note'>{escape(answer['video_id'])}</span>"
             )
             strips.append(draw_strip(store, row_of[answer["video_id"]], caption))
     return strips

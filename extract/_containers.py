@@ -9,7 +9,7 @@ from typing import Any
 
 import av
 
-from ._first_bytes import name_first_bytes, read_head
+from ._first_bytes import is_archive, name_first_bytes, read_head
 from ._trouble import DecodeFailure, as_failure
 
 # Containers and bare streams. Left out is what opens other files or the network (hls, dash, concat, sdp, rtsp, imf,
@@ -30,24 +30,31 @@ _MP4_STARTS = frozenset(
     {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"sidx", b"moof", b"uuid"}
 )
 _EBML = b"\x1a\x45\xdf\xa3"
-_PARENTS = frozenset({b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf"})
+_PARENTS = frozenset({b"moov", b"trak", b"mdia", b"minf", b"dinf", b"stbl", b"moof", b"traf"})
 _MAX_BOXES = 1_000_000
 
 
-def open_container(path: Path) -> Any:
+def open_container(path: Path, head: bytes | None = None) -> Any:
     """Open a file with PyAV: by the `file` protocol, as one of `FORMATS`, whatever its metadata are.
+
+    Args:
+        path: The file.
+        head: Its first bytes; None reads them.
 
     Raises:
         DecodeFailure: With the code `unreadable` and what the first bytes are, where it is none of them.
         DecodeTrouble: If the machine is to blame.
     """
+    head = read_head(path) if head is None else head
+    if is_archive(head):
+        raise DecodeFailure("unreadable", f"it is {name_first_bytes(head)}")
     try:
         container = av.open(str(path.absolute()), metadata_errors="ignore", container_options=_CONTAINER_OPTIONS)
     except av.FFmpegError as error:
         failure = as_failure(error, path, "unreadable")
         if failure.code != "unreadable":
             raise failure from error
-        name = name_first_bytes(read_head(path))
+        name = name_first_bytes(head)
         why = f"it is {name}" if name else "not the start of a video, or damaged"
         raise DecodeFailure("unreadable", why) from error
     # The library checks this too; a build without that check must not open a playlist.
@@ -73,19 +80,21 @@ class Boxes:
     """Headers (`moov`) with frames of their own: two, where files were put one after the other."""
     num_bare_samples: int = 0
     """The most samples that a table announces without a byte for each of them."""
+    is_elsewhere: bool = False
+    """Whether a track says that its data lie in another file."""
     num_visited: int = field(default=0, repr=False)
 
 
-def check_boxes(path: Path, head: bytes) -> None:
+def check_boxes(path: Path, head: bytes) -> Boxes:
     """Refuse an MP4 whose tables announce more than its bytes can hold: a library would make room for all of it.
 
     Raises:
         DecodeFailure: `too-large` or `truncated`, with the numbers.
         OSError: If the file cannot be read.
     """
-    if head[4:8] not in _MP4_STARTS:
-        return
     boxes = Boxes()
+    if head[4:8] not in _MP4_STARTS:
+        return boxes
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         _walk(file.fileno(), 0, size, boxes)
@@ -101,6 +110,7 @@ def check_boxes(path: Path, head: bytes) -> None:
             f"{boxes.num_movies} files stand one after the other in it, and players show the first: join them with "
             "ffmpeg's concat, or take them apart",
         )
+    return boxes
 
 
 def _walk(descriptor: int, start: int, end: int, boxes: Boxes) -> bool:
@@ -128,6 +138,8 @@ def _walk(descriptor: int, start: int, end: int, boxes: Boxes) -> bool:
             has_samples |= count > 0
             if sample_bytes or 4 * count > length:
                 boxes.num_bare_samples = max(boxes.num_bare_samples, count)
+        elif kind == b"dref" and len(header) >= body + 20:
+            boxes.is_elsewhere |= not header[body + 19] & 1
         elif kind == b"trun" and len(header) >= body + 8:
             flags = int.from_bytes(header[body + 1 : body + 4], "big")
             count = int.from_bytes(header[body + 4 : body + 8], "big")

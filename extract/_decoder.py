@@ -35,8 +35,8 @@ _MOST_PER_PACKET_S = 0.1
 _MAX_BUDGET_S = 24 * 3600.0
 
 
-# What a decoder may take beyond what it has when it starts, and for each pixel of a frame: a codec keeps up to 17 frames
-# of at most 3 bytes a pixel, and one frame is held as RGB three times on its way.
+# What a decoder may take beyond what it has when it starts, and for each pixel of a frame: a codec keeps up to 17
+# frames of at most 3 bytes a pixel, and one frame is held as RGB three times on its way.
 _MEMORY_BYTES = 2 << 30
 _BYTES_PER_PIXEL = 64
 

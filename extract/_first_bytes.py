@@ -9,6 +9,7 @@ _HEAD_BYTES = 1024
 _MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\xff\xd8\xff", "a JPEG picture"),
     (0, b"\x89PNG\r\n\x1a\n", "a PNG picture"),
+    (0, b"GIF8", "a GIF picture"),
     (0, b"BM", "a BMP picture"),
     (0, b"II*\0", "a TIFF picture"),
     (0, b"MM\0*", "a TIFF picture"),
@@ -67,18 +68,22 @@ def name_first_bytes(head: bytes) -> str | None:
         if head[place : place + len(magic)] == magic:
             return name
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    for start, name in _TEXTS:
-        if text.startswith(start):
-            # An HTML page or a manifest may say first that it is XML.
-            inner = next(
-                (other for mark, other in _TEXTS if start == b"<?xml" and mark[:1] == b"<" and mark in text[5:]), name
-            )
-            return inner
+    # An HTML page or a manifest may say first that it is XML.
+    inner = text[text.find(b"?>") + 2 :].lstrip() if text.startswith(b"<?xml") else b""
+    for candidate in (inner, text):
+        for start, name in _TEXTS:
+            if candidate.startswith(start):
+                return name
     if head and not head.strip(b"\0"):
         return "zeros alone: a download or copy that never came to its end"
     if _is_text(head):
         return "a text"
     return None
+
+
+def is_archive(head: bytes) -> bool:
+    """Whether a file is packed: a video that lies in it must not be taken for the file."""
+    return (name_first_bytes(head) or "").endswith(": unpack it")
 
 
 def read_head(path: Path) -> bytes:

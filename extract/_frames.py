@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from pathlib import Path
 
-_FRAME_NAME = re.compile(r"(?P<series>.*?)(?P<number>\d+)\.(?P<ending>jpe?g|png|webp)", re.IGNORECASE)
-_KINDS = {"jpg": 0, "jpeg": 0, "png": 1, "webp": 2}
-"""Frames are all of one kind, the first of these that a folder holds: depth maps in PNG may lie beside JPEG frames."""
+PICTURE_FORMATS = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
+"""Endings of frames -> Pillow's name of the one format that such a file may have."""
+
+PICTURE_ENDINGS = frozenset(PICTURE_FORMATS)
+
+_FRAME_NAME = re.compile(
+    rf"(?P<series>.*?)(?P<number>\d+)(?P<ending>{'|'.join(map(re.escape, PICTURE_FORMATS))})",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 def is_frame_name(name: str) -> bool:
@@ -16,33 +31,41 @@ def is_frame_name(name: str) -> bool:
     return not name.startswith(".") and _FRAME_NAME.fullmatch(name) is not None
 
 
+def format_of_frame(file: Path) -> str:
+    """Pillow's name of the format that a frame must have, by its ending."""
+    return PICTURE_FORMATS[file.suffix.lower()]
+
+
 def list_frames(folder: Path) -> list[Path]:
     """The frames of a folder, in the order of their numbers: 2 stands before 10.
 
-    Numbers may start anywhere and have gaps. Optical flow beside the frames (`flow_x_00001.jpg`) is left out.
+    Numbers may start anywhere and have gaps. Optical flow beside the frames (`flow_x_00001.jpg`) is left out, and so
+    are pictures of another format beside JPEGs: masks, depths.
 
     Raises:
-        ValueError: If the folder holds several series of frames, or a number twice.
-        OSError: If it cannot be read.
+        ValueError: If the folder holds several series of frames, or a number twice, or may not be read.
+        OSError: If the machine fails over it.
     """
-    with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if is_frame_name(entry.name))
-    matches = [match for name in names if (match := _FRAME_NAME.fullmatch(name)) is not None]
-    kind = min((_kind_of(match) for match in matches), default=0)
-    series: dict[str, dict[int, str]] = {}
-    for match in matches:
-        if _kind_of(match) != kind:
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries if is_frame_name(entry.name))
+    except PermissionError as error:
+        raise ValueError(f"the folder may not be read: {os.strerror(error.errno or errno.EACCES)}") from error
+    # Format and beginning of the name -> number -> name.
+    series: dict[tuple[str, str], dict[int, str]] = {}
+    for name in names:
+        match = _FRAME_NAME.fullmatch(name)
+        if match is None:
             continue
-        name = match[0]
-        frames = series.setdefault(match["series"], {})
+        frames = series.setdefault((PICTURE_FORMATS[match["ending"].lower()], match["series"]), {})
         if (other := frames.setdefault(int(match["number"]), name)) != name:
             raise ValueError(f"frames {other} and {name} have one number")
+    if any(kind == "JPEG" for kind, _ in series):
+        series = {key: frames for key, frames in series.items() if key[0] == "JPEG"}
     if len(series) > 1:
-        series = {name: frames for name, frames in series.items() if not name.lower().startswith("flow")}
+        series = {key: frames for key, frames in series.items() if not key[1].lower().startswith("flow")}
     if len(series) > 1:
-        raise ValueError(f"expected one series of frames, found {', '.join(sorted(series)[:5])}")
+        beginnings, kinds = sorted({name for _, name in series}), sorted({kind for kind, _ in series})
+        shown = beginnings if len(beginnings) > 1 else kinds
+        raise ValueError(f"expected one series of frames, found {', '.join(shown[:5])}")
     return [folder / name for frames in series.values() for _, name in sorted(frames.items())]
-
-
-def _kind_of(match: re.Match[str]) -> int:
-    return _KINDS[match["ending"].lower()]

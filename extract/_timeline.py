@@ -18,6 +18,7 @@ import numpy as np
 
 from ._containers import MAX_FRAME_PIXELS, MAX_PACKETS, check_boxes, may_decord_open, open_container
 from ._first_bytes import name_first_bytes, read_head
+from ._matroska import is_matroska_whole
 from ._orientation import Turn, turn_of
 from ._trouble import DecodeFailure, as_failure
 
@@ -28,8 +29,8 @@ ALLOWED_LOSS_SHARE = 0.02
 # and MPEG transport streams, in MPEG-2 and MPEG-4 with B-frames, and behind key frames that are not clean.
 _SEEKABLE_CONTAINERS = frozenset({"mov", "mp4", "matroska", "webm"})
 _SEEKABLE_CODECS = frozenset({"h264", "hevc", "vp8", "vp9"})
-# decord keeps several whole frames at a time.
-_MAX_DECORD_PIXELS = 1 << 22
+# decord keeps up to thirty whole frames at a time.
+_MAX_DECORD_PIXELS = 1 << 21
 # Where its pixels are PyAV's to the bit; in others (ten bits, interlaced) rows keep the decoder they always had.
 _SAME_PIXEL_FORMATS = frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"})
 
@@ -41,8 +42,9 @@ _PICTURES = av.stream.Disposition.attached_pic | av.stream.Disposition.still_ima
 _PICTURES |= av.stream.Disposition.timed_thumbnails
 _DEFAULT = av.stream.Disposition.default
 
-# Containers whose reading ends where a second file begins, and how many bytes tell the beginning of one.
-_MAGIC_BYTES = {"flv": 4, "asf": 16}
+# Containers whose reading may end where a second file begins: how many bytes begin one, and what stands near them.
+_BEGINNINGS = {"flv": (4, b""), "asf": (16, b""), "matroska,webm": (4, b"\x42\x82")}
+_BEGINNING_BYTES = 64
 _REST_BYTES = 1 << 20
 
 # A stream that jumps back by less than this, and not to a key frame, is badly muxed and no second stream.
@@ -113,16 +115,21 @@ class Clock:
         self._offset = 0
         self._end: int | None = None
         self._last_dts: int | None = None
+        self._last_key_pts: int | None = None
 
     def set(self, packet: Any) -> int | None:
         """Change a packet's timestamps where streams before it ended; returns its display time."""
         dts, pts = packet.dts, packet.pts
+        jumps_back = False
         if dts is not None:
-            last = self._last_dts
-            jumps_back = last is not None and dts < last and (packet.is_keyframe or last - dts > self._jump)
-            if jumps_back and pts is not None and self._end is not None:
-                self._offset = self._end - pts
+            if self._last_dts is not None and dts < self._last_dts:
+                jumps_back = packet.is_keyframe or self._last_dts - dts > self._jump
             self._last_dts = dts
+        if packet.is_keyframe and pts is not None:
+            jumps_back |= self._last_key_pts is not None and pts < self._last_key_pts
+            self._last_key_pts = pts
+        if jumps_back and pts is not None and self._end is not None:
+            self._offset = self._end - pts
         if pts is None:
             return None
         if self._offset:
@@ -147,7 +154,7 @@ class _Track:
         self.width, self.height = stream.codec_context.width, stream.codec_context.height
         self.base_s = float(stream.time_base)
         self.announced_frames = len(stream.index_entries) if self.is_mp4 and stream.frames else stream.frames
-        self.announced_end_s = self._find_announced_end()
+        self.announced_end_s = self._find_announced_end(container)
         self.num_packets = 0
         self.num_hidden = 0
         self.first_place = self.last_place = 0
@@ -165,10 +172,13 @@ class _Track:
         """The first key frame, decoded, where decord may come to read the stream."""
         self.has_own_turn = False
 
-    def _find_announced_end(self) -> float | None:
+    def _find_announced_end(self, container: Any) -> float | None:
         """When the stream ends by its own header, in seconds of its timestamps."""
         if self.is_matroska:
-            return _parse_clock(self.stream.metadata.get("DURATION", ""))
+            tag_s = _parse_clock(self.stream.metadata.get("DURATION", ""))
+            file_s = container.duration / 1e6 if container.duration else None
+            # A stream is no longer than its file: a tag that says so is damaged, or another file's.
+            return tag_s if tag_s is None or file_s is None else min(tag_s, file_s)
         if self.is_mxf and self.stream.duration:
             return self.stream.duration * self.base_s
         return None
@@ -198,10 +208,11 @@ class _Track:
             data = bytes(packet)
             assert self._is_clean is not None
             self.is_seekable = self._is_clean(data)
-            self._keys.append(tick)
-            if self.probe is None:
+            if not self._keys:
                 self.probe = _decode_one(self.stream, packet)
+                self.is_seekable &= self.probe is not None
                 self.has_own_turn = _has_orientation(data, self.stream)
+            self._keys.append(tick)
 
     @property
     def rank(self) -> tuple[bool, bool, int, int, int]:
@@ -209,7 +220,7 @@ class _Track:
         is_film, is_default = self.num_packets > 1, bool(_disposition(self.stream) & _DEFAULT)
         return is_film, is_default, self.width * self.height, self.num_packets, -self.stream.index
 
-    def as_timeline(self, head: bytes, allow_loss: float, is_alone: bool) -> Timeline:
+    def as_timeline(self, path: Path, allow_loss: float, may_decord_open: bool) -> Timeline:
         """All of it.
 
         Raises:
@@ -224,7 +235,7 @@ class _Track:
             step = max(1, round(1 / (rate or 25.0) / self.base_s))
             self.ticks = array("q", range(0, step * self.num_packets, step))
             self._max_tick, self.last_tick_duration = self.ticks[-1], step
-        num_missing = self._count_missing(rate)
+        num_missing = self._count_missing(path, rate)
         if is_too_short(num_present, num_present + num_missing, allow_loss):
             about = "" if self.announced_frames else "about "
             raise DecodeFailure("truncated", f"{num_present} of {about}{num_present + num_missing} frames are there")
@@ -244,10 +255,9 @@ class _Track:
             duration_s=duration_s,
             is_seekable=(
                 self.is_seekable
-                and is_alone
+                and may_decord_open
                 and keys is not None
                 and is_turned_right
-                and may_decord_open(head)
                 and self.width * self.height <= _MAX_DECORD_PIXELS
             ),
             is_counted=is_counted,
@@ -261,20 +271,27 @@ class _Track:
             and not self.probe.interlaced_frame,
         )
 
-    def _count_missing(self, rate: float) -> int:
+    def _count_missing(self, path: Path, rate: float) -> int:
         """Frames that the stream's own header announces and no packet is there for."""
         if self.announced_frames:
             num_present = self.num_packets
             if self.is_avi and self.ticks:  # a frame that was dropped is a chunk without bytes: time goes on
                 num_present = max(num_present, self._max_tick - min(self.ticks) + 1)
             return max(0, self.announced_frames - num_present)
-        if self.announced_end_s is None or not self.ticks:
+        if not self.ticks:
             return 0
         first_s, end_s = min(self.ticks) * self.base_s, (self._max_tick + self.last_tick_duration) * self.base_s
-        # Writers differ in whether the length counts from zero or from the first frame: the longer one is believed.
-        missing_s = self.announced_end_s - max(end_s, end_s - first_s)
         rate = len(self.ticks) / (end_s - first_s) if end_s > first_s else rate
-        return max(0, round(missing_s * rate))
+        # Writers differ in whether the length counts from zero or from the first frame: the longer one is believed.
+        missing_s = 0.0 if self.announced_end_s is None else self.announced_end_s - max(end_s, end_s - first_s)
+        num_missing = max(0, round(missing_s * rate))
+        if self.is_matroska and not is_matroska_whole(path):
+            # Then a gap between frames is no still stretch, but what was in the damaged place.
+            gaps = np.diff(np.unique(np.frombuffer(self.ticks, dtype=np.int64)))
+            gap_s = float(np.median(gaps)) * self.base_s if len(gaps) else 0.0
+            span_s = end_s - first_s + max(0.0, missing_s)
+            num_missing = max(num_missing, round(span_s / gap_s) - self.num_packets if gap_s else 0)
+        return num_missing
 
 
 def read_file_timeline(path: Path, allow_loss: float = ALLOWED_LOSS_SHARE) -> Timeline:
@@ -289,18 +306,22 @@ def read_file_timeline(path: Path, allow_loss: float = ALLOWED_LOSS_SHARE) -> Ti
     """
     try:
         head = read_head(path)
-        check_boxes(path, head)
-        with open_container(path) as container:
+        boxes = check_boxes(path, head)
+        with open_container(path, head) as container:
             tracks = _list_tracks(container)
             place = 0
             for place, packet in enumerate(container.demux([track.stream for track in tracks.values()])):
                 if (track := tracks.get(packet.stream_index)) is not None:
                     track.add(packet, place)
             film = max(tracks.values(), key=lambda track: track.rank)
+            if boxes.is_elsewhere and not film.num_packets:
+                raise DecodeFailure("unreadable", "its frames lie in another file, and none but itself is opened")
             _check_film(film, container, head)
             _check_neighbours(film, tracks.values(), container)
             _check_rest(path, film.end_byte, head, container.format.name)
-            return film.as_timeline(head, allow_loss, is_alone=len(container.streams.video) == 1)
+            # decord takes a path in UTF-8, and chooses a track by itself.
+            is_alone = len(container.streams.video) == 1
+            return film.as_timeline(path, allow_loss, is_alone and may_decord_open(head) and is_utf8(str(path)))
     except (av.FFmpegError, OSError, MemoryError) as error:
         raise as_failure(error, path, "unreadable") from error
 
@@ -359,15 +380,26 @@ def _check_neighbours(film: _Track, tracks: Any, container: Any) -> None:
 
 def _check_rest(path: Path, end_byte: int, head: bytes, kind: str) -> None:
     """Refuse a file behind which a second one begins, where reading ends with the first."""
-    if kind not in _MAGIC_BYTES:
+    if kind not in _BEGINNINGS or not end_byte:
         return
-    magic = head[: _MAGIC_BYTES[kind]]
+    num_bytes, mark = _BEGINNINGS[kind]
     with path.open("rb") as file:
         file.seek(end_byte)
-        if magic in file.read(_REST_BYTES):
-            raise DecodeFailure(
-                "truncated", "a second file begins behind the first one, and players show the first: take them apart"
-            )
+        rest = file.read(_REST_BYTES)
+    place = rest.find(head[:num_bytes])
+    if place >= 0 and mark in rest[place : place + _BEGINNING_BYTES]:
+        raise DecodeFailure(
+            "truncated", "a second file begins behind the first one, and players show the first: take them apart"
+        )
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a file's name is text, or bytes that only the file system knows what to do with."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _disposition(stream: Any) -> Any:

@@ -10,6 +10,8 @@ import resource
 import sys
 from pathlib import Path
 
+import av
+
 _READ_BYTES = 1 << 20
 
 _IO_ERROR_NAMES = (
@@ -73,8 +75,11 @@ def as_failure(error: BaseException, path: Path, code: str = "decode-error") -> 
     if isinstance(error, OSError):
         if number in (errno.EACCES, errno.EPERM):
             return DecodeTrouble("io-error", "reading it is not permitted")
+        if number == errno.EIO and isinstance(error, av.FFmpegError) and find_read_error(path) is None:
+            # Some of FFmpeg's demuxers call it an input/output error where a file ends too early.
+            return DecodeFailure(code, "not the start of a video, or damaged")
         if number in _IO_ERRORS:
-            return DecodeTrouble("io-error", f"reading it failed: {os.strerror(number)}")
+            return DecodeTrouble("io-error", f"reading it failed: {os.strerror(number or errno.EIO)}")
         if number == errno.ELOOP:
             return DecodeFailure("missing-file", "its links lead round in a circle")
         if number in _NO_FILE_ERRORS:
@@ -89,15 +94,20 @@ def verdict_of(failure: DecodeFailure, path: Path) -> DecodeFailure:
     """
     if isinstance(failure, DecodeTrouble) or failure.code in ("missing-file", "too-large") or not path.is_file():
         return failure
+    error = find_read_error(path)
+    found = failure if error is None else as_failure(error, path)
+    return found if isinstance(found, DecodeTrouble) else failure
+
+
+def find_read_error(path: Path) -> OSError | None:
+    """Read a file from its start to its end; returns what stopped that."""
     try:
         with path.open("rb", buffering=0) as file:
             while file.read(_READ_BYTES):
                 pass
     except OSError as error:
-        found = as_failure(error, path)
-        if isinstance(found, DecodeTrouble):
-            return found
-    return failure
+        return error
+    return None
 
 
 def unexpected_failure(error: Exception) -> DecodeFailure:
@@ -139,6 +149,16 @@ class MemoryLimit:
         if self._start_bytes:
             self._beyond_bytes = beyond_bytes
             _limit_address_space(self._start_bytes + beyond_bytes)
+
+    def is_reached(self, num_bytes: int) -> bool:
+        """Whether so many bytes more are refused now: libraries may take that for damage of the video."""
+        if not self._start_bytes:
+            return False
+        try:
+            with mmap.mmap(-1, max(num_bytes, mmap.PAGESIZE)):
+                return False
+        except (OSError, MemoryError, ValueError):
+            return True
 
     def has_machine_the_rest(self) -> bool:
         """Whether the machine would have given all that the limit allows: then it was the limit that refused."""

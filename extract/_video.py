@@ -3,7 +3,7 @@
 Of a file PyAV reads the packets first: they tell how many frames there are and when, the same for both decoders.
 decord then seeks to the wanted frames, but only in streams where its seeking is right, and where it saves most of the
 decoding; everywhere else PyAV decodes in order, and sees what is broken on its way. Each wanted frame is made small as
-soon as it is there: no more than one whole frame is kept.
+soon as it is there: what is kept of a video does not grow with frames times pixels.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ except ImportError:
     decord = None
 
 from ._containers import MAX_FRAME_PIXELS, open_container
-from ._frames import list_frames
-from ._orientation import turn_of
+from ._frames import format_of_frame, list_frames
+from ._orientation import Turn, turn_of
 from ._timeline import ALLOWED_LOSS_SHARE, Clock, Timeline, check_shape, is_too_short, read_file_timeline
-from ._trouble import DecodeFailure, as_failure, scrub_message
+from ._trouble import MEMORY_LIMIT, DecodeFailure, as_failure, memory_failure, scrub_message
 
 __all__ = ["ALLOWED_LOSS_SHARE", "DecodeFailure", "Decoded", "Timeline", "VideoFile", "decord", "scrub_message"]
 
@@ -39,10 +39,14 @@ _NO_REPLACED_FRAMES = 1e-9
 _CHEAP_PIXELS = 1 << 22
 _SEEK_SHARE = 0.5
 
+# decord is quicker with several frames at a time: as many as have so many pixels together, 12 MB.
+_BATCH_PIXELS = 1 << 22
+
+# Of a frame as a codec keeps it, with its borders.
+_BYTES_PER_PIXEL = 4
+
 # Decoders that give frames out of their order hold back at most so many.
 _MOST_REORDERED = 32
-
-_PICTURE_FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,11 @@ class VideoFile:
         self._path = path
         self._allow_loss = allow_loss
         self._decord: Any = None
-        self._in_order: Iterator[tuple[int, Any]] = iter(())
+        self._in_order: Iterator[tuple[int | None, Any]] = iter(())
         self._last_taken = len(self.timeline.times_s)  # nothing is left of the empty iterator
         self._decodable: list[int] | None = None
         self._is_clean = True
+        self._turn: tuple[int, Turn] | None = None
 
     def decode(self, decoder: str, choose: Choose, render: Render, *, is_whole: bool = False) -> Decoded:
         """Decode the wanted frames.
@@ -139,7 +144,8 @@ class VideoFile:
             return True
         cost, position = 0, -1
         for index in sorted(set(indices)):
-            key = int(timeline.key_indices[max(0, np.searchsorted(timeline.key_indices, index, side="right") - 1)])
+            place = int(np.searchsorted(timeline.key_indices, index, side="right"))
+            key = int(timeline.key_indices[max(0, place - 1)])
             cost += index - max(key - 1, position)
             position = index
         return cost >= _SEEK_SHARE * num_frames
@@ -154,8 +160,12 @@ class VideoFile:
             reader = self._decord
             if len(reader) != num_present:
                 raise DecodeFailure("decode-error", f"decord counts {len(reader)} frames of {num_present}")
-            for index in sorted(set(indices)):
-                frames[index] = render(reader.get_batch([index]).asnumpy()[0])
+            wanted = sorted(set(indices))
+            step = max(1, _BATCH_PIXELS // max(1, self.timeline.frame_pixels))
+            for place in range(0, len(wanted), step):
+                batch = wanted[place : place + step]
+                for index, frame in zip(batch, reader.get_batch(batch).asnumpy(), strict=True):
+                    frames[index] = render(frame)
         except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, ValueError, IndexError) as error:
             raise DecodeFailure("decode-error", scrub_message(error, self._path)) from error
         return Decoded("decord", num_present, indices, frames, self._note(num_present))
@@ -212,7 +222,7 @@ class VideoFile:
                 continue
             self._last_taken = max(self._last_taken, index)
             if index in wanted and index not in frames:
-                frames[index] = render(_upright(frame))
+                frames[index] = render(self._upright(frame))
             if to_end:
                 seen.add(index)
                 continue
@@ -222,6 +232,16 @@ class VideoFile:
         if to_end:
             self._decodable = sorted(seen)
         return frames
+
+    def _upright(self, frame: Any) -> np.ndarray:
+        """(H, W, 3) uint8, turned and mirrored as the display matrix says; decord turns by itself."""
+        if frame.width * frame.height > MAX_FRAME_PIXELS:
+            raise DecodeFailure("too-large", f"a frame of {frame.width}x{frame.height}")
+        check_shape(frame.width, frame.height)
+        # Whose matrix is looked at stays in memory until Python collects circles: one frame, not each.
+        if self._turn is None or self._turn[0] != frame.rotation:
+            self._turn = frame.rotation, turn_of(frame)
+        return self._turn[1].apply(frame.to_ndarray(format="rgb24"))
 
 
 def _read_timeline(path: Path, frame_fps: float | None, allow_loss: float = ALLOWED_LOSS_SHARE) -> Timeline:
@@ -265,14 +285,17 @@ def _decode_pictures(timeline: Timeline, indices: list[int], render: Render) -> 
     for index in sorted(set(indices)):
         file = timeline.frame_files[index]
         try:
-            with Image.open(file, formats=_PICTURE_FORMATS) as image:
+            with Image.open(file, formats=(format_of_frame(file),)) as image:
                 width, height = image.size
                 if width * height > MAX_FRAME_PIXELS:
                     raise DecodeFailure(
                         "too-large", f"{file.name}: {width}x{height}, at most {MAX_FRAME_PIXELS} pixels are decoded"
                     )
                 check_shape(width, height)
-                picture = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+                if image.mode.startswith(("I", "F")):  # depths and the like: converting would cut their values
+                    raise DecodeFailure("decode-error", f"{file.name}: expected 8-bit colours, found {image.mode}")
+                ImageOps.exif_transpose(image, in_place=True)
+                picture = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
         except (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError) as error:
             failure = as_failure(error, file)
             if failure.code == "missing-file":  # one of many: the folder is there
@@ -311,6 +334,8 @@ def _read_in_order(path: Path, timeline: Timeline) -> Iterator[tuple[int | None,
                 except av.FFmpegError as error:
                     if isinstance(error, MemoryError):
                         raise
+                    if MEMORY_LIMIT.is_reached(_BYTES_PER_PIXEL * timeline.frame_pixels):
+                        raise memory_failure() from error
                     is_broken = True
                     yield None, None
                     continue
@@ -326,11 +351,3 @@ def _read_in_order(path: Path, timeline: Timeline) -> Iterator[tuple[int | None,
                         yield index, frame
     except (av.FFmpegError, OSError, MemoryError) as error:
         raise as_failure(error, path) from error
-
-
-def _upright(frame: Any) -> np.ndarray:
-    """(H, W, 3) uint8, turned and mirrored as the display matrix says; decord turns by itself."""
-    if frame.width * frame.height > MAX_FRAME_PIXELS:
-        raise DecodeFailure("too-large", f"a frame of {frame.width}x{frame.height}")
-    check_shape(frame.width, frame.height)
-    return turn_of(frame).apply(frame.to_ndarray(format="rgb24"))

@@ -6,6 +6,8 @@ The sample is a pure function of the manifest and the seed: the same whatever th
 from __future__ import annotations
 
 import hashlib
+import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,17 +16,24 @@ import numpy as np
 import torch
 
 from ..errors import ConfigError, NoGoodVideoError
-from ..store.codec import Codec, check_finite, fit_basis, fit_scale, round_mantissas
+from ..store.codec import Codec, check_finite, fit_basis, fit_basis_of_few, fit_scale, round_mantissas
 from ..store.fidelity import FidelityMeter, LayerFidelity
-from ..store.layout import PatchDtype
+from ..store.layout import PatchDtype, StoreLayout
 from ..store.records import VideoRecord
 from .backbone import Backbone
 from .batching import split_evenly
 from .decoding import DecodedVideo
+from .stats import ReportProgress
 
 _SAMPLE_FRAMES = 128
 _FRAMES_PER_VIDEO = (2, 16)
 """Fewest and most: neighbouring frames say little new, but a small data set has no others."""
+_TRIAL_FRAMES = 2
+"""Rows that cache no more are a trial's: a giant's sample would take a CPU many times as long as the trial itself."""
+_LONG_S = 600.0
+"""Calibration that takes longer says what would make it shorter."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +60,37 @@ def group_for_calibration(records: Sequence[VideoRecord], seed: int) -> list[lis
     return [sorted(group, key=key) for group in (training, others)]
 
 
-def frames_per_video(num_videos: int) -> int:
-    """Frames that calibration takes of each video, so that a small data set gives a sample too."""
+def frames_per_video(num_videos: int, layout: StoreLayout | None = None, num_taken: int | None = None) -> int:
+    """Frames that calibration takes of each video, so that a small data set gives a sample too.
+
+    Of a store whose rows cache one or two frames, a trial's, it takes twice as many, or what the codec's directions
+    need. Neither `--limit` nor the machine plays a part: a store that is begun in parts has the codec of the whole.
+
+    Args:
+        num_videos: That there are.
+        layout: Of the store; None, or more cached frames than a trial's, takes the sample of a real run.
+        num_taken: Videos that the sample is taken from; None takes all.
+    """
     fewest, most = _FRAMES_PER_VIDEO
-    return min(max(fewest, -(-_SAMPLE_FRAMES // max(1, num_videos))), most)
+    usual = min(max(fewest, -(-_SAMPLE_FRAMES // max(1, num_videos))), most)
+    if layout is None or layout.num_frames > _TRIAL_FRAMES:
+        return usual
+    directions = layout.channels if layout.channels < layout.width else 0
+    tokens_per_frame = layout.num_patches * max(1, min(num_videos, num_taken or num_videos))
+    return min(usual, max(2 * layout.num_frames, -(-2 * directions // tokens_per_frame)))
 
 
-def gather_sample(groups: Iterable[Iterator[tuple[VideoRecord, DecodedVideo]]], num_videos: int) -> FrameSample:
+def gather_sample(
+    groups: Iterable[Iterator[tuple[VideoRecord, DecodedVideo]]],
+    num_videos: int,
+    count: Callable[[int], None] = lambda _: None,
+) -> FrameSample:
     """Take the first videos that decode.
 
     Args:
         groups: Decoded candidates in order; failed ones are skipped, and the first group with a good one is used.
         num_videos: Good videos to use, fewer where there are not so many.
+        count: Told how many are decoded.
 
     Raises:
         NoGoodVideoError: If not one candidate decodes.
@@ -79,6 +107,7 @@ def gather_sample(groups: Iterable[Iterator[tuple[VideoRecord, DecodedVideo]]], 
             _, distinct = np.unique(video.facts["frame_indices"], return_index=True)
             frames.append(video.pixels[0, distinct, 0])
             ids += [record.video_id] * len(frames[-1])
+            count(len(frames))
             if len(frames) == num_videos:
                 break
         if frames:
@@ -97,6 +126,7 @@ def fit_codec(
     *,
     channels: int,
     batch_size: int,
+    report: ReportProgress = lambda *_: None,
 ) -> Codec:
     """Fit the codec of a store.
 
@@ -107,6 +137,7 @@ def fit_codec(
         layers: Blocks to tap.
         channels: K; below the backbone's width a PCA of each layer projects to the K directions of most variance.
         batch_size: The most frames in one pass.
+        report: Told of frames that went through the backbone.
 
     Raises:
         ConfigError: If the sample holds too few tokens for K directions.
@@ -123,24 +154,33 @@ def fit_codec(
             f"{len(set(sample.video_ids))} videos have {num_tokens}. Take fewer channels, more videos, or a codec that "
             "another store was fitted with (--codec-from)."
         )
-    moments = _Moments(len(layers), width, with_products=is_projected, device=backbone.device)
-    _run_sample(sample, backbone, layers, batch_size, moments.add)
+    num_passes = 2 if is_projected and dtype == "int8" else 1
+    tokens_of = _SampleTokens("calibrating the codec", sample, backbone, layers, batch_size, num_passes, report)
+    # A trial's: the eigenvectors of ViT-E's covariances alone would take a CPU minutes.
+    are_few = is_projected and tokens_of.is_kept and num_tokens < width
+    moments = _Moments(len(layers), width, with_products=is_projected and not are_few, device=backbone.device)
+    tokens_of.hand_to(moments.add)
     mean = moments.mean
     if not is_projected:
         absmax = np.maximum(moments.largest - mean, mean - moments.smallest)
         return Codec(dtype=dtype, mean=mean.astype(np.float32), scale=fit_scale(absmax, moments.deviation))
-    basis = np.stack([fit_basis(covariance, channels) for covariance in moments.covariances()])
+    bases: list[np.ndarray] = []
+    for place in range(len(layers)):
+        report("fitting the codec", place, len(layers))
+        if are_few:
+            values = tokens_of.kept[place].flatten(0, 1).double().cpu().numpy()
+            bases.append(fit_basis_of_few(values, mean[place], channels))
+        else:
+            bases.append(fit_basis(moments.covariance(place), channels))
+    report("fitting the codec", len(layers), len(layers))
+    basis = np.stack(bases)
     codec = Codec(dtype="float32", mean=mean.astype(np.float32), basis=basis)
     if dtype != "int8":
         return Codec(dtype=dtype, mean=codec.mean, basis=codec.basis)
     on_device = codec.map_parts(lambda array: torch.from_numpy(array).to(backbone.device))
     projected = _Moments(len(layers), channels, with_products=False, device=backbone.device)
-    _run_sample(
-        sample,
-        backbone,
-        layers,
-        batch_size,
-        lambda tokens: projected.add([on_device.encode(values, place) for place, values in enumerate(tokens)]),
+    tokens_of.hand_to(
+        lambda tokens: projected.add([on_device.encode(values, place) for place, values in enumerate(tokens)])
     )
     absmax = np.maximum(projected.largest, -projected.smallest)
     return Codec(dtype=dtype, mean=codec.mean, basis=basis, scale=fit_scale(absmax, projected.deviation))
@@ -154,6 +194,7 @@ def measure_codec(
     layers: Sequence[int],
     *,
     batch_size: int,
+    report: ReportProgress = lambda *_: None,
 ) -> list[LayerFidelity]:
     """Code and decode a sample of frames, and compare them with the live tokens.
 
@@ -164,6 +205,7 @@ def measure_codec(
         backbone: With weights.
         layers: Blocks that are tapped.
         batch_size: The most frames in one pass.
+        report: Told of frames that went through the backbone.
 
     Returns:
         One for each layer.
@@ -180,32 +222,81 @@ def measure_codec(
             codes = round_mantissas(codec.encode(live, place), keep_bits)
             meter.compare(live, codec.decode(codes, place))
 
-    # Twice through the backbone: all tokens of a giant's layers would fill the memory.
-    _run_sample(sample, backbone, layers, batch_size, count_mean)
-    _run_sample(sample, backbone, layers, batch_size, compare)
+    tokens_of = _SampleTokens("measuring the codec", sample, backbone, layers, batch_size, 2, report)
+    tokens_of.hand_to(count_mean)
+    tokens_of.hand_to(compare)
     return [meter.summarise() for meter in meters]
 
 
-def _run_sample(
-    sample: FrameSample,
-    backbone: Backbone,
-    layers: Sequence[int],
-    batch_size: int,
-    use: Callable[[list[torch.Tensor]], None],
-) -> None:
-    """Hand over the patch tokens of the sample's frames, (B, N, D) for each layer, batch by batch.
+class _SampleTokens:
+    """The patch tokens of a sample's frames, from the backbone as often as they are asked for.
 
-    A batch is freed before the next pass, as an iterator's would not be: 16 frames of ViT-E's layers are 0.5 GB.
+    All tokens of a giant's layers would fill the memory; those of a sample of one batch are there anyway, and kept.
+
+    Args:
+        stage: What they are for.
+        sample: The frames.
+        backbone: With weights.
+        layers: Blocks to tap.
+        batch_size: The most frames in one pass.
+        num_passes: How often they will be asked for.
+        report: Told of frames that went through the backbone.
     """
 
-    def encode(batch: slice) -> list[torch.Tensor]:
-        tokens = backbone.encode_frames(torch.from_numpy(sample.pixels[batch]), layers).patches
-        for layer, values in zip(layers, tokens, strict=True):
-            check_finite(values, values, layer, sample.video_ids[batch])
+    def __init__(
+        self,
+        stage: str,
+        sample: FrameSample,
+        backbone: Backbone,
+        layers: Sequence[int],
+        batch_size: int,
+        num_passes: int,
+        report: ReportProgress,
+    ) -> None:
+        self._sample, self._backbone, self._layers = sample, backbone, layers
+        self._batches = split_evenly(len(sample.pixels), batch_size)
+        self.is_kept = len(self._batches) == 1
+        """Whether there is one pass, whose tokens stay."""
+        self.kept: list[torch.Tensor] = []
+        self._stage, self._report = stage, report
+        self._pass, self._num_passes = 0, 1 if self.is_kept else num_passes
+
+    def hand_to(self, use: Callable[[list[torch.Tensor]], None]) -> None:
+        """Hand over the tokens, (B, N, D) for each layer, batch by batch.
+
+        A batch is freed before the next pass, as an iterator's would not be: 16 frames of ViT-E's layers are 0.5 GB.
+        """
+        if self.kept:
+            use(self.kept)
+            return
+        self._pass += 1
+        began, num_frames = time.perf_counter(), len(self._sample.pixels)
+        which = "" if self._num_passes == 1 else f", time {self._pass} of {self._num_passes}"
+        num_videos = len(set(self._sample.video_ids))
+        stage = f"{self._stage}: {num_videos} videos, {num_frames} frames through the backbone{which}"
+        self._report(stage, 0, num_frames)
+        for batch in self._batches:
+            use(self._encode(slice(batch.start, batch.stop)))
+            self._report(stage, batch.stop, num_frames)
+            if batch is self._batches[0]:
+                self._warn_if_long((time.perf_counter() - began) / len(batch))
+
+    def _encode(self, batch: slice) -> list[torch.Tensor]:
+        tokens = self._backbone.encode_frames(torch.from_numpy(self._sample.pixels[batch]), self._layers).patches
+        for layer, values in zip(self._layers, tokens, strict=True):
+            check_finite(values, values, layer, self._sample.video_ids[batch])
+        if self.is_kept:
+            self.kept = tokens
         return tokens
 
-    for batch in split_evenly(len(sample.pixels), batch_size):
-        use(encode(slice(batch.start, batch.stop)))
+    def _warn_if_long(self, seconds_per_frame: float) -> None:
+        seconds = seconds_per_frame * len(self._sample.pixels) * (self._num_passes - self._pass + 1)
+        if self._pass == 1 and seconds > _LONG_S:
+            _log.warning(
+                "%s takes about %.0f minutes here: fewer --calibration-videos shorten it, and --dtype float16 has no "
+                "codec to fit",
+                *(self._stage, seconds / 60),
+            )
 
 
 class _Moments:
@@ -253,8 +344,8 @@ class _Moments:
         """(L, D) float64."""
         return self._largest.cpu().numpy()
 
-    def covariances(self) -> Iterator[np.ndarray]:
-        """(D, D) float64 for each layer."""
+    def covariance(self, place: int) -> np.ndarray:
+        """(D, D) float64 of a layer."""
         assert self._products is not None
-        for products, mean in zip(self._products, self.mean, strict=True):
-            yield products.cpu().numpy() / self._count - np.outer(mean, mean)
+        mean = self.mean[place]
+        return self._products[place].cpu().numpy() / self._count - np.outer(mean, mean)

@@ -135,25 +135,25 @@ def _compare(rows: Iterable[_Row], root: Path, is_same: Callable[[int, int, str,
     report = SourceReport()
     by_source: dict[tuple[str, int, int, str], list[int]] = defaultdict(list)
     for row, path, num_bytes, mtime_ns, source_hash in rows:
-        if None in (num_bytes, mtime_ns, source_hash):
+        if num_bytes is None or mtime_ns is None or source_hash is None:
             report.unknown.append(row)
         else:
             by_source[path, num_bytes, mtime_ns, source_hash].append(row)
 
     def judge(source: tuple[str, int, int, str]) -> bool | None:
-        path, *recorded = source
+        path, num_bytes, mtime_ns, source_hash = source
         try:
-            return is_same(*recorded, root / path)  # type: ignore[arg-type]
+            return is_same(num_bytes, mtime_ns, source_hash, root / path)
         except OSError:
             return None
 
     with ThreadPoolExecutor(_THREADS) as threads:
-        for rows, verdict in zip(by_source.values(), threads.map(judge, by_source), strict=True):
-            (report.gone if verdict is None else report.same if verdict else report.changed).extend(rows)
+        for of_source, verdict in zip(by_source.values(), threads.map(judge, by_source), strict=True):
+            (report.gone if verdict is None else report.same if verdict else report.changed).extend(of_source)
     hashes = {(path, source_hash) for path, _, _, source_hash in by_source}
     report.split.extend(sorted(path for path, count in Counter(path for path, _ in hashes).items() if count > 1))
-    for rows in (report.same, report.changed, report.gone):
-        rows.sort()
+    for found in (report.same, report.changed, report.gone):
+        found.sort()
     return report
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ from typing import Literal
 from ..errors import ConfigError, EnvironmentFailedError
 from ..store.layout import PATCH_DTYPES, PatchDtype
 from ..store.records import VideoRecord
-from .datasets import read_dataset, resolve_protocol
+from .datasets import Listing, read_listing, resolve_protocol
 from .resizing import RESIZES, VIEWS
 from .sampling import SAMPLINGS
 
@@ -41,6 +42,8 @@ class ExtractConfig:
     """Only these splits; None takes all."""
     frames: dict[str, int] = field(default_factory=lambda: dict(DEFAULT_FRAMES))
     """Cached frames by split; the key "" is for splits that are not named."""
+    with_classes: bool = True
+    """For `folder`: folders are classes; without, paths are ids and nothing else, as for an archive."""
     segment_s: float | None = None
     """Make each video so many rows of about so many seconds; None makes it one row."""
     sampling: str = "uniform"
@@ -157,15 +160,27 @@ class ExtractConfig:
             raise ConfigError(f"--column is for --dataset table, not for {self.dataset}")
         if self.dataset == "folder" and self.annotations is not None:
             raise ConfigError("--annotations has no effect on --dataset folder: use table or lists")
+        if self.dataset != "folder" and not self.with_classes:
+            raise ConfigError(
+                f"--no-classes is for --dataset folder, not for {self.dataset}: its classes stand in its annotations"
+            )
         resolve_protocol(self.dataset, self.protocol)
 
-    def read_records(self) -> list[VideoRecord]:
-        """The data set's videos in row order.
+    def read_records(self, known_splits: Mapping[str, str] | None = None) -> list[VideoRecord]:
+        """The data set's videos in row order: the records of `read_listing`."""
+        return self.read_listing(known_splits).records
+
+    def read_listing(self, known_splits: Mapping[str, str] | None = None) -> Listing:
+        """The data set's videos in row order, and which of them were not on the disk.
+
+        Args:
+            known_splits: Split by video_id of a store that is gone on with: where the data set says no split, its rows
+                keep theirs.
 
         Raises:
             DatasetError: If its files are not what a reader takes.
         """
-        return read_dataset(
+        return read_listing(
             self.dataset,
             self.root,
             annotations=self.annotations,
@@ -173,6 +188,8 @@ class ExtractConfig:
             protocol=self.protocol,
             splits=self.splits,
             seed=self.seed,
+            known_splits=known_splits,
+            with_classes=self.with_classes,
         )
 
     def require_root(self) -> None:

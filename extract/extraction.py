@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from ..errors import NoGoodVideoError, StoreDamagedError
+from ..errors import EnvironmentFailedError, NoGoodVideoError, StoreDamagedError
+from ..store.info import count_reasons, count_table
 from ..store.reader import is_store, open_store
 from ..store.redone import note_redone
 from ..store.writer import StoreWriter, refuse_existing
 from .changed_rows import find_changed_rows, warn_of_changed
-from .cluster import run_on_workers
+from .cluster import Unfinished, run_on_workers
 from .config import ExtractConfig
 from .decoding import DecoderPool
 from .finishing import finish_store
@@ -22,8 +23,11 @@ from .job import Job, set_up_job
 from .opening import open_writer, undone_shards
 from .pipeline import Pipeline
 from .repairing import mend_store
-from .segments import list_rows
+from .segments import list_rows_and_missing
 from .stats import Meter, ReportProgress, StageClock, write_stats
+
+_MANY_SHARDS = 1000
+"""From so many on, joining their results takes long enough to be told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +40,12 @@ class ExtractSummary:
     failed: list[dict[str, str]]
     """video_id, path and reason of every failed row."""
     seconds: float
-    troubled: list[dict[str, str]] = field(default_factory=list)
-    """The same of every pending row that was tried: what the machine did not let happen."""
+    files: dict[str, int]
+    """Files with a row of that status: a file's segments are rows of their own."""
+    pending: list[dict[str, str]]
+    """The same as `failed`, of rows that the machine kept from being done."""
+    pending_reasons: dict[str, int]
+    """How many of them, by the code of their reason."""
     changed: list[str] = field(default_factory=list)
     """video_id of every good row whose video was replaced since."""
 
@@ -62,16 +70,22 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
     if not is_store(config.out):
         refuse_existing(config.out, overwrite=config.overwrite)
     with DecoderPool(config.num_decoders) as pool:
-        records = list_rows(config, pool, report)
-        report("building the backbone", 0, len(records))
-        job = set_up_job(config, records, pool, clock, report)
+        report("listing the videos", 0, 0)
+        listing = list_rows_and_missing(config, pool, report)
+        records = listing.records
+        report("building the backbone", 0, 0)
+        job = set_up_job(config, records, pool, clock, report, listing.missing)
         changed = _find_changed(job) if job.goes_on else []
         unmended = mend_store(job, changed) if config.repair and job.goes_on else []
         with open_writer(job) as writer:
             shards = [] if config.prepare else undone_shards(job, writer, changed if config.redo_changed else ())
             before = _sources_of(config.out, changed)
             is_alone = config.num_workers is None and config.scheduler is None
-            meter = _run_here(job, writer, shards) if is_alone else _run_on_workers(job, shards)
+            meter, unfinished = (
+                _run_here(job, writer, shards) if is_alone else _run_on_workers(job, shards, writer.lease_nonce)
+            )
+            if job.layout.num_shards >= _MANY_SHARDS:
+                report("joining the manifest", 0, 0)
             table = writer.consolidate()
             note_redone(config.out, _count_redone(table, changed, before))
         finish_store(job, table)
@@ -81,6 +95,8 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
     summary = replace(summary, changed=warn_of_changed(store, still_changed))
     if meter.rows:  # a run that had nothing to do leaves the last one's figures
         write_stats(config.out, meter, summary.seconds)
+    if unfinished is not None:
+        raise EnvironmentFailedError(unfinished.message)
     if unmended:
         damaged = sorted({one.shard for one in unmended if one.shard is not None})
         raise StoreDamagedError(
@@ -90,20 +106,26 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
         )
     if summary.videos["ok"] == 0 and summary.videos["pending"] == 0:
         reasons = "; ".join(sorted({row["reason"] for row in summary.failed})[:3])
-        raise NoGoodVideoError(f"not one of {len(records)} videos decodes. First reasons: {reasons}")
+        num_files = summary.files["failed"]
+        rows = f"{len(records)} videos" if num_files == len(records) else f"{len(records)} rows of {num_files} files"
+        raise NoGoodVideoError(
+            f"not one of {rows} decodes. First reasons: {reasons}. {config.out} keeps every reason, nothing to train "
+            "on or to search: mend the files and run the same command with --retry-failed, or remove it."
+        )
     return summary
 
 
-def _run_here(job: Job, writer: StoreWriter, shards: Sequence[int]) -> Meter:
+def _run_here(job: Job, writer: StoreWriter, shards: Sequence[int]) -> tuple[Meter, None]:
     if shards:
         job.load_weights()
     meter = job.start_meter(shards)
     if shards:
+        job.report("extracting", 0, meter.total)
         Pipeline(job, writer).run(shards, meter.count)
-    return meter
+    return meter, None
 
 
-def _run_on_workers(job: Job, shards: Sequence[int]) -> Meter:
+def _run_on_workers(job: Job, shards: Sequence[int], lease_nonce: str | None) -> tuple[Meter, Unfinished | None]:
     """Have shards done by Dask's workers; the seconds of all of them are counted together."""
     meter = job.start_meter(shards)
 
@@ -112,9 +134,10 @@ def _run_on_workers(job: Job, shards: Sequence[int]) -> Meter:
         meter.count(shard, sum(value for stage, value in seconds.items() if stage != "start"))
 
     if shards:
+        job.report("extracting", 0, meter.total)
         job.backbone.free_weights()  # the device is the workers'
-        run_on_workers(job.config, shards, count)
-    return meter
+        return meter, run_on_workers(job, shards, count, lease_nonce)
+    return meter, None
 
 
 def _find_changed(job: Job) -> list[int]:
@@ -135,9 +158,19 @@ def _count_redone(table: pa.Table, rows: Sequence[int], before: Sequence[str | N
 
 
 def _summarise(path: Path, table: pa.Table, seconds: float) -> ExtractSummary:
-    counts = {row["values"]: row["counts"] for row in table["status"].value_counts().to_pylist()}
-    failed = table.filter(pa.compute.equal(table["status"], "failed")).select(["video_id", "path", "reason"])
-    pending = pa.compute.and_(pa.compute.equal(table["status"], "pending"), pa.compute.is_valid(table["reason"]))
-    troubled = table.filter(pending).select(["video_id", "path", "reason"]).to_pylist()
-    videos = {status: counts.get(status, 0) for status in ("ok", "failed", "pending")}
-    return ExtractSummary(path, videos, failed.to_pylist(), round(seconds, 3), troubled)
+    counts = count_table(table)
+    failed = _select(table, pa.compute.equal(table["status"], "failed"))
+    is_kept_off = pa.compute.and_(pa.compute.equal(table["status"], "pending"), pa.compute.is_valid(table["reason"]))
+    return ExtractSummary(
+        store=path,
+        videos=counts.rows,
+        failed=failed,
+        seconds=round(seconds, 3),
+        files=counts.files,
+        pending=_select(table, is_kept_off),
+        pending_reasons=count_reasons(table, "pending"),
+    )
+
+
+def _select(table: pa.Table, chosen: pa.ChunkedArray) -> list[dict[str, str]]:
+    return table.filter(chosen).select(["video_id", "path", "reason"]).to_pylist()

@@ -9,12 +9,13 @@ import pyarrow as pa
 
 from ..errors import BackboneError, WeightsError
 from ..store.fidelity import FIDELITY_NAME, write_fidelity
-from ..store.reader import is_store, open_store
+from ..store.reader import StoreReader, is_store, open_store
 from ..store.texts import MAX_WORDS, has_current_texts, write_texts
+from ..terminal import quote
 from .calibration import frames_per_video, gather_sample, group_for_calibration, measure_codec
 from .job import Job
 from .opening import fits_codec
-from .text_tower import load_text_tower
+from .text_tower import TextTower, load_text_tower
 
 _MEASURED_VIDEOS = 16
 
@@ -45,7 +46,7 @@ def _measure_codec(job: Job, table: pa.Table) -> None:
     """Code and decode videos that calibration did not see, and leave in the store what that cost."""
     config = job.config
     job.load_weights()
-    job.report("measuring the codec", 0, len(job.records))
+    job.report("decoding to measure the codec", 0, 0)
     with job.clock.stage("measuring"):
         good = set(table.filter(pa.compute.equal(table["status"], "ok"))["video_id"].to_pylist())
         seed, num_fitted = _fitted_on(job)
@@ -56,7 +57,7 @@ def _measure_codec(job: Job, table: pa.Table) -> None:
         first = next(group for group in ordered if group)
         unseen = [record for group in ordered for record in (group[num_fitted:] if group is first else group)]
         chosen = (unseen or first)[:_MEASURED_VIDEOS]
-        num_frames = frames_per_video(len(chosen))
+        num_frames = frames_per_video(len(chosen), job.layout)
         sample = gather_sample([zip(chosen, job.decode(chosen, num_frames), strict=True)], len(chosen))
         store = open_store(config.out)
         layers = measure_codec(
@@ -66,6 +67,7 @@ def _measure_codec(job: Job, table: pa.Table) -> None:
             job.backbone,
             job.layout.layers,
             batch_size=config.batch_size,
+            report=job.report,
         )
     write_fidelity(store.path, layers, videos=len(set(sample.video_ids)), is_held_out=bool(unseen))
 
@@ -99,7 +101,23 @@ def _embed_captions(job: Job) -> None:
                 expected_sha256=info.weights_sha256,
             )
             num_words = min(MAX_WORDS, tower.context_length)
-            encode = partial(tower.encode_words, num_words=num_words)
+            _warn_of_cut_captions(store, tower, num_words)
+            encode = partial(tower.encode_words, num_words=num_words, is_cut_known=True)
             write_texts(store, encode, num_words=num_words, report=job.report)
         except (WeightsError, BackboneError) as error:
             _log.warning("%s: its captions cannot train retrieval, for lack of a text tower: %s", store.path, error)
+
+
+def _warn_of_cut_captions(store: StoreReader, tower: TextTower, num_words: int) -> None:
+    """Say how many captions are longer than what is kept of them; the first one as an example."""
+    captions = store.read_captions()["text"].to_pylist()
+    cut = tower.find_cut(captions, num_words)
+    if not cut:
+        return
+    example, left_out = next(iter(cut.items()))
+    _log.warning(
+        "%s: %d of %d captions are longer than the %d words (and parts of words) that are read of one: of %s, %s is "
+        "left out",
+        *(store.path, sum(caption in cut for caption in captions), len(captions), num_words - 2),
+        *(quote(example), quote(left_out)),
+    )

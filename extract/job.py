@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from ..store._files import hash_text
 from ..store.layout import StoreLayout
 from ..store.manifest import ClassList
-from ..store.reader import is_store, open_store
+from ..store.reader import StoreReader, is_store, open_store
 from ..store.records import VideoRecord
 from .backbone import Backbone, build_backbone, find_peak_flops, resolve_device
 from .config import ALLOWED_LOSS_SHARE, DEFAULT_FRAMES, ExtractConfig
@@ -24,10 +24,30 @@ from .stats import Meter, ReportProgress, StageClock
 
 _log = logging.getLogger(__name__)
 
+Row = TypeVar("Row")
+
+
+class RowsAtHand(Sequence[Row], Generic[Row]):
+    """What is known of a store's rows, by row number, where only some are known: those of a worker's shards."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._num_rows = num_rows
+        self._at_hand: dict[int, Row] = {}
+
+    def hold(self, rows: Mapping[int, Row]) -> None:
+        """Know these, and no longer the ones before."""
+        self._at_hand = dict(rows)
+
+    def __getitem__(self, row: Any) -> Any:
+        return self._at_hand[row]
+
+    def __len__(self) -> int:
+        return self._num_rows
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """One run over a store; `set_up_job` makes one, its backbone without weights as yet."""
+    """One run over a store; `set_up_job` makes one, or `join_job`, its backbone without weights as yet."""
 
     config: ExtractConfig
     records: Sequence[VideoRecord]
@@ -58,7 +78,7 @@ class Job:
     def load_weights(self) -> None:
         """Give the backbone its weights, unless it has them."""
         if not self.backbone.has_weights:
-            self.report("loading the weights", 0, len(self.records))
+            self.report(f"loading the weights: {self.backbone.info.weights}", 0, 0)
             with self.clock.stage("start"):
                 self.backbone.load_weights()
 
@@ -133,19 +153,11 @@ def set_up_job(
         if unused := sorted(set(by_split) - splits):
             _log.warning("%s names %s: no video is in such a split", option, ", ".join(unused))
     with clock.stage("start"):
-        backbone = build_backbone(
-            config.model,
-            weights=config.weights,
-            device=resolve_device(config.device),
-            precision=config.precision,
-            seed=config.seed,
-        )
-        if config.with_compile:
-            backbone.compile(config.batch_size)
+        backbone = _build_backbone(config)
         layout = plan_layout(config, backbone, len(records), max(num_frames), max(num_views))
         if is_store(config.out) and not config.overwrite:
             layout = replace(layout, rows_per_shard=open_store(config.out).layout.rows_per_shard)
-        attributes = _describe(config, backbone, records, pool.library_versions())
+        attributes = _describe(config, backbone, ClassList.of(records).names, pool.library_versions())
     return Job(
         config=config,
         records=records,
@@ -161,11 +173,51 @@ def set_up_job(
     )
 
 
+def join_job(config: ExtractConfig, store: StoreReader, pool: DecoderPool, clock: StageClock) -> Job:
+    """A worker's part in a run over a store that another process holds. Its rows come later (`RowsAtHand.hold`).
+
+    Layout and attributes are worked out anew, as this process has them, so that the store can be compared with them;
+    what follows from all rows together (their number, most frames, classes) is the store's.
+
+    Raises:
+        S4vError: If model, device or options do not fit together.
+    """
+    sizes = store.layout
+    with clock.stage("start"):
+        backbone = _build_backbone(config)
+        layout = plan_layout(config, backbone, sizes.num_rows, sizes.num_frames, sizes.num_views)
+        attributes = _describe(config, backbone, store.classes.names, pool.library_versions())
+    return Job(
+        config=config,
+        records=RowsAtHand(sizes.num_rows),
+        num_frames=RowsAtHand(sizes.num_rows),
+        num_views=RowsAtHand(sizes.num_rows),
+        backbone=backbone,
+        layout=replace(layout, rows_per_shard=sizes.rows_per_shard),
+        attributes=attributes,
+        pool=pool,
+        clock=clock,
+        report=lambda *_: None,
+    )
+
+
+def _build_backbone(config: ExtractConfig) -> Backbone:
+    backbone = build_backbone(
+        config.model,
+        weights=config.weights,
+        device=resolve_device(config.device),
+        precision=config.precision,
+        seed=config.seed,
+    )
+    if config.with_compile:
+        backbone.compile(config.batch_size)
+    return backbone
+
+
 def _describe(
-    config: ExtractConfig, backbone: Backbone, records: Sequence[VideoRecord], decoder_versions: dict[str, str]
+    config: ExtractConfig, backbone: Backbone, classes: Sequence[str], decoder_versions: dict[str, str]
 ) -> dict[str, Any]:
     """All that must agree for a resume."""
-    classes = ClassList.of(records).names
     info = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(backbone.info).items()}
     libraries = {name: version(name) for name in ("numpy", "open_clip_torch", "timm", "torch")}
     return {

@@ -7,11 +7,16 @@ backbone: a good row is never lost because its file is gone, and never mixed wit
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
+import pyarrow as pa
+
 from ..errors import StoreDamagedError
-from ..store.markers import marker_path, read_row_results
+from ..store import manifest
+from ..store.markers import read_marker
 from ..store.reader import open_store
 from ..store.records import VideoRecord, VideoResult
 from ..store.writer import RowTokens
@@ -42,7 +47,10 @@ class ShardPlan:
         old = self.before.get(row)
         if old is not None and old.status == "ok" and result.status != "ok":
             return old, True  # never lost, whatever became of its video
-        is_other = old is not None and old.source_hash is not None and result.source_hash != old.source_hash
+        was_good = old is not None and old.num_cached_frames is not None  # until it was damaged
+        if old is not None and was_good and result.status == "pending":
+            return replace(old, status="pending", reason=result.reason), False
+        is_other = old is not None and was_good and old.source_hash not in (None, result.source_hash)
         if result.status == "ok" and is_other and not may_change:
             why = "source-changed: the row was made of another video; --redo-changed takes the new one"
             return VideoResult(video_id=result.video_id, status="failed", reason=why), False
@@ -55,24 +63,59 @@ class KeptRows:
     Args:
         config: What is asked for: `retry_failed` and `redo_changed` decide.
         records: By row number.
+        known: What the manifest has of shards without a done-marker, by their number, as far as somebody else has
+            looked; None reads it when such a shard is asked for.
     """
 
-    def __init__(self, config: ExtractConfig, records: Mapping[int, VideoRecord] | Sequence[VideoRecord]) -> None:
+    def __init__(
+        self,
+        config: ExtractConfig,
+        records: Mapping[int, VideoRecord] | Sequence[VideoRecord],
+        known: Mapping[int, Sequence[VideoResult]] | None = None,
+    ) -> None:
         self._config = config
         self._records = records
         self._store = open_store(config.out)
+        self._known = known
 
     def plan(self, shard: int) -> ShardPlan:
         """Which rows of a shard are done: pending ones and, where it is asked for, failed and changed ones."""
-        rows, sha256 = self._store.layout.shard_rows(shard), self._store.attributes["codec"]["sha256"]
+        first = self._store.layout.shard_rows(shard).start
         plan = ShardPlan()
-        has_marker = marker_path(self._store.path, shard).exists()
-        for row, result in enumerate(read_row_results(self._store.path, rows, shard, sha256), start=rows.start):
+        results = self._read_marker(shard)
+        has_marker = bool(results)
+        for row, result in enumerate(results or self.of_manifest(shard), start=first):
             if self._is_kept(row, result) and (has_marker or self._is_readable(row, result)):
                 plan.kept[row] = result
             elif result.status != "pending" or result.source_hash is not None:
                 plan.before[row] = result
         return plan
+
+    def of_manifest(self, shard: int) -> Sequence[VideoResult]:
+        """Results of a shard as the last consolidation left them; none where no row of it was good."""
+        if self._known is not None:
+            return self._known.get(shard, ())
+        rows = self._store.layout.shard_rows(shard)
+        if "ok" not in self._statuses[rows.start : rows.stop]:
+            return ()
+        return [VideoResult(**row) for row in self._table.slice(rows.start, len(rows)).to_pylist()]
+
+    @cached_property
+    def _statuses(self) -> list[str]:
+        with suppress(StoreDamagedError):
+            path = self._store.path / manifest.MANIFEST_NAME
+            return manifest.read_table(path, ["status"])["status"].to_pylist()
+        return []
+
+    @cached_property
+    def _table(self) -> pa.Table:
+        return manifest.read_table(self._store.path / manifest.MANIFEST_NAME, manifest.PART_SCHEMA.names)
+
+    def _read_marker(self, shard: int) -> list[VideoResult]:
+        with suppress(StoreDamagedError):
+            marker = read_marker(self._store.path, shard, self._store.attributes["codec"]["sha256"])
+            return [] if marker is None else marker.as_results()
+        return []
 
     def read(self, row: int, result: VideoResult) -> RowTokens:
         """The tokens of a good row.

@@ -25,6 +25,7 @@ def open_writer(job: Job) -> StoreWriter:
     config = job.config
     if job.goes_on:
         store = open_store(config.out)
+        store.require_arrays()
         if config.append and len(job.records) > store.layout.num_rows:
             first = store.layout.num_rows // store.layout.rows_per_shard
             _require_room(job, job.limit_shards(range(first, job.layout.num_shards)))
@@ -33,7 +34,6 @@ def open_writer(job: Job) -> StoreWriter:
     if not config.prepare:
         _require_room(job, job.limit_shards(range(job.layout.num_shards)), replaces=True)
     job.load_weights()
-    job.report("calibrating the codec", 0, len(job.records))
     with job.clock.stage("calibration"):
         codec = make_codec(job)
     try:
@@ -98,15 +98,24 @@ def make_codec(job: Job) -> Codec:
     if not fits_codec(job):
         return Codec(dtype=config.dtype)
     groups = group_for_calibration(job.records, config.seed)
-    num_frames = frames_per_video(len(groups[0]) or len(job.records))
+    num_candidates = len(groups[0]) or len(job.records)
+    num_videos = min(config.calibration_videos, num_candidates)
+    num_frames = frames_per_video(num_candidates, layout, config.calibration_videos)
     decoded = (zip(group, job.decode(group, num_frames), strict=True) for group in groups)
+
+    def count(num_decoded: int) -> None:
+        stage = f"decoding for calibration: {num_videos} videos, {num_frames} frames of each"
+        job.report(stage, num_decoded, num_videos)
+
+    count(0)
     return fit_codec(
         config.dtype,
-        gather_sample(decoded, config.calibration_videos),
+        gather_sample(decoded, config.calibration_videos, count),
         job.backbone,
         layout.layers,
         channels=layout.channels,
         batch_size=config.batch_size,
+        report=job.report,
     )
 
 

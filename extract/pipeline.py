@@ -83,15 +83,21 @@ class _Batch:
 
 
 class Pipeline:
-    """Does shards of an open store, with a backbone that has its weights."""
+    """Does shards of an open store, with a backbone that has its weights.
 
-    def __init__(self, job: Job, writer: StoreWriter) -> None:
+    Args:
+        job: The run.
+        writer: Of the store.
+        kept_rows: What the store holds of shards that are done anew; None looks it up where it is needed.
+    """
+
+    def __init__(self, job: Job, writer: StoreWriter, kept_rows: KeptRows | None = None) -> None:
         device = job.backbone.device
         self._job = job
         self._layout = job.layout
         self._writer = writer
         self._coder = BatchCoder(job.backbone, writer.codec, job.layout)
-        self._kept_rows = KeptRows(job.config, job.records)
+        self._kept_rows = kept_rows or KeptRows(job.config, job.records)
         self._num_ahead = batches_ahead(device)
         buffers = [
             BatchBuffers(device, job.config.batch_size, job.layout.image_size) for _ in range(self._num_ahead + 1)
@@ -189,6 +195,7 @@ class Pipeline:
                 results.append(result)
         except StoreDamagedError as error:
             _log.warning("shard %d of %s stays as it was: %s", shard.number, self._writer.path, error)
+            self._writer.touch_marker(shard.number)
             return
         self._writer.write_shard(shard.number, shard.tokens, results, replaced=replaced)
 

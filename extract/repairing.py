@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from ..errors import StoreDamagedError
 from ..store import manifest
 from ..store.lease import Lease, Scope, hold_lease
+from ..store.names import refuse_links
 from ..store.reader import StoreReader, open_store
 from ..store.verify import Damage, verify_store
 from ..store.writer import repair_store
@@ -40,6 +41,7 @@ def mend_store(job: Job, changed: Collection[int]) -> list[Damage]:
 
 def _mend_store(job: Job, changed: Collection[int], lease: Lease) -> list[Damage]:
     store = open_store(job.config.out)
+    refuse_links(store.path)
     damage = verify_store(store, job.report)
     lost: dict[int, set[int]] = defaultdict(set)
     for one in damage:

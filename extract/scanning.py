@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from ..store._files import write_atomic
 from .config import ExtractConfig
 from .decoding import DecoderPool, decode_records
-from .segments import list_rows
+from .segments import list_rows_and_missing
 
 _SCHEMA = pa.schema(
     [
@@ -57,10 +57,13 @@ def scan_dataset(
     Raises:
         EnvironmentFailedError: If the folder of the videos disappears.
     """
+    report("listing the videos", 0, 0)
     rows: list[dict[str, Any]] = []
     with DecoderPool(config.num_decoders) as pool:
-        records = list_rows(replace(config, overwrite=True), pool, report)  # whatever store is at `out`
-        videos = decode_records(pool, records, config, crop_px=_CROP_PX)
+        # Whatever store is at `out` plays no part.
+        listing = list_rows_and_missing(replace(config, overwrite=True), pool, report)
+        records = listing.records
+        videos = decode_records(pool, records, config, crop_px=_CROP_PX, missing=listing.missing)
         for record, video in zip(records, videos, strict=True):
             rows.append(
                 {

@@ -12,6 +12,7 @@ from ..store.appending import finish_appending, order_records
 from ..store.reader import is_store, open_store
 from ..store.records import VideoRecord
 from .config import ExtractConfig
+from .datasets import Listing
 from .decoding import DecodeRequest, DecoderPool
 
 Span = tuple[float | None, float | None]
@@ -21,22 +22,34 @@ Span = tuple[float | None, float | None]
 def list_rows(
     config: ExtractConfig, pool: DecoderPool, report: Callable[[str, int, int], None] = lambda *_: None
 ) -> list[VideoRecord]:
+    """The rows that an extraction makes: the records of `list_rows_and_missing`."""
+    return list_rows_and_missing(config, pool, report).records
+
+
+def list_rows_and_missing(
+    config: ExtractConfig, pool: DecoderPool, report: Callable[[str, int, int], None] = lambda *_: None
+) -> Listing:
     """The rows that an extraction makes, in the order of the store that is there, if one is.
 
-    Where the store's videos are cut is read from the store; other videos are read once, for their lengths.
+    Where the store's videos are cut is read from the store; other videos are read once, for their lengths. Rows of the
+    store keep its splits where the data set says none.
+
+    Returns:
+        The rows, and the paths that were not on the disk.
 
     Raises:
         DatasetError: If the data set's files are not what a reader takes.
         ConfigError: If videos with captions are to be cut.
     """
-    records = config.read_records()
     goes_on = is_store(config.out) and not config.overwrite
     if goes_on:
         finish_appending(config.out)
+    listing = config.read_listing(_read_splits(config.out) if goes_on else None)
+    records = listing.records
     # A store that is cut in another way refuses these rows, and says why: no need to read the videos for that.
     if config.segment_s is not None and not (goes_on and _segment_of(config.out) != config.segment_s):
         records = _cut(records, config, _read_spans(config.out) if goes_on else {}, pool, report)
-    return order_records(config.out, records) if goes_on else records
+    return Listing(order_records(config.out, records) if goes_on else records, listing.missing)
 
 
 def cut_span(span: Span, length_s: float | None, segment_s: float) -> list[Span]:
@@ -103,6 +116,18 @@ def _cut(
 
 def _segment_of(path: Path) -> float | None:
     return open_store(path).attributes.get("segment_s")
+
+
+def _read_splits(path: Path) -> dict[str, str]:
+    """The splits of a store's videos, by the id of the whole video."""
+    try:
+        columns = open_store(path).input_columns()
+    except StoreDamagedError:
+        return {}  # about to be repaired, or refused
+    video_ids = columns["video_id"].to_pylist()
+    if _segment_of(path) is not None:
+        video_ids = [video_id.rpartition("@")[0] for video_id in video_ids]
+    return dict(zip(video_ids, columns["split"].to_pylist(), strict=True))
 
 
 def _read_spans(path: Path) -> dict[str, list[Span]]:

@@ -13,7 +13,8 @@ from ..store._files import write_json
 from ..store.layout import STATS_NAME, StoreLayout
 
 ReportProgress = Callable[..., None]
-"""Called with what is under way, how many videos are done, how many there are and, where it is known, how fast."""
+"""Called with what is under way, how much is done, how much there is (0: not known) and, where it is known, how fast.
+What a stage is called may end in a colon and what is to be known when it begins (progress.py)."""
 
 _BOTTLENECKS = {
     "decoding": ("waiting for decoders",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,15 @@ from torch import nn
 
 from ..errors import BackboneError, WeightsError
 from ..store.texts import Texts
+from ..terminal import quote
 from .architectures import read_architecture, resolve_model
 from .backbone import build_tower
 from .weights import KNOWN_WORDS, fill_tower, open_tensors, resolve_weights
 
 # Texts in one pass; the last is padded, so that a text's numbers do not depend on how many others there are.
 _TEXTS_PER_PASS = 64
+
+_MOST_NAMED = 3
 
 _log = logging.getLogger(__name__)
 
@@ -44,16 +48,22 @@ class TextTower:
     def encode(self, texts: list[str]) -> np.ndarray:
         """Embed texts; each is cut at the tower's context length.
 
-        Warns of words that the weights do not know: tiny-clip's know a few dozen.
+        Warns of what is cut off, and of words that the weights do not know: tiny-clip's know a few dozen.
 
         Returns:
             (len(texts), E) float32, not normalised.
         """
+        self._warn_of_cut(texts, self.context_length)
         return self._tower(self._tokenise(texts, self.context_length).to(self._device)).float().cpu().numpy()
 
     @torch.inference_mode()
-    def encode_words(self, texts: list[str], num_words: int) -> Texts:
+    def encode_words(self, texts: list[str], num_words: int, *, is_cut_known: bool = False) -> Texts:
         """Embed texts word by word; each is cut at `num_words`, start and end among them.
+
+        Args:
+            texts: Any number.
+            num_words: M.
+            is_cut_known: Whether the caller has said what is cut off (`find_cut`); else a warning does.
 
         Returns:
             Tokens (n, num_words, E), the final norm's output times the projection, zero where there is no word;
@@ -66,6 +76,8 @@ class TextTower:
         is_known = isinstance(getattr(self._tower, "ln_final", None), nn.Module)
         if not is_known or getattr(self._tower, "pool_type", None) != "argmax" or self._tower.output_tokens:
             raise BackboneError("this text tower is not like CLIP's: s4v cannot tell where its words end")
+        if not is_cut_known:
+            self._warn_of_cut(texts, num_words)
         tokens = self._tokenise(texts, num_words)
         padded = F.pad(tokens, (0, 0, 0, -len(texts) % _TEXTS_PER_PASS))
         parts = [self._encode_words(part) for part in padded.split(_TEXTS_PER_PASS)]
@@ -74,6 +86,39 @@ class TextTower:
         mask = torch.arange(num_words) <= tokens.argmax(dim=1, keepdim=True)
         words = words[:, :num_words] * mask[..., None]
         return Texts(words.half().numpy(), mask.numpy(), embeddings.numpy())
+
+    def find_cut(self, texts: Sequence[str], num_words: int | None = None) -> dict[str, str]:
+        """What is left out of texts that are longer than a number of words, start and end among them.
+
+        Args:
+            texts: Any.
+            num_words: None takes the tower's context length.
+
+        Returns:
+            The end that is not read, of each text that has one. A tokenizer may split a word, and write in small
+            letters.
+        """
+        tokenizer = getattr(self._tokenizer, "tokenizer", self._tokenizer)  # of Hugging Face's, the one inside
+        if not hasattr(tokenizer, "encode"):
+            return {}
+        options = {} if tokenizer is self._tokenizer else {"add_special_tokens": False}
+        num_read = (num_words or self.context_length) - 2
+        cut = {}
+        for text in dict.fromkeys(texts):
+            tokens = tokenizer.encode(text, **options)
+            if len(tokens) > num_read:
+                cut[text] = tokenizer.decode(tokens[num_read:]).strip()
+        return cut
+
+    def _warn_of_cut(self, texts: list[str], num_words: int) -> None:
+        cut = self.find_cut(texts, num_words)
+        for left_out in list(cut.values())[:_MOST_NAMED]:
+            _log.warning(
+                "the text tower reads %d words (and parts of words) of a text: it leaves out %s",
+                *(num_words - 2, quote(left_out)),
+            )
+        if len(cut) > _MOST_NAMED:
+            _log.warning("the text tower leaves out the ends of %d more texts", len(cut) - _MOST_NAMED)
 
     def _encode_words(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Texts (n, context) -> (n, context, E) and (n, E), from one pass."""

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ..pages import draw_strip, write_page
+from ..pages import draw_strip, escape, write_page
 from ..store.reader import StoreReader
 from .search import Answer
 
 _FRAMES_SHOWN = 8
 
 
-def write_gallery(path: Path, store: StoreReader, answers: Mapping[str, Sequence[Answer]]) -> None:
+def write_gallery(
+    path: Path,
+    store: StoreReader,
+    answers: Mapping[str, Sequence[Answer]],
+    *,
+    left_out: Mapping[str, str] | None = None,
+) -> None:
     """Write one HTML file.
 
     Args:
         path: The file.
         store: Where the frames are; without pixels the page shows words alone.
         answers: By query.
+        left_out: What the text tower did not read of a query, by query.
     """
-    sections = [f"<h1>s4v retrieve</h1><p class='note'>{html.escape(str(store.path))}</p>"]
+    sections = [f"<h1>s4v retrieve</h1><p class='note'>{escape(store.path)}</p>"]
     times = store.read_manifest(["timestamps_s"])["timestamps_s"]
     for query, found in answers.items():
-        sections.append(f"<h2>{html.escape(query)}</h2>")
+        sections.append(f"<h2>{escape(query)}</h2>")
+        if left_out and query in left_out:
+            sections.append(f"<p class='note'>Not read, for it is too long: {escape(left_out[query])}</p>")
         sections += [_describe(store, answer, times[answer.row].as_py()) for answer in found] or ["<p>Nothing.</p>"]
     write_page(path, "s4v retrieve", sections)
 
@@ -34,7 +42,7 @@ def write_gallery(path: Path, store: StoreReader, answers: Mapping[str, Sequence
 def _describe(store: StoreReader, answer: Answer, times: Sequence[float]) -> str:
     moment = "" if answer.start_s is None else f", {describe_moment(answer)}"
     caption = (
-        f"{answer.rank}. {html.escape(answer.path)}{moment} "
+        f"{answer.rank}. {escape(answer.path)}{moment} "
         f"<span class='note'>score {answer.score:.3f}, best frame {answer.frame_score:.3f}</span>"
     )
     if not store.layout.with_pixels:

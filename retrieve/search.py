@@ -22,10 +22,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ..errors import ConfigError, StoreNotFoundError
+from ..errors import ConfigError, StoreError, StoreNotFoundError
 from ..extract.text_tower import TextTower, load_text_tower
+from ..store.info import count_statuses
 from ..store.reader import StoreReader, open_store
 from ..store.texts import MAX_WORDS
+from ..terminal import quote
 from .building import Report, build_index
 from .filters import filter_rows, find_columns
 from .index import Match, VideoIndex, open_index
@@ -36,6 +38,7 @@ from .vectors import find_moment, normalise_rows, score_rows
 _log = logging.getLogger(__name__)
 
 _RERANKED = 100
+_MOST_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +65,29 @@ class Answer:
 
 
 def find_newest_store(folder: Path = Path("store")) -> Path:
-    """The store in a folder whose manifest was written last.
+    """The store in a folder whose manifest was written last, of those with a good video.
 
     Raises:
-        StoreNotFoundError: If there is none.
+        StoreNotFoundError: If there is none; stores without a good video are named.
     """
-    stores = sorted(folder.glob("*.zarr/videos.parquet"), key=lambda p: p.stat().st_mtime)
-    if not stores:
-        raise StoreNotFoundError(
-            f"no store in {folder.resolve()}: name one with --features, or make one with `s4v extract`"
-        )
-    return stores[-1].parent
+    stores = sorted(folder.glob("*.zarr/videos.parquet"), key=lambda p: p.stat().st_mtime, reverse=True)
+    newest = next((manifest.parent for manifest in stores if _may_be_searched(manifest.parent)), None)
+    if newest is not None:
+        return newest
+    empty = ", ".join(manifest.parent.name for manifest in stores[:_MOST_NAMED])
+    more = f" and {len(stores) - _MOST_NAMED} more" if len(stores) > _MOST_NAMED else ""
+    without = f" with a good video ({empty}{more}: none has one, see s4v info)" if stores else ""
+    raise StoreNotFoundError(
+        f"no store{without} in {folder.resolve()}: name one with --features, or make one with `s4v extract`"
+    )
+
+
+def _may_be_searched(path: Path) -> bool:
+    """Whether a store has a good video, or cannot be read: then whoever opens it is told why."""
+    try:
+        return count_statuses(open_store(path))["ok"] > 0
+    except (StoreError, OSError):
+        return True
 
 
 class Searcher:
@@ -115,6 +130,10 @@ class Searcher:
         self.text_tower_seconds: float | None = None
         """What loading the text tower took; None as long as nothing has needed it."""
         self._trained = None if run is None else TrainedFrames(run, self.store.path, device, checkpoint)
+        self.left_out: dict[str, str] = {}
+        """What the text tower did not read of queries that were longer than its context."""
+        self._asked: dict[bytes, str] = {}
+        """Queries by what the text tower made of them."""
         self._index_path = index
         self._open = ExitStack()
         self._fulfils = None if where is None else self._filter(where)
@@ -167,10 +186,26 @@ class Searcher:
             raise ConfigError("--query is empty: say what to look for")
         _require_top(top)
         vector = normalise_rows(self._text_tower.encode([query]))[0]
+        self._note_query(query, vector)
         if self._trained is None or not self._trained.reads_words:
             return self._describe_all(self._find(vector, top), vector)
         candidates = self._find(vector, max(top, _RERANKED))
         return self._describe_all(self._rank_again(query, candidates, self._trained)[:top], vector)
+
+    def _note_query(self, query: str, vector: np.ndarray) -> None:
+        """Keep what of a query is not read; warn where the rest is the same as another query's."""
+        self.left_out.update(self._text_tower.find_cut([query], self._num_words()))
+        same = self._asked.setdefault(vector.tobytes(), query)
+        if same.casefold().split() != query.casefold().split():
+            _log.warning(
+                "the text tower reads %s as it reads %s: both have the same answers and scores",
+                *(quote(query), quote(same)),
+            )
+
+    def _num_words(self) -> int:
+        """Words of a query, start and end among them, that decide its ranking."""
+        most = self._text_tower.context_length
+        return most if self._trained is None or not self._trained.reads_words else min(MAX_WORDS, most)
 
     def find_like(self, video_id: str, top: int = 10) -> list[Answer]:
         """Videos like a video of the store, itself left out.
@@ -207,7 +242,7 @@ class Searcher:
         """The same matches by what the run makes of words and frames; equal ones as they were."""
         if not candidates:
             return []
-        texts = self._text_tower.encode_words([query], min(MAX_WORDS, self._text_tower.context_length))
+        texts = self._text_tower.encode_words([query], self._num_words())
         assert texts.tokens is not None and texts.mask is not None
         frames = np.stack([self._index.raw_frames_of(match.place) for match in candidates])
         scores = trained.compare_words(texts.tokens[0], texts.mask[0], frames)
@@ -255,7 +290,7 @@ def search_store(
 
     Args:
         store: An open store or its path.
-        query: What to look for; cut at the text tower's context length.
+        query: What to look for; cut at the text tower's context length, with a warning that says what is left out.
         top: Answers wanted, fewer where the store has fewer good videos.
         run: A retrieval run; None takes the backbone alone.
         where: A condition on the manifest's columns.

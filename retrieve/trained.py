@@ -80,6 +80,7 @@ class TrainedFrames:
 
     def embed(self, rows: np.ndarray, clips: Sequence[Sequence[int]]) -> EmbeddedClips:
         """Embed good rows, each by one clip of its cached frames, thinned to what the network was trained with."""
+        clips = [[int(place) for place in clip] for clip in clips]
         places = np.asarray([thin(clip, self.run.frames) for clip in clips])
         ones = np.ones(len(rows), dtype=np.int64)
         data = LabelledRows(rows, rows, places.max(axis=1) + 1, ones, [[list(clip)] for clip in clips])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,8 @@ from ..store.reader import StoreReader
 from ..store.texts import MAX_WORDS, TEXT_ARRAYS, Texts
 from ..train.importing import TEXT_NAME
 from ..train.run import Run
+
+_log = logging.getLogger(__name__)
 
 
 def load_tuned_text_tower(run: Run, store: StoreReader, *, device: torch.device | None = None) -> TextTower:
@@ -37,7 +40,10 @@ class TunedTexts:
         self._captions = store.read_captions()["text"].to_pylist()
         self.num_words = min(MAX_WORDS, self._tower.context_length)
         """M."""
+        if cut := self._tower.find_cut(self._captions, self.num_words):
+            number = sum(caption in cut for caption in self._captions)
+            _log.warning("%d of %d captions are longer than %d words", number, len(self._captions), self.num_words - 2)
 
     def read(self, captions: Sequence[int] | np.ndarray, arrays: Sequence[str] = TEXT_ARRAYS) -> Texts:
         """Texts by their rows, in the order asked for; all arrays, whichever are asked for."""
-        return self._tower.encode_words([self._captions[row] for row in captions], self.num_words)
+        return self._tower.encode_words([self._captions[row] for row in captions], self.num_words, is_cut_known=True)

@@ -7,6 +7,7 @@ s4v writes by default, at nearly all of it. What it does not know (compression, 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import sys
 import threading
@@ -15,12 +16,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from crc32c import crc32c
 
-from ._files import read_json
+from .layout import ArraySpec
+from .names import open_file
 
 _ABSENT = 2**64 - 1
 """Offset of a chunk that the shard does not hold, by Zarr's sharding codec."""
@@ -60,6 +61,11 @@ class _Geometry:
     def chunks_per_shard(self) -> int:
         return self.rows_per_shard * self.views_per_shard * self.chunks_per_view
 
+    @property
+    def bytes_per_chunk(self) -> int:
+        """With its checksum."""
+        return self.frames_per_chunk * math.prod(self.tail) * self.dtype.itemsize + _CHECKSUM_BYTES
+
 
 @dataclass(frozen=True, slots=True)
 class ClipsUnderWay:
@@ -96,10 +102,13 @@ class ShardedArray:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, folder: Path) -> ShardedArray | None:
-        """The array in a folder, or None where its layout is another than this module reads."""
-        geometry = _parse_geometry(read_json(folder / "zarr.json"))
-        return None if geometry is None or not hasattr(os, "preadv") else cls(folder, geometry)
+    def open(cls, root: Path, spec: ArraySpec) -> ShardedArray | None:
+        """An array of a store, or None where its layout is another than this module reads.
+
+        Its `zarr.json` must have been compared with the layout: it is not read here.
+        """
+        geometry = _find_geometry(spec)
+        return None if geometry is None or not hasattr(os, "preadv") else cls(root / spec.name, geometry)
 
     def read(
         self,
@@ -122,8 +131,13 @@ class ShardedArray:
 
         Returns:
             (B, T, ...), the axes behind the frame's, to be waited for.
+
+        Raises:
+            DamagedChunkError: If the first clip's shard is none.
         """
         tail = self._geometry.tail
+        if len(rows):  # before room is made: a store that promises more than its files hold gets none
+            self._shard(int(rows[0]), int(views[0]))
         if layers is not None:
             tail = (len(layers), *tail[1:])
         clips = allocate((*places.shape, *tail), self._geometry.dtype)
@@ -169,7 +183,7 @@ class ShardedArray:
                 self._shards.move_to_end(key)
                 return shard
             known = self._indices.get(key)
-        shard = _Shard(self._folder / key, geometry.chunks_per_shard, row, known)
+        shard = _Shard(self._folder / key, geometry.chunks_per_shard, row, known, geometry.bytes_per_chunk)
         with self._lock:
             self._shards[key] = shard
             self._indices[key] = shard.index_as_read
@@ -205,16 +219,50 @@ def verify_shard(path: Path, num_chunks: int) -> tuple[np.ndarray, dict[int, str
     return is_there, problems
 
 
-def verify_chunk_file(path: Path) -> str | None:
-    """What is wrong with a file that is one chunk with a crc32c behind it; None if nothing is."""
+def verify_chunk_file(path: Path, num_bytes: int) -> str | None:
+    """What is wrong with a file that is one chunk of so many bytes with a crc32c behind it; None if nothing is."""
     try:
-        data = path.read_bytes()
+        read_chunk_file(path, (num_bytes,), np.dtype(np.uint8))
+    except DamagedChunkError as error:
+        return str(error)
+    return None
+
+
+def read_chunk_file(path: Path, shape: tuple[int, ...], dtype: np.dtype, row: int = -1) -> np.ndarray:
+    """Read a file that is one uncompressed chunk with a crc32c behind it.
+
+    Args:
+        path: The file.
+        shape: Of the chunk; no room is made for it unless the file has as many bytes.
+        dtype: Little-endian.
+        row: Whose it is, for the error.
+
+    Raises:
+        DamagedChunkError: If it is missing, has another size, or does not match its checksum.
+    """
+    expected = math.prod(shape) * dtype.itemsize + _CHECKSUM_BYTES
+    try:
+        with os.fdopen(open_file(path), "rb") as file:
+            if (size := os.fstat(file.fileno()).st_size) != expected:
+                raise DamagedChunkError(row, f"{path.name} has {size} bytes, expected {expected}")
+            values = np.empty(shape, dtype)
+            is_whole = file.readinto(values.reshape(-1).view(np.uint8).data) == values.nbytes
+            checksum = file.read(_CHECKSUM_BYTES)
     except FileNotFoundError:
-        return f"the file {path.name} is missing"
+        raise DamagedChunkError(row, f"the file {path.name} is missing") from None
     except OSError as error:
-        return f"{path.name}: {error.strerror}"
-    is_right = len(data) > _CHECKSUM_BYTES and crc32c(data[:-_CHECKSUM_BYTES]) == int.from_bytes(data[-4:], "little")
-    return None if is_right else f"{path.name} does not match its checksum"
+        raise _refused(path, row, error) from error
+    if not is_whole or crc32c(values.reshape(-1).view(np.uint8).data) != int.from_bytes(checksum, "little"):
+        raise DamagedChunkError(row, f"{path.name} does not match its checksum")
+    return values
+
+
+def _refused(path: Path, row: int, error: OSError) -> DamagedChunkError | OSError:
+    """What to raise for a file that does not open: a process out of file handles is not the shard's fault."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return error
+    is_link = error.errno == errno.ELOOP
+    return DamagedChunkError(row, f"{path.name}: {'it is a link' if is_link else error.strerror}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,26 +276,34 @@ class _Index:
 
 
 class _Shard:
-    """An open shard and its index, which is read unless it is known of this state of the file."""
+    """An open shard and its index, which is read unless it is known of this state of the file.
 
-    def __init__(self, path: Path, num_chunks: int, row: int, known: _Index | None = None) -> None:
+    Args:
+        path: Its file.
+        num_chunks: Places in its index.
+        row: Whose read it is, for errors.
+        known: An index that was read before.
+        chunk_bytes: What each chunk takes with its checksum; None where they are compressed.
+    """
+
+    def __init__(
+        self, path: Path, num_chunks: int, row: int, known: _Index | None = None, chunk_bytes: int | None = None
+    ) -> None:
         self._name = path.name
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptor = open_file(path)
         except FileNotFoundError:
             raise DamagedChunkError(row, f"the file {path.name} is missing") from None
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):  # not the shard's fault
-                raise
-            raise DamagedChunkError(row, f"{path.name}: {error.strerror}") from error
+            raise _refused(path, row, error) from error
         stat = os.fstat(self._descriptor)
         state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if known is None or known.state != state:
-            known = _Index(self._read_index(stat.st_size, num_chunks, row), state)
+            known = _Index(self._read_index(stat.st_size, num_chunks, row, chunk_bytes), state)
         self.index_as_read = known
         self.index = known.places
 
-    def _read_index(self, file_bytes: int, num_chunks: int, row: int) -> np.ndarray:
+    def _read_index(self, file_bytes: int, num_chunks: int, row: int, chunk_bytes: int | None) -> np.ndarray:
         size = 16 * num_chunks
         start = file_bytes - size - _CHECKSUM_BYTES
         try:
@@ -257,7 +313,10 @@ class _Shard:
         index, checksum = found[:size], found[size:]
         if len(checksum) != _CHECKSUM_BYTES or crc32c(index) != int.from_bytes(checksum, "little"):
             raise DamagedChunkError(row, f"the index at the end of {self._name} is cut short or damaged")
-        return np.frombuffer(index, dtype="<u8").reshape(num_chunks, 2)
+        places = np.frombuffer(index, dtype="<u8").reshape(num_chunks, 2)
+        if (problem := _judge_places(places, start, chunk_bytes)) is not None:
+            raise DamagedChunkError(row, f"the index at the end of {self._name} {problem}")
+        return places
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
@@ -284,34 +343,45 @@ class _Shard:
             raise DamagedChunkError(row, f"chunk {number} of {self._name} does not match its checksum")
 
 
-def _parse_geometry(metadata: dict[str, Any]) -> _Geometry | None:
-    """What a Zarr array's metadata say, if it is laid out as this module reads it."""
-    codecs = metadata["codecs"]
-    keys = {"name": "default", "configuration": {"separator": "."}}
-    if sys.byteorder != "little" or metadata["chunk_key_encoding"] != keys or codecs[0]["name"] != "sharding_indexed":
+def _judge_places(places: np.ndarray, data_bytes: int, chunk_bytes: int | None) -> str | None:
+    """What is wrong with an index, (chunks, 2) offsets and lengths; None if nothing is.
+
+    A checksum tells accidents, not intent: whoever makes a store may write any index, and its checksum.
+
+    Args:
+        places: As they stand in the file, unsigned.
+        data_bytes: What lies before the index.
+        chunk_bytes: What each chunk takes; None where they differ.
+    """
+    present = places[places[:, 0] != _ABSENT]
+    offsets, lengths = present[:, 0], present[:, 1]
+    room = np.uint64(data_bytes)
+    # Unsigned: lengths are compared first, so that nothing wraps around.
+    is_inside = (lengths >= _CHECKSUM_BYTES) & (lengths <= room) & (offsets <= room - np.minimum(lengths, room))
+    if not is_inside.all():
+        return "names bytes that are not in the file"
+    if chunk_bytes is not None and (lengths != chunk_bytes).any():
+        return "names chunks of another size than the array's"
+    ends = offsets + lengths
+    if (offsets[1:] < ends[:-1]).any():  # written in another order, or over each other
+        order = np.argsort(offsets)
+        if (offsets[order][1:] < ends[order][:-1]).any():
+            return "has chunks that lie over each other"
+    return None
+
+
+def _find_geometry(spec: ArraySpec) -> _Geometry | None:
+    """How an array's shards are divided, if it is laid out as this module reads it."""
+    if sys.byteorder != "little" or spec.is_compressed or spec.chunk_shape is None:
         return None
-    sharding = codecs[0]["configuration"]
-    if len(codecs) != 1 or sharding.get("index_location", "end") != "end":
-        return None
-    if not all(_is_plain_with_checksum(sharding[name]) for name in ("codecs", "index_codecs")):
-        return None
-    shape, chunk = metadata["shape"], sharding["chunk_shape"]
-    shard = metadata["chunk_grid"]["configuration"]["chunk_shape"]
-    if chunk[:2] != [1, 1] or chunk[3:] != shape[3:] or shard[2:] != shape[2:] or shape[2] % chunk[2]:
+    shape, chunk, shard = spec.shape, spec.chunk_shape, spec.shard_shape
+    if chunk[:2] != (1, 1) or chunk[3:] != shape[3:] or shard[2:] != shape[2:] or shape[2] % chunk[2]:
         return None
     return _Geometry(
-        tail=tuple(shape[3:]),
-        dtype=np.dtype(metadata["data_type"]),
+        tail=shape[3:],
+        dtype=np.dtype(spec.dtype),
         rows_per_shard=shard[0],
         views_per_shard=shard[1],
         frames=shape[2],
         frames_per_chunk=chunk[2],
     )
-
-
-def _is_plain_with_checksum(codecs: list[dict[str, Any]]) -> bool:
-    if len(codecs) != 2:
-        return False
-    plain, checksum = codecs
-    endian = plain.get("configuration", {}).get("endian", "little")
-    return plain["name"] == "bytes" and endian == "little" and checksum["name"] == "crc32c"

@@ -167,7 +167,22 @@ def fit_basis(covariance: np.ndarray, channels: int) -> np.ndarray:
         covariance has one basis.
     """
     _, directions = np.linalg.eigh(np.asarray(covariance, dtype=np.float64))  # columns, ascending
-    basis = directions.T[::-1][:channels]
+    return _with_signs(directions.T[::-1][:channels])
+
+
+def fit_basis_of_few(tokens: np.ndarray, mean: np.ndarray, channels: int) -> np.ndarray:
+    """The same of fewer tokens than a token has channels, without their covariance, which is far larger than they are.
+
+    Args:
+        tokens: (n, D), all that there are.
+        mean: (D,) theirs.
+        channels: K, below n.
+    """
+    centred = np.asarray(tokens, dtype=np.float64) - mean
+    return _with_signs(np.linalg.svd(centred, full_matrices=False)[2][:channels])
+
+
+def _with_signs(basis: np.ndarray) -> np.ndarray:
     signs = np.sign(np.take_along_axis(basis, np.abs(basis).argmax(axis=1, keepdims=True), axis=1))
     return (basis * signs).astype(np.float32)
 

@@ -3,33 +3,87 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import pyarrow as pa
 
 from ..errors import StoreDamagedError
 from .fidelity import read_fidelity
 from .reader import StoreReader
+from .records import Status
 from .texts import TEXT_NAME, TextReader, has_current_texts
+
+
+@dataclass(frozen=True, slots=True)
+class RowCounts:
+    """Rows of a store, and the files that they are of: segments of one file are rows of their own."""
+
+    rows: dict[str, int]
+    """By status: ok, failed, pending."""
+    files: dict[str, int]
+    """Files with a row of that status."""
+
+
+def count_rows(store: StoreReader) -> RowCounts:
+    """Count the rows of a store, and their files, as it is now."""
+    return count_table(store.read_manifest(["path", "status"]))
+
+
+def try_count_rows(store: StoreReader) -> RowCounts | None:
+    """The same; None where the manifest is damaged."""
+    try:
+        return count_rows(store)
+    except StoreDamagedError:
+        return None
+
+
+def count_statuses(store: StoreReader) -> dict[str, int]:
+    """Count the rows of a store by status alone, which is less to read."""
+    return _by_status(store.read_manifest(["status"]).group_by("status").aggregate([("status", "count")]))
+
+
+def count_table(table: pa.Table) -> RowCounts:
+    """Count rows and files of a manifest's columns path and status."""
+    files = table.select(["path", "status"]).group_by("status").aggregate([("path", "count_distinct")])
+    rows = table.group_by("status").aggregate([("status", "count")])
+    return RowCounts(_by_status(rows), _by_status(files))
+
+
+def _by_status(counts: pa.Table) -> dict[str, int]:
+    """A table of statuses and one count as a dict, with zeros for statuses that no row has."""
+    (name,) = set(counts.column_names) - {"status"}
+    found = dict(zip(counts["status"].to_pylist(), counts[name].to_pylist(), strict=True))
+    return {status: found.get(status, 0) for status in get_args(Status)}
+
+
+def count_reasons(table: pa.Table, status: Status) -> dict[str, int]:
+    """How many rows of a status have a reason, by its code, the most frequent first.
+
+    Args:
+        table: A manifest's columns status and reason.
+        status: Rows that are pending may have a reason, too: the machine failed, not the video.
+    """
+    reasons = table.filter(pa.compute.equal(table["status"], status))["reason"].to_pylist()
+    return dict(Counter(reason.partition(":")[0] for reason in reasons if reason).most_common())
 
 
 def describe_store(store: StoreReader) -> dict[str, Any]:
     """Count a store's rows and bytes.
 
     Returns:
-        rows by status and by split, failures by reason code, arrays with shape, dtype and bytes on disk, bytes of one
-        cached frame, backbone, codec and what it costs (fidelity; None where that is not known), layers, frames,
-        sampling, resize, classes, captions.
+        rows (and files) by status, rows by split, failures and pending rows by reason code, arrays with shape, dtype
+        and bytes on disk, bytes of one cached frame, backbone, codec and what it costs (fidelity; None where that is
+        not known), layers, frames, sampling, resize, classes, captions.
     """
-    table = store.read_manifest(["split", "status", "reason", "num_cached_frames", "num_views"])
+    table = store.read_manifest(["path", "split", "status", "reason", "num_cached_frames", "num_views"])
     attributes = store.attributes
     by_split: dict[str, dict[str, int]] = {}
     for split, status in zip(table["split"].to_pylist(), table["status"].to_pylist(), strict=True):
         counts = by_split.setdefault(split, {"ok": 0, "failed": 0, "pending": 0})
         counts[status] += 1
-    failures: dict[str, int] = {}
-    for status, reason in zip(table["status"].to_pylist(), table["reason"].to_pylist(), strict=True):
-        if status == "failed":
-            code = reason.partition(":")[0]
-            failures[code] = failures.get(code, 0) + 1
+    totals = count_table(table)
     arrays = {
         spec.name: {
             "shape": list(spec.shape),
@@ -48,9 +102,11 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
         "format_version": attributes["format_version"],
         "created": attributes["created"],
         "dataset": attributes["dataset"],
-        "videos": {status: sum(c[status] for c in by_split.values()) for status in ("ok", "failed", "pending")},
+        "videos": totals.rows,
+        "files": totals.files,
         "splits": by_split,
-        "failures": dict(sorted(failures.items(), key=lambda item: -item[1])),
+        "failures": count_reasons(table, "failed"),
+        "pending_reasons": count_reasons(table, "pending"),
         "cached_frames": sum((frames or 0) * (num_views or 0) for frames, num_views in views),
         "arrays": arrays,
         "bytes": _folder_bytes(os.fspath(store.path)),

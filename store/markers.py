@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from ..errors import StoreDamagedError
 from ._files import write_atomic, write_durable
-from .manifest import MANIFEST_NAME, PART_SCHEMA, read_table
+from .manifest import PART_SCHEMA, read_table
 from .records import VideoResult
 
 PARTS_NAME = "_parts"
@@ -144,30 +144,13 @@ def read_marker(root: Path, shard: int, codec_sha256: str, *, parts: str = PARTS
         raise StoreDamagedError(f"{path} was written with another codec than the store's. Extract anew (--overwrite).")
     if not set(PART_SCHEMA.names) <= set(table.column_names):
         raise StoreDamagedError(f"{path} lacks columns of a done-marker. {_MEND}")
-    files = json.loads(metadata[_FILES_KEY]) if _FILES_KEY in metadata else None
-    return Marker(table.select(PART_SCHEMA.names).cast(PART_SCHEMA), files)
-
-
-def read_row_results(root: Path, rows: range, shard: int, codec_sha256: str) -> list[VideoResult]:
-    """What a shard's rows have come to: by its done-marker or, where there is none to be read, by the manifest.
-
-    Args:
-        root: The store.
-        rows: Of the shard.
-        shard: Which.
-        codec_sha256: Of the store.
-
-    Returns:
-        Fewer than the shard has rows, where rows were added to it since.
-    """
-    with suppress(StoreDamagedError):
-        marker = read_marker(root, shard, codec_sha256)
-        if marker is not None:
-            return marker.as_results()
-    with suppress(StoreDamagedError):
-        table = read_table(root / MANIFEST_NAME, PART_SCHEMA.names)
-        return [VideoResult(**row) for row in table.slice(rows.start, len(rows)).to_pylist()]
-    return []
+    try:
+        files = json.loads(metadata[_FILES_KEY]) if _FILES_KEY in metadata else None
+        if files is not None and not isinstance(files, dict):
+            raise ValueError("its files are no object")
+        return Marker(table.select(PART_SCHEMA.names).cast(PART_SCHEMA), files)
+    except (ValueError, RecursionError) as error:  # pyarrow's own are ValueErrors
+        raise StoreDamagedError(f"{path} is not a done-marker: {error}. {_MEND}") from error
 
 
 def read_joined(root: Path, manifest_sha256: str | None) -> dict[int, MarkerState]:

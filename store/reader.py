@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,29 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
+import pyarrow.parquet
 import tensorstore as ts
 
 from ..errors import StoreBusyError, StoreDamagedError, StoreMismatchError, StoreNotFoundError
-from . import manifest
+from . import manifest, names
 from ._files import hash_file
-from ._shards import ClipsUnderWay, DamagedChunkError, ShardedArray
-from ._zarr import fill_value_of, open_array, read_small_array
-from .checksums import APPEND_NAME, CHECKSUMS_NAME, read_damageable_json, read_recorded_hashes
+from ._shards import ClipsUnderWay, DamagedChunkError, ShardedArray, read_chunk_file
+from ._zarr import fill_value_of, open_array, read_small_array, require_metadata
+from .attributes import check_attributes, parse_layout
+from .checksums import APPEND_NAME, CHECKSUMS_NAME
 from .codec import Codec
-from .layout import FORMAT_VERSION, StoreLayout
-from .markers import find_markers, read_marker
+from .layout import FORMAT_VERSION, ArraySpec
+from .markers import PARTS_NAME, Marker, find_markers, marker_path, read_marker
+from .row_checks import check_captions, check_rows
 
 _CLIP_ARRAYS = ("patches", "cls", "pixels")
-_CODEC_PARTS = ("mean", "basis", "scale")
+CODEC_PARTS = ("mean", "basis", "scale")
+"""Arrays that a codec may have."""
+
+_HEAD_AXES = 2
+_MOST_HEAD_ARRAYS = 64
+_ROWS_PER_BYTE = 1
+"""More rows than a manifest has bytes are no videos with names of their own."""
 
 _THREADS = (8, 16)
 """Fewest and most: a cold disk wants more reads under way than a small machine has cores."""
@@ -51,76 +60,138 @@ class StoreReader:
 
     def __init__(self, path: Path, attributes: dict[str, Any]) -> None:
         self.path = path
-        self.attributes = attributes
-        recorded = attributes["layout"]
-        # A store that is older than a field has its default.
-        sizes: dict[str, Any] = {f.name: _as_tuple(recorded[f.name]) for f in fields(StoreLayout) if f.name in recorded}
-        self.layout = StoreLayout(**sizes)
-        self.classes = manifest.ClassList(tuple(attributes["classes"]["names"]))
+        self.attributes = check_attributes(path, attributes)
+        self.layout = parse_layout(path, self.attributes["layout"])
+        self.classes = manifest.ClassList(tuple(self.attributes["classes"]["names"]))
 
     @cached_property
     def codec(self) -> Codec:
         """How patches are coded, with numpy arrays."""
         recorded = self.attributes["codec"]
-        if unknown := sorted(set(recorded["parts"]) - set(_CODEC_PARTS)):
+        if unknown := sorted(set(recorded["parts"]) - set(CODEC_PARTS)):
             raise StoreMismatchError(
-                f"the codec of {self.path} has {', '.join(unknown)}; this s4v knows {', '.join(_CODEC_PARTS)}. "
+                f"the codec of {self.path} has {', '.join(unknown)}; this s4v knows {', '.join(CODEC_PARTS)}. "
                 "Update s4v."
             )
-        codec = Codec(
-            dtype=recorded["dtype"],
-            **{part: read_small_array(self.path, f"codec/{part}") for part in recorded["parts"]},
-        )
+        arrays = {
+            part: read_small_array(self.path, f"codec/{part}", self.codec_shape(part).__eq__)
+            for part in recorded["parts"]
+        }
+        if ("scale" in arrays) != (recorded["dtype"] == "int8"):
+            raise StoreDamagedError(
+                f"{self.path} records a codec of {recorded['dtype']} with {', '.join(arrays)}. {_MEND}"
+            )
+        codec = Codec(dtype=recorded["dtype"], **arrays)
         if codec.sha256 != recorded["sha256"]:
             raise StoreDamagedError(f"{self.path / 'codec'} is not the codec that the store was written with. {_MEND}")
         return codec
 
+    def codec_shape(self, part: str) -> tuple[int, ...]:
+        """The shape of an array of the codec, as the layout has it."""
+        layers, channels, width = len(self.layout.layers), self.layout.channels, self.layout.width
+        return {"mean": (layers, width), "basis": (layers, channels, width), "scale": (layers, channels)}[part]
+
     @cached_property
     def head(self) -> dict[str, np.ndarray]:
         """The frozen tower's end, by name: final norm, projection, logit scale."""
-        names = sorted(child.parent.name for child in (self.path / "head").glob("*/zarr.json"))
-        return {name: read_small_array(self.path, f"head/{name}") for name in names}
+        return {name: read_small_array(self.path, f"head/{name}", self.is_head_shape) for name in self.head_names}
+
+    @property
+    def head_names(self) -> list[str]:
+        """The arrays of `head`.
+
+        Raises:
+            StoreDamagedError: If there are things that are no arrays of a tower's end.
+        """
+        found = sorted(child.parent.name for child in (self.path / "head").glob("*/zarr.json"))
+        if unknown := [name for name in found if not names.is_known(f"head/{name}/zarr.json")]:
+            raise StoreDamagedError(f"{self.path / 'head'} holds {ascii(unknown[0])[:80]}, which s4v did not write")
+        if len(found) > _MOST_HEAD_ARRAYS:
+            raise StoreDamagedError(f"{self.path / 'head'} holds {len(found)} arrays; a tower's end has some six")
+        return found
+
+    def is_head_shape(self, shape: tuple[int, ...]) -> bool:
+        """Whether an array of the tower's end may have a shape: numbers, or one or two axes of D or E."""
+        return len(shape) <= _HEAD_AXES and all(size in (self.layout.width, self.layout.embed_dim) for size in shape)
 
     @property
     def videos(self) -> pyarrow.dataset.Dataset:
         """A lazy pyarrow dataset over the manifest file."""
+        names.require_file(self.path, manifest.MANIFEST_NAME)
         return pyarrow.dataset.dataset(self.path / manifest.MANIFEST_NAME)
 
     def read_manifest(self, columns: list[str] | None = None) -> pa.Table:
         """The manifest; while an extraction is under way, with the results of the shards finished so far."""
         self._require_recorded_hash(manifest.MANIFEST_NAME)
-        table = manifest.read_table(self.path / manifest.MANIFEST_NAME, columns=columns)
+        table = self._read_rows(columns)
         if columns is not None and set(columns) <= set(manifest.INPUT_SCHEMA.names):
             return table
         if "pending" not in self._statuses(table):
             return table
         parts = {}
-        for shard in find_markers(self.path):
-            rows = self.layout.shard_rows(shard)
-            marker = read_marker(self.path, shard, self.attributes["codec"]["sha256"]) if len(rows) else None
-            if marker is not None:
-                parts[rows.start] = marker.results
+        for shard in self.finished_shards():
+            marker = read_marker(self.path, shard, self.attributes["codec"]["sha256"])
+            if marker is not None:  # a retry may have undone it since
+                parts[self.layout.shard_rows(shard).start] = marker.results
         if not parts:
             return table
-        joined = manifest.replace_results(manifest.read_table(self.path / manifest.MANIFEST_NAME), parts)
+        joined = manifest.replace_results(self._read_rows(None), parts)
+        check_rows(joined, self.layout, len(self.classes.names), self.path / PARTS_NAME, self.layout.num_rows)
         return joined if columns is None else joined.select(columns)
+
+    def finished_shards(self) -> list[int]:
+        """Shards with a done-marker, ascending."""
+        return [shard for shard in find_markers(self.path) if shard < self.layout.num_shards]
+
+    def read_marker(self, shard: int) -> Marker | None:
+        """What the done-marker of a shard says, checked; None where there is none.
+
+        Raises:
+            StoreDamagedError: If it is no plain file, is unreadable, or holds what no row can have.
+        """
+        path = marker_path(self.path, shard)
+        if not os.path.lexists(path):
+            return None
+        names.require_file(self.path, f"{PARTS_NAME}/{path.name}")
+        marker = read_marker(self.path, shard, self.attributes["codec"]["sha256"])
+        if marker is not None:
+            # Fewer rows than the shard has, where rows were added since.
+            num_rows = min(len(marker.results), len(self.layout.shard_rows(shard)))
+            check_rows(marker.results, self.layout, len(self.classes.names), path, num_rows)
+        return marker
+
+    def _read_rows(self, columns: list[str] | None) -> pa.Table:
+        """The manifest's file, checked."""
+        path = self.path / manifest.MANIFEST_NAME
+        try:
+            table = manifest.read_table(path, columns=columns)
+        except (KeyError, ValueError, TypeError, OverflowError) as error:  # a column that it lacks, say
+            raise StoreDamagedError(f"{path} is not what s4v writes: {error}. {_MEND}") from error
+        if len(table) != self.layout.num_rows and _has_changed(self):
+            raise StoreMismatchError(
+                f"{self.path} has {len(table)} rows, and had {self.layout.num_rows} when it was opened: open it again"
+            )
+        check_rows(table, self.layout, len(self.classes.names), path, self.layout.num_rows, columns)
+        return table
 
     def _statuses(self, table: pa.Table) -> set[str]:
         """The statuses that a manifest has; its own column where some were read without it."""
         if "status" not in table.column_names:
-            table = manifest.read_table(self.path / manifest.MANIFEST_NAME, columns=["status"])
+            table = self._read_rows(["status"])
         return set(table["status"].unique().to_pylist())
 
     def input_columns(self) -> pa.Table:
         """The manifest's input columns: which videos, whatever became of them."""
         self._require_recorded_hash(manifest.MANIFEST_NAME)
-        table = manifest.read_table(self.path / manifest.MANIFEST_NAME, columns=manifest.INPUT_SCHEMA.names)
-        return table.cast(manifest.INPUT_SCHEMA).combine_chunks()
+        return self._read_rows(manifest.INPUT_SCHEMA.names).cast(manifest.INPUT_SCHEMA).combine_chunks()
 
     def read_captions(self) -> pa.Table:
         """Captions: caption_id, video_id, text."""
         self._require_recorded_hash(manifest.CAPTIONS_NAME)
-        return manifest.read_table(self.path / manifest.CAPTIONS_NAME)
+        path = self.path / manifest.CAPTIONS_NAME
+        table = manifest.read_table(path)
+        check_captions(table, path, lambda: self.read_manifest(["video_id"])["video_id"])
+        return table
 
     def read_clips(
         self,
@@ -170,7 +241,10 @@ class StoreReader:
         try:
             for name in arrays:
                 if (sharded := self._sharded(name)) is not None:
-                    under_way[name] = sharded.read(rows, views, places, chosen[name], self._threads, allocate)
+                    try:
+                        under_way[name] = sharded.read(rows, views, places, chosen[name], self._threads, allocate)
+                    except DamagedChunkError as error:
+                        raise self._damage(name, np.array([error.row]), str(error)) from error
             for name in arrays:
                 if name in under_way:
                     found[name] = self._wait_for(name, under_way[name])
@@ -210,15 +284,35 @@ class StoreReader:
             (V, A, F, E) float32, not normalised; NaN where a row has no such frame.
         """
         rows = range(self.layout.num_rows) if rows is None else rows
-        span = slice(rows.start, rows.stop)
-        try:
-            values = self._array("embedding")[span].read().result()
-        except ValueError as error:
-            firsts = np.arange(rows.start, rows.stop, self.layout.rows_per_shard)
-            raise self._damage("embedding", self._find_unreadable("embedding", firsts), str(error)) from error
-        missing = self._row_states[0][span] & np.isnan(values[:, 0, 0, 0])
+        spec = self._spec("embedding")
+        is_ok = self._row_states[0]
+        pieces = [self._read_embedding_shard(spec, shard, rows, is_ok) for shard in self._shards_of(rows)]
+        return np.concatenate([np.empty((0, *spec.shape[1:]), np.float32), *pieces])
+
+    def _shards_of(self, rows: range) -> range:
+        size = self.layout.rows_per_shard
+        return range(rows.start // size, -(-rows.stop // size) if len(rows) else rows.start // size)
+
+    def _read_embedding_shard(self, spec: ArraySpec, shard: int, rows: range, is_ok: np.ndarray) -> np.ndarray:
+        """Those of some rows that lie in one shard, (rows, A, F, E); NaN where there is no such frame."""
+        held = self.layout.shard_rows(shard)
+        taken = range(max(rows.start, held.start), min(rows.stop, held.stop))
+        good = taken.start + np.flatnonzero(is_ok[taken.start : taken.stop])
+        if not len(good):
+            return np.full((len(taken), *spec.shape[1:]), np.nan, np.float32)
+        pieces = []
+        for key in spec.shard_keys(shard):
+            file = names.locate(self.path, f"embedding/{key}")
+            try:
+                pieces.append(read_chunk_file(file, spec.shard_shape, np.dtype(np.float32)))
+            except DamagedChunkError as error:
+                why = "the chunk is missing" if not file.exists() else str(error)
+                raise self._damage("embedding", good, why) from error
+        whole = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)[:, : spec.shape[1]]
+        values = whole[taken.start - held.start : taken.stop - held.start]
+        missing = np.isnan(values[good - taken.start, 0, 0, 0])
         if missing.any():
-            raise self._damage("embedding", rows.start + np.flatnonzero(missing), "the chunk is missing")
+            raise self._damage("embedding", good[missing], "the chunk is missing")
         return values
 
     def read_row(self, row: int, num_views: int, num_frames: int) -> dict[str, np.ndarray]:
@@ -246,6 +340,31 @@ class StoreReader:
                 values[spec.name] = self._read_with_tensorstore(spec.name, rows, views, places, None)
         return values
 
+    def _spec(self, name: str) -> ArraySpec:
+        """An array as the layout has it, its `zarr.json` compared with that once."""
+        spec = next((spec for spec in self.layout.array_specs() if spec.name == name), None)
+        if spec is None:
+            raise StoreMismatchError(f"{self.path} has no array {name!r}: it was extracted without it")
+        if name not in self._compared:
+            self._require_recorded_hash(f"{name}/zarr.json")
+            require_metadata(self.path, spec)
+            self._compared.add(name)
+        return spec
+
+    @cached_property
+    def _compared(self) -> set[str]:
+        return set()
+
+    def require_arrays(self) -> None:
+        """Refuse a store whose arrays are not those of its layout, before anything is written to them.
+
+        Raises:
+            StoreDamagedError: If a `zarr.json` says anything else, or a link, a pipe or a device lies in the store.
+        """
+        names.refuse_links(self.path)
+        for spec in self.layout.array_specs():
+            self._spec(spec.name)
+
     def layer_places(self, layers: Sequence[int]) -> list[int]:
         """Places on the axis L of backbone blocks.
 
@@ -264,9 +383,7 @@ class StoreReader:
         """Refuse a file without checksums of its own that is not as it was written; looked at once."""
         if name in self._verified:
             return
-        file = self.path / name
-        if not file.is_file():
-            raise StoreDamagedError(f"{file} is missing. {_MEND}")
+        file = names.require_file(self.path, name)
         # Both read now: an extraction under way replaces them.
         if _recorded_hashes(self.path).get(name) not in (None, hash_file(file)):
             raise StoreDamagedError(f"{file} does not match its recorded hash. {_MEND}")
@@ -301,9 +418,7 @@ class StoreReader:
 
     def _array(self, name: str) -> ts.TensorStore:
         if name not in self._open_arrays:
-            if name not in {spec.name for spec in self.layout.array_specs()}:
-                raise StoreMismatchError(f"{self.path} has no array {name!r}: it was extracted without it")
-            self._require_recorded_hash(f"{name}/zarr.json")
+            self._spec(name)
             self._open_arrays[name] = open_array(self.path, name)
         return self._open_arrays[name]
 
@@ -314,8 +429,7 @@ class StoreReader:
     def _sharded(self, name: str) -> ShardedArray | None:
         """The array as our own reader has it, or None where that cannot read its layout."""
         if name not in self._sharded_arrays:
-            self._array(name)  # there, and with the metadata it was written with
-            self._sharded_arrays[name] = ShardedArray.open(self.path / name)
+            self._sharded_arrays[name] = ShardedArray.open(self.path, self._spec(name))
         return self._sharded_arrays[name]
 
     @cached_property
@@ -329,6 +443,7 @@ class StoreReader:
     def _read_with_tensorstore(
         self, name: str, rows: np.ndarray, views: np.ndarray, places: np.ndarray, layer_places: list[int] | None
     ) -> np.ndarray:
+        self._check_shard_files(name, rows, views)
         shape = places.shape
         index = (np.broadcast_to(rows[:, None], shape), np.broadcast_to(views[:, None], shape), places)
         selected = self._array(name).vindex[index]
@@ -355,7 +470,6 @@ class StoreReader:
         if values.size == 0:
             return
         if name == "pixels":
-            self._check_shard_files(name, rows, views)
             return
         first = values.reshape(*values.shape[:2], -1)[:, :, 0]
         fill = fill_value_of(values.dtype.name)
@@ -364,12 +478,14 @@ class StoreReader:
             raise self._damage(name, rows[missing.any(axis=1)], "the chunk is missing")
 
     def _check_shard_files(self, name: str, rows: np.ndarray, views: np.ndarray) -> None:
-        spec = next(spec for spec in self.layout.array_specs() if spec.name == name)
+        """Refuse what tensorstore would wait for, follow, or take for black pixels: a pipe, a link, no file."""
+        spec = self._spec(name)
         shards = np.stack([rows // spec.shard_shape[0], views // spec.shard_shape[1]], axis=1)
-        for shard, view in np.unique(shards, axis=0):
-            key = ".".join(["c", str(shard), str(view), *["0"] * (len(spec.shape) - 2)])
-            if not (self.path / name / key).is_file():
-                raise self._damage(name, rows[rows // spec.shard_shape[0] == shard], f"the file {key} is missing")
+        for shard, view in np.unique(shards, axis=0).tolist():
+            try:
+                names.require_file(self.path, f"{name}/{spec.shard_keys(shard)[view]}")
+            except StoreDamagedError as error:
+                raise self._damage(name, rows[rows // spec.shard_shape[0] == shard], str(error)) from error
 
     def _damage(self, name: str, rows: np.ndarray, why: str) -> StoreDamagedError:
         shards = sorted({int(row) // self.layout.rows_per_shard for row in rows})
@@ -405,30 +521,66 @@ def open_store(path: str | Path) -> StoreReader:
     """
     path = Path(path)
     metadata = path / "zarr.json"
-    if (path / APPEND_NAME).is_dir():
+    if os.path.lexists(path / APPEND_NAME):
         raise StoreBusyError(
             f"rows are being added to {path}, or were when that was interrupted: `s4v extract --append` completes it"
         )
     if not metadata.is_file():
         found = "nothing there" if not path.exists() else "no zarr.json in it"
         raise StoreNotFoundError(f"{path} is not a store: {found}. `s4v extract --out {path}` makes one.")
-    node = read_damageable_json(metadata)
-    attributes = node.get("attributes", {}).get("s4v")
+    node = names.read_json(path, "zarr.json")
+    group = node.get("attributes")
+    attributes = group.get("s4v") if isinstance(group, dict) else None
     if not isinstance(attributes, dict) or "format_version" not in attributes:
         raise StoreNotFoundError(f"{path} is a Zarr group, but not a store that s4v wrote: no `s4v` attribute.")
-    if attributes["format_version"] > FORMAT_VERSION:
-        raise StoreMismatchError(
-            f"{path} has format {attributes['format_version']}, this s4v reads up to {FORMAT_VERSION}. Update s4v."
-        )
+    version = attributes["format_version"]
+    if type(version) is not int or version < 1:
+        raise StoreDamagedError(f"{metadata} records the format {ascii(version)[:60]}, which is none. {_MEND}")
+    if version > FORMAT_VERSION:
+        raise StoreMismatchError(f"{path} has format {version}, this s4v reads up to {FORMAT_VERSION}. Update s4v.")
     if _recorded_hashes(path).get("zarr.json") not in (None, hash_file(metadata)):
         raise StoreDamagedError(f"{metadata} does not match its recorded hash. Extract the store anew (--overwrite).")
-    return StoreReader(path, attributes)
+    store = StoreReader(path, attributes)
+    _require_as_many_rows(store)
+    return store
+
+
+def _require_as_many_rows(store: StoreReader) -> None:
+    """Refuse a store whose layout and manifest are of different numbers of rows.
+
+    Where the manifest's hash tells that it is damaged, the layout stands: `verify` tells, and `--repair` mends it.
+    """
+    name = manifest.MANIFEST_NAME
+    file = store.path / name
+    if not names.is_plain_file(file):
+        return  # whatever needs it says so
+    try:
+        num_rows = pyarrow.parquet.read_metadata(file).num_rows
+    except (OSError, ValueError, pa.ArrowException):
+        return
+    expected = store.layout.num_rows
+    if num_rows == expected and num_rows <= _ROWS_PER_BYTE * file.stat().st_size:
+        return
+    if (store.path / APPEND_NAME).exists() or _has_changed(store):
+        raise StoreBusyError(f"rows are being added to {store.path}: open it again in a moment")
+    recorded = _recorded_hashes(store.path).get(name)
+    if recorded is None or recorded == hash_file(file):
+        raise StoreDamagedError(
+            f"{store.path} has {expected} rows by its zarr.json and {num_rows} by its {name}, which has "
+            f"{file.stat().st_size} bytes: one of them is another store's. Take both from where they came from."
+        )
+
+
+def _has_changed(store: StoreReader) -> bool:
+    """Whether a store's attributes are others by now than when it was opened."""
+    group = names.read_json(store.path, "zarr.json").get("attributes")
+    return not isinstance(group, dict) or group.get("s4v") != store.attributes
 
 
 def _recorded_hashes(path: Path) -> dict[str, Any]:
     """The recorded hashes as they are now; a store of a million videos has 15,000 of them."""
     try:
-        state = (path / CHECKSUMS_NAME).stat()
+        state = (path / CHECKSUMS_NAME).lstat()
     except FileNotFoundError:
         return {}
     return _parse_hashes(path, state.st_mtime_ns, state.st_size, state.st_ino)
@@ -436,11 +588,7 @@ def _recorded_hashes(path: Path) -> dict[str, Any]:
 
 @lru_cache(maxsize=8)
 def _parse_hashes(path: Path, *_state: int) -> dict[str, Any]:
-    return read_recorded_hashes(path)
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    return names.read_json(path, CHECKSUMS_NAME)
 
 
 def _join(values: Sequence[int] | np.ndarray) -> str:

@@ -11,19 +11,23 @@ void, and an extraction writes them anew.
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import tensorstore as ts
 
 from ..errors import EnvironmentFailedError, StoreDamagedError, StoreMismatchError
+from . import names
 from ._files import hash_file, kill_point, read_json, sync_folder
 from ._shards import DamagedChunkError, verify_shard
-from ._zarr import create_array, open_array, refused_write, write_group
+from ._zarr import create_array, open_array, refused_write, require_metadata, write_group
 from .checksums import write_checksums
 from .layout import ArraySpec
 from .lease import Lease, Scope, hold_lease
@@ -39,6 +43,7 @@ REMOVED_STEM = "removed"
 """Of scratch folders with texts that are on their way out."""
 _OLD_NAMES = (f"{TEXT_NAME}.partial", f"{TEXT_NAME}.partial.old")
 """Of what the version before was filling, and removing."""
+_MOST_WORDS = 2**12
 
 MAX_WORDS = 32
 """M, start and end among them, where the text tower takes as many: what the reference trains and tests with."""
@@ -62,10 +67,37 @@ def has_current_texts(root: Path) -> bool:
     if not metadata.is_file():
         return False
     try:
-        recorded = read_json(metadata)["attributes"]["captions_sha256"]
-    except (ValueError, LookupError, TypeError):
+        recorded = names.read_json(root, f"{TEXT_NAME}/zarr.json")["attributes"]["captions_sha256"]
+        return recorded == hash_file(names.require_file(root, CAPTIONS_NAME))
+    except (StoreDamagedError, LookupError, TypeError):
         return False
-    return recorded == hash_file(root / CAPTIONS_NAME)
+
+
+def describe_text_array(store: StoreReader, name: str) -> ArraySpec:
+    """An array of a store's texts, its name relative to their folder, compared with what the captions say of it.
+
+    Raises:
+        StoreDamagedError: If it is not of as many texts as there are captions, or is no such array at all.
+    """
+    metadata = names.read_json(store.path, f"{TEXT_NAME}/{name}/zarr.json")
+    try:
+        num_words = 1 if name == "embedding" else metadata["shape"][1]
+        rows = metadata["chunk_grid"]["configuration"]["chunk_shape"][0]
+    except (LookupError, TypeError):
+        num_words = rows = None
+    if not (type(num_words) is type(rows) is int and 0 < num_words <= _MOST_WORDS and 0 < rows <= 2**16):
+        raise StoreDamagedError(
+            f"{store.path / TEXT_NAME / name} has {ascii(num_words)[:40]} words a caption and {ascii(rows)[:40]} "
+            f"captions a shard, which cannot be. {_MEND}"
+        )
+    captions = names.require_file(store.path, CAPTIONS_NAME)
+    try:
+        num_captions = pq.read_metadata(captions).num_rows
+    except (OSError, pa.ArrowException) as error:
+        raise StoreDamagedError(f"{captions} is damaged: {error}. {_MEND}") from error
+    specs = {spec.name: spec for spec in _specs(num_captions, num_words, store.layout.embed_dim, rows)}
+    require_metadata(store.path, replace(specs[name], name=f"{TEXT_NAME}/{name}"))
+    return specs[name]
 
 
 def write_texts(
@@ -132,6 +164,7 @@ def _write_texts(
     partial: Path,
     lease: Lease,
 ) -> None:
+    names.refuse_links(store.path)
     captions, final = store.read_captions()["text"].to_pylist(), store.path / TEXT_NAME
     specs = _specs(len(captions), num_words, store.layout.embed_dim)
     arrays = _open_partial(partial, specs, hash_file(store.path / CAPTIONS_NAME))
@@ -228,6 +261,10 @@ class TextReader:
                 "that began this store once more, which adds them"
             )
         self._folder = store.path / TEXT_NAME
+        self._root = store.path
+        self._specs = {name: describe_text_array(store, name) for name in TEXT_ARRAYS}
+        if self._specs["tokens"].shape[1] != self._specs["mask"].shape[1]:
+            raise StoreDamagedError(f"{self._folder}: tokens and mask are of other numbers of words. {_MEND}")
         self._arrays = {name: open_array(self._folder, name) for name in TEXT_ARRAYS}
 
     def __len__(self) -> int:
@@ -256,6 +293,12 @@ class TextReader:
         wanted, places = np.unique(rows, return_inverse=True)
         if not len(wanted):
             return np.empty((0, *self._arrays[name].shape[1:]), dtype=self._arrays[name].dtype.numpy_dtype)
+        spec = self._specs[name]
+        for shard in np.unique(wanted // spec.shard_shape[0]).tolist():
+            # tensorstore would follow a link, and wait for a pipe.
+            file = f"{TEXT_NAME}/{name}/{name_text_shard(spec, shard)}"
+            if os.path.lexists(self._root / file):
+                names.require_file(self._root, file)
         try:
             values = self._arrays[name].oindex[wanted].read().result()
         except ValueError as error:
@@ -268,12 +311,17 @@ class TextReader:
         return values[places]
 
 
+def name_text_shard(spec: ArraySpec, shard: int) -> str:
+    """A shard's file in the folder of an array of texts."""
+    return ".".join(["c", str(shard), *["0"] * (len(spec.shape) - 1)])
+
+
 _MEND = "The command that began the store mends it, with --repair."
 
 
-def _specs(num_captions: int, num_words: int, embed_dim: int) -> tuple[ArraySpec, ...]:
+def _specs(num_captions: int, num_words: int, embed_dim: int, rows: int | None = None) -> tuple[ArraySpec, ...]:
     """Chunks of one caption: a step of training wants single ones, from anywhere."""
-    rows = TEXTS_PER_SHARD
+    rows = rows or TEXTS_PER_SHARD
     return (
         ArraySpec(
             name="tokens",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import math
+import os
 import re
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,19 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import StoreDamagedError
-from . import manifest
+from . import manifest, names
 from ._cores import count_cores
 from ._files import hash_file
 from ._shards import DamagedChunkError, verify_chunk_file, verify_shard
+from ._zarr import describe_small_array, name_only_chunk, require_metadata
 from .checksums import CHECKSUMS_NAME, read_recorded_hashes
 from .fingerprint import fingerprint_shard
 from .layout import ArraySpec
-from .markers import PARTS_NAME, Marker, find_markers, marker_path, read_marker
-from .reader import StoreReader
+from .markers import PARTS_NAME, Marker, find_markers, marker_path, read_joined
+from .reader import CODEC_PARTS, StoreReader
+from .row_checks import check_rows
 from .swap import find_swaps
-from .texts import TEXT_NAME, TEXTS_PER_SHARD
+from .texts import TEXT_ARRAYS, TEXT_NAME, describe_text_array, name_text_shard
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,15 +56,16 @@ def verify_store(store: StoreReader, report: Callable[[str, int, int], None] = l
     Returns:
         All damage found, that of the whole store first, then shard by shard.
     """
-    found = [*_check_hashes(store), *_check_small_arrays(store), *_check_texts(store)]
+    found = list(_check_hashes(store))
+    for check in (_check_metadata, _check_small_arrays, _check_texts):
+        mismatched = {one.where for one in found}
+        found += [one for one in check(store) if one.where not in mismatched]
     mismatched = {one.where for one in found}
-    markers = find_markers(store.path)
-    finished = [s for s in range(store.layout.num_shards) if s in markers]
-    sha256 = store.attributes["codec"]["sha256"]
+    finished = store.finished_shards()
     video_ids = _read_ids(store)
     parts: dict[range, pa.Table] = {}
     with ThreadPoolExecutor(count_cores()) as threads:
-        checks = threads.map(partial(_check_shard, store, sha256, video_ids), finished)
+        checks = threads.map(lambda shard: check_shard(store, shard, _ids_of(store, video_ids, shard)), finished)
         for done, (shard, (part, damage)) in enumerate(zip(finished, checks, strict=True), start=1):
             found += [one for one in damage if one.where not in mismatched]
             if part is not None:
@@ -72,92 +76,135 @@ def verify_store(store: StoreReader, report: Callable[[str, int, int], None] = l
 
 def _check_hashes(store: StoreReader) -> Iterator[Damage]:
     """Files that Zarr does not checksum."""
-    if not (store.path / CHECKSUMS_NAME).exists():
+    if not os.path.lexists(store.path / CHECKSUMS_NAME):
         yield Damage(where=CHECKSUMS_NAME, what="the file is missing: nothing vouches for the metadata")
         return
     try:
-        hashes = read_recorded_hashes(store.path)
+        hashes = names.read_json(store.path, CHECKSUMS_NAME)
     except (StoreDamagedError, OSError) as error:
         yield Damage(where=CHECKSUMS_NAME, what=str(error))
         return
     for name, wanted in sorted(hashes.items()):
-        part = re.fullmatch(rf"{PARTS_NAME}/(\d+)\.parquet", name)
-        if (what := _compare_hash(store.path / name, wanted)) is not None:
-            yield Damage(where=name, what=what, shard=int(part[1]) if part else None)
+        if (problem := names.judge_name(name)) is not None:
+            yield Damage(where=CHECKSUMS_NAME, what=f"it names {ascii(name)[:80]}, which {problem}")
+            continue
+        part = re.fullmatch(rf"{PARTS_NAME}/(\d+)\.parquet", name, re.ASCII)
+        shard = int(part[1]) if part and int(part[1]) < store.layout.num_shards else None
+        if (what := compare_hash(store.path, name, wanted)) is not None:
+            yield Damage(where=name, what=what, shard=shard)
 
 
-def _compare_hash(file: Path, wanted: str) -> str | None:
-    """What is wrong with a file whose sha256 is known; None if nothing is."""
+def compare_hash(root: Path, name: str, wanted: object) -> str | None:
+    """What is wrong with a file of a store whose sha256 is recorded; None if nothing is."""
+    if not isinstance(wanted, str):
+        return "its recorded hash is none"
     try:
+        file = names.locate(root, name)
+        os.close(names.open_file(file))  # no link, and no pipe that would be waited for
         return None if hash_file(file) == wanted else "it does not match its recorded hash"
     except FileNotFoundError:
         return "the file is missing"
+    except StoreDamagedError as error:
+        return str(error)
     except OSError as error:  # something else in its place, or a disk that does not read it
         return f"it cannot be read: {error.strerror}"
 
 
+def _check_metadata(store: StoreReader) -> Iterator[Damage]:
+    """Whether every array is what the layout says."""
+    for spec in store.layout.array_specs():
+        try:
+            require_metadata(store.path, spec)
+        except StoreDamagedError as error:
+            yield Damage(where=f"{spec.name}/zarr.json", what=str(error))
+
+
 def _check_small_arrays(store: StoreReader) -> Iterator[Damage]:
     """Codec and head: one chunk each."""
-    for metadata in sorted([*store.path.glob("codec/*/zarr.json"), *store.path.glob("head/*/zarr.json")]):
+    try:
+        heads = store.head_names
+    except StoreDamagedError as error:
+        yield Damage(where="head", what=str(error))
+        heads = []
+    parts = [part for part in store.attributes["codec"]["parts"] if part in CODEC_PARTS]
+    arrays = [(f"codec/{part}", store.codec_shape(part).__eq__) for part in parts]
+    for name, is_possible in [*arrays, *((f"head/{name}", store.is_head_shape) for name in heads)]:
         try:
-            num_axes = len(json.loads(metadata.read_bytes())["shape"])
-        except (ValueError, KeyError, OSError):
-            continue  # its hash tells
-        chunk = metadata.parent / ".".join(["c", *["0"] * num_axes])
-        if (what := verify_chunk_file(chunk)) is not None:
-            yield Damage(where=str(chunk.relative_to(store.path)), what=what)
+            spec = describe_small_array(store.path, name, is_possible)
+        except StoreDamagedError as error:
+            yield Damage(where=f"{name}/zarr.json", what=str(error))
+            continue
+        chunk = name_only_chunk(spec)
+        if (what := verify_chunk_file(store.path / chunk, 4 * math.prod(spec.shape))) is not None:
+            yield Damage(where=chunk, what=what)
 
 
 def _check_texts(store: StoreReader) -> Iterator[Damage]:
     """Captions' texts, if there are any."""
-    for metadata in sorted(store.path.glob(f"{TEXT_NAME}/*/zarr.json")):
+    if not os.path.lexists(store.path / TEXT_NAME):
+        return
+    for name in TEXT_ARRAYS:
         try:
-            shape = json.loads(metadata.read_bytes())["shape"]
-        except (ValueError, KeyError, OSError):
-            continue  # its hash tells
-        for shard in range(-(-shape[0] // TEXTS_PER_SHARD)):
-            file = metadata.parent / ".".join(["c", str(shard), *["0"] * (len(shape) - 1)])
-            where = str(file.relative_to(store.path))
+            spec = describe_text_array(store, name)
+        except StoreDamagedError as error:
+            yield Damage(where=f"{TEXT_NAME}/{name}/zarr.json", what=str(error))
+            continue
+        num_texts, per_shard = spec.shape[0], spec.shard_shape[0]
+        for shard in range(-(-num_texts // per_shard)):
+            where = f"{TEXT_NAME}/{name}/{name_text_shard(spec, shard)}"
             try:
-                is_there, problems = verify_shard(file, TEXTS_PER_SHARD)
+                is_there, problems = verify_shard(store.path / where, per_shard)
             except (DamagedChunkError, OSError) as error:
                 yield Damage(where=where, what=_describe(error))
                 continue
             yield from (Damage(where=where, what=what) for what in problems.values())
-            if missing := np.flatnonzero(~is_there[: shape[0] - shard * TEXTS_PER_SHARD]).tolist():
+            if missing := np.flatnonzero(~is_there[: num_texts - shard * per_shard]).tolist():
                 yield Damage(where=where, what=f"has no chunk {missing[0]}")
 
 
 def _read_ids(store: StoreReader) -> list[str] | None:
     try:
-        return manifest.read_table(store.path / manifest.MANIFEST_NAME, ["video_id"])["video_id"].to_pylist()
-    except StoreDamagedError:
+        ids = manifest.read_table(names.require_file(store.path, manifest.MANIFEST_NAME), ["video_id"])["video_id"]
+    except (StoreDamagedError, LookupError):
         return None  # its hash tells
+    return ids.to_pylist() if len(ids) == store.layout.num_rows else None
 
 
-def _check_shard(
-    store: StoreReader, sha256: str, video_ids: list[str] | None, shard: int
-) -> tuple[pa.Table | None, list[Damage]]:
-    """A finished shard of every array; returns its results too, where they can be read."""
+def _ids_of(store: StoreReader, video_ids: list[str] | None, shard: int) -> list[str] | None:
     rows = store.layout.shard_rows(shard)
-    marker = marker_path(store.path, shard)
+    return None if video_ids is None else video_ids[rows.start : rows.stop]
+
+
+def check_shard(store: StoreReader, shard: int, video_ids: list[str] | None) -> tuple[pa.Table | None, list[Damage]]:
+    """Check every byte of a finished shard.
+
+    Args:
+        store: Which has it.
+        shard: Which.
+        video_ids: Of its rows; None where the manifest cannot tell.
+
+    Returns:
+        Its results, where they can be read, and all damage.
+    """
+    rows = store.layout.shard_rows(shard)
+    marker = f"{PARTS_NAME}/{marker_path(store.path, shard).name}"
     try:
-        read = read_marker(store.path, shard, sha256)
+        read = store.read_marker(shard)
     except StoreDamagedError as error:
-        return None, [Damage(where=str(marker.relative_to(store.path)), what=str(error), shard=shard)]
-    if read is None:  # another process is doing the shard anew
-        return None, []
+        return None, [Damage(where=marker, what=str(error), shard=shard)]
+    if read is None:
+        return None, []  # undone since
     part = read.results
-    if video_ids is not None and part["video_id"].to_pylist() != video_ids[rows.start : rows.start + len(part)]:
+    if video_ids is not None and part["video_id"].to_pylist() != video_ids[: len(part)]:
         what = "it holds other videos than the manifest has in these rows"
-        return None, [Damage(where=str(marker.relative_to(store.path)), what=what, shard=shard)]
+        return None, [Damage(where=marker, what=what, shard=shard)]
     counts = np.zeros((len(rows), 2), dtype=np.int64)  # views and frames of each row
     is_pending = np.zeros(store.layout.rows_per_shard, dtype=bool)  # such a row may have chunks or not
     is_pending[len(part) : len(rows)] = True
     for place, row in enumerate(part.select(["status", "num_views", "num_cached_frames"]).to_pylist()):
         is_pending[place] = row["status"] == "pending"
         if row["status"] == "ok":
-            counts[place] = row["num_views"], row["num_cached_frames"]
+            counts[place] = row["num_views"] or 0, row["num_cached_frames"] or 0
     ids = part["video_id"].to_pylist()
     damage = []
     for spec in store.layout.array_specs():
@@ -213,7 +260,7 @@ def _check_file(
         return Damage(where=where, what=what, shard=shard, video_id=video_ids[hit[0]], rows=rows)
 
     if spec.chunk_shape is None:
-        what = verify_chunk_file(file)
+        what = verify_chunk_file(file, math.prod(spec.shard_shape) * np.dtype(spec.dtype).itemsize)
         return [] if what is None else [damage(what)]
     try:
         is_there, problems = verify_shard(file, wanted.size)
@@ -234,12 +281,19 @@ def _describe(error: Exception) -> str:
 
 def _check_manifest(store: StoreReader, parts: dict[range, pa.Table], mismatched: Collection[str]) -> list[Damage]:
     """Whether a finished manifest says what the done-markers say."""
-    try:
-        table = manifest.read_table(store.path / manifest.MANIFEST_NAME)
-    except StoreDamagedError as error:
-        known = manifest.MANIFEST_NAME in mismatched
-        return [] if known else [Damage(where=manifest.MANIFEST_NAME, what=str(error))]
+    name = manifest.MANIFEST_NAME
     found = []
+    try:
+        table = manifest.read_table(names.require_file(store.path, name))
+        table.select(manifest.RESULT_SCHEMA.names)
+    except (StoreDamagedError, LookupError) as error:
+        return [] if name in mismatched else [Damage(where=name, what=str(error))]
+    try:
+        check_rows(table, store.layout, len(store.classes.names), store.path / name, store.layout.num_rows)
+    except StoreDamagedError as error:
+        found.append(Damage(where=name, what=str(error)))
+        if len(table) != store.layout.num_rows:
+            return found
     statuses = table["status"].to_numpy(zero_copy_only=False)
     there = find_markers(store.path)
     for shard in range(store.layout.num_shards):
@@ -247,6 +301,11 @@ def _check_manifest(store: StoreReader, parts: dict[range, pa.Table], mismatched
         where = str(marker_path(store.path, shard).relative_to(store.path))
         if shard not in there and where not in mismatched and (statuses[rows.start : rows.stop] != "pending").any():
             found.append(Damage(where=where, what="the file is missing", shard=shard))
+    with suppress(StoreDamagedError, OSError):
+        joined = read_joined(store.path, read_recorded_hashes(store.path).get(name))
+        # Written since the last consolidation: the manifest does not hold it yet.
+        newer = {shard for shard, state in there.items() if joined and joined.get(shard) != state}
+        parts = {rows: part for rows, part in parts.items() if rows.start // store.layout.rows_per_shard not in newer}
     for rows, part in parts.items():
         told: Any = table.slice(rows.start, len(part)).select(manifest.RESULT_SCHEMA.names)
         is_pending = "pending" in told["status"].to_pylist()  # not consolidated since

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ import tensorstore as ts
 from ..errors import S4vError, StoreDamagedError, StoreError, StoreExistsError, StoreMismatchError
 from . import manifest
 from ._files import hash_file, kill_point, sync_folder
+from ._row_differences import list_video_differences
 from ._zarr import create_array, open_array, refused_write, write_group, write_small_array
 from .checksums import (
     APPEND_NAME,
@@ -89,11 +91,11 @@ class RowTokens:
 
 
 class StoreWriter:
-    """Writes shards into a store whose skeleton exists; `create_store` and `resume_store` make one.
+    """Writes shards into a store whose skeleton exists; `create_store`, `resume_store` and `join_store` make one.
 
     It is the only writer of its lease's scope until `close`, or until its process ends however it ends; also a context
     manager. Without a lease it takes one of the whole store. A worker of the process that has it takes none: it is told
-    which shards are its own (`expect_markers`), and the lease's nonce (`lease_nonce`).
+    which shards are its own (`expect_markers`) and the lease's nonce, and has no table of all inputs.
 
     Raises:
         StoreBusyError: If another process writes there.
@@ -104,21 +106,24 @@ class StoreWriter:
         path: Path,
         layout: StoreLayout,
         codec: Codec,
-        inputs: pa.Table,
+        inputs: pa.Table | None,
         *,
         is_worker: bool = False,
         lease: Lease | None = None,
+        lease_nonce: str | None = None,
     ) -> None:
         with ExitStack() as opening:
             if not is_worker:
                 lease = lease or hold_lease(path, Scope.all(), purpose="extract", advice=_BUSY_ADVICE)
                 opening.callback(lease.close)
+            self.lease_nonce = lease_nonce if lease is None else lease.nonce
             self._open(path, layout, codec, inputs, lease)
             opening.pop_all()
 
-    def _open(self, path: Path, layout: StoreLayout, codec: Codec, inputs: pa.Table, lease: Lease | None) -> None:
+    def _open(
+        self, path: Path, layout: StoreLayout, codec: Codec, inputs: pa.Table | None, lease: Lease | None
+    ) -> None:
         self.lease = lease
-        self.lease_nonce: str | None = None if lease is None else lease.nonce
         self.path = path
         self.layout = layout
         self.codec = codec
@@ -237,11 +242,12 @@ class StoreWriter:
             marker, first = read_marker(self.path, shard, self._codec_sha256), self.layout.shard_rows(shard).start
             if marker is None:
                 continue
-            names = ("source_bytes", "source_mtime_ns", "source_hash")
-            results = [
-                replace(result, **dict(zip(names, sources[row], strict=True))) if row in sources else result
-                for row, result in enumerate(marker.as_results(), start=first)
-            ]
+            results = marker.as_results()
+            for row in range(first, first + len(results)):
+                if row in sources:
+                    num_bytes, mtime_ns, digest = sources[row]
+                    known = {"source_bytes": num_bytes, "source_mtime_ns": mtime_ns, "source_hash": digest}
+                    results[row - first] = VideoResult(**{**asdict(results[row - first]), **known})
             scratch = self._open_scratch()
             version = self._format_version
             with self.hold_manifest():
@@ -280,7 +286,9 @@ class StoreWriter:
             EnvironmentFailedError: If the file system refuses, say for lack of space; the shard is not marked done.
         """
         rows = self.layout.shard_rows(shard)
-        assert [r.video_id for r in results] == self._inputs["video_id"].slice(rows.start, len(rows)).to_pylist()
+        assert len(results) == len(rows)
+        if self._inputs is not None:
+            assert [r.video_id for r in results] == self._inputs["video_id"].slice(rows.start, len(rows)).to_pylist()
         assert set(tokens) == {row for row, r in zip(rows, results, strict=True) if r.status == "ok"}
         if shard in self._expected and not is_undone(self.path, shard, self._expected[shard]):
             _log.warning("shard %d of %s was finished by another worker meanwhile", shard, self.path)
@@ -330,6 +338,11 @@ class StoreWriter:
         folder = self._scratch.path / "before"
         folder.mkdir(exist_ok=True)
         return mark(folder, shard, results, files=marker.files or {})
+
+    def touch_marker(self, shard: int) -> None:
+        """Leave a shard as it is, but seen to: who handed it out looks for another marker."""
+        with suppress(FileNotFoundError):
+            os.utime(marker_path(self.path, shard))
 
     def finish_swaps(self, shards: Collection[int] | None = None) -> None:
         """Complete changes of shards that killed writers have begun: all, or those of some shards."""
@@ -426,6 +439,7 @@ class StoreWriter:
             if marker is not None:
                 parts[rows.start] = marker.results
             elif (statuses[rows.start : rows.stop] != "pending").any():
+                assert self._inputs is not None, "a worker does not consolidate"
                 ids = self._inputs["video_id"].slice(rows.start, len(rows))
                 parts[rows.start] = manifest.pending_results(ids)
         return parts, markers
@@ -555,7 +569,6 @@ def resume_store(
     layout: StoreLayout,
     attributes: Mapping[str, Any],
     records: Sequence[VideoRecord],
-    is_worker: bool = False,
     scope: Scope | None = None,
 ) -> StoreWriter:
     """Go on with a store that the same command began.
@@ -565,7 +578,6 @@ def resume_store(
         layout: As for `create_store`.
         attributes: As for `create_store`.
         records: As for `create_store`.
-        is_worker: Whether another process holds the store and hands out its shards.
         scope: What the writer will write to; None is everything.
 
     Raises:
@@ -573,10 +585,7 @@ def resume_store(
         StoreNotFoundError: If `path` is not a store.
         StoreBusyError: If another process writes there.
     """
-    store = open_store(path)
-    if is_worker:
-        inputs = _require_same(store, layout, attributes, records)
-        return StoreWriter(path, layout, store.codec, inputs, is_worker=True)
+    open_store(path)
     lease = hold_lease(path, scope or Scope.all(), purpose="extract", advice=_BUSY_ADVICE)
     try:
         store = open_store(path)  # as it is now that nobody changes it
@@ -595,16 +604,40 @@ def _require_same(
     path = store.path
     inputs = manifest.input_table(records, manifest.ClassList(tuple(attributes["classes"]["names"])))
     wanted = full_attributes(attributes, layout, store.codec)
-    differences = list_differences(store.attributes, wanted) + _list_video_differences(store, inputs)
+    root = attributes.get("dataset", {}).get("root")
+    differences = list_differences(store.attributes, wanted) + list_video_differences(store, inputs, root)
     differences += list_codec_differences(store, attributes)
     if not store.read_captions().equals(manifest.caption_table(records)):
         differences.append("captions differ")
+    _refuse_differences(path, differences)
+    return inputs
+
+
+def join_store(
+    store: StoreReader, *, layout: StoreLayout, attributes: Mapping[str, Any], lease_nonce: str | None = None
+) -> StoreWriter:
+    """Write some shards of a store that another process holds and hands out; neither manifest nor captions are read.
+
+    Args:
+        store: That store.
+        layout: As for `create_store`, as this process has it.
+        attributes: As for `create_store`, as this process has them: its own libraries, weights and precision.
+        lease_nonce: Of the lease under which that process hands out.
+
+    Raises:
+        StoreMismatchError: If this process would write other tokens than the store's; all differences listed.
+    """
+    wanted = full_attributes(attributes, layout, store.codec)
+    _refuse_differences(store.path, list_differences(store.attributes, wanted))
+    return StoreWriter(store.path, layout, store.codec, None, is_worker=True, lease_nonce=lease_nonce)
+
+
+def _refuse_differences(path: Path, differences: Sequence[str]) -> None:
     if differences:
         raise StoreMismatchError(
             f"{path} was begun with other settings: {'; '.join(differences)}. "
             "Run the command that began it, choose another --out, or replace the store with --overwrite."
         )
-    return inputs
 
 
 def repair_store(
@@ -769,22 +802,6 @@ def list_codec_differences(store: StoreReader, attributes: Mapping[str, Any]) ->
 def _shorten(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _list_video_differences(store: StoreReader, inputs: pa.Table) -> list[str]:
-    old = store.input_columns()
-    if old.equals(inputs):
-        return []
-    here, there = (dict(zip(t["video_id"].to_pylist(), t.to_pylist(), strict=True)) for t in (inputs, old))
-    examples: Callable[[set[str]], str] = lambda ids: f"{len(ids)} ({', '.join(sorted(ids)[:3])})"  # noqa: E731
-    parts = []
-    if new := here.keys() - there.keys():
-        parts.append(f"{examples(new)} videos are new (--append adds them)")
-    if gone := there.keys() - here.keys():
-        parts.append(f"{examples(gone)} videos are gone")
-    if changed := {i for i in here.keys() & there.keys() if here[i] != there[i]}:
-        parts.append(f"{examples(changed)} videos have another path, split, class or segment")
-    return parts
 
 
 def _is_as_before(fresh: Path, file: Path, recorded: str | None) -> bool:

@@ -1,14 +1,20 @@
-"""Fixtures: small real videos made with PyAV, small stores made from them, the shared folder where it is there."""
+"""Fixtures: small real videos made with PyAV, small stores made from them, the shared folder where it is there.
+
+`make test` runs in several processes (pytest-xdist): what they share is built by the first of them that asks for it.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 # One thread, here and in processes that tests start: tiny tensors gain nothing from more, and on a busy machine threads
-# that wait for each other cost seconds. Set before torch is imported.
+# that wait for each other cost seconds. Where a test asks for two, they wait asleep. Set before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import av
 import numpy as np
@@ -22,6 +28,28 @@ DATA = Path(__file__).parent / "data"
 SHARED = Path(__file__).parents[2] / "shared"
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def build_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Have a folder built by the first process of this run that asks for its name; all read it, none may change it."""
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    root = tmp_path_factory.getbasetemp()
+    root = (root.parent if is_worker else root) / "shared"  # a worker's own is below that of the run
+    root.mkdir(exist_ok=True)
+
+    def build(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that failed in the middle
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return build
 
 
 @pytest.fixture(scope="session")
@@ -98,16 +126,18 @@ def make_video() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def video_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def video_folder(build_once: Callable[..., Path]) -> Path:
     """Two classes, train and val, 10 good videos; train/walk/broken.mp4 is no video."""
-    root = tmp_path_factory.mktemp("videos")
+    return build_once("videos", write_video_folder)
+
+
+def write_video_folder(root: Path) -> None:
     for number in range(4):
         write_video(root / f"train/run/{number}.mp4", seed=number)
         write_video(root / f"train/walk/{number}.mp4", seed=10 + number, num_frames=20)
     write_video(root / "val/run/0.mp4", seed=20)
     write_video(root / "val/walk/0.mp4", seed=21)
     (root / "train/walk/broken.mp4").write_bytes(b"not a video at all" * 50)
-    return root
 
 
 def tiny_config(root: Path, out: Path, **changes: object) -> ExtractConfig:
@@ -132,25 +162,26 @@ def make_config() -> Callable[..., ExtractConfig]:
 
 
 @pytest.fixture(scope="session")
-def float_store(video_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def float_store(video_folder: Path, build_once: Callable[..., Path]) -> Path:
     """A float32 store of `video_folder`. Read it, do not change it."""
-    out = tmp_path_factory.mktemp("stores") / "float32.zarr"
-    extract_dataset(tiny_config(video_folder, out))
-    return out
+    make = lambda root: extract_dataset(tiny_config(video_folder, root / "float32.zarr"))  # noqa: E731
+    return build_once("float32", make) / "float32.zarr"
 
 
 @pytest.fixture(scope="session")
-def int8_store(video_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def int8_store(video_folder: Path, build_once: Callable[..., Path]) -> Path:
     """An int8 store of `video_folder`. Read it, do not change it."""
-    out = tmp_path_factory.mktemp("stores") / "int8.zarr"
-    extract_dataset(tiny_config(video_folder, out, dtype="int8"))
-    return out
+    make = lambda root: extract_dataset(tiny_config(video_folder, root / "int8.zarr", dtype="int8"))  # noqa: E731
+    return build_once("int8", make) / "int8.zarr"
 
 
 @pytest.fixture(scope="session")
-def captioned_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def captioned_folder(build_once: Callable[..., Path]) -> Path:
     """Videos of a table with captions: 8 for training, 4 and a broken one for validation; one caption is of two."""
-    root = tmp_path_factory.mktemp("captioned")
+    return build_once("captioned", write_captioned_folder)
+
+
+def write_captioned_folder(root: Path) -> None:
     lines = ["path,split,caption"]
     for number in range(12):
         name, split = f"{number:02d}.mp4", "train" if number < 8 else "val"
@@ -161,15 +192,13 @@ def captioned_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "broken.mp4").write_bytes(b"not a video at all" * 50)
     lines.append("broken.mp4,val,a blue square")
     (root / "videos.csv").write_text("\n".join(lines) + "\n")
-    return root
 
 
 @pytest.fixture(scope="session")
-def captioned_store(captioned_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def captioned_store(captioned_folder: Path, build_once: Callable[..., Path]) -> Path:
     """A float32 store of `captioned_folder`. Read it, do not change it."""
-    out = tmp_path_factory.mktemp("stores") / "captioned.zarr"
-    extract_dataset(captioned_config(captioned_folder, out))
-    return out
+    make = lambda root: extract_dataset(captioned_config(captioned_folder, root / "captioned.zarr"))  # noqa: E731
+    return build_once("captioned-store", make) / "captioned.zarr"
 
 
 def captioned_config(root: Path, out: Path, **changes: object) -> ExtractConfig:

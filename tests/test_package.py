@@ -90,7 +90,9 @@ def test_wheel_holds_the_package_and_nothing_else_and_works_elsewhere(tmp_path):
         "cli.py",
         "errors.py",
         "pages.py",
+        "progress.py",
         "py.typed",
+        "terminal.py",
     }
     assert {f"extract/models/tiny-clip.{ending}" for ending in ("json", "jsonl", "md", "safetensors")} <= files
     assert not [name for name in files if ".zarr" in name or "test" in name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from ..pages import (
     draw_share,
     draw_strip,
     draw_table,
+    escape,
     render_figure,
     write_page,
 )
@@ -45,9 +45,9 @@ def write_results(run: Run, store: StoreReader, result: Evaluation, figures: dic
     shares = [("top1", f"top-1, 95 % [{100 * low:.1f}, {100 * high:.1f}]"), ("top5", "top-5")]
     shares += [("mean_class_accuracy", "mean over classes"), ("calibration_error", "calibration error")]
     sections = [
-        f"<h1>{html.escape(run.path.name)}</h1>",
-        f"<p class='note'>{figures['videos']} videos of {html.escape(name)}, {html.escape(str(store.path))}, "
-        f"{html.escape(figures['checkpoint'])} checkpoint, clips per video: {figures['clips_per_video']}.</p>",
+        f"<h1>{escape(run.path.name)}</h1>",
+        f"<p class='note'>{figures['videos']} videos of {escape(name)}, {escape(store.path)}, "
+        f"{escape(figures['checkpoint'])} checkpoint, clips per video: {figures['clips_per_video']}.</p>",
         "<div class='row'>",
         *(draw_share(figures[key], caption) for key, caption in shares if key in figures),
         "</div>",
@@ -148,9 +148,7 @@ def _describe_mistakes(result: Evaluation, store: StoreReader, classes: Sequence
     for place in surest:
         row = int(result.rows[place])
         true, said = classes[result.labels[place]], classes[result.predictions[place]]
-        caption = f"{html.escape(true)}, predicted <span class='wrong'>{html.escape(said)}</span> "
-        caption += (
-            f"({result.probabilities[place].max():.0%}) <span class='note'>{html.escape(ids[row].as_py())}</span>"
-        )
+        caption = f"{escape(true)}, predicted <span class='wrong'>{escape(said)}</span> "
+        caption += f"({result.probabilities[place].max():.0%}) <span class='note'>{escape(ids[row].as_py())}</span>"
         strips.append(draw_strip(store, row, caption))
     return ["<h2>The surest mistakes</h2>", *strips]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from ..errors import RunExistsError, RunNotFoundError, StoreDamagedError, StoreMismatchError
 from ..store._files import hash_file, hash_text, read_json, write_atomic, write_json, write_text
 from ..store.reader import StoreReader
+from ..store.redone import count_redone
 from .config import Task, TrainConfig
 from .heads import HeadConfig, build_head
 from .presets import side_family
@@ -206,6 +207,7 @@ def describe_source(store: StoreReader) -> dict[str, Any]:
         "sampling": store.attributes["sampling"],
         "resize": store.attributes["resize"],
         "codec": store.attributes["codec"],
+        "redone_rows": count_redone(store.path),
     }
 
 
@@ -252,6 +254,13 @@ def require_matching_store(run: Run, store: StoreReader) -> None:
         raise StoreMismatchError(
             f"{store.path} does not fit the run {run.path}: {'; '.join(differences)}. "
             f"Evaluate on a store like {like}, or train a run on this one."
+        )
+    redone = here["redone_rows"] - (there.get("redone_rows") or 0)
+    if there["store"] == here["store"] and redone > 0:
+        _log.warning(
+            "%s was trained before %d rows of %s were made of other videos (extract --redo-changed): its figures are "
+            "of two states of the store. Train it again to have one.",
+            *(run.path, redone, store.path),
         )
 
 

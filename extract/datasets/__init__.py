@@ -6,17 +6,18 @@ A reader is a small file: where its files are looked for and how an annotation r
 from __future__ import annotations
 
 import difflib
-import hashlib
 import logging
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, DatasetError
 from ...store.records import VideoRecord
-from ._files import DatasetFiles
+from ._files import DatasetFiles, VideoTree, ending_of, is_video_name
+from ._names import check_text, compose, fold_split, is_inside
+from ._splits import settle_splits
 from .facts import FACTS, DatasetFacts, frame_rate, resolve_protocol
 from .folder import read_folder
 from .hmdb51 import read_hmdb51
@@ -33,11 +34,13 @@ __all__ = [
     "COLUMN_ROLES",
     "FACTS",
     "DatasetFacts",
+    "Listing",
     "check_dataset_name",
     "check_folder",
     "default_paths",
     "frame_rate",
     "read_dataset",
+    "read_listing",
     "resolve_protocol",
 ]
 
@@ -57,10 +60,20 @@ _READERS: dict[str, Callable[[DatasetFiles, str | None], list[VideoRecord] | Non
 }
 """Readers of official annotation files, by data set; None from one means that there are no such files."""
 
-_VALIDATION_SHARE = 0.2
-_MAX_SHOWN_MISSING = 5
+_MAX_SHOWN = 5
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """A data set's videos, and what was seen of them on the disk."""
+
+    records: list[VideoRecord]
+    """Sorted by the bytes of their video_id, with unique ids and a split each."""
+    missing: frozenset[str]
+    """Paths of records that were surely not there when they were listed: links to nothing too, but not what the machine
+    did not let us see."""
 
 
 def check_dataset_name(name: str) -> None:
@@ -100,11 +113,39 @@ def read_dataset(
     protocol: str | None = None,
     splits: Sequence[str] | None = None,
     seed: int = 0,
+    known_splits: Mapping[str, str] | None = None,
+    with_classes: bool = True,
 ) -> list[VideoRecord]:
+    """List a data set's videos: the records of `read_listing`."""
+    return read_listing(
+        name,
+        root,
+        annotations=annotations,
+        columns=columns,
+        protocol=protocol,
+        splits=splits,
+        seed=seed,
+        known_splits=known_splits,
+        with_classes=with_classes,
+    ).records
+
+
+def read_listing(
+    name: str,
+    root: Path,
+    *,
+    annotations: Path | None = None,
+    columns: dict[str, str] | None = None,
+    protocol: str | None = None,
+    splits: Sequence[str] | None = None,
+    seed: int = 0,
+    known_splits: Mapping[str, str] | None = None,
+    with_classes: bool = True,
+) -> Listing:
     """List a data set's videos. Those that are not on the disk are listed too, and a warning counts them.
 
     A named data set is read by its official annotation files; by list files where `annotations` names some; and,
-    where there are neither, as a folder for each class.
+    where there are neither, as a folder for each class. What lies below the root and is no row is counted in a warning.
 
     Args:
         name: A data set's name, `folder`, `lists` or `table`.
@@ -114,22 +155,32 @@ def read_dataset(
         protocol: Which of the data set's protocols; None takes its first.
         splits: Only these; None takes all.
         seed: Of the split, where the data set has none.
-
-    Returns:
-        Records sorted by the bytes of their video_id, with unique ids and a split each.
+        known_splits: Split by video_id of a store that is gone on with: see `settle_splits`.
+        with_classes: For `folder`: whether folders are classes.
 
     Raises:
         ConfigError: If there is no such data set or protocol.
         DatasetError: If annotations are missing, malformed or ambiguous.
+        EnvironmentFailedError: If the machine fails over a folder.
     """
     check_dataset_name(name)
     files = _locate(name, root, annotations if name != "table" else None)
     protocol = resolve_protocol(name, protocol)
-    found = read_table_file(annotations, root, columns or {}) if name == "table" else _read(name, files, protocol)
-    records = _finish(found, root, splits, seed)
-    if missing := [record for record in records if not files.tree.holds(record.path)]:
+    if name == "table":
+        found = read_table_file(annotations, files.tree, columns or {})
+    else:
+        found = _read(name, files, protocol, with_classes)
+    if name in ("lists", "table"):
+        _tell_odd_endings(files.tree, found)
+    else:
+        _tell_what_is_no_video(files)
+    if files.tree.is_walked and files.annotation_files and name != "lists":
+        _tell_what_is_no_row(files.tree, found)
+    records = _finish(found, root, splits, seed, known_splits)
+    missing = [record for record in records if not files.tree.holds(record.path)]
+    if missing:
         _warn_of_missing(missing, len(records), root)
-    return records
+    return Listing(records, frozenset(record.path for record in missing))
 
 
 def check_folder(
@@ -184,13 +235,13 @@ def _locate(name: str, root: Path, annotations: Path | None) -> DatasetFiles:
     return DatasetFiles(root, annotations, folders=FACTS[name].annotation_folders if name in FACTS else ())
 
 
-def _read(name: str, files: DatasetFiles, protocol: str | None) -> list[VideoRecord]:
+def _read(name: str, files: DatasetFiles, protocol: str | None, with_classes: bool = True) -> list[VideoRecord]:
     if name == "folder":
-        return read_folder(files.root)
+        return read_folder(files.tree, with_classes=with_classes)
     if name == "lists":
         return read_lists(files)
     if not files.root.is_dir():
-        return read_folder(files.root, dataset=name)  # says where the videos were expected
+        return read_folder(files.tree, dataset=name)  # says where the videos were expected
     records = _READERS[name](files, protocol)
     if records is not None:
         return records
@@ -203,7 +254,7 @@ def _read_named_folder(name: str, files: DatasetFiles) -> list[VideoRecord]:
     hint = f"Or add the annotations: {facts.layout[0]}. `s4v datasets {name}` says where they come from."
     try:
         is_kinetics = _READERS[name] is read_kinetics
-        records = read_kinetics_folder(files, name) if is_kinetics else read_folder(files.root, dataset=name)
+        records = read_kinetics_folder(files, name) if is_kinetics else read_folder(files.tree, dataset=name)
     except DatasetError as error:
         raise type(error)(f"{error} {hint}") from error
     if not all(r.split for r in records) and (facts.num_classes is None or len({r.class_name for r in records}) < 2):
@@ -214,39 +265,118 @@ def _read_named_folder(name: str, files: DatasetFiles) -> list[VideoRecord]:
     return records
 
 
-def _finish(found: Sequence[VideoRecord], root: Path, splits: Sequence[str] | None, seed: int) -> list[VideoRecord]:
-    records = sorted((_with_split(record, seed) for record in found), key=lambda r: r.video_id.encode())
-    _refuse_repeated(records)
+def _finish(
+    found: Sequence[VideoRecord],
+    root: Path,
+    splits: Sequence[str] | None,
+    seed: int,
+    known_splits: Mapping[str, str] | None = None,
+) -> list[VideoRecord]:
+    _refuse_unfit(found, root)
+    _refuse_repeated(found)
+    records = sorted(settle_splits(_join_classes(found), seed, known_splits), key=lambda r: r.video_id.encode())
     if splits is not None:
         known = sorted({record.split for record in records})
-        if missing := sorted(set(splits) - set(known)):
+        wanted = {split if split in known else fold_split(split) for split in splits}
+        if missing := sorted(wanted - set(known)):
             raise DatasetError(f"{root} has the splits {', '.join(known)}; wanted {', '.join(missing)} too (--split)")
-        records = [record for record in records if record.split in splits]
+        # A store from before may have two spellings of one split.
+        records = [r for r in records if r.split in wanted or fold_split(r.split) in wanted]
     return records
+
+
+def _refuse_unfit(records: Sequence[VideoRecord], root: Path) -> None:
+    """The last of the doors: each reader judges its rows where it can name them.
+
+    Raises:
+        DatasetError: If a record's path leads out of the root, or a text of it cannot be stored.
+    """
+    for record in records:
+        texts = (record.video_id, record.split, record.class_name or "", record.source_id or "", *record.captions)
+        try:
+            if not is_inside(record.path):
+                raise ValueError(f"expected a path below {root}, found {record.path!r}")
+            for text in (record.path, *texts):
+                check_text(text)
+        except ValueError as error:
+            raise DatasetError(f"a video of {root} is malformed: {error}") from error
+
+
+def _join_classes(records: Sequence[VideoRecord]) -> list[VideoRecord]:
+    """Two spellings of the same accents are one class; a spelling that stands alone stays as it is."""
+    spellings: dict[str, set[str]] = defaultdict(set)
+    for name in {record.class_name for record in records}:
+        if name is not None and not name.isascii():
+            spellings[compose(name)].add(name)
+    joined = {name: one for one, names in spellings.items() if len(names) > 1 for name in names}
+    return [
+        replace(record, class_name=joined[record.class_name]) if record.class_name in joined else record
+        for record in records
+    ]
+
+
+def _tell_what_is_no_video(files: DatasetFiles) -> None:
+    """Count in one line the files below the root that were not taken, but for annotations that were read."""
+    walk = files.tree.walk
+    kinds = Counter(walk.endings)
+    root = files.root.absolute()
+    for file in files.annotation_files:
+        path = file.absolute()
+        if path.is_relative_to(root) and not is_video_name(path.name) and kinds[ending_of(path.name)] > 0:
+            kinds[ending_of(path.name)] -= 1
+    shown = [f"{count} {ending or 'without an ending'}" for ending, count in (+kinds).most_common(_MAX_SHOWN)]
+    if more := (+kinds).total() - sum(count for _, count in (+kinds).most_common(_MAX_SHOWN)):
+        shown.append(f"{more} with other endings")
+    if walk.misnamed:
+        shown.append(f"{len(walk.misnamed)} whose names are not UTF-8 ({_some(walk.misnamed)}: rename them)")
+    if walk.odd:
+        shown.append(f"{len(walk.odd)} that are neither files nor folders ({_some(walk.odd)})")
+    total = kinds.total() + len(walk.misnamed) + len(walk.odd)
+    if total:
+        were = "file was" if total == 1 else "files were"
+        _log.warning("%d %s not taken for videos: %s (below %s)", total, were, ", ".join(shown), files.root)
+    if walk.unreadable:
+        _log.warning(
+            "%d folders below %s cannot be read, and their videos are no rows: %s",
+            *(len(walk.unreadable), files.root, _some(walk.unreadable)),
+        )
+
+
+def _tell_odd_endings(tree: VideoTree, records: Sequence[VideoRecord]) -> None:
+    """Count the rows of a table or list whose files are not named as videos: playlists, pictures, the wrong column."""
+    odd = {r.path for r in records if ending_of(r.path.rpartition("/")[2]) and not is_video_name(r.path)}
+    # Folders of frames may have any name.
+    if odd := {path for path in odd if not (tree.root / path).is_dir()}:
+        _log.warning(
+            "%d rows name files without a video's ending (%s): what is no video becomes a failed row",
+            *(len(odd), _some(sorted(odd))),
+        )
+
+
+def _tell_what_is_no_row(tree: VideoTree, records: Sequence[VideoRecord]) -> None:
+    """Count the videos that annotations do not name."""
+    if unlisted := sorted(set(tree.paths) - {record.path for record in records}):
+        _log.warning(
+            "%d of %d videos below %s are in no annotation that was read, and are no rows: %s",
+            *(len(unlisted), len(tree.paths), tree.root, _some(unlisted)),
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_MAX_SHOWN]) + (", ..." if len(names) > _MAX_SHOWN else "")
 
 
 def _warn_of_missing(missing: Sequence[VideoRecord], num_records: int, root: Path) -> None:
     counts = Counter(record.split for record in missing)
-    shown = ", ".join(record.path for record in missing[:_MAX_SHOWN_MISSING])
     _log.warning(
-        "%d of %d videos are not below %s (%s): %s%s. They become rows with the status failed; --split leaves out "
+        "%d of %d videos are not below %s (%s): %s. They become rows with the status failed; --split leaves out "
         "splits you do not have.",
         len(missing),
         num_records,
         root,
         ", ".join(f"{split} {count}" for split, count in sorted(counts.items())),
-        shown,
-        ", ..." if len(missing) > _MAX_SHOWN_MISSING else "",
+        _some([record.path for record in missing[: _MAX_SHOWN + 1]]),
     )
-
-
-def _with_split(record: VideoRecord, seed: int) -> VideoRecord:
-    """Give a record without a split one: 20 % validation by hash of the id, whatever other videos there are."""
-    if record.split:
-        return record
-    digest = hashlib.sha256(f"{seed}:{record.video_id}".encode()).digest()
-    share = int.from_bytes(digest[:8], "big") / 2**64
-    return replace(record, split="val" if share < _VALIDATION_SHARE else "train")
 
 
 def _refuse_repeated(records: Sequence[VideoRecord]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...errors import DatasetError
 from ...store.records import VideoRecord
 from ._files import DatasetFiles, name_of
+from ._names import check_name
 from ._rows import MalformedRows, read_lines
 
 # 0: in neither part of this split.
@@ -38,7 +39,12 @@ def read_hmdb51(files: DatasetFiles, protocol: str | None) -> list[VideoRecord] 
             if not name.strip() or code not in _SPLIT_OF_CODE:
                 malformed.add(file, line, f"expected NAME and a code of {', '.join(_SPLIT_OF_CODE)}, found {text!r}")
             elif split := _SPLIT_OF_CODE[code]:
-                name = name.strip()
+                try:
+                    name = check_name(name.strip())
+                    check_name(class_name)
+                except ValueError as error:
+                    malformed.add(file, line, error)
+                    continue
                 path = files.tree.find_name(name_of(name), class_name) or f"{class_name}/{name}"
                 video_id = f"{class_name}/{name_of(name)}"
                 records.append(

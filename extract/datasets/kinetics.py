@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ...store.records import VideoRecord
 from ._files import DatasetFiles
-from ._rows import SPLIT_NAMES, MalformedRows, read_csv, read_text, shorten, split_of_name
+from ._names import SPLIT_NAMES, check_name, check_path, fold_split
+from ._rows import MalformedRows, cut_excel_hint, read_csv, read_text, shorten, sniff_csv, split_of_name
 from .folder import read_folder
 
 _COLUMNS = ("youtube_id", "time_start", "time_end")
@@ -27,7 +28,7 @@ def read_kinetics(files: DatasetFiles, protocol: str | None = None) -> list[Vide
         DatasetError: If rows are malformed, all of them in one message, up to 20.
     """
     patterns = ("*.csv",) if files.named_file else ("*train*.csv", "*val*.csv", "*test*.csv")
-    tables = [file for file in files.list_annotations(*patterns) if "youtube_id" in read_text(file).partition("\n")[0]]
+    tables = [file for file in files.list_annotations(*patterns) if is_kinetics_table(read_text(file))]
     if not tables:
         return None
     malformed = MalformedRows()
@@ -48,18 +49,23 @@ def read_kinetics(files: DatasetFiles, protocol: str | None = None) -> list[Vide
     return list(records.values())
 
 
+def is_kinetics_table(text: str) -> bool:
+    """Whether a file's text begins with the header of an official list."""
+    return "youtube_id" in cut_excel_hint(text)[0].partition("\n")[0]
+
+
 def read_kinetics_folder(files: DatasetFiles, dataset: str) -> list[VideoRecord]:
     """Read folders by class; below `videos_train/` and the like, which mmaction2 makes, `_` stands for a blank."""
     return [
         replace(record, class_name=record.class_name.replace("_", " "))
         if record.class_name is not None and record.path.startswith(("videos_", "rawframes_"))
         else record
-        for record in read_folder(files.root, dataset=dataset)
+        for record in read_folder(files.tree, dataset=dataset)
     ]
 
 
 def _read_rows(file: Path, malformed: MalformedRows) -> Iterator[tuple[int, dict[str, str]]]:
-    rows = read_csv(file)
+    rows = read_csv(file, sniff_csv(read_text(file), (*_COLUMNS, "label", "split")))
     line, header = next(rows)
     names = [name.strip() for name in header]
     if missing := [name for name in _COLUMNS if name not in names]:
@@ -73,7 +79,7 @@ def _read_rows(file: Path, malformed: MalformedRows) -> Iterator[tuple[int, dict
 
 
 def _as_record(row: dict[str, str], file: Path, files: DatasetFiles) -> VideoRecord:
-    youtube_id = row["youtube_id"].strip()
+    youtube_id = check_name(row["youtube_id"].strip())
     if len(youtube_id) != _YOUTUBE_ID_LENGTH:
         raise ValueError(f"expected a YouTube id of {_YOUTUBE_ID_LENGTH} characters, found {youtube_id!r}")
     # Some copies write 59.0: whole seconds all the same.
@@ -81,10 +87,11 @@ def _as_record(row: dict[str, str], file: Path, files: DatasetFiles) -> VideoRec
     if end <= start:
         raise ValueError(f"expected time_end after time_start, found {start} to {end}")
     named = row.get("split", "").strip()
-    split = SPLIT_NAMES.get(named.lower(), "") if named else split_of_name(file)
-    if not split:
+    split = fold_split(named) if named else split_of_name(file)
+    if split not in SPLIT_NAMES.values():
         raise ValueError(f"expected a split, one of {', '.join(SPLIT_NAMES)}, found {named!r}")
-    class_name = row.get("label", "").strip() or None
+    label = row.get("label", "").strip()
+    class_name = check_path(label) and label if label else None
     if class_name is None and split != "test":
         raise ValueError(f"expected a label in the split {split}, found none")
     clip = f"{youtube_id}_{start:06d}_{end:06d}"

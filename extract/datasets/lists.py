@@ -5,12 +5,12 @@
     PATH NUM_FRAMES LABEL           NUM_FRAMES is not used: decoders disagree about it; 0 in all rows: no label
     PATH OFFSET NUM_FRAMES LABEL    OFFSET must be 0
 
-Columns are parted by tab, `::`, comma or blanks, and cut from the right: paths may hold blanks.
+Columns are parted by tab, `::`, semicolon, comma or blanks, and cut from the right: paths may hold blanks. A line that
+this does not explain is malformed: no label is guessed, and none becomes a part of a path.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -19,12 +19,22 @@ from pathlib import Path
 
 from ...errors import ConfigError, DataNotFoundError, DatasetError
 from ...store.records import VideoRecord
-from ._files import DatasetFiles
-from ._rows import MalformedRows, read_csv, read_lines, split_of_name
+from ._files import VIDEO_ENDINGS, DatasetFiles, VideoTree, is_video_name
+from ._names import check_path, list_bases
+from ._rows import MalformedRows, read_csv, read_lines, read_text, split_of_name
+from .kinetics import is_kinetics_table
+from .table import COLUMN_ROLES
 
-_DELIMITERS = ("\t", "::", ",", " ")
+_DELIMITERS = ("\t", "::", ";", ",", " ")
 _MAX_NUMBERS = 3
-_INTEGER = re.compile(r"\s*-?\d+\s*")
+_MAX_DIGITS = 18
+# Whole, as NumPy writes it too: 3, 3.0, 3.
+_INTEGER = re.compile(rf"\s*-?\d{{1,{_MAX_DIGITS}}}(\.0*)?\s*", re.ASCII)
+# A video's ending, and something behind it that is no part of a name.
+_BEHIND_A_NAME = re.compile(
+    rf"(?:{'|'.join(map(re.escape, sorted(VIDEO_ENDINGS)))})[\"']?(?:\s*[;,\t|]|::|\s)\s*\S", re.IGNORECASE
+)
+_SCORE = re.compile(r"[\s,;]-?\d*\.\d+(e-?\d+)?\s*$", re.IGNORECASE)
 # Not the label files of Something-Something, nor UCF101's classInd.txt: public lists number in other orders.
 _CLASS_FILES = ("classes.txt", "category.txt", "categories.txt", "labels.txt", "classes.csv", "kinetics*labels.csv")
 
@@ -53,8 +63,10 @@ def read_lists(files: DatasetFiles) -> list[VideoRecord]:
     if not files.root.is_dir():
         raise DataNotFoundError(f"the folder {files.root} is not there: paths in lists are relative to it (--root)")
     lists = [files.named_file] if files.named_file else _find_lists(files)
+    for file in lists:
+        _refuse_table(file, files.tree)
     malformed = MalformedRows()
-    rows = [row for file in lists for row in _read_rows(file, files.root, malformed)]
+    rows = [row for file in lists for row in _read_rows(file, files.tree, malformed)]
     names = _class_names(files, rows, malformed)
     malformed.refuse()
     if not rows:
@@ -105,7 +117,29 @@ def _find_lists(files: DatasetFiles) -> list[Path]:
     return lists
 
 
-def _read_rows(file: Path, root: Path, malformed: MalformedRows) -> list[_Row]:
+def _refuse_table(file: Path, tree: VideoTree) -> None:
+    """Refuse a table with a header: as a list, its columns would be numbers and parts of paths.
+
+    Raises:
+        DatasetError: With the data set that reads it.
+    """
+    first_line = read_text(file).lstrip().partition("\n")[0].strip()
+    if is_kinetics_table(first_line):
+        raise DatasetError(
+            f"{file} is an official table of Kinetics, not a list. Read it as what it is: "
+            f"--dataset k400 (k600, k700) --annotations {file}"
+        )
+    known = {name for names in COLUMN_ROLES.values() for name in names}
+    fields = [field.strip().strip("\"'").lower() for field in re.split(r"[,;\t|]|::|\s", first_line)]
+    is_header = all(field in known for field in fields) and (len(fields) > 1 or fields[0] in COLUMN_ROLES["path"])
+    if is_header and not tree.holds(first_line):
+        raise DatasetError(
+            f"{file} begins with a header ({first_line}): it is a table. Read it as one, --dataset table with a name "
+            "ending in .csv, or cut the line off."
+        )
+
+
+def _read_rows(file: Path, tree: VideoTree, malformed: MalformedRows) -> list[_Row]:
     lines = read_lines(file)
     delimiter, num_numbers = sniff_delimiter([text for _, text in lines])
     if num_numbers > _MAX_NUMBERS:
@@ -113,14 +147,13 @@ def _read_rows(file: Path, root: Path, malformed: MalformedRows) -> list[_Row]:
             f"{file}: expected at most {_MAX_NUMBERS} numbers behind a path, found {num_numbers}: {lines[0][1]!r}. "
             "Several labels for a video are not read."
         )
+    bases = list_bases(tree.root)
     parsed: list[tuple[int, str, list[int]]] = []
     for line, text in lines:
-        if _count_numbers(text, delimiter) < num_numbers:
-            wanted = f"PATH and {num_numbers} whole numbers, parted by {delimiter!r}"
-            malformed.add(file, line, f"expected {wanted}, found {text!r}")
-            continue
-        path, *fields = text.rsplit(None if delimiter == " " else delimiter, num_numbers) if num_numbers else [text]
-        parsed.append((line, path.strip(), [int(field) for field in fields]))
+        try:
+            parsed.append((line, *_parse_line(text, delimiter, num_numbers, tree, bases)))
+        except ValueError as error:
+            malformed.add(file, line, error)
     # VideoMAE's lists for pre-training: PATH 0 -1, or PATH START TOTAL with no start but 0.
     is_unlabelled = num_numbers == 2 and all(numbers[0] == 0 for _, _, numbers in parsed)
     rows = []
@@ -131,20 +164,45 @@ def _read_rows(file: Path, root: Path, malformed: MalformedRows) -> list[_Row]:
             label = None if is_unlabelled or not numbers or numbers[-1] == -1 else numbers[-1]
             if label is not None and label < 0:
                 raise ValueError(f"expected a label from 0 up, or -1 for none, found {label}")
-            rows.append(_Row(file, line, _clean_path(path, root), label))
+            rows.append(_Row(file, line, path, label))
         except ValueError as error:
             malformed.add(file, line, error)
     return rows
 
 
-def _clean_path(path: str, root: Path) -> str:
+def _parse_line(
+    text: str, delimiter: str, num_numbers: int, tree: VideoTree, bases: Sequence[str]
+) -> tuple[str, list[int]]:
+    """The path of a line, relative to the root, and the numbers behind it.
+
+    Raises:
+        ValueError: If there are fewer numbers than in most lines, or something that is neither path nor number.
+    """
+    found = _count_numbers(text, delimiter)
+    wanted = f"PATH and {num_numbers} whole numbers, parted by {delimiter!r}" if num_numbers else "a path alone"
+    if found < num_numbers:
+        raise ValueError(f"expected {wanted}, found {text!r}")
+    path, *fields = text.rsplit(None if delimiter == " " else delimiter, num_numbers) if num_numbers else [text]
+    path = path.strip()
+    if len(path) > 2 and path[0] == path[-1] == '"':  # as CSV quotes a path with a comma
+        path = path[1:-1].replace('""', '"')
+    clean = _clean_path(path, tree, bases)
+    # A number or a word more may be a part of the path: only where it is, on the disk.
+    is_odd = found > num_numbers or (not is_video_name(path) and bool(_BEHIND_A_NAME.search(path)))
+    if num_numbers == 0:
+        is_odd = is_odd or (not is_video_name(path) and (";" in path or "\t" in path or bool(_SCORE.search(path))))
+    if is_odd and tree.find_path(clean) is None:
+        raise ValueError(
+            f"expected {wanted}, found {text!r}. Several labels, scores and names behind a path are not read; "
+            "where they are a part of it, part the columns by tabs"
+        )
+    return clean, [int(float(field)) if "." in field else int(field) for field in fields]
+
+
+def _clean_path(path: str, tree: VideoTree, bases: Sequence[str]) -> str:
     """A path relative to the root; an absolute one of another machine loses its first slash."""
-    for base in (f"{root.absolute()}/", f"{root.resolve()}/"):
-        path = path.removeprefix(base)
-    clean = os.path.normpath(path.lstrip("/"))
-    if not path or clean in (".", "..") or clean.startswith("../"):
-        raise ValueError(f"expected a path below {root}, found {path!r}")
-    return clean
+    base = next((base for base in bases if path.startswith(base)), "")
+    return tree.find_written(check_path(path.removeprefix(base).lstrip("/"), root=tree.root))
 
 
 def _class_names(files: DatasetFiles, rows: Sequence[_Row], malformed: MalformedRows) -> Mapping[int, str]:
@@ -154,19 +212,25 @@ def _class_names(files: DatasetFiles, rows: Sequence[_Row], malformed: Malformed
     class_file = DatasetFiles(files.root, beside).find_annotation(*_CLASS_FILES)
     if class_file is None or class_file == files.named_file:
         return _folders_by_label(rows)
-    names = _read_classes(class_file)
+    names = _read_classes(class_file, malformed)
     for row in rows:
         if row.label is not None and row.label not in names:
             malformed.add(row.file, row.line, f"expected a label of {class_file} ({len(names)}), found {row.label}")
     return names
 
 
-def _read_classes(file: Path) -> dict[int, str]:
+def _read_classes(file: Path, malformed: MalformedRows) -> dict[int, str]:
     """Names by number: a CSV file `id,name`, or one name a line, counted from 0."""
     lines = read_lines(file)
-    if lines and lines[0][1].replace(" ", "").lower() == "id,name":
-        return {int(row[0]): row[1].strip() for _, row in list(read_csv(file))[1:]}
-    return {number: name for number, (_, name) in enumerate(lines)}
+    if not lines or lines[0][1].replace(" ", "").lower() != "id,name":
+        return {number: name for number, (_, name) in enumerate(lines)}
+    names: dict[int, str] = {}
+    for line, row in list(read_csv(file))[1:]:
+        if len(row) == 2 and _INTEGER.fullmatch(row[0]) and row[1].strip():
+            names[int(float(row[0]))] = row[1].strip()
+        else:
+            malformed.add(file, line, f"expected NUMBER,NAME, found {','.join(row)!r}")
+    return names
 
 
 def _folders_by_label(rows: Sequence[_Row]) -> dict[int, str]:

@@ -7,17 +7,8 @@ from pathlib import Path
 from ...errors import DatasetError
 from ...store.records import VideoRecord
 from ._files import DatasetFiles, name_of
-from ._rows import (
-    SPLIT_NAMES,
-    MalformedRows,
-    read_csv,
-    read_json,
-    read_json_list,
-    read_text,
-    shorten,
-    text_of,
-    texts_of,
-)
+from ._names import SPLIT_NAMES, check_name, check_path, fold_split
+from ._rows import MalformedRows, read_csv, read_json, read_json_list, read_text, shorten, sniff_csv, text_of, texts_of
 
 _CAPTION_FILES = ("MSRVTT_data.json", "train_val_videodatainfo.json", "test_videodatainfo.json")
 
@@ -77,10 +68,10 @@ def _read_challenge(files: DatasetFiles, malformed: MalformedRows) -> tuple[dict
             raise DatasetError(f'{file}: expected an object with "videos" and "sentences", found {shorten(data)}')
         for place, entry in read_json_list(file, data["videos"]):
             try:
-                split = SPLIT_NAMES.get(text_of(entry, "split").lower())
-                if split is None:
+                split = fold_split(text_of(entry, "split"))
+                if split not in SPLIT_NAMES.values():
                     raise ValueError(f"expected a split, one of {', '.join(SPLIT_NAMES)}, found {entry['split']!r}")
-                split_of[text_of(entry, "video_id")] = split
+                split_of[check_name(text_of(entry, "video_id"))] = split
             except ValueError as error:
                 malformed.add(file, f"videos, {place}", error)
         for place, entry in read_json_list(file, data["sentences"]):
@@ -123,7 +114,7 @@ def _read_pairs(file: Path, split: str, malformed: MalformedRows) -> _Chosen:
     chosen: _Chosen = {}
     for place, entry in read_json_list(file):
         try:
-            video_id = name_of(text_of(entry, "video"))
+            video_id = name_of(check_path(text_of(entry, "video")))
             chosen.setdefault(video_id, (split, []))[1].extend(texts_of(entry, "caption"))
         except ValueError as error:
             malformed.add(file, place, error)
@@ -132,9 +123,7 @@ def _read_pairs(file: Path, split: str, malformed: MalformedRows) -> _Chosen:
 
 def _read_table(file: Path, wanted: tuple[str, ...], malformed: MalformedRows) -> list[tuple[int, dict[str, str]]]:
     """Rows with the wanted columns; copies write `sentences` for `sentence`, and `;` for the comma."""
-    first_line = read_text(file).partition("\n")[0]
-    # The list of training videos has one column and no delimiter at all.
-    delimiter = ";" if first_line.count(";") > first_line.count(",") else ","
+    delimiter = sniff_csv(read_text(file), (*wanted, "sentences"))
     rows = list(read_csv(file, delimiter))
     line, header = rows[0] if rows else (1, [])
     names = [{"sentences": "sentence"}.get(name.strip(), name.strip()) for name in header]
@@ -144,8 +133,13 @@ def _read_table(file: Path, wanted: tuple[str, ...], malformed: MalformedRows) -
     good = []
     for line, values in rows[1:]:
         row = dict(zip(names, (value.strip() for value in values), strict=False))
-        if len(values) == len(names) and all(row[name] for name in wanted):
-            good.append((line, row))
-        else:
+        if len(values) != len(names) or not all(row[name] for name in wanted):
             malformed.add(file, line, f"expected {delimiter.join(header)}, found {shorten(delimiter.join(values))}")
+            continue
+        try:
+            check_name(row["video_id"])
+        except ValueError as error:
+            malformed.add(file, line, error)
+        else:
+            good.append((line, row))
     return good

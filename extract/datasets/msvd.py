@@ -10,6 +10,7 @@ from typing import Any
 from ...errors import DatasetError
 from ...store.records import VideoRecord
 from ._files import DatasetFiles
+from ._names import check_name, check_text
 from ._rows import MalformedRows, read_lines, shorten
 
 _LISTS = {"train": "train_list.txt", "val": "val_list.txt", "test": "test_list.txt"}
@@ -39,6 +40,11 @@ def read_msvd(files: DatasetFiles, protocol: str | None = None) -> list[VideoRec
         for line, video_id in read_lines(file):
             if not captions.get(video_id):
                 malformed.add(file, line, f"expected an id with captions in {caption_file}, found {video_id!r}")
+                continue
+            try:
+                check_name(video_id)
+            except ValueError as error:
+                malformed.add(file, line, error)
                 continue
             path = files.tree.find_name(video_id) or f"YouTubeClips/{video_id}.avi"
             records.append(
@@ -96,7 +102,10 @@ def _read_pickled(file: Path, malformed: MalformedRows) -> dict[str, list[str]]:
     captions: dict[str, list[str]] = {}
     for video_id, texts in value.items():
         if isinstance(texts, list) and all(isinstance(words, list) and _are_texts(words) for words in texts):
-            captions[video_id] = [" ".join(words) for words in texts]
+            try:
+                captions[video_id] = [check_text(" ".join(words)) for words in texts]
+            except ValueError as error:
+                malformed.add(file, f"id {video_id}", error)
         else:
             malformed.add(file, f"id {video_id}", f"expected a list of lists of words, found {shorten(texts)}")
     return captions

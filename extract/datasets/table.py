@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,9 @@ import pyarrow.parquet
 
 from ...errors import ConfigError, DataNotFoundError, DatasetError
 from ...store.records import VideoRecord
-from ._rows import MalformedRows
+from ._files import VideoTree
+from ._names import check_path, check_text, list_bases
+from ._rows import MalformedRows, cut_excel_hint, read_text, sniff_csv
 
 COLUMN_ROLES: dict[str, tuple[str, ...]] = {
     "path": ("path", "video_path", "video", "file", "filename", "filepath"),
@@ -29,15 +31,23 @@ COLUMN_ROLES: dict[str, tuple[str, ...]] = {
 """What a column can be for, and the names looked for when the user names none."""
 
 
-def read_table_file(table: Path | None, root: Path, columns: dict[str, str]) -> list[VideoRecord]:
+_TEXT_ENDINGS = {".csv": ",", ".tsv": "\t", ".jsonl": "", ".ndjson": ""}
+"""Of tables that are text: what usually parts their columns."""
+
+_DECIMAL_COMMA = re.compile(r"\d+,\d+")
+
+
+def read_table_file(table: Path | None, tree: VideoTree, columns: dict[str, str]) -> list[VideoRecord]:
     """Read a table of videos.
+
+    Columns of a CSV file may be parted by commas, semicolons, tabs or bars, and its text may be UTF-8 or UTF-16.
 
     A row with the id of an earlier one must describe the same video: it adds its caption. Rows that name a
     segment and no id get the id PATH#t=START,END.
 
     Args:
         table: The file; its ending tells the format.
-        root: Folder that paths in it are relative to.
+        tree: What lies below the folder that paths in it are relative to.
         columns: Role in `COLUMN_ROLES` -> column name; roles left out are looked for under their usual names.
 
     Raises:
@@ -49,21 +59,23 @@ def read_table_file(table: Path | None, root: Path, columns: dict[str, str]) -> 
         raise ConfigError("--dataset table needs --annotations, a file ending in .csv, .tsv, .jsonl or .parquet")
     if not table.is_file():
         raise DataNotFoundError(f"the table {table} is not there (--annotations)")
-    if not root.is_dir():
-        raise DataNotFoundError(f"the folder {root} is not there: paths in {table} are relative to it (--root)")
-    data = _load(table)
+    if not tree.root.is_dir():
+        raise DataNotFoundError(f"the folder {tree.root} is not there: paths in {table} are relative to it (--root)")
+    data, delimiter, first_line = _load(table, columns)
     if repeated := sorted({name for name in data.column_names if data.column_names.count(name) > 1}):
         raise DatasetError(f"{table} has more than one column {', '.join(repeated)}: rename or remove all but one")
     found = _match_columns(table, data.column_names, columns)
     names = list(found.values())
     rows = data.select(names).rename_columns(list(found)).to_pylist()
-    # The header is line 1 of CSV and TSV; JSON lines have none, Parquet counts rows.
-    first_line = 2 if table.suffix.lower() in (".csv", ".tsv") else 1
+    if delimiter == ";":  # where the comma is the decimal point
+        for row in rows:
+            row.update((role, _with_point(row[role])) for role in ("start", "end") if role in row)
+    bases = list_bases(tree.root)
     videos: dict[str, VideoRecord] = {}
     malformed = MalformedRows()
     for line, row in enumerate(rows, start=first_line):
         try:
-            _add_row(videos, row, root)
+            _add_row(videos, row, tree, bases)
         except ValueError as error:
             malformed.add(table, line, error)
     malformed.refuse()
@@ -72,27 +84,35 @@ def read_table_file(table: Path | None, root: Path, columns: dict[str, str]) -> 
     return list(videos.values())
 
 
-def _load(table: Path) -> pa.Table:
+def _load(table: Path, columns: dict[str, str]) -> tuple[pa.Table, str, int]:
+    """The rows of a table, what parted its columns ("" where nothing did), and the number of the first row.
+
+    The header is line 1 of CSV and TSV; JSON lines have none, Parquet counts rows.
+    """
     ending = table.suffix.lower()
     try:
-        if ending in (".csv", ".tsv"):
-            # Everything as text: an id "007" or a class "1" must not become a number.
-            delimiter = "\t" if ending == ".tsv" else ","
-            parse = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-            with table.open("rb") as file:
-                header = pa.csv.open_csv(file, parse_options=parse).schema.names
-            as_text = pa.csv.ConvertOptions(
-                column_types={name: pa.string() for name in header}, strings_can_be_null=True, null_values=[""]
-            )
-            data = pa.csv.read_csv(table, parse_options=parse, convert_options=as_text)
-            return data.rename_columns([name.strip() for name in data.column_names])
-        if ending in (".jsonl", ".ndjson"):
-            return pa.json.read_json(table)
         if ending == ".parquet":
-            return pa.parquet.read_table(table)
+            return pa.parquet.read_table(table), "", 1
+        if ending not in _TEXT_ENDINGS:
+            hint = ": save it as CSV" if ending in (".xlsx", ".xls", ".ods") else ""
+            raise ConfigError(f"--annotations takes .csv, .tsv, .jsonl or .parquet; found {table.name}{hint}")
+        text, skipped = cut_excel_hint(read_text(table))
+        if not _TEXT_ENDINGS[ending]:
+            return pa.json.read_json(pa.BufferReader(text.encode())), "", 1
+        names = {name.lower() for name in [*columns.values(), *(n for names in COLUMN_ROLES.values() for n in names)]}
+        delimiter = sniff_csv(text, names, _TEXT_ENDINGS[ending])
+        # Everything as text: an id "007" or a class "1" must not become a number.
+        parse = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+        source = pa.BufferReader(text.encode())
+        header = pa.csv.open_csv(source, parse_options=parse).schema.names
+        as_text = pa.csv.ConvertOptions(
+            column_types={name: pa.string() for name in header}, strings_can_be_null=True, null_values=[""]
+        )
+        source.seek(0)
+        data = pa.csv.read_csv(source, parse_options=parse, convert_options=as_text)
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DatasetError(f"{table} does not read as {ending[1:].upper()}: {error}") from error
-    raise ConfigError(f"--annotations takes .csv, .tsv, .jsonl or .parquet; found {table.name}")
+    return data.rename_columns([name.strip() for name in data.column_names]), delimiter, 2 + skipped
 
 
 def _match_columns(table: Path, found: Sequence[str], columns: dict[str, str]) -> dict[str, str]:
@@ -107,6 +127,11 @@ def _match_columns(table: Path, found: Sequence[str], columns: dict[str, str]) -
         usual = next((name for name in names if name in found and name not in matched.values()), None)
         if role not in matched and usual is not None:
             matched[role] = usual
+    if "path" not in matched and "youtube_id" in found:
+        raise DatasetError(
+            f"{table} has no column with paths: it is an official list of Kinetics. Read it as what it is: "
+            f"--dataset k400 (k600, k700) --annotations {table}"
+        )
     if "path" not in matched:
         raise DatasetError(
             f"{table} has the columns {', '.join(found)}: none of {', '.join(COLUMN_ROLES['path'])}. "
@@ -115,15 +140,18 @@ def _match_columns(table: Path, found: Sequence[str], columns: dict[str, str]) -
     return matched
 
 
-def _add_row(videos: dict[str, VideoRecord], row: dict[str, Any], root: Path) -> None:
-    path = _relative_path(_text(row.get("path")), root)
+def _add_row(videos: dict[str, VideoRecord], row: dict[str, Any], tree: VideoTree, bases: Sequence[str]) -> None:
+    written = _relative_path(_text(row.get("path")), tree.root, bases)
+    path = tree.find_written(written)
     start_s, end_s = _seconds(row, "start"), _seconds(row, "end")
     if start_s is not None and end_s is not None and end_s <= start_s:
         raise ValueError(f"the segment ends at {end_s:g} s, before or at its start {start_s:g} s")
     is_segment = start_s is not None or end_s is not None
     segment = f"#t={_shortest(start_s or 0)}" + ("" if end_s is None else f",{_shortest(end_s)}")
     own_id = _text(row.get("id"))
-    video_id = own_id or (path + segment if is_segment else path)
+    # As the table writes it, however the disk spells it: a row's id does not change when its file arrives.
+    name = check_path(written.replace("\\", "/")) if "\\" in written and "\\" not in path else written
+    video_id = own_id or (name + segment if is_segment else name)
     captions = _captions(row.get("caption"))
     record = VideoRecord(
         video_id=video_id,
@@ -144,15 +172,12 @@ def _add_row(videos: dict[str, VideoRecord], row: dict[str, Any], root: Path) ->
     videos[video_id] = record
 
 
-def _relative_path(path: str | None, root: Path) -> str:
-    """A path as it lies below the root, links in the root's own name resolved or not."""
+def _relative_path(path: str | None, root: Path, bases: Sequence[str]) -> str:
+    """A path relative to the root; an absolute one must lie below it, links in the root's own name resolved or not."""
     if path is None:
         raise ValueError("the path is empty")
-    absolute = Path(os.path.normpath(path if os.path.isabs(path) else root.absolute() / path))  # noqa: PTH117
-    for base in (root.absolute(), root.resolve()):
-        if absolute.is_relative_to(base) and absolute != base:
-            return absolute.relative_to(base).as_posix()
-    raise ValueError(f"expected a path below {root}, found {path}")
+    base = next((base for base in bases if path.startswith(base)), "")
+    return check_path(path.removeprefix(base).lstrip("/") if base else path, root=root)
 
 
 def _captions(value: Any) -> tuple[str, ...]:
@@ -167,7 +192,12 @@ def _text(value: Any) -> str | None:
     if isinstance(value, float):
         value = _shortest(value)
     text = "" if value is None else str(value).strip()
-    return text or None
+    return check_text(text) or None
+
+
+def _with_point(value: Any) -> Any:
+    is_decimal = isinstance(value, str) and _DECIMAL_COMMA.fullmatch(value.strip())
+    return value.replace(",", ".") if is_decimal else value
 
 
 def _shortest(number: float) -> str:

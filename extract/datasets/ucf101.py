@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...store.records import VideoRecord
 from ._files import DatasetFiles, name_of
+from ._names import check_path
 from ._rows import MalformedRows, read_lines
 
 
@@ -35,6 +36,11 @@ def read_ucf101(files: DatasetFiles, protocol: str | None) -> list[VideoRecord] 
         file = files.require_annotation(pattern)
         for line, text in read_lines(file):
             path, _, label = text.rpartition(" ") if text.rpartition(" ")[2].isdecimal() else (text, "", "")
+            try:
+                path = check_path(path.strip()).replace("\\", "/")
+            except ValueError as error:
+                malformed.add(file, line, error)
+                continue
             folder = path.rpartition("/")[0].rpartition("/")[2]
             class_name = class_of_name.get(folder.lower())
             if class_name is None:

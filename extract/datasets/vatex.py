@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...errors import DatasetError
 from ...store.records import VideoRecord
 from ._files import DatasetFiles, split_clip_name
+from ._names import check_name
 from ._rows import MalformedRows, read_json, read_json_list, read_lines, shorten, text_of, texts_of
 
 _OFFICIAL = {
@@ -70,7 +71,7 @@ def _read_lists(files: DatasetFiles, malformed: MalformedRows) -> list[VideoReco
 
 
 def _as_record(files: DatasetFiles, clip: str, split: str, captions: tuple[str, ...]) -> VideoRecord:
-    youtube_id, times = split_clip_name(clip)
+    youtube_id, times = split_clip_name(check_name(clip))
     if not times:
         raise ValueError(f"expected YOUTUBEID_START_END, six digits each, found {clip!r}")
     path = files.tree.find_clip(clip, split, f"{split}_video") or f"{split}/{clip}.mp4"

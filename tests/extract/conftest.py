@@ -11,8 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from s4v.extract.config import ExtractConfig
 from s4v.extract.extraction import extract_dataset
+from s4v.extract.worker import HandedOut, WorkerJob
+from s4v.store._files import hash_file
+from s4v.store.appending import order_records
 from s4v.store.reader import open_store
+from s4v.store.writer import MarkerState
 
 
 def write_frames(folder: Path, *, num_frames: int = 6, name: str = "{:05d}.jpg", first: int = 1) -> Path:
@@ -67,3 +72,23 @@ def extract_rows(tmp_path: Path, make_config: Callable[..., object], one_video: 
         return open_store(config.out)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def hand_out() -> Callable[..., dict[int, HandedOut]]:
+    """Shards of a store as a command hands them out, from the done-markers that they had then."""
+
+    def run(config: ExtractConfig, markers: dict[int, MarkerState | None]) -> dict[int, HandedOut]:
+        records, layout = order_records(config.out, config.read_records()), open_store(config.out).layout
+        return {
+            shard: HandedOut(marker=marker, records=[records[row] for row in layout.shard_rows(shard)])
+            for shard, marker in markers.items()
+        }
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def worker_job() -> Callable[..., WorkerJob]:
+    """A worker's job as that command's workers open it."""
+    return lambda config: WorkerJob(config, hash_file(config.out / "zarr.json"))

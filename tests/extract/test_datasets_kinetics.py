@@ -137,7 +137,8 @@ def test_malformed_rows_are_told_with_file_line_and_both_sides(place):
         "  line 5: expected seconds in time_start, found 'x'",
         "  line 6: expected time_end after time_start, found 69 to 59",
         "  line 7: expected a label in the split train, found none",
-        "  line 8: expected a split, one of train, training, val, valid, validate, validation, test, found 'middle'",
+        "  line 8: expected a split, one of train, training, val, valid, validate, validation, test, testing, "
+        "found 'middle'",
         "  line 9: expected 6 columns (label,youtube_id,time_start,time_end,split,is_cc), "
         "found ['abseiling', '-3B32lodo2M', '1']",
     ]

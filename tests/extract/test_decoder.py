@@ -233,7 +233,7 @@ def test_a_video_whose_decoder_hangs_is_tried_again(tmp_path, make_video):
     with DecoderPool(1) as pool:
         pool.submit(pool_request(path)).result()
         os.kill(pool._children[0]._process.pid, signal.SIGSTOP)
-        assert pool.submit(pool_request(path, timeout_s=2.0)).result().pixels is not None, "tried again"
+        assert pool.submit(pool_request(path, timeout_s=0.5)).result().pixels is not None, "tried again"
 
 
 def test_cpu_budget_ends_a_decoder_that_spins():

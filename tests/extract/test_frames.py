@@ -47,8 +47,8 @@ def test_frames_come_in_the_order_of_their_numbers(tmp_path, make_frames, name, 
 
 
 def test_what_is_a_frames_name():
-    assert all(is_frame_name(name) for name in ("00001.jpg", "img_1.JPG", "a b 7.jpeg", "1.png", "2.WebP"))
-    assert not any(is_frame_name(name) for name in ("cover.jpg", ".1.jpg", "1.bmp", "1.jpg.txt"))
+    assert all(is_frame_name(name) for name in ("00001.jpg", "img_1.JPG", "a b 7.jpeg", "1.png", "v_2.WebP", "3.tif"))
+    assert not any(is_frame_name(name) for name in ("cover.jpg", ".1.jpg", "1.pdf", "1.jpg.txt"))
 
 
 def test_rate_gives_times_and_segments(tmp_path, make_frames):

@@ -19,17 +19,24 @@ from s4v.store.reader import open_store
 from s4v.store.verify import verify_store
 
 
-@pytest.fixture
-def parts(video_folder, tmp_path, make_config):
-    """A skeleton, copied to three machines, each of which took its part."""
-    config = make_config(video_folder, tmp_path / "skeleton.zarr", dtype="int8", prepare=True)
+@pytest.fixture(scope="module")
+def machines(video_folder, tmp_path_factory, make_config):
+    """A skeleton, copied to three machines, each of which took its part. Read it, do not change it."""
+    folder = tmp_path_factory.mktemp("machines")
+    config = make_config(video_folder, folder / "skeleton.zarr", dtype="int8", prepare=True)
     assert extract_dataset(config).videos == {"ok": 0, "failed": 0, "pending": 11}
-    paths = []
     for number in (1, 2, 3):
-        paths.append(shutil.copytree(config.out, tmp_path / f"machine-{number}" / "x.zarr"))
-        summary = extract_dataset(replace(config, out=paths[-1], prepare=False, part=(number, 3)))
+        path = shutil.copytree(config.out, folder / f"machine-{number}" / "x.zarr")
+        summary = extract_dataset(replace(config, out=path, prepare=False, part=(number, 3)))
         assert 0 < summary.videos["pending"] < 11
-    return paths
+    return folder
+
+
+@pytest.fixture
+def parts(machines, tmp_path):
+    """Copies of what the three machines have."""
+    shutil.copytree(machines, tmp_path, dirs_exist_ok=True)
+    return [tmp_path / f"machine-{number}" / "x.zarr" for number in (1, 2, 3)]
 
 
 def test_parts_merge_to_the_store_that_one_machine_makes(parts, int8_store, tmp_path, contents):

@@ -583,6 +583,7 @@ def test_resume_gives_the_store_that_an_undisturbed_run_gives(store_path, tmp_pa
     for shard in writer.pending_shards():
         write_shard(writer, shard, num_frames=4 if shard % 2 else 3)
     writer.consolidate()
+    writer.close()
     names = {p.relative_to(path) for p in path.rglob("*") if p.is_file() and p.name != "joined.arrows"}
     assert names == {p.relative_to(store_path) for p in store_path.rglob("*") if p.is_file()} - {
         Path("_parts/joined.arrows")

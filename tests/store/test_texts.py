@@ -89,7 +89,6 @@ def test_texts_of_many_shards_are_the_same(
     captioned_folder, captioned_store, make_captioned_config, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(texts_module, "TEXTS_PER_SHARD", 4)
-    monkeypatch.setattr("s4v.store.verify.TEXTS_PER_SHARD", 4)
     out = tmp_path / "shards.zarr"
     extract_dataset(make_captioned_config(captioned_folder, out))
     found, whole = (TextReader(open_store(path)).read(range(19)) for path in (out, captioned_store))

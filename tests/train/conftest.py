@@ -1,10 +1,23 @@
 """Trainings as processes of their own, and what must be equal of two runs."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
+
+# Each line of the file that it is given is the arguments of one `s4v train`; all ranks come here, by torchrun.
+TRAIN_ONE_AFTER_ANOTHER = """
+import json, sys
+from s4v import cli
+for line in open(sys.argv[1]):
+    sys.argv[1:] = json.loads(line)
+    try:
+        cli.main()
+    except SystemExit as end:
+        assert not end.code, line
+"""
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +55,38 @@ def train():
         return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def trained_by_two(build_once, int8_store, captioned_store):
+    """Trainings in two processes, one torchrun for all: runs below a folder by name, and `said`, what was printed.
+
+    plain is at the usual rate. The others move no weight: AdamW makes much of differences in the last bit of a gradient
+    near zero.
+    """
+    still = ["--learning-rate", "1e-12"]
+    trainings = {
+        "plain": (int8_store, ["--batch-size", "2"]),
+        "still": (int8_store, ["--batch-size", "2", "--head", "side4video", *still]),
+        "linear": (int8_store, ["--batch-size", "2", "--head", "linear", *still]),
+        "retrieval": (captioned_store, ["--batch-size", "3", "--task", "retrieval", "--interaction", "wti", *still]),
+    }
+    common = ["--epochs", "2", "--warmup-epochs", "1", "--device", "cpu", "--checkpoint-minutes", "0", "--json"]
+
+    def run(folder):
+        with (folder / "trainings").open("w") as file:
+            for name, (store, options) in trainings.items():
+                width = [] if name == "linear" else ["--side-width", "64"]
+                where = ["--features", str(store), "--out", str(folder / name)]
+                file.write(json.dumps(["train", *where, *common, *width, *options]) + "\n")
+        (folder / "train.py").write_text(TRAIN_ONE_AFTER_ANOTHER)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command += [folder / "train.py", folder / "trainings"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        (folder / "said").write_text(done.stdout)
+
+    return build_once("two-processes", run)
 
 
 @pytest.fixture(scope="session")

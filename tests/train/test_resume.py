@@ -241,25 +241,24 @@ def test_the_run_that_another_began_with_may_go_once_it_has_a_state(
         train_run(replace(config, out=tmp_path / "new", resume=True))
 
 
-def test_two_processes_train_as_one_does_on_their_joined_batches(finish, train, int8_store, tmp_path):
-    out = finish(train(int8_store, tmp_path / "two", "--batch-size", "2", "--json", processes=2))
-    assert len(out.strip().splitlines()) == 1, "one process speaks"
-    assert json.loads(out.strip().splitlines()[-1])["steps"] == 4
+def test_two_processes_train_as_one_does_on_their_joined_batches(trained_by_two, int8_store, tmp_path):
+    lines = (trained_by_two / "said").read_text().strip().splitlines()
+    assert len(lines) == 4, "one process speaks, once in each training"
+    assert json.loads(lines[0])["steps"] == 4
     train_run(config_for(int8_store, tmp_path / "one", batch_size=4))
-    one, two = (read_metrics(open_run(tmp_path / name)) for name in ("one", "two"))
+    one, two = (read_metrics(open_run(path)) for path in (tmp_path / "one", trained_by_two / "plain"))
     for ours, theirs in zip(one, two, strict=True):
         # AdamW makes much of the last bit of a gradient near zero, and processors differ in those: see the next test.
         assert ours == pytest.approx(theirs, rel=1e-3)
 
 
-@pytest.mark.parametrize("head", ["side4video", pytest.param("linear", marks=pytest.mark.slow)])
-def test_two_processes_have_the_statistics_and_gradients_of_one(finish, train, int8_store, tmp_path, head):
-    """At a rate that moves no weight: AdamW makes much of differences in the last bit of a gradient near zero."""
+@pytest.mark.parametrize("head", ["side4video", "linear"])
+def test_two_processes_have_the_statistics_and_gradients_of_one(trained_by_two, int8_store, tmp_path, head):
+    """At a rate that moves no weight."""
     options = dict(learning_rate=1e-12, head=head, side_width=64 if head == "side4video" else None)
-    arguments = ["--batch-size", "2", "--learning-rate", "1e-12", "--head", head]
-    finish(train(int8_store, tmp_path / "two", *arguments, processes=2, side_width=options["side_width"]))
     train_run(config_for(int8_store, tmp_path / "one", batch_size=4, **options))
-    one, two = (load_file(tmp_path / name / "state.safetensors") for name in ("one", "two"))
+    folders = (tmp_path / "one", trained_by_two / ("still" if head == "side4video" else "linear"))
+    one, two = (load_file(folder / "state.safetensors") for folder in folders)
     compared = [name for name in one if name.endswith(("running_mean", "running_var", "exp_avg"))]
     assert len(compared) > (100 if head == "side4video" else 3)
     for name in compared:

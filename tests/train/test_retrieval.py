@@ -146,15 +146,14 @@ def test_a_video_can_choose_among_all_captions(captioned_store):
     torch.testing.assert_close(found, torch.stack(losses).mean(), rtol=1e-5, atol=1e-6)
 
 
-def test_two_processes_share_their_negatives(finish, train, captioned_store, tmp_path):
-    options = ["--task", "retrieval", "--interaction", "wti", "--learning-rate", "1e-12"]
-    finish(train(captioned_store, tmp_path / "two", "--batch-size", "3", *options, processes=2))
+def test_two_processes_share_their_negatives(trained_by_two, captioned_store, tmp_path):
     one = config_for(captioned_store, tmp_path / "one", batch_size=6, interaction="wti", learning_rate=1e-12)
     train_run(TrainConfig(**{**{n: getattr(one, n) for n in TrainConfig.__dataclass_fields__}, "warmup_epochs": 1.0}))
-    first, second = (read_metrics(open_run(tmp_path / name)) for name in ("one", "two"))
+    folders = (tmp_path / "one", trained_by_two / "retrieval")
+    first, second = (read_metrics(open_run(folder)) for folder in folders)
     for ours, theirs in zip(first, second, strict=True):
         assert ours == pytest.approx(theirs, rel=2e-4)
-    ours, theirs = (load_file(tmp_path / name / "state.safetensors") for name in ("one", "two"))
+    ours, theirs = (load_file(folder / "state.safetensors") for folder in folders)
     compared = [name for name in ours if name.endswith("exp_avg")]
     assert len(compared) > 50
     for name in compared:
