@@ -17,6 +17,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import av
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -28,6 +29,10 @@ DATA = Path(__file__).parent / "data"
 SHARED = Path(__file__).parents[2] / "shared"
 
 torch.set_num_threads(1)
+
+# An example is as slow as what runs beside it makes it: seconds are not what a property is about.
+hypothesis.settings.register_profile("side by side", deadline=None)
+hypothesis.settings.load_profile("side by side")
 
 
 @pytest.fixture(scope="session")
