@@ -303,8 +303,10 @@ def _check_manifest(store: StoreReader, parts: dict[range, pa.Table], mismatched
             found.append(Damage(where=where, what="the file is missing", shard=shard))
     with suppress(StoreDamagedError, OSError):
         joined = read_joined(store.path, read_recorded_hashes(store.path).get(name))
-        # Written since the last consolidation: the manifest does not hold it yet.
-        newer = {shard for shard, state in there.items() if joined and joined.get(shard) != state}
+        # Written since the last consolidation: the manifest does not hold it yet. In a copy of a store every marker has
+        # another inode; there the times tell.
+        written_ns = (store.path / name).stat().st_mtime_ns
+        newer = {s for s, state in there.items() if joined and joined.get(s) != state and state[1] > written_ns}
         parts = {rows: part for rows, part in parts.items() if rows.start // store.layout.rows_per_shard not in newer}
     for rows, part in parts.items():
         told: Any = table.slice(rows.start, len(part)).select(manifest.RESULT_SCHEMA.names)

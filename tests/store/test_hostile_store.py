@@ -142,7 +142,7 @@ APPENDS = [
     {"undone_shard": None, "files": ["../.bashrc"]},
     {"undone_shard": None, "files": ["zarr.json", "../.bashrc"]},
     {"undone_shard": None, "files": ["notes.txt"]},
-    {"undone_shard": None, "files": ["_parts/000000.parquet"]},
+    {"undone_shard": None, "files": ["_parts/000000.arrows"]},
     {"undone_shard": "../../x", "files": []},
     {"undone_shard": True, "files": []},
     {"undone_shard": 2**70, "files": []},
@@ -385,7 +385,7 @@ def test_captions_of_other_rows_are_refused(store_path):
 FILES = [
     "zarr.json", "checksums.json", "videos.parquet", "captions.parquet", "patches/zarr.json", "patches/c.0.0.0.0.0.0",
     "cls/c.0.0.0.0.0", "embedding/c.0.0.0.0", "pixels/c.0.0.0.0.0.0.0", "codec/scale/c.0.0", "head/eps/zarr.json",
-    "_parts/000000.parquet",
+    "_parts/000000.arrows",
 ]  # fmt: skip
 
 

@@ -96,7 +96,7 @@ def require_rows(path, good):
     assert verify_store(store) == []
 
 
-DAMAGED = ["patches/c.1.0.0.0.0.0", "cls/c.1.0.0.0.0", "embedding/c.1.0.0.0", "_parts/000001.parquet"]
+DAMAGED = ["patches/c.1.0.0.0.0.0", "cls/c.1.0.0.0.0", "embedding/c.1.0.0.0", "_parts/000001.arrows"]
 
 
 @pytest.mark.parametrize("name", DAMAGED)
@@ -147,7 +147,7 @@ def test_a_later_merge_betters_what_an_earlier_one_took(make_part, tmp_path):
     assert before == {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
 
 
-@pytest.mark.parametrize("name", ["patches/c.1.0.0.0.0.0", "captions.parquet", "head/eps/c", "_parts/000001.parquet"])
+@pytest.mark.parametrize("name", ["patches/c.1.0.0.0.0.0", "captions.parquet", "head/eps/c", "_parts/000001.arrows"])
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
 def test_what_is_no_plain_file_is_refused_and_not_copied(make_part, tmp_path, name, kind):
     """B7: a link's target came along before; a pipe was waited for."""
