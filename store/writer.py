@@ -295,7 +295,7 @@ class StoreWriter:
             return
         names = [spec.name for spec in self._specs]
         needed = sum(getattr(row, name).nbytes for row in tokens.values() for name in names)
-        with naming_what_is_refused(self.path / f"shard {shard}", needed=needed):
+        with naming_what_is_refused(self.path / f"shard {shard}", needed=needed, check=self.check_lease):
             scratch = self._open_scratch()
             self._write_arrays(tokens)
             kill_point("shard written")
@@ -392,7 +392,8 @@ class StoreWriter:
         Raises:
             EnvironmentFailedError: If the file system refuses; finished shards stay so.
         """
-        with naming_what_is_refused(self.path / manifest.MANIFEST_NAME), self.hold_manifest():
+        path = self.path / manifest.MANIFEST_NAME
+        with naming_what_is_refused(path, check=self.check_lease), self.hold_manifest():
             return self._consolidate()
 
     def _consolidate(self) -> pa.Table:
@@ -816,13 +817,22 @@ def _is_as_before(fresh: Path, file: Path, recorded: str | None) -> bool:
 
 
 @contextmanager
-def naming_what_is_refused(path: Path, *, needed: int | None = None) -> Iterator[None]:
-    """Say what could not be written, and how much it takes, when the file system refuses (full, quota, read-only)."""
+def naming_what_is_refused(
+    path: Path, *, needed: int | None = None, check: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Say what could not be written, and how much it takes, when the file system refuses (full, quota, read-only).
+
+    Args:
+        path: What was to be written.
+        needed: Its bytes, where they are known.
+        check: Raises where the store is another process's by now, which has removed what this one was writing.
+    """
     try:
         yield
     except S4vError:
         raise
     except (ValueError, OSError) as error:  # tensorstore raises ValueError for whatever the file system refuses
+        check()
         raise refused_write(path, error, needed=needed) from error
 
 

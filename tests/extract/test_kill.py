@@ -52,8 +52,8 @@ RETRY_POINTS = (
 REPAIR_POINTS = (
     "before rename of checksums.json 2",  # the first is that of the skeleton that is made to compare with
     "after rename of checksums.json 2",
-    "shard undone 1",
-    "shard durable 2",
+    "file repaired 1",
+    "swap begun 1",
     "before rename of 000007.arrows 1",
     "before rename of videos.parquet 2",
 )
@@ -65,7 +65,14 @@ MERGE_POINTS = (
     "shard merged 11",
     "before rename of videos.parquet 2",
 )
-APPEND_POINTS = ("append prepared 1", "append moved 1", "append moved 4", "append moved 7", "append in place 1")
+APPEND_POINTS = (
+    "append prepared 1",
+    "append moved 1",
+    "append moved 4",
+    "append moved 7",
+    "append in place 1",
+    "append away 1",
+)
 
 
 def start(*command, kill_at=None):
