@@ -80,7 +80,11 @@ def listing(records: list[Any]) -> Any:
     """In place of looking for videos on the disk, which is not measured."""
     from s4v.extract.config import ExtractConfig
 
-    return patch.object(ExtractConfig, "read_records", lambda _: list(records))
+    if not hasattr(ExtractConfig, "read_listing"):  # the version before
+        return patch.object(ExtractConfig, "read_records", lambda _: list(records))
+    from s4v.extract.datasets import Listing
+
+    return patch.object(ExtractConfig, "read_listing", lambda *_: Listing(list(records), frozenset()))
 
 
 def without_fsync() -> Any:

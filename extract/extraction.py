@@ -87,7 +87,8 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
             if job.layout.num_shards >= _MANY_SHARDS:
                 report("joining the manifest", 0, 0)
             table = writer.consolidate()
-            note_redone(config.out, _count_redone(table, changed, before))
+            with writer.hold_manifest():
+                note_redone(config.out, _count_redone(table, changed, before))
         finish_store(job, table)
     summary = _summarise(config.out, table, time.perf_counter() - start)
     store = open_store(config.out)

@@ -182,9 +182,9 @@ import time
 from s4v import cli
 from s4v.store.writer import StoreWriter
 write = StoreWriter.write_shard
-def write_late(*arguments):
+def write_late(*arguments, **options):
     time.sleep(0.4)
-    write(*arguments)
+    write(*arguments, **options)
 StoreWriter.write_shard = write_late
 cli.main()
 """

@@ -68,14 +68,15 @@ def check_path(text: str, *, root: object = "--root") -> str:
     check_text(text)
     if _ADDRESS.match(text):
         raise ValueError(f"found the address {text!r}: download the video, and name its file below {root}")
-    if _DRIVE.match(text):
-        raise ValueError(
-            f"expected a path below {root}, found {text!r}, which names a drive of another machine: cut it"
-        )
-    if text.startswith(("/", "\\")) or ".." in _SEPARATOR.split(text):
-        raise ValueError(f"expected a path below {root}, without `..`, found {text!r}")
+    given = text
     if "//" in text or text.startswith("./") or "/./" in text or text.endswith(("/", "/.")) or text in ("", "."):
         text = "/".join(part for part in text.split("/") if part not in ("", "."))
+    if _DRIVE.match(text):
+        raise ValueError(
+            f"expected a path below {root}, found {given!r}, which names a drive of another machine: cut it"
+        )
+    if given.startswith("/") or text.startswith("\\") or ".." in _SEPARATOR.split(text):
+        raise ValueError(f"expected a path below {root}, without `..`, found {given!r}")
     if not text.strip():
         raise ValueError(f"the path is empty: expected one below {root}")
     return text

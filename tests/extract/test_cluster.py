@@ -78,7 +78,7 @@ def test_local_workers_make_the_store_that_one_process_makes(
     config = make_config(video_folder, tmp_path / "two.zarr", num_workers=2, num_decoders=1)
     summary = extract_dataset(config, lambda *facts: told.append(facts))
     assert summary.videos == {"ok": 10, "failed": 1, "pending": 0}
-    assert [facts[1] for facts in told if facts[0] == "extracting"] == list(range(1, 12)), "each shard once"
+    assert [facts[1] for facts in told if facts[0] == "extracting"] == list(range(12)), "each shard once"
     assert contents(config.out, "zarr.json") == contents(float_store, "zarr.json")
     wait_until(lambda: not decoders() - before, 10)
 
@@ -128,13 +128,13 @@ def test_a_frozen_worker_that_wakes_up_does_not_undo_what_another_one_finished(
     """It looks at the marker again when its shard is about to be written."""
     write, seen = StoreWriter.write_shard, []
 
-    def write_late(writer, shard, tokens, results):
+    def write_late(writer, shard, tokens, results, **options):
         if not seen:
             with worker_job(begun) as other:
                 seen.append(shard)
                 other.process(hand_out(begun, {shard: None}))
                 seen.append(read_marker_state(begun.out, shard))
-        write(writer, shard, tokens, results)
+        write(writer, shard, tokens, results, **options)
 
     monkeypatch.setattr(StoreWriter, "write_shard", write_late)
     with worker_job(begun) as job:
@@ -272,11 +272,11 @@ def poison(monkeypatch):
     """Shards that end the worker which writes them, and how often one of them did."""
     write, poisoned = StoreWriter.write_shard, Counter()
 
-    def write_or_die(writer, shard, *args):
+    def write_or_die(writer, shard, *args, **options):
         if shard in poisoned:
             poisoned[shard] += 1
             raise Killed
-        return write(writer, shard, *args)
+        return write(writer, shard, *args, **options)
 
     monkeypatch.setattr(StoreWriter, "write_shard", write_or_die)
     return poisoned
@@ -345,24 +345,24 @@ def test_a_worker_that_dies_with_every_second_shard_ends_nothing(
     FakeCluster(monkeypatch)
     write, deaths = StoreWriter.write_shard, []
 
-    def write_or_die(writer, shard, *args):
+    def write_or_die(writer, shard, *args, **options):
         if shard not in deaths:
             deaths.append(shard)
             raise Killed
-        return write(writer, shard, *args)
+        return write(writer, shard, *args, **options)
 
     monkeypatch.setattr(StoreWriter, "write_shard", write_or_die)
     config = make_config(video_folder, tmp_path / "s.zarr", scheduler="tcp://head:1", num_decoders=1)
     told = []
     extract_dataset(config, lambda *facts: told.append(facts))
     assert len(deaths) == 11 and contents(config.out, "zarr.json") == contents(float_store, "zarr.json")
-    assert [facts[1] for facts in told if facts[0] == "extracting"] == list(range(1, 12)), "each shard once"
+    assert [facts[1] for facts in told if facts[0] == "extracting"] == list(range(12)), "each shard once"
 
 
 def test_an_error_of_our_own_in_a_worker_still_stops_all(video_folder, make_config, tmp_path, monkeypatch):
     cluster = FakeCluster(monkeypatch)
 
-    def refuse(writer, shard, *_):
+    def refuse(writer, shard, *_, **__):
         raise EnvironmentFailedError(f"shard {shard}: no space left")
 
     monkeypatch.setattr(StoreWriter, "write_shard", refuse)
@@ -402,7 +402,7 @@ def read_by_workers(monkeypatch):
     found = []
 
     def watch(cluster):
-        for module, name in ((config_module, "read_dataset"), (manifest, "read_table")):
+        for module, name in ((config_module, "read_listing"), (manifest, "read_table")):
             monkeypatch.setattr(module, name, _watched(getattr(module, name), name, cluster, found))
         return found
 
@@ -430,7 +430,7 @@ def test_a_worker_walks_no_root_and_reads_no_table_of_all_rows(
     config = make_config(video_folder, tmp_path / "s.zarr", scheduler="tcp://head:1", num_decoders=1)
     statuses, _ = extract_on(cluster, config)
     assert statuses.count("ok") == 10 and len(cluster.tasks) > 1
-    assert [called for called, _ in found if called == "read_dataset"] == [] and tables(found) == []
+    assert [called for called, _ in found if called == "read_listing"] == [] and tables(found) == []
 
 
 def test_a_worker_that_retries_reads_the_markers_of_its_shards_alone(
@@ -443,7 +443,7 @@ def test_a_worker_that_retries_reads_the_markers_of_its_shards_alone(
     found.clear()
     extract_dataset(replace(config, retry_failed=True))
     assert len(cluster.tasks[-1][1][2]) == 1 and ("read_table", "000008.arrows") in found
-    assert [called for called, _ in found if called == "read_dataset"] == [] and tables(found) == []
+    assert [called for called, _ in found if called == "read_listing"] == [] and tables(found) == []
 
 
 def test_a_worker_knows_neither_captions_nor_other_shards_rows(
@@ -474,7 +474,7 @@ def test_a_worker_of_a_segmented_store_reads_no_lengths(
     config = make_config(root, tmp_path / "s.zarr", scheduler="tcp://head:1", num_decoders=1, segment_s=1.0)
     statuses, _ = extract_on(cluster, config)
     assert statuses == ["ok"] * 4
-    assert [called for called, _ in found if called == "read_dataset"] == [] and tables(found) == []
+    assert [called for called, _ in found if called == "read_listing"] == [] and tables(found) == []
     decoded = [args[0] for args in (task[1] for task in cluster.tasks)]
     assert {config.segment_s for config in decoded} == {1.0}
 
@@ -537,10 +537,10 @@ def poisoned_workers(tmp_path):
         "import os, signal\n"
         "from s4v.store.writer import StoreWriter\n"
         "write = StoreWriter.write_shard\n"
-        "def write_or_die(writer, shard, *args):\n"
+        "def write_or_die(writer, shard, *args, **options):\n"
         "    if shard == 3:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return write(writer, shard, *args)\n"
+        "    return write(writer, shard, *args, **options)\n"
         "StoreWriter.write_shard = write_or_die\n"
     )
     return dask.config.set({"distributed.worker.preload": [str(file)]})

@@ -122,7 +122,7 @@ def test_videos_of_rarer_kinds_decode(tmp_path, make_config, ending, codec):
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     summary = scan_dataset(make_config(tmp_path / "videos", tmp_path / "x", num_decoders=1), tmp_path / "scan.parquet")
-    assert summary["videos"] == {"ok": 1, "failed": 0}
+    assert summary["videos"] == {"ok": 1, "failed": 0, "pending": 0}
 
 
 @pytest.mark.parametrize("ending", ["png", "webp", "bmp", "tiff"])
@@ -419,13 +419,13 @@ def test_odd_files_are_rows_with_a_reason_or_counted(place, one_video, make_conf
             ("dangling.mp4", "failed", "missing-file"),
             ("link.mp4", "ok", None),
             ("linked/b.mp4", "ok", None),
-            ("loop.mp4", "failed", "missing-file"),
-            ("one.mp4", "failed", "missing-file"),
+            ("loop.mp4", "failed", "missing-file: its links lead round in a circle"),
+            ("one.mp4", "failed", "missing-file: its links lead round in a circle"),
             ("target/b.mp4", "ok", None),
-            ("two.mp4", "failed", "missing-file"),
+            ("two.mp4", "failed", "missing-file: its links lead round in a circle"),
         ]
     ]
-    assert scanned["videos"] == {"ok": 4, "failed": 4}
+    assert scanned["videos"] == {"ok": 4, "failed": 4, "pending": 0}
     assert (
         "2 whose names are not UTF-8 (run/caf\\xe9.mp4, run/\\xff/c.mp4: rename them), 1 that are neither files nor "
         "folders (run/pipe.mp4)"
