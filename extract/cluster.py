@@ -218,7 +218,7 @@ class _HandingOut:
         key = f"s4v shards {_name(shards)} of {self._config.out} ({uuid.uuid4().hex[:8]})"
         tasks.add(key, shards)
         return self._client.submit(
-            *(process_shards, self._config, self._store_sha256, self._lease_nonce, handed_out, self._run),
+            *(process_shards, self._config, self._store_sha256, handed_out, self._run, self._lease_nonce),
             key=key,
             pure=False,
         )

@@ -51,16 +51,20 @@ class HandedOut:
 
 
 def process_shards(
-    config: ExtractConfig, store_sha256: str, lease_nonce: str | None, shards: Mapping[int, HandedOut], run: str
+    config: ExtractConfig,
+    store_sha256: str,
+    shards: Mapping[int, HandedOut],
+    run: str,
+    lease_nonce: str | None = None,
 ) -> dict[str, Any]:
     """Do some shards in a worker, which is set up by its first ones.
 
     Args:
         config: The extraction.
         store_sha256: Of the store's `zarr.json`, as the command that hands them out sees it.
-        lease_nonce: Of the lease under which it hands them out.
         shards: By number.
         run: Of the command that hands them out.
+        lease_nonce: Of the lease under which it does.
 
     Returns:
         seconds (by stage), wall_s, and pending: the shards that are left with pending rows.

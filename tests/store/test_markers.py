@@ -78,7 +78,7 @@ def test_fingerprints_tell_files_apart_by_their_checksums(float_store, tmp_path)
         cut = tmp_path / "cut"
         cut.write_bytes(files[0].read_bytes()[:20])
         if spec.chunk_shape is not None:
-            with pytest.raises(ValueError, match="shorter than its index"):
+            with pytest.raises(ValueError, match="shorter than its index|points outside of it"):
                 fingerprint_shard(cut, spec)
 
 
