@@ -132,7 +132,7 @@ def _run_on_workers(job: Job, shards: Sequence[int], lease_nonce: str | None) ->
 
     def count(shard: int, seconds: dict[str, float]) -> None:
         job.clock.add(seconds)
-        meter.count(shard, sum(value for stage, value in seconds.items() if stage != "start"))
+        meter.count(shard, worker_seconds=sum(value for stage, value in seconds.items() if stage != "start"))
 
     if shards:
         job.report("extracting", 0, meter.total)

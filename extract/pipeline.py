@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -104,18 +104,18 @@ class Pipeline:
         ]
         self._buffers = itertools.cycle(buffers)
 
-    def run(self, shards: Sequence[int], count: Callable[[int], None] = lambda _: None) -> None:
+    def run(self, shards: Sequence[int], count: Callable[[int, Collection[int]], None] = lambda *_: None) -> None:
         """Do some shards, in this order.
 
         Args:
             shards: Which.
-            count: Told of each that is done or about to be written.
+            count: Told of each that is done or about to be written, and of its rows that were kept.
 
         Raises:
             EnvironmentFailedError: If the machine fails; shards that are marked done stay so.
         """
-        for shard in self.write(self.encode(self.forward(self.decode(shards)))):
-            count(shard)
+        for shard, kept in self.write(self.encode(self.forward(self.decode(shards)))):
+            count(shard, kept)
 
     def decode(self, shards: Sequence[int]) -> Iterator[_Batch]:
         """The batches of some shards, each as soon as its videos are decoded."""
@@ -161,8 +161,8 @@ class Pipeline:
         for batch in under_way:
             yield from self._place_results(batch)
 
-    def write(self, shards: Iterable[_Shard]) -> Iterator[int]:
-        """Hand shards to a thread that writes them, one while the next is in the making; yields their numbers."""
+    def write(self, shards: Iterable[_Shard]) -> Iterator[tuple[int, Collection[int]]]:
+        """Hand shards to a thread that writes them, one while the next is in the making; yields what was kept."""
         with ThreadPoolExecutor(1, thread_name_prefix="s4v-write") as thread:
             writing: Future[None] | None = None
             for shard in shards:
@@ -170,7 +170,7 @@ class Pipeline:
                     if writing is not None:
                         writing.result()
                 writing = thread.submit(self._write_shard, shard)
-                yield shard.number
+                yield shard.number, shard.plan.kept
                 del shard
             with self._job.clock.stage("waiting for the writer"):
                 if writing is not None:

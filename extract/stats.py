@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,16 +71,17 @@ class Meter:
     """Of all processes together: as long as this one has been at it, or as workers tell."""
     _start: float = field(default_factory=time.perf_counter)
 
-    def count(self, shard: int, worker_seconds: float | None = None) -> None:
+    def count(self, shard: int, kept: Collection[int] = (), worker_seconds: float | None = None) -> None:
         """One more shard is done.
 
         Args:
             shard: Which.
+            kept: Its rows that were copied: they went through no backbone.
             worker_seconds: What it took a worker; None where this process did it.
         """
         rows = self.layout.shard_rows(shard)
         self.rows += len(rows)
-        self.frames += sum(self.passes[row] for row in rows)
+        self.frames += sum(self.passes[row] for row in rows if row not in kept)
         self.seconds = time.perf_counter() - self._start
         self.busy_seconds = self.seconds if worker_seconds is None else self.busy_seconds + worker_seconds
         share = "" if self.flop_utilisation is None else f" at {self.flop_utilisation:.0%} of the GPU's peak"

@@ -6,7 +6,7 @@ import atexit
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,7 +78,7 @@ def process_shards(
         try:
             _go_on(run)
             job = _open_job(config, store_sha256, lease_nonce)
-            seconds = job.process(shards, lambda _: _go_on(run))
+            seconds = job.process(shards, lambda *_: _go_on(run))
             pending = job.find_pending(shards)
         finally:
             if run in _stopped_runs:
@@ -179,7 +179,7 @@ class WorkerJob:
         del self._pipeline, self._writer, self._job
 
     def process(
-        self, shards: Mapping[int, HandedOut], count: Callable[[int], None] = lambda _: None
+        self, shards: Mapping[int, HandedOut], count: Callable[[int, Collection[int]], None] = lambda *_: None
     ) -> dict[str, float]:
         """Do some shards, one overlapping with the next; those that somebody finished meanwhile are left alone.
 

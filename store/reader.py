@@ -25,7 +25,7 @@ from .attributes import check_attributes, parse_layout
 from .checksums import APPEND_NAME, CHECKSUMS_NAME
 from .codec import Codec
 from .layout import FORMAT_VERSION, ArraySpec
-from .markers import PARTS_NAME, Marker, find_markers, marker_path, read_marker
+from .markers import PARTS_NAME, Marker, find_markers, marker_path, read_joined, read_marker
 from .row_checks import check_captions, check_rows
 
 _CLIP_ARRAYS = ("patches", "cls", "pixels")
@@ -129,7 +129,11 @@ class StoreReader:
         if "pending" not in self._statuses(table):
             return table
         parts = {}
+        markers = find_markers(self.path)
+        joined = read_joined(self.path, _recorded_hashes(self.path).get(manifest.MANIFEST_NAME))
         for shard in self.finished_shards():
+            if markers.get(shard) == joined.get(shard):
+                continue  # the manifest holds it
             marker = read_marker(self.path, shard, self.attributes["codec"]["sha256"])
             if marker is not None:  # a retry may have undone it since
                 parts[self.layout.shard_rows(shard).start] = marker.results

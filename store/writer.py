@@ -297,6 +297,8 @@ class StoreWriter:
         needed = sum(getattr(row, name).nbytes for row in tokens.values() for name in names)
         with naming_what_is_refused(self.path / f"shard {shard}", needed=needed, check=self.check_lease):
             scratch = self._open_scratch()
+            for name in shard_files(self._specs, shard):
+                (scratch / name).unlink(missing_ok=True)  # of a try that failed: tensorstore would add to it
             self._write_arrays(tokens)
             kill_point("shard written")
             files = {
