@@ -9,8 +9,9 @@ done-markers by `StoreWriter.write_shard`: their rows are failed ones with all c
 file. The index is of rows without a store. Each figure comes from a process of its own.
 
     consolidation     the manifest of all done-markers, none of which it holds yet
-    retry             1,000 shards are done anew and the manifest is joined again, while os.fsync returns at once; less
-                      what the same number of shards cost when they were new
+    retry             1,000 failed shards are found and done anew, while os.fsync returns at once; less what the same
+                      number of shards cost when they were new
+    joining           the manifest after that, which holds all other done-markers
     worker's start    `WorkerJob.__enter__` on that store, less the same on a store of 100 rows; without listing videos
     index rows        `build_index` of made-up embeddings of width 8
 """
@@ -169,14 +170,15 @@ def measure_retry(path: Path, options: argparse.Namespace) -> dict[str, float]:
             done += 1
             if watch.read()["s"] > options.patience:
                 break
-        redone = watch.read()
-        table = writer.consolidate()
         told = watch.read()
+        join = Stopwatch()
+        table = writer.consolidate()
+        joined = join.read()
     assert len(failed) == num_shards
     assert table["reason"].to_pylist().count("made up again") == sum(len(rows) for rows in results[:done])
     for kind in ("s", "cpu_s"):  # of the shards that were not waited for
-        told[kind] += (redone[kind] - begun[kind]) * (len(shards) / done - 1)
-    return {"of": len(shards), "measured": done, **told}
+        told[kind] += (told[kind] - begun[kind]) * (len(shards) / done - 1)
+    return {"of": len(shards), "measured": done, **told, "join_s": joined["s"], "join_cpu_s": joined["cpu_s"]}
 
 
 def measure_worker(path: Path, options: argparse.Namespace) -> dict[str, float]:
@@ -289,7 +291,7 @@ def measure_tree(tree: Path, options: argparse.Namespace) -> dict[str, dict[str,
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "imports").mkdir(parents=True)
     (folder / "imports" / "s4v").symlink_to(tree.resolve(), target_is_directory=True)
-    environment = {**os.environ, "PYTHONPATH": str((folder / "imports").resolve()), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str((folder / "imports").resolve())}
     sizes = ("videos", "shards", "retry", "index_rows", "patience")
     given = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in sizes]
     found = {}
@@ -310,6 +312,10 @@ def describe(found: dict[str, float]) -> str:
     measured = found.get("measured", found["of"])
     of_part = "" if measured == found["of"] else f", from the first {measured:,.0f}"
     return f"{found['s']:.2f} s ({found['cpu_s']:.2f} CPU s), {found['mb']:.0f} MB{of_part}"
+
+
+def describe_joining(found: dict[str, float]) -> str:
+    return f"{found['join_s']:.2f} s ({found['join_cpu_s']:.2f} CPU s)"
 
 
 def main() -> None:
@@ -349,6 +355,9 @@ def main() -> None:
     ):
         figures = [] if before is None else [describe(before[name])]
         rows.append([what.format(now[name]["of"]), *figures, describe(now[name])])
+        if name == "retry":
+            figures = [] if before is None else [describe_joining(before[name])]
+            rows.append(["joining their done-markers into the manifest", *figures, describe_joining(now[name])])
     table = format_table(["", *(() if before is None else ("before",)), "now"], rows)
     bars = [
         check_bar("consolidation", now["consolidation"]["s"], 15, " s"),

@@ -231,7 +231,7 @@ def _write_arrays(
             if (np.isfinite(vectors[:, 0]).all(axis=2).sum(axis=1) != counts[here]).any():
                 raise StoreDamagedError(f"{store.path / 'embedding'} has lost frames of rows {held[0]} to {held[-1]}")
             pooled[here] = pool_frames(vectors)
-            frames[span] = np.concatenate([_join_views(video) for video in vectors])
+            frames[span] = _join_views(vectors)
             times[span] = facts.times_of(here)
         else:
             clips = trained.embed(held, facts.first_clips_of(here))
@@ -277,10 +277,10 @@ def _move_into_place(folder: Path, path: Path, lease: Lease) -> None:
     sync_folder(path.parent)
 
 
-def _join_views(video: np.ndarray) -> np.ndarray:
-    """(A, F, E) with NaN where there is no such frame -> (f, E): the mean over views, normalised again."""
-    is_there = ~np.isnan(video[0, :, 0])
-    return normalise_rows(np.nanmean(video[:, is_there], axis=0))
+def _join_views(videos: np.ndarray) -> np.ndarray:
+    """(n, A, F, E) with NaN where there is no such frame -> (frames, E): the mean over views, normalised again."""
+    views = videos.swapaxes(1, 2)[~np.isnan(videos[:, 0, :, 0])]  # (frames, A, E), video after video
+    return normalise_rows(np.nanmean(views, axis=1))
 
 
 def _is_index(path: Path) -> bool:

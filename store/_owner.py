@@ -148,6 +148,19 @@ def read_record(path: Path) -> Record | None:
         os.close(handle)
 
 
+def read_nonce(path: Path) -> str | None:
+    """The nonce in the file of an owner, whether it lives or not; None where there is none."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        nonce = _parse(os.read(handle, _MOST_BYTES)).get("nonce") if stat.S_ISREG(os.fstat(handle).st_mode) else None
+    finally:
+        os.close(handle)
+    return nonce if isinstance(nonce, str) else None
+
+
 def _parse(raw: bytes) -> dict[str, Any]:
     try:
         value = json.loads(raw)

@@ -32,7 +32,7 @@ from typing import Any, Literal
 from ..errors import EnvironmentFailedError, LeaseLostError, StoreBusyError, StoreDamagedError
 from . import _owner
 from ._files import kill_point, sync_folder
-from ._owner import BeatingFile, Record, read_record
+from ._owner import BeatingFile, Record, read_nonce, read_record
 
 LEASES_NAME = "_leases"
 _GATE_NAME = "gate"
@@ -239,8 +239,7 @@ def check_lease(store: Path, nonce: str) -> None:
 
 
 def _is_there(folder: Path, nonce: str) -> bool:
-    record = read_record(folder / f"{nonce}.json")
-    return record is not None and record.nonce == nonce
+    return read_nonce(folder / f"{nonce}.json") == nonce
 
 
 def _lost(subject: Path) -> LeaseLostError:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from ..errors import StoreDamagedError
 from ._files import write_atomic
-from .records import VideoRecord
+from .records import VideoRecord, VideoResult
 
 _VIEW = pa.struct(
     [
@@ -92,12 +92,27 @@ class ClassList:
 
 def input_table(records: Sequence[VideoRecord], classes: ClassList) -> pa.Table:
     """The input columns, one row a record, in the given order."""
-    label_of = {name: label for label, name in enumerate(classes.names)}
-    rows = [
-        {**asdict(record), "label": label_of[record.class_name] if record.class_name is not None else None}
-        for record in records
-    ]
-    return pa.Table.from_pylist(rows, schema=INPUT_SCHEMA)
+    label_of: dict[str | None, int | None] = {name: label for label, name in enumerate(classes.names)}
+    label_of[None] = None
+    # Column by column: a dict for each of a million records takes ten times as long.
+    columns = {
+        name: [label_of[record.class_name] for record in records]
+        if name == "label"
+        else [getattr(record, name) for record in records]
+        for name in INPUT_SCHEMA.names
+    }
+    return pa.table(columns, schema=INPUT_SCHEMA)
+
+
+def result_table(results: Sequence[VideoResult]) -> pa.Table:
+    """Results as a done-marker has them, one row each."""
+    columns = {
+        name: [None if result.views is None else [asdict(view) for view in result.views] for result in results]
+        if name == "views"
+        else [getattr(result, name) for result in results]
+        for name in PART_SCHEMA.names
+    }
+    return pa.table(columns, schema=PART_SCHEMA)
 
 
 def caption_table(records: Sequence[VideoRecord]) -> pa.Table:

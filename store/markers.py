@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from ..errors import StoreDamagedError
 from ._files import write_atomic, write_durable
-from .manifest import PART_SCHEMA, read_table
+from .manifest import PART_SCHEMA, read_table, result_table
 from .names import is_known, open_file
 from .records import VideoResult
 
@@ -116,7 +116,7 @@ def make_marker(
     Returns:
         The file, durable.
     """
-    table = pa.Table.from_pylist([asdict(result) for result in results], schema=PART_SCHEMA)
+    table = result_table(results)
     told = json.dumps(dict(sorted(files.items()))).encode()
     table = table.replace_schema_metadata({_CODEC_KEY: codec_sha256.encode(), _FILES_KEY: told})
     if format_version == 1:
@@ -149,7 +149,8 @@ def read_marker(root: Path, shard: int, codec_sha256: str, *, parts: str = PARTS
         files = json.loads(metadata[_FILES_KEY]) if _FILES_KEY in metadata else None
         if files is not None and not (isinstance(files, dict) and all(is_known(name) for name in files)):
             raise ValueError("it names other files than a shard has")
-        return Marker(table.select(PART_SCHEMA.names).cast(PART_SCHEMA), files)
+        results = table.select(PART_SCHEMA.names).replace_schema_metadata()
+        return Marker(results if results.schema.equals(PART_SCHEMA) else results.cast(PART_SCHEMA), files)
     except (ValueError, RecursionError) as error:  # pyarrow's own are ValueErrors
         raise StoreDamagedError(f"{path} is not a done-marker: {error}. {_MEND}") from error
 

@@ -14,7 +14,7 @@ reader has the old file or the new one, both whole; a row whose tokens become ot
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from ._files import kill_point, sync_folder
@@ -101,7 +101,7 @@ def swap_shard(
     folder.rename(root / SWAPS_NAME / folder.name)
     sync_folder(root / SWAPS_NAME)
     kill_point("swap begun")
-    finish_swap(root, specs, shard, codec_sha256, check)
+    _take_places(root, specs, shard, root / SWAPS_NAME / folder.name, files, check)
 
 
 def find_swaps(root: Path) -> list[int]:
@@ -118,21 +118,32 @@ def finish_swap(root: Path, specs: Sequence[ArraySpec], shard: int, codec_sha256
         StoreDamagedError: If the journal's done-marker cannot be read; nothing was changed.
     """
     folder = root / SWAPS_NAME / f"{shard:06d}"
-    journal = _find_marker(folder, shard)
-    if journal is not None:
+    files: Collection[str] = ()
+    if _find_marker(folder, shard) is not None:
         marker = read_marker(folder, shard, codec_sha256, parts="")
         assert marker is not None
+        files = marker.files or ()
+    _take_places(root, specs, shard, folder, files, check)
+
+
+def _take_places(
+    root: Path, specs: Sequence[ArraySpec], shard: int, folder: Path, files: Collection[str], check: Check
+) -> None:
+    """Move what a journal holds to its places: old results, files, the new done-marker. Then the journal goes."""
+    journal = _find_marker(folder, shard)
+    if journal is not None:
         before = _find_marker(folder / _BEFORE, shard)
         if before is not None:
             check()
             place_marker(root, shard, before)
             kill_point("swap pending")
+        check()
         for name in shard_files(specs, shard):
-            check()
             if (folder / name).exists():
+                check()
                 (folder / name).replace(root / name)
                 kill_point("swap moved")
-            elif name not in (marker.files or ()):
+            elif name not in files:
                 (root / name).unlink(missing_ok=True)
         for spec in specs:
             sync_folder(root / spec.name)

@@ -203,8 +203,8 @@ class StoreWriter:
     def read_statuses(self) -> pa.ChunkedArray:
         """Of all rows, those of markers that the manifest does not hold yet included."""
         table = manifest.read_table(self.path / manifest.MANIFEST_NAME, ["status"])
+        changed, _ = self._changed_parts(table["status"])
         statuses = table["status"].to_numpy(zero_copy_only=False)
-        changed, _ = self._changed_parts(statuses)
         for first, part in changed.items():
             statuses[first : first + len(part)] = part["status"].to_numpy(zero_copy_only=False)
         return pa.chunked_array([pa.array(statuses, pa.string())])
@@ -400,7 +400,7 @@ class StoreWriter:
 
     def _consolidate(self) -> pa.Table:
         table = manifest.read_table(self.path / manifest.MANIFEST_NAME)
-        parts, markers = self._changed_parts(table["status"].to_numpy(zero_copy_only=False))
+        parts, markers = self._changed_parts(table["status"])
         kill_point("before consolidation")
         # A finished store stays as it is, times included: "the newest store" means the one written last.
         if parts and not (joined := manifest.replace_results(table, parts)).equals(table):
@@ -423,7 +423,7 @@ class StoreWriter:
     def _read_joined(self) -> dict[int, MarkerState]:
         return read_joined(self.path, read_recorded_hashes(self.path).get(manifest.MANIFEST_NAME))
 
-    def _changed_parts(self, statuses: np.ndarray) -> tuple[dict[int, pa.Table], dict[int, MarkerState]]:
+    def _changed_parts(self, statuses: pa.ChunkedArray) -> tuple[dict[int, pa.Table], dict[int, MarkerState]]:
         """Results that the manifest does not hold yet, by first row, and all markers that there are.
 
         Where a marker is gone whose rows the manifest holds, they are pending.
@@ -432,6 +432,7 @@ class StoreWriter:
             statuses: As the manifest has them.
         """
         markers, joined = find_markers(self.path), self._read_joined()
+        is_pending = pa.compute.equal(statuses, "pending").to_numpy()
         parts: dict[int, pa.Table] = {}
         for shard in range(self.layout.num_shards):
             state = markers.get(shard)
@@ -441,7 +442,7 @@ class StoreWriter:
             marker = None if state is None else read_marker(self.path, shard, self._codec_sha256)
             if marker is not None:
                 parts[rows.start] = marker.results
-            elif (statuses[rows.start : rows.stop] != "pending").any():
+            elif not is_pending[rows.start : rows.stop].all():
                 assert self._inputs is not None, "a worker does not consolidate"
                 ids = self._inputs["video_id"].slice(rows.start, len(rows))
                 parts[rows.start] = manifest.pending_results(ids)

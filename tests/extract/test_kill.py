@@ -21,7 +21,7 @@ POINTS = (
     "before rename of videos.parquet 1",
     "before rename of checksums.json 1",
     "after rename of checksums.json 1",
-    "shard undone 3",
+    "shard durable 3",
     "shard being written 2",
     "shard written 4",
     "shard durable 1",
@@ -41,10 +41,11 @@ POINTS = (
 )
 RETRY_POINTS = (
     "before rename of checksums.json 1",
-    "shard forgotten 1",
-    "shard undone 1",
+    "shard written 1",
+    "swap prepared 1",
+    "swap begun 1",
     "shard being written 1",
-    "shard durable 1",
+    "swap done 1",
     "before rename of 000009.arrows 1",
     "shard done 1",
     "before rename of videos.parquet 1",
