@@ -98,7 +98,7 @@ class KeptRows:
         rows = self._store.layout.shard_rows(shard)
         if "ok" not in self._statuses[rows.start : rows.stop]:
             return ()
-        return [VideoResult(**row) for row in self._table.slice(rows.start, len(rows)).to_pylist()]
+        return manifest.read_results(self._table.slice(rows.start, len(rows)))
 
     @cached_property
     def _statuses(self) -> list[str]:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from ..errors import StoreDamagedError
 from ._files import write_atomic
-from .records import VideoRecord, VideoResult
+from .records import VideoRecord, VideoResult, View
 
 _VIEW = pa.struct(
     [
@@ -113,6 +113,15 @@ def result_table(results: Sequence[VideoResult]) -> pa.Table:
         for name in PART_SCHEMA.names
     }
     return pa.table(columns, schema=PART_SCHEMA)
+
+
+def read_results(table: pa.Table) -> list[VideoResult]:
+    """The rows of a done-marker, or of those columns of a manifest, as dataclasses."""
+    rows = table.select(PART_SCHEMA.names).to_pylist()
+    return [
+        VideoResult(**{**row, "views": None if row["views"] is None else [View(**view) for view in row["views"]]})
+        for row in rows
+    ]
 
 
 def caption_table(records: Sequence[VideoRecord]) -> pa.Table:

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from ..errors import StoreDamagedError
 from ._files import write_atomic, write_durable
-from .manifest import PART_SCHEMA, read_table, result_table
+from .manifest import PART_SCHEMA, read_results, read_table, result_table
 from .names import is_known, open_file
 from .records import VideoResult
 
@@ -59,7 +59,7 @@ class Marker:
 
     def as_results(self) -> list[VideoResult]:
         """Its rows as dataclasses."""
-        return [VideoResult(**row) for row in self.results.to_pylist()]
+        return read_results(self.results)
 
 
 def marker_path(root: Path, shard: int, *, parts: str = PARTS_NAME) -> Path:

@@ -183,7 +183,7 @@ def _write_rows(writer: StoreWriter, shard: int, taken: Sequence[_Candidate], be
         if before is not None and one is not before and before.statuses[place] == "ok"
     }
     for place, one in enumerate(taken):
-        result = VideoResult(**one.part.slice(place, 1).to_pylist()[0])
+        result = manifest.read_results(one.part.slice(place, 1))[0]
         results.append(result)
         if result.status == "ok":
             tokens[first + place] = _read_row(one.store, first + place, result)

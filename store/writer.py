@@ -247,7 +247,7 @@ class StoreWriter:
                 if row in sources:
                     num_bytes, mtime_ns, digest = sources[row]
                     known = {"source_bytes": num_bytes, "source_mtime_ns": mtime_ns, "source_hash": digest}
-                    results[row - first] = VideoResult(**{**asdict(results[row - first]), **known})
+                    results[row - first] = replace(results[row - first], **known)  # type: ignore[arg-type]
             scratch = self._open_scratch()
             version = self._format_version
             with self.hold_manifest():
