@@ -155,7 +155,8 @@ class StoreWriter:
             self._scratch = None
             self._arrays.clear()
         if self.lease is not None:
-            remove_dead_scratch(self.path, _SHARDS_STEM)  # of workers that were killed meanwhile
+            with suppress(OSError):  # the store may be gone, or its disk
+                remove_dead_scratch(self.path, _SHARDS_STEM)  # of workers that were killed meanwhile
             self.lease.close()
 
     def check_lease(self) -> None:
