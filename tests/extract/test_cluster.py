@@ -546,11 +546,13 @@ def poisoned_workers(tmp_path):
     file.write_text(
         "import os, signal\n"
         "from s4v.store.writer import StoreWriter\n"
-        "write = StoreWriter.write_shard\n"
+        # Dask runs this file twice: what is there the second time is not what is to be called.
+        "write = getattr(StoreWriter.write_shard, 'written_by', StoreWriter.write_shard)\n"
         "def write_or_die(writer, shard, *args, **options):\n"
         "    if shard == 3:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return write(writer, shard, *args, **options)\n"
+        "write_or_die.written_by = write\n"
         "StoreWriter.write_shard = write_or_die\n"
     )
     return dask.config.set({"distributed.worker.preload": [str(file)]})
