@@ -33,7 +33,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 tiny-clip: $(INSTALLED)
-	$(BIN)/python -m s4v.demo.tiny_clip --out extract/models
+	$(BIN)/python -m s4v.demo.tiny_clip --out backbone/tiny_clip
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 11) else "s4v needs Python 3.11 or newer, $(PYTHON) is " + v + "; try: make PYTHON=python3.12")'

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .moved import install as _find_moved_modules
+
 if TYPE_CHECKING:
     from .extract.config import ExtractConfig
     from .extract.extraction import extract_dataset
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from .train.loop import train_run
 
 __version__ = "0.1.0"
+
+_find_moved_modules()
 
 _HOME_OF = {
     "ExtractConfig": ".extract.config",

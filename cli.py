@@ -154,7 +154,7 @@ def extract(
     """Run the backbone once over all videos and write their tokens to a store; run again to continue."""
     with _command("extract", as_json) as result:
         from .extract.datasets import default_paths
-        from .extract.sampling import parse_clips, parse_frames, parse_views
+        from .extract.decode.sampling import parse_clips, parse_frames, parse_views
 
         parsed_frames = parse_frames(frames)
         parsed_clips, parsed_views = parse_clips(clips), parse_views(views)
@@ -262,7 +262,7 @@ def plan(
     with _command("plan", as_json) as result:
         from .errors import ConfigError
         from .extract.datasets import default_paths
-        from .extract.sampling import parse_frames, parse_views
+        from .extract.decode.sampling import parse_frames, parse_views
 
         parsed_frames, parsed_views = parse_frames(frames), parse_views(views)
         if (videos is None) == (dataset is None):
@@ -276,7 +276,7 @@ def plan(
         else:
             data_root, store_path = default_paths(dataset, root, out)
         from .extract.config import ExtractConfig
-        from .extract.planning import plan_command
+        from .extract.plan import plan_command
 
         config = ExtractConfig(
             model=model,
@@ -338,14 +338,14 @@ def scan(
     """Decode what an extraction would decode, and say of each file what its row would say."""
     with _command("scan", as_json) as result:
         from .extract.datasets import default_paths
-        from .extract.sampling import parse_clips, parse_frames, parse_views
+        from .extract.decode.sampling import parse_clips, parse_frames, parse_views
 
         parsed_frames = parse_frames(frames)
         parsed_clips, parsed_views = parse_clips(clips), parse_views(views)
         data_root, _ = default_paths(dataset, root, None)
         with show_progress("scan", _LOADING) as report:
             from .extract.config import ExtractConfig
-            from .extract.scanning import scan_dataset
+            from .extract.scan import scan_dataset
 
             config = ExtractConfig(
                 model="none",
@@ -692,12 +692,13 @@ def evaluate(
 ) -> None:
     """Evaluate a run on a split; figures and predictions are left in the run's folder."""
     with _command("eval", as_json) as result:
-        from .train.run import find_newest_run, open_run
+        from .train.run_folder import find_newest_run, open_run
 
         path = run or find_newest_run()
         is_retrieval = open_run(path).head.task == "retrieval"
         _check_eval_options(is_retrieval, clips, dual_softmax)
-        from .train.evaluate import evaluate_run, find_device
+        from .device import find_device
+        from .train.evaluate import evaluate_run
 
         if is_retrieval:
             from .train.retrieval import evaluate_retrieval_run
@@ -802,8 +803,8 @@ def import_official(
     """Make a run from a checkpoint that the paper's authors released."""
     with _command("import", as_json) as result:
         chosen = _parse_numbers("--layers", layers)
-        from .train.importing import import_checkpoint
-        from .train.official import describe_unused
+        from .train.paper.checkpoint_names import describe_unused
+        from .train.paper.import_checkpoint import import_checkpoint
 
         summary = import_checkpoint(checkpoint, out, layers=chosen, frames=frames, features=features)
         result.update(summary)
@@ -846,9 +847,9 @@ def retrieve(
         run = run or (_find_newest_retrieval_run() if features is None else None)
         _require_run_of(checkpoint, run)
         store = _open_searched_store(run, features)
+        from .device import find_device
         from .retrieve.search import Searcher
         from .store.info import count_statuses
-        from .train.evaluate import find_device
 
         # What is no UTF-8 in an argument arrives as halves of characters, which no file and no tokenizer takes.
         query, like, where = (text and text.encode(errors="replace").decode() for text in (query, like, where))
@@ -921,10 +922,10 @@ def index(
         _require_run_of(checkpoint, run)
         with show_progress("index", _LOADING) as report:
             store = _open_searched_store(run, features)
-            from .retrieve.index import open_index
-            from .retrieve.trained import TrainedFrames
+            from .device import find_device
+            from .retrieve.index_reader import open_index
+            from .retrieve.trained_frames import TrainedFrames
             from .store.info import count_rows
-            from .train.evaluate import find_device
 
             trained = None if run is None else TrainedFrames(run, store.path, find_device(device), checkpoint or "best")
             report("opening the index", 0, 0)
@@ -1087,7 +1088,7 @@ def _print_retrieval(path: Path, figures: dict[str, Any]) -> None:
 
 def _find_newest_retrieval_run() -> Path | None:
     from .errors import RunNotFoundError
-    from .train.run import find_newest_run
+    from .train.run_folder import find_newest_run
 
     try:
         return find_newest_run(task="retrieval")
@@ -1167,7 +1168,7 @@ def _parse_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
 
 
 def _print_plan(plan: Any, epochs: int) -> None:
-    from .store._files import describe_bytes
+    from .files import describe_bytes
 
     print_lines(f"{'videos':13} {plan.videos:,}, {plan.frames:,} cached frames")
     for name, size in plan.bytes_by_array.items():
@@ -1271,7 +1272,7 @@ def _counts(counts: dict[str, int]) -> str:
 
 
 def _print_info(facts: dict[str, Any]) -> None:
-    from .store._files import describe_bytes
+    from .files import describe_bytes
 
     backbone, codec = facts["backbone"], facts["codec"]
     videos = facts["videos"]

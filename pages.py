@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .store._files import write_text
+from .files import write_text
 from .store.reader import StoreReader
 from .terminal import make_visible
 

@@ -80,5 +80,6 @@ def set_up_output() -> None:
             stream.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler()
     handler.setFormatter(VisibleFormatter("%(levelname)s: %(message)s"))
-    handler.setLevel(logging.WARNING)  # the root's level does not hold for loggers that have one of their own: Dask's do
+    # The root's level does not hold for loggers that have one of their own: Dask's do.
+    handler.setLevel(logging.WARNING)
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

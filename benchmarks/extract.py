@@ -26,11 +26,12 @@ import numpy as np
 import torch
 from _report import check_bar, describe_machine, format_table, keep
 
-from s4v.extract.backbone import Backbone, build_backbone, find_peak_flops, parse_layers, resolve_device
+from s4v.backbone.vision_tower import Backbone, build_backbone, find_peak_flops, parse_layers
+from s4v.device import find_device
 from s4v.extract.config import ExtractConfig
-from s4v.extract.decoding import DecodeRequest, DecoderPool
+from s4v.extract.decode.pool import DecodeRequest, DecoderPool
 from s4v.extract.extraction import extract_dataset
-from s4v.store._files import read_json
+from s4v.files import read_json
 
 FRAMES = 8
 
@@ -116,7 +117,7 @@ def extract(config: ExtractConfig) -> tuple[float, str]:
 
 def measure_model(model: str, paths: list[Path], options: argparse.Namespace) -> dict[str, Any]:
     """One model in paired rounds."""
-    device, folder = resolve_device(options.device), options.folder
+    device, folder = find_device(options.device), options.folder
     backbone = build_backbone(model, weights="random", device=device, precision=options.precision).load_weights()
     layers, side_px = parse_layers("paper", backbone.info.depth), backbone.info.image_size[0]
     num_frames = FRAMES * len(paths)
@@ -201,7 +202,7 @@ def main() -> None:
     shutil.rmtree(options.folder, ignore_errors=True)
     make_videos(options.folder / "videos", options.videos)
     paths = sorted((options.folder / "videos").rglob("*.mp4"))
-    models, kind = options.models.split(","), resolve_device(options.device).type
+    models, kind = options.models.split(","), find_device(options.device).type
     found = [measure_model(model, paths, options) for model in models]
     shutil.rmtree(options.folder)
     bar = _GPU_BAR if kind == "cuda" else _CPU_BAR

@@ -183,12 +183,12 @@ def measure_retry(path: Path, options: argparse.Namespace) -> dict[str, float]:
 
 def measure_worker(path: Path, options: argparse.Namespace) -> dict[str, float]:
     """A process that sets up a worker for the small store first, which loads all there is to load."""
-    from s4v.store._files import hash_file
+    from s4v.files import hash_file
 
     try:
-        from s4v.extract.worker import WorkerJob
+        from s4v.extract.pipeline.dask_worker import WorkerJob
     except ImportError:
-        from s4v.extract.cluster import WorkerJob
+        from s4v.extract.pipeline.dask_cluster import WorkerJob
 
     given = "store_sha256" in signature(WorkerJob).parameters
 
@@ -217,7 +217,7 @@ def measure_index(path: Path, options: argparse.Namespace) -> dict[str, float]:
     import numpy as np
     import pyarrow as pa
 
-    from s4v.retrieve.building import build_index
+    from s4v.retrieve.index_writer import build_index
 
     num_rows, rows_per_shard = options.index_rows, 50
     starts = range(0, num_rows, ROWS_OF_A_CHUNK)

@@ -24,13 +24,13 @@ import torch
 from _report import check_bar, describe_machine, format_table, keep
 from opening import make_store
 
-from s4v.retrieve.building import FORMAT_VERSION, IndexFacts, fingerprint, measure_rounding
-from s4v.retrieve.index import VideoIndex
+from s4v.files import write_json
+from s4v.retrieve.index_reader import VideoIndex
+from s4v.retrieve.index_writer import FORMAT_VERSION, IndexFacts, fingerprint, measure_rounding
 from s4v.retrieve.vectors import normalise_rows, score_rows
-from s4v.store._files import write_json
 from s4v.store.reader import open_store
 from s4v.store.texts import MAX_WORDS
-from s4v.train.interaction import TextBatch, WeightedTokenInteraction
+from s4v.train.networks.text_interaction import TextBatch, WeightedTokenInteraction
 
 FRAMES = 12
 TOP, RERANKED = 10, 100

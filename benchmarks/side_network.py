@@ -35,11 +35,11 @@ import torch.nn.functional as F
 from _report import describe_machine, format_table, keep
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from s4v.extract.backbone import build_backbone
+from s4v.backbone.vision_tower import build_backbone
 from s4v.store.codec import Codec
 from s4v.train import side_network
 from s4v.train.allocator import keep_freed_memory
-from s4v.train.presets import SIZES, Size
+from s4v.train.paper.presets import SIZES, Size
 from s4v.train.side_network import SideNetwork
 
 FRAMES, CHANNELS, CLASSES = 8, 256, 400

@@ -13,19 +13,19 @@ from typing import Any
 from ..errors import ConfigError, RunExistsError
 from ..extract.config import ExtractConfig
 from ..extract.extraction import extract_dataset
+from ..files import read_json, write_json
 from ..retrieve.zero_shot import classify_zero_shot
-from ..store._files import read_json, write_json
 from ..store.info import describe_store
 from ..store.manifest import read_table
 from ..store.reader import StoreReader, open_store
 from ..train.config import TrainConfig
 from ..train.evaluate import evaluate_run
 from ..train.loop import train_run
-from ..train.run import open_run, read_metrics
-from .asking import ask, judge_retrieval
+from ..train.run_folder import open_run, read_metrics
 from .captions import prompt_motion
-from .judging import Share, describe_shares, judge_answers, judge_reversal, split_label
 from .report import write_report
+from .retrieval import ask, judge_retrieval
+from .scores import Share, describe_shares, judge_answers, judge_reversal, split_label
 from .world import ANNOTATIONS_NAME, WorldConfig, write_world
 
 _MARKER = "demo.json"

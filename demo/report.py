@@ -26,8 +26,8 @@ from ..pages import (
 )
 from ..store.manifest import read_table
 from ..store.reader import StoreReader
-from .judging import split_label
 from .scenes import PAIRS, SHAPES
+from .scores import split_label
 
 _COLOURS = {
     "side network": ACCENT,

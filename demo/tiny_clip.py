@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from ..extract.architectures import read_architecture, resolve_model
-from ..extract.backbone import normalise_pixels
-from ..extract.weights import KNOWN_WORDS
+from ..backbone.names import read_architecture, resolve_model
+from ..backbone.vision_tower import normalise_pixels
+from ..backbone.weights import KNOWN_WORDS
 from .captions import Meaning, agrees, describe_scene, list_vocabulary, with_article, word_caption
-from .painting import halve_chroma, paint_scene
+from .renderer import halve_chroma, paint_scene
 from .scenes import COLOURS, FRAME_PX, MOTIONS, RELATIONS, SHAPES, draw_scene
 
 _MODEL = "tiny-clip"

@@ -24,9 +24,9 @@ import av
 import numpy as np
 
 from ..errors import ConfigError, DatasetError
-from ..store._files import write_atomic, write_json
+from ..files import write_atomic, write_json
 from .captions import describe_scene, word_caption
-from .painting import paint_scene
+from .renderer import paint_scene
 from .scenes import MOTIONS, SHAPES, draw_scene
 
 NUM_FRAMES = 20

@@ -16,7 +16,7 @@ from ..errors import StoreDamagedError
 from ..store.markers import find_markers, read_marker
 from ..store.reader import StoreReader
 from ..store.writer import StoreWriter
-from .source import SourceFacts, is_same_source, read_source
+from .decode.source import SourceFacts, is_same_source, read_source
 
 _THREADS = 16
 """A network disk answers many questions at once, and each of them slowly."""

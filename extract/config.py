@@ -12,8 +12,8 @@ from ..errors import ConfigError, EnvironmentFailedError
 from ..store.layout import PATCH_DTYPES, PatchDtype
 from ..store.records import VideoRecord
 from .datasets import Listing, read_listing, resolve_protocol
-from .resizing import RESIZES, VIEWS
-from .sampling import SAMPLINGS
+from .decode.sampling import SAMPLINGS
+from .decode.views import RESIZES, VIEWS
 
 DEFAULT_FRAMES = {"train": 16, "": 8}
 ALLOWED_LOSS_SHARE = 0.02

@@ -15,16 +15,16 @@ from ..store.reader import is_store, open_store
 from ..store.redone import note_redone
 from ..store.writer import StoreWriter, refuse_existing
 from .changed_rows import find_changed_rows, warn_of_changed
-from .cluster import Unfinished, run_on_workers
 from .config import ExtractConfig
-from .decoding import DecoderPool
+from .decode.pool import DecoderPool
 from .finishing import finish_store
 from .job import Job, set_up_job
+from .meter import Meter, ReportProgress, StageClock, write_stats
 from .opening import open_writer, undone_shards
-from .pipeline import Pipeline
-from .repairing import mend_store
+from .pipeline.dask_cluster import Unfinished, run_on_workers
+from .pipeline.stages import Pipeline
+from .repair import mend_store
 from .segments import list_rows_and_missing
-from .stats import Meter, ReportProgress, StageClock, write_stats
 
 _MANY_SHARDS = 1000
 """From so many on, joining their results takes long enough to be told."""

@@ -7,15 +7,15 @@ from functools import partial
 
 import pyarrow as pa
 
+from ..backbone.text_tower import TextTower, load_text_tower
 from ..errors import BackboneError, WeightsError
 from ..store.fidelity import FIDELITY_NAME, write_fidelity
 from ..store.reader import StoreReader, is_store, open_store
 from ..store.texts import MAX_WORDS, has_current_texts, write_texts
 from ..terminal import quote
-from .calibration import frames_per_video, gather_sample, group_for_calibration, measure_codec
+from .codec_fit import frames_per_video, gather_sample, group_for_calibration, measure_codec
 from .job import Job
 from .opening import fits_codec
-from .text_tower import TextTower, load_text_tower
 
 _MEASURED_VIDEOS = 16
 

@@ -9,18 +9,19 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any, Generic, TypeVar
 
-from ..store._files import hash_text
+from ..backbone.vision_tower import Backbone, build_backbone, find_peak_flops
+from ..device import find_device
+from ..files import hash_text
 from ..store.layout import StoreLayout
 from ..store.manifest import ClassList
 from ..store.reader import StoreReader, is_store, open_store
 from ..store.records import VideoRecord
-from .backbone import Backbone, build_backbone, find_peak_flops, resolve_device
 from .config import ALLOWED_LOSS_SHARE, DEFAULT_FRAMES, ExtractConfig
 from .datasets import resolve_protocol
-from .decoding import DecodedVideo, DecoderPool, decode_records
-from .planning import plan_layout
-from .resizing import NUM_VIEWS
-from .stats import Meter, ReportProgress, StageClock
+from .decode.pool import DecodedVideo, DecoderPool, decode_records
+from .decode.views import NUM_VIEWS
+from .meter import Meter, ReportProgress, StageClock
+from .plan import plan_layout
 
 _log = logging.getLogger(__name__)
 
@@ -205,7 +206,7 @@ def _build_backbone(config: ExtractConfig) -> Backbone:
     backbone = build_backbone(
         config.model,
         weights=config.weights,
-        device=resolve_device(config.device),
+        device=find_device(config.device),
         precision=config.precision,
         seed=config.seed,
     )

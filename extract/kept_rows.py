@@ -21,7 +21,7 @@ from ..store.reader import open_store
 from ..store.records import VideoRecord, VideoResult
 from ..store.writer import RowTokens
 from .config import ExtractConfig
-from .source import is_same_source
+from .decode.source import is_same_source
 
 
 @dataclass(frozen=True, slots=True)

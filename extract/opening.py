@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..errors import StoreExistsError
-from ..store.appending import append_rows
+from ..store.append import append_rows
 from ..store.codec import Codec
 from ..store.lease import Scope
 from ..store.reader import is_store, open_store
 from ..store.texts import has_current_texts
 from ..store.writer import StoreWriter, create_store, resume_store
-from .calibration import fit_codec, frames_per_video, gather_sample, group_for_calibration
+from .codec_fit import fit_codec, frames_per_video, gather_sample, group_for_calibration
 from .job import Job
-from .planning import require_space
+from .plan import require_space
 
 
 def open_writer(job: Job) -> StoreWriter:

@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import ConfigError, StoreDamagedError
-from ..store.appending import finish_appending, order_records
+from ..store.append import finish_appending, order_records
 from ..store.reader import is_store, open_store
 from ..store.records import VideoRecord
 from .config import ExtractConfig
 from .datasets import Listing
-from .decoding import DecodeRequest, DecoderPool
+from .decode.pool import DecodeRequest, DecoderPool
 
 Span = tuple[float | None, float | None]
 """Seconds of the file, from and to; None is its start or end."""

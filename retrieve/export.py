@@ -10,7 +10,7 @@ import pyarrow as pa
 from ..errors import StoreExistsError
 from ..store.manifest import write_table
 from ..store.reader import StoreReader
-from .index import VideoIndex
+from .index_reader import VideoIndex
 
 _VIDEOS_PER_FILE = 1_000_000
 

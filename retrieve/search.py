@@ -22,16 +22,16 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from ..backbone.text_tower import TextTower, load_text_tower
 from ..errors import ConfigError, StoreError, StoreNotFoundError
-from ..extract.text_tower import TextTower, load_text_tower
 from ..store.info import count_statuses
 from ..store.reader import StoreReader, open_store
 from ..store.texts import MAX_WORDS
 from ..terminal import quote
-from .building import Report, build_index
 from .filters import filter_rows, find_columns
-from .index import Match, VideoIndex, open_index
-from .trained import TrainedFrames
+from .index_reader import Match, VideoIndex, open_index
+from .index_writer import Report, build_index
+from .trained_frames import TrainedFrames
 from .tuned_texts import load_tuned_text_tower
 from .vectors import find_moment, normalise_rows, score_rows
 

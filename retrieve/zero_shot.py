@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..backbone.text_tower import TextTower
 from ..errors import ConfigError, StoreMismatchError
-from ..extract.text_tower import TextTower
 from ..store.reader import StoreReader
 from .search import load_store_text_tower
 from .vectors import normalise_rows, pool_frames

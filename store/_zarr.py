@@ -10,8 +10,8 @@ import numpy as np
 import tensorstore as ts
 
 from ..errors import EnvironmentFailedError, StoreDamagedError
+from ..files import describe_bytes, write_json
 from . import names
-from ._files import describe_bytes, write_json
 from ._shards import DamagedChunkError, read_chunk_file
 from .layout import ArraySpec
 

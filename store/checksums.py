@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StoreDamagedError
-from ._files import hash_file, read_json, write_json
+from ..files import hash_file, read_json, write_json
 from .manifest import CAPTIONS_NAME, MANIFEST_NAME
 from .markers import PARTS_NAME
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import StoreDamagedError
+from ..files import write_json
 from . import names
-from ._files import write_json
 
 FIDELITY_NAME = "fidelity.json"
 NOTABLE_LOSS = 0.05

@@ -29,10 +29,10 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+from .. import process_identity
 from ..errors import EnvironmentFailedError, LeaseLostError, StoreBusyError, StoreDamagedError
-from . import _owner
-from ._files import kill_point, sync_folder
-from ._owner import BeatingFile, Record, read_nonce, read_record
+from ..files import kill_point, sync_folder
+from ..process_identity import BeatingFile, Record, read_nonce, read_record
 
 LEASES_NAME = "_leases"
 _GATE_NAME = "gate"
@@ -158,8 +158,8 @@ class Lease:
 
     def _renew_if_late(self) -> bool:
         """Beat behind the gate if others may take us for dead by now: whoever removes leases does so there."""
-        silent_s = _owner.now_s() - self._file.last_beat_s
-        if not self._is_taken or self._is_lost or silent_s <= (_owner.BEATS_TO_DIE - 1) * _owner.BEAT_S:
+        silent_s = process_identity.now_s() - self._file.last_beat_s
+        if not self._is_taken or self._is_lost or silent_s <= process_identity.life_s() - process_identity.BEAT_S:
             return False
         try:
             with _Gate(self._folder, self._file, self._subject) as gate:
@@ -243,7 +243,7 @@ def _is_there(folder: Path, nonce: str) -> bool:
 
 
 def _lost(subject: Path) -> LeaseLostError:
-    limit_s = _owner.BEATS_TO_DIE * _owner.BEAT_S
+    limit_s = process_identity.life_s()
     return LeaseLostError(
         f"{subject} is no longer this process's to write to: its lease is gone. It was stopped or cut off for more "
         f"than {limit_s:.0f} s and another process took over, or the store was replaced. What is finished stays: run "
@@ -362,12 +362,12 @@ class _Look:
     def pause(self) -> None:
         """Before the next look."""
         time.sleep(self._delay_s * random.uniform(0.5, 1))
-        self._delay_s = min(2 * self._delay_s, 1.0, _owner.BEAT_S / 10)
+        self._delay_s = min(2 * self._delay_s, 1.0, process_identity.BEAT_S / 10)
 
     def _refuse(self, record: Record, scope: Scope) -> str:
         until = "It keeps its lease while it runs"
         if not record.is_alive:
-            until = f"Its lease lasts until {_clock(_owner.BEATS_TO_DIE * _owner.BEAT_S)}, and longer while it runs"
+            until = f"Its lease lasts until {_clock(process_identity.life_s())}, and longer while it runs"
         return f"{self._busy}: {record.describe()} has a lease on {scope.describe()}. {until}: {self._advice}."
 
     def _warn(self, record: Record, watch: _Watch, *, is_known: bool) -> None:
@@ -400,13 +400,13 @@ class _Watch:
             return True
         if self.looked_s is not None:
             # Capped: while this process was stopped, or the file system did not answer, nobody looked.
-            self.still_s += min(now - self.looked_s, _owner.BEAT_S / 2)
+            self.still_s += min(now - self.looked_s, process_identity.BEAT_S / 2)
         self.looked_s = now
         return False if self.left_s <= 0 else None
 
     @property
     def left_s(self) -> float:
-        return _owner.BEATS_TO_DIE * _owner.BEAT_S - self.still_s
+        return process_identity.life_s() - self.still_s
 
 
 def _list_records(folder: Path, own_nonce: str) -> Iterator[tuple[Path, Record]]:
@@ -444,7 +444,7 @@ class _Gate:
             if is_alive is False:
                 self._take_away(record)
                 continue
-            if time.monotonic() - begin_s > 4 * _owner.BEATS_TO_DIE * _owner.BEAT_S:
+            if time.monotonic() - begin_s > 4 * process_identity.life_s():
                 raise StoreBusyError(f"{self._path} is held by {record.describe()}, which does not go on: end it first")
             time.sleep(delay_s * random.uniform(0.5, 1))
             delay_s = min(2 * delay_s, 0.1)

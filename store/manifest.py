@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import StoreDamagedError
-from ._files import write_atomic
+from ..files import write_atomic
 from .records import VideoRecord, VideoResult, View
 
 _VIEW = pa.struct(

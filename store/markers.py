@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import StoreDamagedError
-from ._files import write_atomic, write_durable
+from ..files import write_atomic, write_durable
 from .manifest import PART_SCHEMA, read_results, read_table, result_table
 from .names import is_known, open_file
 from .records import VideoResult

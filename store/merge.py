@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import ConfigError, StoreDamagedError, StoreExistsError, StoreMismatchError
+from ..files import describe_bytes, hash_file, kill_point, write_atomic
 from . import manifest, names
-from ._files import describe_bytes, hash_file, kill_point, write_atomic
 from ._zarr import describe_small_array, name_only_chunk
 from .checksums import read_recorded_hashes, write_checksums
 from .layout import StoreLayout

@@ -17,8 +17,8 @@ import pyarrow.parquet
 import tensorstore as ts
 
 from ..errors import StoreBusyError, StoreDamagedError, StoreMismatchError, StoreNotFoundError
+from ..files import hash_file
 from . import manifest, names
-from ._files import hash_file
 from ._shards import ClipsUnderWay, DamagedChunkError, ShardedArray, read_chunk_file
 from ._zarr import fill_value_of, open_array, read_small_array, require_metadata
 from .attributes import check_attributes, parse_layout

@@ -92,4 +92,4 @@ class VideoResult:
     source_mtime_ns: int | None = None
     """When it was last changed; of a folder, its latest frame."""
     source_hash: str | None = None
-    """How its bytes are told from others, and how they were hashed: see `extract/source.py`."""
+    """How its bytes are told from others, and how they were hashed: see `extract/decode/source.py`."""

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ._files import read_json, write_json
+from ..files import read_json, write_json
 
 REDONE_NAME = "redone.json"
 

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from ._files import kill_point
-from ._owner import BeatingFile, is_token_alive, make_token, read_record
+from ..files import kill_point
+from ..process_identity import BeatingFile, is_token_alive, make_token, read_record
 from .lease import LEASES_NAME
 
 TAG_NAME = "s4v-scratch.json"

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from ._files import kill_point, sync_folder
+from ..files import kill_point, sync_folder
 from .layout import ArraySpec
 from .markers import PARTS_NAME, marker_path, read_marker
 

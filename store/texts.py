@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 import tensorstore as ts
 
 from ..errors import EnvironmentFailedError, StoreDamagedError, StoreMismatchError
+from ..files import hash_file, kill_point, read_json, sync_folder
 from . import names
-from ._files import hash_file, kill_point, read_json, sync_folder
 from ._shards import DamagedChunkError, verify_shard
 from ._zarr import create_array, open_array, refused_write, require_metadata, write_group
 from .checksums import write_checksums

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ..device import count_cores
 from ..errors import StoreDamagedError
+from ..files import hash_file
 from . import manifest, names
-from ._cores import count_cores
-from ._files import hash_file
 from ._shards import DamagedChunkError, verify_chunk_file, verify_shard
 from ._zarr import describe_small_array, name_only_chunk, require_metadata
 from .checksums import CHECKSUMS_NAME, read_recorded_hashes

@@ -18,8 +18,8 @@ import pyarrow as pa
 import tensorstore as ts
 
 from ..errors import S4vError, StoreDamagedError, StoreError, StoreExistsError, StoreMismatchError
+from ..files import hash_file, kill_point, sync_folder
 from . import manifest
-from ._files import hash_file, kill_point, sync_folder
 from ._row_differences import list_video_differences
 from ._zarr import create_array, open_array, refused_write, write_group, write_small_array
 from .checksums import (

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from s4v.backbone.text_tower import TextTower, load_text_tower
 from s4v.cli import app
 from s4v.errors import NoGoodVideoError, StoreNotFoundError
-from s4v.extract.decoding import DecodedVideo, DecoderPool
+from s4v.extract.decode.pool import DecodedVideo, DecoderPool
 from s4v.extract.extraction import extract_dataset
-from s4v.extract.text_tower import TextTower, load_text_tower
 from s4v.retrieve.search import Searcher, find_newest_store
 from s4v.store.reader import open_store
 

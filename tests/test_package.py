@@ -1,6 +1,7 @@
 """The package as it is installed: names, boundaries, the wheel."""
 
 import ast
+import importlib
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,6 @@ import pytest
 import s4v
 
 ROOT = Path(s4v.__file__).parent
-PACKAGES = ("demo", "extract", "retrieve", "store", "train")
 
 
 def test_no_module_of_ours_is_loaded_under_another_name():
@@ -40,31 +40,85 @@ def test_everything_offered_at_the_top_is_there():
         _ = s4v.nonsense
 
 
-def imported_packages(folder):
-    """Our packages that the modules of a folder import, at any depth."""
-    found = set()
-    for file in (ROOT / folder).rglob("*.py"):
-        depth = len(file.relative_to(ROOT).parts)
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level == depth and node.module:
-                found.add(node.module.split(".")[0])
-    return found & set(PACKAGES)
+def test_modules_are_found_by_their_old_names():
+    import s4v.moved
+
+    for old, new in s4v.moved.MOVED.items():
+        sys.modules.pop(old, None)
+        with pytest.warns(DeprecationWarning, match=f"{old} is {new} now"):
+            module = importlib.import_module(old)
+        assert module is importlib.import_module(new) and module.__spec__.name == module.__name__ == new
+        sys.modules.pop(old)
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("s4v.train.nonsense")
 
 
-def test_dependencies_point_one_way():
-    assert imported_packages("store") == set()
-    assert imported_packages("extract") == {"store"}
-    assert imported_packages("train") == {"store"}
-    assert imported_packages("retrieve") <= {"extract", "store", "train"}
+FLOORS = (
+    ("errors", "files", "device", "moved", "process_identity", "terminal", "progress"),
+    ("store",),
+    ("backbone", "pages"),
+    ("extract", "train"),
+    ("retrieve",),
+    ("demo",),
+    ("cli", "__init__", "__main__"),
+)
+"""What a module imports lies in its own folder, or lower. Folders of one floor do not know each other."""
 
 
-def test_only_the_text_tower_of_extract_is_used_by_retrieve():
-    names = set()
-    for file in (ROOT / "retrieve").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("extract"):
-                names |= {(node.module, alias.name) for alias in node.names}
-    assert names == {("extract.text_tower", "TextTower"), ("extract.text_tower", "load_text_tower")}
+def modules():
+    """All modules of the package, by their paths from its root."""
+    folders = {name for floor in FLOORS for name in floor}
+    files = [*ROOT.glob("*.py"), *(file for folder in folders for file in (ROOT / folder).rglob("*.py"))]
+    return {file.relative_to(ROOT).with_suffix("").parts: file for file in files}
+
+
+def imports_of(parts, file, *, of_types=False):
+    """Modules of ours that a module imports, and the names, at any depth of its code."""
+    known = modules()
+    tree = ast.parse(file.read_text())
+    skipped = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not of_types:
+            skipped |= {id(inner) for inner in ast.walk(node)}
+    package = parts[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level and id(node) not in skipped:
+            base = package[: len(package) - node.level + 1] + tuple((node.module or "").split(".")) * bool(node.module)
+            for alias in node.names:
+                if (*base, alias.name) in known:
+                    yield (*base, alias.name), None
+                else:
+                    yield (base if base in known else (*base, "__init__")), alias.name
+
+
+def floor_of(parts):
+    return next(place for place, floor in enumerate(FLOORS) if parts[0] in floor)
+
+
+def test_every_module_stands_on_a_floor():
+    assert {parts[0] for parts in modules()} <= {name for floor in FLOORS for name in floor}
+
+
+def test_imports_point_down():
+    wrong = [
+        (parts, target)
+        for parts, file in modules().items()
+        for target, _ in imports_of(parts, file)
+        if parts[0] != target[0]
+        and (floor_of(target) > floor_of(parts) or (floor_of(target) == floor_of(parts) and len(parts) > 1))
+    ]
+    assert wrong == []
+
+
+def test_no_private_module_or_name_is_imported_across_folders():
+    wrong = [
+        (parts, target, name)
+        for parts, file in modules().items()
+        for target, name in imports_of(parts, file, of_types=True)
+        if parts[:-1] != target[:-1]
+        and any(word.startswith("_") and word != "__init__" for word in (*target, *([name] if name else [])))
+    ]
+    assert wrong == []
 
 
 def test_wheel_holds_the_package_and_nothing_else_and_works_elsewhere(tmp_path):
@@ -84,22 +138,26 @@ def test_wheel_holds_the_package_and_nothing_else_and_works_elsewhere(tmp_path):
     files = {p.relative_to(site / "s4v").as_posix() for p in (site / "s4v").rglob("*") if p.is_file()}
     files = {name for name in files if "__pycache__" not in name}
     assert {name.split("/")[0] for name in files} == {
-        *PACKAGES,
+        *("backbone", "demo", "extract", "retrieve", "store", "train"),
         "__init__.py",
         "__main__.py",
         "cli.py",
+        "device.py",
         "errors.py",
+        "files.py",
+        "moved.py",
         "pages.py",
+        "process_identity.py",
         "progress.py",
         "py.typed",
         "terminal.py",
     }
-    assert {f"extract/models/tiny-clip.{ending}" for ending in ("json", "jsonl", "md", "safetensors")} <= files
+    assert {f"backbone/tiny_clip/tiny-clip.{ending}" for ending in ("json", "jsonl", "md", "safetensors")} <= files
     assert not [name for name in files if ".zarr" in name or "test" in name]
     code = (
-        "import s4v, s4v.extract.architectures as a; print(s4v.__file__); print(a.resolve_model('tiny-clip'))\n"
+        "import s4v, s4v.backbone.names as a; print(s4v.__file__); print(a.resolve_model('tiny-clip'))\n"
         "import s4v.cli, s4v.train.loop, s4v.retrieve.search, s4v.demo.pipeline, s4v.extract.extraction\n"
-        "import s4v.extract.text_tower as t, torch\n"
+        "import s4v.backbone.text_tower as t, torch\n"
         "print(t.load_text_tower('tiny-clip', weights=None, device=torch.device('cpu')).encode(['a red ring']).shape)"
     )
     out = subprocess.run(

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from s4v.cli import app
 from s4v.errors import RunExistsError, StoreBusyError
 from s4v.extract.extraction import extract_dataset
+from s4v.files import hash_file
 from s4v.retrieve.search import search_store
-from s4v.store._files import hash_file
 from s4v.store.info import describe_store
 from s4v.store.reader import open_store
 from s4v.store.texts import TextReader, has_current_texts
@@ -26,7 +26,7 @@ from s4v.store.verify import verify_store
 from s4v.train.config import TrainConfig
 from s4v.train.evaluate import evaluate_run
 from s4v.train.loop import train_run
-from s4v.train.run import open_run, read_metrics
+from s4v.train.run_folder import open_run, read_metrics
 
 OLD = Path(__file__).parent / "data" / "afc95f4"
 STORES = {

@@ -15,7 +15,7 @@ from ..errors import ConfigError, StoreMismatchError
 from ..store.codec import Codec
 from ..store.reader import Clips, StoreReader
 from ..store.texts import TextReader, Texts
-from .interaction import TextBatch
+from .networks.text_interaction import TextBatch
 
 _BATCHES_AHEAD = 3
 DEFAULT_CLIP_FRAMES = 8

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
+from ..device import find_device
 from ..errors import ConfigError, S4vError
-from ..store._files import write_json, write_text
+from ..files import write_json, write_text
 from ..store.reader import StoreReader, open_store
 from .config import TrainConfig
-from .evaluate import evaluate_run, find_device, find_interval
+from .evaluate import evaluate_run, find_interval
 from .heads import HEADS
 from .loop import train_run
-from .presets import resolve_preset
+from .paper.presets import resolve_preset
 
 _log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ Task = Literal["recognition", "retrieval"]
 """Clips to class scores, or frames to embeddings that are compared with texts."""
 
 Similarity = Literal["mean", "wti"]
-"""How a video and a text are compared: by their means, or by weighted token-wise interaction (train/interaction.py)."""
+"""How a video and a text are compared: by their means, or word by word (train/networks/text_interaction.py)."""
 
 
 Negatives = Literal["step", "all"]
@@ -41,7 +41,7 @@ class TrainConfig:
     head: str = "side4video"
     """What to train, by name."""
     preset: str = "auto"
-    """A name of train/presets.py, `none`, or `auto`: by the store's backbone and data set. What is given here wins."""
+    """A name of train/paper/presets.py, `none`, or `auto`: by the store's backbone and data set. What is given wins."""
     negatives: Negatives = "step"
     """What a video is told apart from, of retrieval."""
     init: Path | None = None

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import ConfigError, EnvironmentFailedError, StoreMismatchError, StoreNotFoundError
-from ..store._files import write_json
+from ..files import write_json
 from ..store.manifest import write_table
 from ..store.reader import StoreReader, open_store
 from .clips import (
@@ -29,7 +29,7 @@ from .clips import (
     plan_evaluation,
     resolve_clip_frames,
 )
-from .run import Run, load_checkpoint, open_run, require_matching_store
+from .run_folder import Run, load_checkpoint, open_run, require_matching_store
 
 _log = logging.getLogger(__name__)
 
@@ -283,7 +283,7 @@ def evaluate_run(
     write_json(run.path / f"eval_{name}.json", figures)
     write_table(run.path / f"predictions_{name}.parquet", _prediction_table(result, store, run))
     if with_page:
-        from .results import write_results  # matplotlib takes a second
+        from .tasks.recognition_page import write_results  # matplotlib takes a second
 
         write_results(run, store, result, figures, name)
     return figures
@@ -369,21 +369,6 @@ def open_run_and_store(run_path: str | Path, features: str | Path | None) -> tup
         raise StoreNotFoundError(f"the run's own store has gone: {error} Name where it is now: --features.") from error
     require_matching_store(run, store)
     return run, store
-
-
-def find_device(name: str) -> torch.device:
-    """`auto` takes a CUDA GPU where there is one, else the CPU; other names are torch's.
-
-    Raises:
-        ConfigError: If there is no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"--device {name} is not available here ({reason}). Use --device auto.") from error
 
 
 def accuracy_figures(result: Evaluation) -> dict[str, float]:

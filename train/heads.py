@@ -12,7 +12,7 @@ from ..errors import ConfigError, StoreMismatchError
 from ..store.codec import Codec
 from ..store.reader import StoreReader
 from .config import Family, Inputs, Similarity, Task
-from .presets import PAPER_SIDE_WIDTHS, side_family
+from .paper.presets import PAPER_SIDE_WIDTHS, side_family
 from .side_network import ARRAYS, BatchNorm, LadderSizes, RetrievalSideNetwork, SideNetwork, Tap, make_again
 
 _MOST_PROBE_WIDTH = 768

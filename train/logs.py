@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import ConfigError, EnvironmentFailedError
-from ..store._files import write_text
+from ..files import write_text
 from .config import TrainConfig
-from .run import Run
+from .run_folder import Run
 
 _WANDB_ID_NAME = "wandb_id.txt"
 

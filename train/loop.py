@@ -18,8 +18,9 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision
 from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
+from ..device import DEVICES, find_auto_device
 from ..errors import ConfigError, EnvironmentFailedError
-from ..store._files import write_json
+from ..files import write_json
 from ..store.reader import StoreReader, open_store
 from .clips import (
     ClipBatch,
@@ -33,9 +34,10 @@ from .config import TrainConfig
 from .evaluate import Team, explain_full_device, find_clip_lengths, require_long_clips, warn_of_thinned_clips
 from .heads import HeadConfig, build_head, plan_head
 from .logs import make_loggers, require_wandb
-from .presets import resolve_preset, resolve_views
+from .paper.presets import resolve_preset, resolve_views
 from .recipe import learning_rate_at, make_optimizer, set_learning_rate
-from .run import (
+from .resume_state import STATE_NAME, Position, load_state, save_state
+from .run_folder import (
     CONFIG_NAME,
     Run,
     append_metrics,
@@ -47,8 +49,7 @@ from .run import (
     require_same_run,
     save_checkpoint,
 )
-from .state import STATE_NAME, Position, load_state, save_state
-from .tasks import TASKS, Task
+from .tasks.contract import TASKS, Task
 
 ReportEpoch = Callable[[dict[str, Any], int], None]
 """Called after each epoch with its metrics and the number of epochs."""
@@ -452,13 +453,12 @@ def resolve_device(config: TrainConfig) -> tuple[str, str]:
     Raises:
         ConfigError: If there is no such device type, or it does not have the precision.
     """
-    if config.device not in ("auto", "cpu", "cuda", "mps"):
-        raise ConfigError(f"--device takes auto, cpu, cuda, mps; found {config.device!r}")
+    if config.device not in DEVICES:
+        raise ConfigError(f"--device takes {', '.join(DEVICES)}; found {config.device!r}")
     device_type, precision = config.device, config.precision
     if device_type == "auto":
         # Processes of torchrun cannot share an MPS device.
-        has_mps = torch.backends.mps.is_available() and not TorchElasticEnvironment.detect()
-        device_type = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+        device_type = find_auto_device(may_be_mps=not TorchElasticEnvironment.detect())
     if precision == "fp16" and device_type != "cuda":
         # Fabric would take bf16 instead, with a mere note.
         raise ConfigError("--precision fp16 needs a CUDA GPU here: use bf16 or fp32")

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from ..errors import ConfigError, EnvironmentFailedError, StoreMismatchError
-from ..store._files import write_json
+from ..files import write_json
 from ..store.manifest import write_table
 from ..store.reader import StoreReader
 from ..store.texts import TextReader, Texts
@@ -35,10 +35,10 @@ from .evaluate import (
     run_head,
     warn_of_thinned_clips,
 )
-from .interaction import Interaction, MeanInteraction, TextBatch
-from .ranking import measure_retrieval, rank_videos
-from .run import Run, load_checkpoint, open_run
+from .networks.text_interaction import Interaction, MeanInteraction, TextBatch
+from .run_folder import Run, load_checkpoint, open_run
 from .side_network import RetrievalSideNetwork
+from .tasks.retrieval_metrics import measure_retrieval, rank_videos
 
 # Cosines that are compared at once, words and frames counted.
 _COSINES_AT_ONCE = 2**25
@@ -146,7 +146,7 @@ def score_texts(
     """Compare captions with videos.
 
     Args:
-        compare: A module of train/interaction.py on `device`.
+        compare: A module of train/networks/text_interaction.py on `device`.
         text_arrays: What it reads of a text.
         texts: Of the store's captions.
         captions: (q,) rows.

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from ..errors import StoreMismatchError
 from ..store.codec import Codec
 from .config import Family, Inputs, Similarity
-from .interaction import MeanInteraction, WeightedTokenInteraction
+from .networks.text_interaction import MeanInteraction, WeightedTokenInteraction
 
 _HEAD_WIDTH = 64
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ...errors import DataNotFoundError, DatasetError, EnvironmentFailedError
-from .._frames import PICTURE_ENDINGS, is_frame_name
+from ..decode.frame_folder import PICTURE_ENDINGS, is_frame_name
 from ._names import check_path, compose, show_name
 
 _FILM_ENDINGS = (

@@ -3,8 +3,8 @@ from dataclasses import replace
 
 import pytest
 
-from s4v.demo.judging import Share
 from s4v.demo.pipeline import run_demo
+from s4v.demo.scores import Share
 from s4v.demo.world import WorldConfig
 from s4v.errors import ConfigError, RunExistsError
 

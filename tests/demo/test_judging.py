@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from s4v.demo.judging import Share, judge_answers, judge_reversal, reverse_label, split_label
+from s4v.demo.scores import Share, judge_answers, judge_reversal, reverse_label, split_label
 
 LABELS = ["ring left", "ring left", "bar growing", "cross up", "square hiding"]
 ANSWERS = ["ring left", "ring right", "cross growing", "cross left", "square emerging"]

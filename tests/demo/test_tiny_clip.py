@@ -9,17 +9,17 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from s4v.backbone.names import SHIPPED
+from s4v.backbone.text_tower import load_text_tower
+from s4v.backbone.vision_tower import build_backbone
 from s4v.demo import tiny_clip
 from s4v.demo.captions import VERBS, prompt_motion
-from s4v.demo.judging import Share
 from s4v.demo.scenes import COLOURS, MOTIONS, REVERSED, SHAPES
+from s4v.demo.scores import Share
 from s4v.demo.tiny_clip import Recipe, TinyClip, draw_batch, draw_still, image_text_loss, train
 from s4v.demo.world import ANNOTATIONS_NAME, WorldConfig, write_world
-from s4v.extract.architectures import SHIPPED
-from s4v.extract.backbone import build_backbone
 from s4v.extract.config import ExtractConfig
 from s4v.extract.extraction import extract_dataset
-from s4v.extract.text_tower import load_text_tower
 from s4v.retrieve.vectors import normalise_rows
 from s4v.retrieve.zero_shot import classify_zero_shot
 from s4v.store.reader import open_store

@@ -9,7 +9,7 @@ import pytest
 
 from s4v import cli
 from s4v.demo.captions import agrees, describe_scene, list_vocabulary, word_caption
-from s4v.demo.painting import paint_scene
+from s4v.demo.renderer import paint_scene
 from s4v.demo.scenes import (
     COLOURS,
     FRAME_PX,
@@ -24,9 +24,9 @@ from s4v.demo.scenes import (
 )
 from s4v.demo.world import FORMATS, NUM_FRAMES, WorldConfig, encode_video, list_videos, render_video, write_world
 from s4v.errors import ConfigError, DatasetError
-from s4v.extract._decoder import decode
 from s4v.extract.datasets import read_dataset
-from s4v.extract.sampling import sample_uniform
+from s4v.extract.decode.sampling import sample_uniform
+from s4v.extract.decode.worker import decode
 
 SMALL = dict(num_train=14, num_val=6, num_novel=4)
 

@@ -13,9 +13,9 @@ from PIL import Image
 
 from s4v.extract.config import ExtractConfig
 from s4v.extract.extraction import extract_dataset
-from s4v.extract.worker import HandedOut, WorkerJob
-from s4v.store._files import hash_file
-from s4v.store.appending import order_records
+from s4v.extract.pipeline.dask_worker import HandedOut, WorkerJob
+from s4v.files import hash_file
+from s4v.store.append import order_records
 from s4v.store.reader import open_store
 from s4v.store.writer import MarkerState
 

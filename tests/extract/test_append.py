@@ -9,7 +9,7 @@ import pytest
 
 from s4v.errors import ConfigError, StoreBusyError, StoreMismatchError
 from s4v.extract.extraction import extract_dataset
-from s4v.store import appending
+from s4v.store import append as appending
 from s4v.store.reader import open_store
 from s4v.store.verify import verify_store
 
@@ -114,7 +114,7 @@ def test_rows_that_are_still_pending_are_no_damage(grown):
 def test_an_append_that_cannot_be_done_changes_nothing(grown, contents, make_video, monkeypatch, tmp_path):
     before = contents(grown.out)
     with monkeypatch.context() as patch:
-        patch.setattr("s4v.extract.planning._free_bytes", lambda _: 1000)
+        patch.setattr("s4v.extract.plan._free_bytes", lambda _: 1000)
         with pytest.raises(ConfigError, match="needs .* more and its disk has 1.0 kB free"):
             extract_dataset(replace(grown, append=True))
     assert contents(grown.out) == before

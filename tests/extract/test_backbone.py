@@ -11,11 +11,13 @@ from timm.models import register_model
 from timm.models.eva import Eva
 from torch import nn
 
+from s4v.backbone import names as architectures
+from s4v.backbone import weights
+from s4v.backbone.text_tower import load_text_tower
+from s4v.backbone.vision_tower import build_backbone, parse_layers, read_peak_flops
+from s4v.backbone.weights import draw_random, parameters_on_meta
+from s4v.device import find_device
 from s4v.errors import BackboneError, ConfigError, WeightsError
-from s4v.extract import architectures, weights
-from s4v.extract.backbone import build_backbone, parse_layers, read_peak_flops, resolve_device
-from s4v.extract.text_tower import load_text_tower
-from s4v.extract.weights import draw_random, parameters_on_meta
 
 CPU = torch.device("cpu")
 
@@ -378,10 +380,10 @@ def test_text_tower_refuses_other_weights_than_the_stores():
 def test_absent_device_is_refused():
     for name in ("nonsense", "meta"):
         with pytest.raises(ConfigError, match=f"--device {name} is not available here"):
-            resolve_device(name)
+            find_device(name)
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="--device cuda is not available here"):
-            resolve_device("cuda")
+            find_device("cuda")
 
 
 @pytest.mark.slow

@@ -20,14 +20,14 @@ import psutil
 import pytest
 from distributed import KilledWorker
 
+from s4v.device import count_cores
 from s4v.errors import ConfigError, EnvironmentFailedError
-from s4v.extract import cluster as workers
 from s4v.extract import config as config_module
 from s4v.extract import kept_rows
-from s4v.extract.cluster import split_into_tasks
 from s4v.extract.extraction import extract_dataset
+from s4v.extract.pipeline import dask_cluster as workers
+from s4v.extract.pipeline.dask_cluster import split_into_tasks
 from s4v.store import manifest
-from s4v.store._cores import count_cores
 from s4v.store.reader import open_store
 from s4v.store.verify import verify_store
 from s4v.store.writer import StoreWriter, read_marker_state
@@ -42,7 +42,7 @@ def decoders(of=None):
     pids = set()
     for process in found:
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            is_decoder = "s4v.extract._decoder" in process.cmdline()
+            is_decoder = "s4v.extract.decode.worker" in process.cmdline()
             if is_decoder and process.environ().get("S4V_TESTS_OF") == str(os.getpid()):
                 pids.add(process.pid)
     return pids
@@ -93,7 +93,7 @@ def test_tasks_are_runs_of_shards_enough_for_all_workers():
 
 
 def test_cores_are_those_that_this_process_may_use():
-    code = "from s4v.store._cores import count_cores; print(count_cores())"
+    code = "from s4v.device import count_cores; print(count_cores())"
     ran = subprocess.run(
         [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}}); {code}"],
         capture_output=True,
@@ -533,7 +533,7 @@ def test_a_worker_with_several_threads_opens_one_backbone_and_gives_it_back(
         thread.join()
         assert max(most) == 1
         with distributed.Client(cluster) as client:
-            assert client.run(lambda: len(sys.modules["s4v.extract.worker"]._open_jobs)) == {
+            assert client.run(lambda: len(sys.modules["s4v.extract.pipeline.dask_worker"]._open_jobs)) == {
                 next(iter(client.nthreads())): 0
             }
     assert contents(config.out, "zarr.json") == contents(float_store, "zarr.json")
@@ -673,7 +673,7 @@ def test_a_lost_scheduler_is_told_in_one_line_and_the_same_command_goes_on(
 
 def test_an_error_in_a_worker_is_told_in_one_line(video_folder, make_config, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:9 .*dask scheduler"):
-        monkeypatch.setattr("s4v.extract.cluster._CONNECT_TIMEOUT_S", 1)
+        monkeypatch.setattr("s4v.extract.pipeline.dask_cluster._CONNECT_TIMEOUT_S", 1)
         extract_dataset(make_config(video_folder, tmp_path / "none.zarr", scheduler="tcp://127.0.0.1:9"))
     with pytest.raises(ConfigError, match="--workers starts a cluster here, --scheduler joins one"):
         make_config(video_folder, tmp_path / "none.zarr", scheduler="tcp://127.0.0.1:9", num_workers=2)

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from s4v.errors import ConfigError
-from s4v.extract import cluster as workers
 from s4v.extract.extraction import extract_dataset
+from s4v.extract.pipeline import dask_cluster as workers
 
 
 @pytest.fixture

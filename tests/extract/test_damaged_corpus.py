@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
-from s4v.extract import decoding
+from s4v.extract.decode import pool as decoding
 from s4v.extract.extraction import extract_dataset
 from s4v.store.reader import open_store
 from s4v.store.verify import verify_store

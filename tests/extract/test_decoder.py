@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from s4v.extract import _video
-from s4v.extract._decoder import decode
-from s4v.extract._video import DecodeFailure
-from s4v.extract.decoding import DecodeRequest, DecoderPool
+from s4v.extract.decode import video_file as _video
+from s4v.extract.decode.pool import DecodeRequest, DecoderPool
+from s4v.extract.decode.video_file import DecodeFailure
+from s4v.extract.decode.worker import decode
 
 needs_decord = pytest.mark.skipif(_video.decord is None, reason="decord has no wheel for this system")
 
@@ -237,7 +237,7 @@ def test_a_video_whose_decoder_hangs_is_tried_again(tmp_path, make_video):
 
 
 def test_cpu_budget_ends_a_decoder_that_spins():
-    code = "from s4v.extract._decoder import _limit_cpu\n_limit_cpu(0.1)\nwhile True: pass"
+    code = "from s4v.extract.decode.worker import _limit_cpu\n_limit_cpu(0.1)\nwhile True: pass"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGXCPU
 
 
@@ -263,7 +263,7 @@ def test_a_lying_header_buys_no_cpu_time(tmp_path, make_video):
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_decoder_dies_with_its_parent():
     code = (
-        "from s4v.extract.decoding import DecoderPool\nimport time\n"
+        "from s4v.extract.decode.pool import DecoderPool\nimport time\n"
         "with DecoderPool(1) as pool:\n"
         "    pool.library_versions(); print(pool._children[0]._process.pid, flush=True); time.sleep(60)"
     )
@@ -281,8 +281,6 @@ def test_decoder_dies_with_its_parent():
 
 
 def test_decoder_process_imports_neither_torch_nor_pyarrow():
-    code = (
-        "import sys, s4v.extract._decoder; print([m for m in ('torch', 'pyarrow', 'tensorstore') if m in sys.modules])"
-    )
+    code = "import sys, s4v.extract.decode.worker; print([m for m in ('torch', 'pyarrow', 'zarr') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

@@ -19,10 +19,10 @@ import pytest
 from PIL import Image
 
 from s4v.errors import EnvironmentFailedError
-from s4v.extract import decoding
-from s4v.extract._decoder import decode
-from s4v.extract._video import DecodeFailure
-from s4v.extract.decoding import DecodeRequest, DecoderPool
+from s4v.extract.decode import pool as decoding
+from s4v.extract.decode.pool import DecodeRequest, DecoderPool
+from s4v.extract.decode.video_file import DecodeFailure
+from s4v.extract.decode.worker import decode
 from s4v.store.records import REASONS
 
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc and sets other processes' limits")
@@ -432,7 +432,7 @@ def test_a_fragment_that_announces_millions_costs_no_memory(tmp_path, make_video
 
 def test_frames_beyond_the_limits_are_told(tmp_path, monkeypatch):  # B4
     path = write_black(tmp_path / "v.mp4", 512, 512, 2)
-    from s4v.extract import _timeline
+    from s4v.extract.decode import timeline as _timeline
 
     assert fail(path) is None
     monkeypatch.setattr(_timeline, "MAX_FRAME_PIXELS", 500 * 500, raising=False)

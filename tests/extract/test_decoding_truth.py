@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from s4v.extract import _decoder, _video
-from s4v.extract._decoder import LastVideo, decode
-from s4v.extract._video import DecodeFailure
-from s4v.extract.decoding import DecodeRequest, DecoderPool
+from s4v.extract.decode import video_file as _video
+from s4v.extract.decode import worker as _decoder
+from s4v.extract.decode.pool import DecodeRequest, DecoderPool
+from s4v.extract.decode.video_file import DecodeFailure
+from s4v.extract.decode.worker import LastVideo, decode
 from s4v.extract.extraction import extract_dataset
-from s4v.extract.scanning import scan_dataset
+from s4v.extract.scan import scan_dataset
 from s4v.store.reader import open_store
 
 RED, GREEN, BLUE = (200, 30, 30), (30, 200, 30), (30, 30, 200)
@@ -289,7 +290,7 @@ def test_what_only_looks_short_stays_good_with_the_same_frames(tmp_path, name): 
 
 def test_pictures_of_vp9_that_are_never_shown_are_known():  # A1
     """Bits: marker 10, profile 00, show_existing_frame, frame_type, show_frame."""
-    from s4v.extract._timeline import _is_hidden_vp9
+    from s4v.extract.decode.timeline import _is_hidden_vp9
 
     assert _is_hidden_vp9(bytes([0b10000100, 0, 0]))
     assert not _is_hidden_vp9(bytes([0b10000110, 0, 0]))

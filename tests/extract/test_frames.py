@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from s4v.extract._decoder import decode
-from s4v.extract._frames import is_frame_name, list_frames
-from s4v.extract._video import DecodeFailure
 from s4v.extract.datasets import read_dataset
-from s4v.extract.decoding import DecodeRequest, DecoderPool
+from s4v.extract.decode.frame_folder import is_frame_name, list_frames
+from s4v.extract.decode.pool import DecodeRequest, DecoderPool
+from s4v.extract.decode.video_file import DecodeFailure
+from s4v.extract.decode.worker import decode
 
 
 def run(path, **changes):

@@ -23,12 +23,12 @@ from typer.testing import CliRunner
 
 from s4v.cli import app
 from s4v.errors import ConfigError, EnvironmentFailedError, S4vError
-from s4v.extract._decoder import decode
-from s4v.extract._frames import list_frames
-from s4v.extract._video import DecodeFailure
 from s4v.extract.datasets import _files, read_dataset
+from s4v.extract.decode.frame_folder import list_frames
+from s4v.extract.decode.video_file import DecodeFailure
+from s4v.extract.decode.worker import decode
 from s4v.extract.extraction import extract_dataset
-from s4v.extract.scanning import scan_dataset
+from s4v.extract.scan import scan_dataset
 from s4v.extract.segments import list_rows
 from s4v.store.reader import open_store
 

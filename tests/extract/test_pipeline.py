@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from s4v.backbone.vision_tower import FrameTokens, build_backbone
 from s4v.errors import (
     ConfigError,
     EnvironmentFailedError,
@@ -20,13 +21,14 @@ from s4v.errors import (
     StoreExistsError,
     StoreMismatchError,
 )
-from s4v.extract import extraction, job, pipeline, planning
-from s4v.extract.backbone import FrameTokens, build_backbone
+from s4v.extract import extraction, job
+from s4v.extract import plan as planning
 from s4v.extract.batching import batch_slots
-from s4v.extract.buffers import BatchBuffers
-from s4v.extract.coding import BatchCoder
 from s4v.extract.extraction import extract_dataset
-from s4v.extract.stats import Meter, StageClock
+from s4v.extract.meter import Meter, StageClock
+from s4v.extract.pipeline import stages as pipeline
+from s4v.extract.pipeline.batch_buffers import BatchBuffers
+from s4v.extract.pipeline.batch_encoder import BatchCoder
 from s4v.store.codec import Codec, round_mantissas
 from s4v.store.fidelity import measure_fidelity
 from s4v.store.info import describe_store
@@ -438,8 +440,8 @@ def test_class_token_that_overflows_float16_stops_the_run(video_folder, tmp_path
     import open_clip
     from safetensors.torch import save_file
 
+    from s4v.backbone.names import resolve_model
     from s4v.errors import EnvironmentFailedError
-    from s4v.extract.architectures import resolve_model
 
     resolve_model("tiny-clip")  # makes our configurations known to open_clip
     state = open_clip.create_model("tiny-clip", pretrained=None).state_dict()

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
-from s4v.extract.resizing import NUM_VIEWS, RESIZES, VIEWS, centre_view, render_view
+from s4v.extract.decode.views import NUM_VIEWS, RESIZES, VIEWS, centre_view, render_view
 
 SIDES = st.integers(16, 500)
 

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s4v.errors import ConfigError
-from s4v.extract.sampling import SAMPLINGS, parse_clips, parse_frames, parse_views, sample_uniform
+from s4v.extract.decode.sampling import SAMPLINGS, parse_clips, parse_frames, parse_views, sample_uniform
 
 
 @given(num_frames=st.integers(1, 10_000), num_steps=st.integers(1, 200))

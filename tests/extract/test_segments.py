@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s4v.errors import ConfigError, StoreMismatchError
-from s4v.extract import _video, segments
-from s4v.extract._decoder import LastVideo, decode
-from s4v.extract._video import DecodeFailure
+from s4v.extract import segments
+from s4v.extract.decode import video_file as _video
+from s4v.extract.decode.video_file import DecodeFailure
+from s4v.extract.decode.worker import LastVideo, decode
 from s4v.extract.extraction import extract_dataset
-from s4v.extract.planning import plan_command
+from s4v.extract.plan import plan_command
 from s4v.extract.segments import cut_span, name_segment
 from s4v.store.reader import open_store
 from s4v.store.verify import verify_store

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from s4v.extract import _decoder, source
-from s4v.extract._decoder import LastVideo, decode
-from s4v.extract.source import SourceFacts, is_same_source, read_source
+from s4v.extract.decode import source
+from s4v.extract.decode import worker as _decoder
+from s4v.extract.decode.source import SourceFacts, is_same_source, read_source
+from s4v.extract.decode.worker import LastVideo, decode
 
 MB = 1 << 20
 
@@ -139,6 +140,6 @@ def test_hashing_costs_little_beside_decoding(tmp_path, make_video):  # B1
 
 
 def test_source_imports_neither_torch_nor_pyarrow():
-    code = "import sys, s4v.extract.source; print([m for m in ('torch', 'pyarrow', 'numpy') if m in sys.modules])"
+    code = "import sys, s4v.extract.decode.source; print({'torch', 'pyarrow', 'numpy'} & {*sys.modules})"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
+    assert out.stdout.strip() == "set()"

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from s4v.cli import app
 from s4v.errors import EnvironmentFailedError, StoreDamagedError
+from s4v.extract.decode.source import read_source
 from s4v.extract.extraction import extract_dataset
-from s4v.extract.source import read_source
 from s4v.store import swap
 from s4v.store.reader import open_store
 from s4v.store.redone import count_redone

@@ -16,10 +16,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from s4v import process_identity
 from s4v.errors import LeaseLostError, StoreBusyError
 from s4v.extract.extraction import extract_dataset
-from s4v.retrieve.index import open_index
-from s4v.store import _owner, appending, merge, swap, texts
+from s4v.retrieve.index_reader import open_index
+from s4v.store import append as appending
+from s4v.store import merge, swap, texts
 from s4v.store.lease import Scope, hold_lease
 from s4v.store.merge import merge_stores
 from s4v.store.reader import open_store
@@ -30,10 +32,10 @@ BEAT_S = 1.0
 
 ELSEWHERE = """
 import fcntl, os, signal
-from s4v.store import _owner
+from s4v import process_identity
 fcntl.flock = lambda *_: None
-_owner.identify_machine = lambda: _owner.Machine("node7", "boot of node7", "pid:[1]")
-_owner.BEAT_S = {beat}
+process_identity.identify_machine = lambda: process_identity.Machine("node7", "boot of node7", "pid:[1]")
+process_identity.BEAT_S = {beat}
 from s4v.store import {module} as module
 passed = []
 def stop(name):
@@ -49,14 +51,14 @@ main()
 @pytest.fixture
 def two_machines(monkeypatch):
     """The main thread is machine B, all other threads are machine A; locks do nothing."""
-    here = _owner.identify_machine()
+    here = process_identity.identify_machine()
 
     def identify():
         is_main = threading.current_thread() is threading.main_thread()
-        return _owner.Machine("node-b", "boot of b", "pid:[2]") if is_main else here
+        return process_identity.Machine("node-b", "boot of b", "pid:[2]") if is_main else here
 
-    monkeypatch.setattr(_owner, "identify_machine", identify)
-    monkeypatch.setattr(_owner, "BEAT_S", BEAT_S)
+    monkeypatch.setattr(process_identity, "identify_machine", identify)
+    monkeypatch.setattr(process_identity, "BEAT_S", BEAT_S)
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
 
 
@@ -229,7 +231,7 @@ def test_an_owner_that_was_stopped_for_long_leaves_the_store_to_whoever_took_ove
     stopped = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert os.WIFSTOPPED(os.waitpid(stopped.pid, os.WUNTRACED)[1])
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
-    monkeypatch.setattr(_owner, "BEAT_S", BEAT_S)
+    monkeypatch.setattr(process_identity, "BEAT_S", BEAT_S)
     summary = extract_dataset(make_config(video_folder, out))
     assert summary.videos == {"ok": 10, "failed": 1, "pending": 0}
     before = contents(out)

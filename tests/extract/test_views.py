@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from s4v.backbone.vision_tower import build_backbone
 from s4v.errors import ConfigError, StoreMismatchError
-from s4v.extract._decoder import decode
-from s4v.extract.backbone import build_backbone
+from s4v.extract.decode.sampling import SAMPLINGS
+from s4v.extract.decode.views import VIEWS, render_view
+from s4v.extract.decode.worker import decode
 from s4v.extract.extraction import extract_dataset
-from s4v.extract.planning import plan_command
-from s4v.extract.resizing import VIEWS, render_view
-from s4v.extract.sampling import SAMPLINGS
+from s4v.extract.plan import plan_command
 from s4v.store.reader import open_store
 from s4v.store.verify import verify_store
 from s4v.train.clips import find_labelled_rows, plan_evaluation

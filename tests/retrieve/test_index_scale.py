@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from s4v.errors import StoreDamagedError
-from s4v.retrieve.building import RowFacts, build_index
+from s4v.retrieve.index_writer import RowFacts, build_index
 from s4v.store.codec import Codec
 from s4v.store.layout import StoreLayout
 from s4v.store.reader import open_store

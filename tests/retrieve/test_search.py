@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
+from s4v.backbone.text_tower import load_text_tower
 from s4v.cli import app
 from s4v.errors import ConfigError, StoreNotFoundError, WeightsError
 from s4v.extract.extraction import extract_dataset
-from s4v.extract.text_tower import load_text_tower
 from s4v.retrieve import search
 from s4v.retrieve.search import Searcher, find_newest_store, search_store
 from s4v.retrieve.vectors import find_moment, normalise_rows, pool_frames, score_rows

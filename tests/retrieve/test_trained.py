@@ -11,15 +11,15 @@ from timm.models import register_model
 from timm.models.eva import Eva
 from typer.testing import CliRunner
 
+from s4v.backbone import names as architectures
+from s4v.backbone.text_tower import load_text_tower
 from s4v.cli import app
 from s4v.errors import ConfigError, RunNotFoundError
-from s4v.extract import architectures
 from s4v.extract.extraction import extract_dataset
-from s4v.extract.text_tower import load_text_tower
-from s4v.retrieve.building import fingerprint
-from s4v.retrieve.index import default_index_path, open_index
+from s4v.retrieve.index_reader import default_index_path, open_index
+from s4v.retrieve.index_writer import fingerprint
 from s4v.retrieve.search import Searcher, search_store
-from s4v.retrieve.trained import TrainedFrames
+from s4v.retrieve.trained_frames import TrainedFrames
 from s4v.store.reader import open_store
 from s4v.store.texts import TextReader
 from s4v.train.clips import LabelledRows, find_captioned_rows
@@ -27,7 +27,7 @@ from s4v.train.config import TrainConfig
 from s4v.train.heads import build_head, plan_head
 from s4v.train.loop import train_run
 from s4v.train.retrieval import embed_clips, evaluate_retrieval
-from s4v.train.run import load_checkpoint, open_run
+from s4v.train.run_folder import load_checkpoint, open_run
 
 CPU = torch.device("cpu")
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from s4v.backbone.text_tower import load_text_tower
 from s4v.errors import ConfigError, StoreMismatchError
-from s4v.extract.text_tower import load_text_tower
 from s4v.retrieve.vectors import normalise_rows
 from s4v.retrieve.zero_shot import classify_zero_shot, embed_classes
 from s4v.store.reader import StoreReader, open_store

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from s4v.errors import S4vError, StoreDamagedError
 from s4v.store import names
-from s4v.store.appending import finish_appending
+from s4v.store.append import finish_appending
 from s4v.store.codec import Codec
 from s4v.store.info import describe_store
 from s4v.store.layout import StoreLayout

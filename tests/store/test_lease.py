@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from s4v import process_identity
 from s4v.errors import EnvironmentFailedError, LeaseLostError, StoreBusyError, StoreDamagedError
-from s4v.store import _owner, lease
+from s4v.store import lease
 from s4v.store.lease import Scope, check_lease, hold_lease, hold_place
 
 ALL = Scope.all()
@@ -23,10 +24,10 @@ ALL = Scope.all()
 ELSEWHERE = """
 import fcntl, os, sys
 from pathlib import Path
-from s4v.store import _owner, lease
+from s4v import process_identity; from s4v.store import lease
 fcntl.flock = lambda *_: None
-_owner.identify_machine = lambda: _owner.Machine("node7", "another boot", "pid:[1]")
-_owner.BEAT_S = {beat}
+process_identity.identify_machine = lambda: process_identity.Machine("node7", "another boot", "pid:[1]")
+process_identity.BEAT_S = {beat}
 store = Path(sys.argv[1])
 held = lease.hold_lease(store, lease.Scope.all(), purpose="extract")
 print(held.nonce, flush=True)
@@ -43,7 +44,7 @@ def store(tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """Beats that a test can wait for."""
-    monkeypatch.setattr(_owner, "BEAT_S", 0.1)
+    monkeypatch.setattr(process_identity, "BEAT_S", 0.1)
 
 
 @pytest.fixture
@@ -74,7 +75,9 @@ def start():
 
 def move_elsewhere(monkeypatch, host="node8"):
     """Be another machine from now on."""
-    monkeypatch.setattr(_owner, "identify_machine", lambda: _owner.Machine(host, f"boot of {host}", "pid:[7]"))
+    monkeypatch.setattr(
+        process_identity, "identify_machine", lambda: process_identity.Machine(host, f"boot of {host}", "pid:[7]")
+    )
 
 
 def test_a_lease_is_there_while_it_is_held(store):
@@ -175,11 +178,11 @@ def test_of_two_that_race_exactly_one_has_the_lease(has_locks, has_hard_links, s
 COUNT = """
 import fcntl, sys
 from pathlib import Path
-from s4v.store import _owner
+from s4v import process_identity
 from s4v.store.lease import Scope, hold_lease
 fcntl.flock = lambda *_: None
 name = sys.argv[2]
-_owner.identify_machine = lambda: _owner.Machine(name, name, "pid:[1]")
+process_identity.identify_machine = lambda: process_identity.Machine(name, name, "pid:[1]")
 store, counter = Path(sys.argv[1]), Path(sys.argv[1]) / "counter"
 for _ in range(50):
     with hold_lease(store, Scope.manifest(), purpose="extract", wait=True) as lease:
@@ -198,7 +201,7 @@ def test_machines_without_locks_take_turns(store):  # C4
 
 
 def test_a_lease_of_a_killed_process_of_this_machine_is_taken_over_at_once(store, start):
-    script = HOLD.replace("fcntl.flock =", "_ =").replace("_owner.identify_machine =", "_ =")
+    script = HOLD.replace("fcntl.flock =", "_ =").replace("process_identity.identify_machine =", "_ =")
     process, nonce = start(script, store, beat=20)
     with pytest.raises(StoreBusyError, match=rf"process {process.pid} on .*It keeps its lease while it runs"):
         hold_lease(store, ALL, purpose="extract")
@@ -239,7 +242,7 @@ def test_a_process_that_has_another_ones_number_is_not_taken_for_it(store):
 
 
 def test_another_machine_at_work_is_seen_by_its_beat(store, start, without_locks, monkeypatch, caplog):  # C4
-    monkeypatch.setattr(_owner, "BEAT_S", 0.5)
+    monkeypatch.setattr(process_identity, "BEAT_S", 0.5)
     process, _ = start(HOLD, store, beat=0.5)
     with pytest.raises(StoreBusyError, match=rf"process {process.pid} on node7.*Its lease lasts until \d\d:\d\d:\d\d"):
         hold_lease(store, ALL, purpose="extract")
@@ -314,8 +317,8 @@ def test_a_stopped_owner_cannot_slip_in_between_the_judgement_and_the_taking(sto
 def test_a_container_of_the_same_machine_is_known_by_its_lock(store, start, monkeypatch):
     """Another PID namespace, the same kernel and mount: a lock that is held says yes, one that is free says no."""
     script = HOLD.replace("fcntl.flock =", "_ =").replace(
-        '_owner.Machine("node7", "another boot", "pid:[1]")',
-        f"_owner.Machine('node7', {_owner.identify_machine().boot_id!r}, 'pid:[1]')",
+        'process_identity.Machine("node7", "another boot", "pid:[1]")',
+        f"process_identity.Machine('node7', {process_identity.identify_machine().boot_id!r}, 'pid:[1]')",
     )
     process, _ = start(script, store, beat=20)
     with pytest.raises(StoreBusyError, match="on node7"):

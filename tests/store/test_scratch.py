@@ -11,9 +11,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from s4v import files as _files
+from s4v import process_identity
 from s4v.extract.extraction import extract_dataset
-from s4v.retrieve.index import open_index
-from s4v.store import _files, _owner
+from s4v.retrieve.index_reader import open_index
 from s4v.store.lease import Scope, hold_lease
 from s4v.store.merge import merge_stores
 from s4v.store.reader import open_store
@@ -30,10 +31,10 @@ from s4v.store.verify import verify_store
 DIE = """
 import os, signal, sys
 from pathlib import Path
-from s4v.store import _owner
+from s4v import process_identity
 from s4v.store.scratch import make_scratch
 if len(sys.argv) > 2:
-    _owner.identify_machine = lambda: _owner.Machine(sys.argv[2], sys.argv[2], "pid:[1]")
+    process_identity.identify_machine = lambda: process_identity.Machine(sys.argv[2], sys.argv[2], "pid:[1]")
 scratch = make_scratch(Path(sys.argv[1]), "k.zarr", "extract", lease=sys.argv[3] if len(sys.argv) > 3 else None)
 (scratch.path / "k.zarr").mkdir()
 (scratch.path / "k.zarr/zarr.json").write_text("{}")
@@ -162,17 +163,17 @@ def test_a_dead_scratch_is_taken_over(tmp_path):
 
 
 def test_temporary_files_of_dead_processes_go_and_others_stay(tmp_path, monkeypatch):
-    script = "import sys; from pathlib import Path; from s4v.store._files import write_text\n"
+    script = "import sys; from pathlib import Path; from s4v.files import write_text\n"
     script += "write_text(Path(sys.argv[1]) / 'a.json', 'x')"
     environment = {**os.environ, "S4V_KILL_AT": "before rename of a.json 1"}
     command = [sys.executable, "-c", script, str(tmp_path)]
     assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
-    mine = tmp_path / f".b.json.{_owner.make_token()}.partial"
+    mine = tmp_path / f".b.json.{process_identity.make_token()}.partial"
     mine.write_text("in use")
     (tmp_path / ".a.json.partial").write_text("without a token")
     with monkeypatch.context() as patch:
-        patch.setattr(_owner, "identify_machine", lambda: _owner.Machine("node7", "x", "pid:[1]"))
-        elsewhere = tmp_path / f".c.json.{_owner.make_token()}.partial"
+        patch.setattr(process_identity, "identify_machine", lambda: process_identity.Machine("node7", "x", "pid:[1]"))
+        elsewhere = tmp_path / f".c.json.{process_identity.make_token()}.partial"
         elsewhere.write_text("of another machine")
     assert len(names(tmp_path)) == 4
     remove_dead_files(tmp_path)

@@ -12,10 +12,10 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
+from s4v.backbone.text_tower import load_text_tower
 from s4v.errors import StoreDamagedError, StoreMismatchError, WeightsError
 from s4v.extract import finishing
 from s4v.extract.extraction import extract_dataset
-from s4v.extract.text_tower import load_text_tower
 from s4v.store import texts as texts_module
 from s4v.store.info import describe_store
 from s4v.store.lease import Scope, hold_lease
@@ -144,7 +144,7 @@ def test_an_interrupted_run_leaves_no_half_texts(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("s4v.extract.text_tower.TextTower.encode_words", stop)
+        patch.setattr("s4v.backbone.text_tower.TextTower.encode_words", stop)
         with pytest.raises(KeyboardInterrupt):
             extract_dataset(config)
     assert not has_current_texts(config.out)

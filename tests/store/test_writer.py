@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from s4v import files as _files
 from s4v.errors import EnvironmentFailedError
 from s4v.extract.extraction import extract_dataset
-from s4v.store import _files
 from s4v.store.reader import open_store
 from s4v.store.verify import verify_store
 

@@ -13,7 +13,7 @@ from s4v.train import compare
 from s4v.train.compare import compare_methods
 from s4v.train.config import TrainConfig
 from s4v.train.evaluate import find_interval
-from s4v.train.presets import SIZES, Recipe
+from s4v.train.paper.presets import SIZES, Recipe
 
 
 def base_for(store, out):
@@ -38,15 +38,15 @@ def test_all_methods_stand_in_one_table_and_nothing_is_trained_twice(int8_store,
     def refuse(*_):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("s4v.train.tasks.classification_loss", refuse)
+    monkeypatch.setattr("s4v.train.tasks.contract.classification_loss", refuse)
     assert compare_methods(base_for(int8_store, tmp_path / "c"), methods=methods, seeds=2) == lines
 
 
 def test_all_are_trained_as_long_as_the_side_network(int8_store, tmp_path, monkeypatch):
     """A preset is the side network's alone: without it the probes would have s4v's 30 epochs."""
-    monkeypatch.setattr("s4v.train.presets._RECIPES", {("b", "k400"): Recipe(2, 1e-3, 0.5, batch_size=4)})
+    monkeypatch.setattr("s4v.train.paper.presets._RECIPES", {("b", "k400"): Recipe(2, 1e-3, 0.5, batch_size=4)})
     monkeypatch.setattr(
-        "s4v.train.presets.find_preset", lambda config, _: "b16-k400" if config.head == "side4video" else None
+        "s4v.train.paper.presets.find_preset", lambda config, _: "b16-k400" if config.head == "side4video" else None
     )
     monkeypatch.setitem(SIZES, "b16", replace(SIZES["b16"], depth=6, side_width=64))
     base = TrainConfig(features=int8_store, out=tmp_path / "c", device="cpu")

@@ -25,9 +25,9 @@ from s4v.train.evaluate import (
     find_calibration_error,
 )
 from s4v.train.loop import train_run
-from s4v.train.results import write_results
 from s4v.train.retrieval import embed_clips
-from s4v.train.run import load_checkpoint, open_run
+from s4v.train.run_folder import load_checkpoint, open_run
+from s4v.train.tasks.recognition_page import write_results
 
 CPU = torch.device("cpu")
 
@@ -214,7 +214,7 @@ def test_a_full_device_says_what_to_do(int8_store, several, trained, tmp_path, m
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore of it")
 
     with monkeypatch.context() as patch:
-        patch.setattr("s4v.train.tasks.classification_loss", fill)
+        patch.setattr("s4v.train.tasks.contract.classification_loss", fill)
         with pytest.raises(
             EnvironmentFailedError,
             match="does not suffice .*20.00 GiB.*: train with --checkpoint-activations.*--batch-size.*--accumulate",

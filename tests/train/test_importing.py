@@ -9,17 +9,17 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from s4v.backbone.text_tower import load_text_tower
 from s4v.cli import app
 from s4v.errors import ConfigError, RunExistsError, StoreMismatchError, WeightsError
-from s4v.extract.text_tower import load_text_tower
 from s4v.retrieve.search import search_store
 from s4v.store.reader import open_store
 from s4v.train.config import TrainConfig
 from s4v.train.evaluate import evaluate_run
-from s4v.train.importing import import_checkpoint
 from s4v.train.loop import train_run
+from s4v.train.paper.import_checkpoint import import_checkpoint
 from s4v.train.retrieval import evaluate_retrieval_run
-from s4v.train.run import load_checkpoint, open_run
+from s4v.train.run_folder import load_checkpoint, open_run
 
 VISUAL, LADDER = r"visual.", r"visual.transformer."
 OFFICIAL = (

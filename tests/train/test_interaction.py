@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from s4v.train.interaction import MeanInteraction, TextBatch, WeightedTokenInteraction, contrastive_loss
+from s4v.train.networks.text_interaction import MeanInteraction, TextBatch, WeightedTokenInteraction, contrastive_loss
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from s4v.errors import WeightsError
 from s4v.train import side_network
-from s4v.train.official import (
+from s4v.train.paper.checkpoint_names import (
     describe_unused,
     load_official_checkpoint,
     read_official_checkpoint,
@@ -177,7 +177,7 @@ def test_a_large_backbone_is_not_read(recognition_clip, tmp_path):
     state = recognition_clip.state() | {"visual.transformer.resblocks.0.mlp.c_fc.weight": torch.ones(2**26)}
     torch.save({"model_state_dict": state}, tmp_path / "large.pt")
     code = (
-        "from pathlib import Path\nfrom s4v.train.official import load_official_checkpoint as load\n"
+        "from pathlib import Path\nfrom s4v.train.paper.checkpoint_names import load_official_checkpoint as load\n"
         # Not ru_maxrss, which a new process takes over from the one that started it.
         "lines = lambda: Path('/proc/self/status').read_text().splitlines()\n"
         "peak = lambda: next(int(line.split()[1]) for line in lines() if line.startswith('VmHWM'))\n"

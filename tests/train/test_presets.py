@@ -12,7 +12,7 @@ from s4v.errors import ConfigError, StoreMismatchError
 from s4v.store.reader import StoreReader, open_store
 from s4v.train.config import TrainConfig
 from s4v.train.loop import train_run
-from s4v.train.presets import DATASETS, PRESETS, SIZES, resolve_preset, resolve_views
+from s4v.train.paper.presets import DATASETS, PRESETS, SIZES, resolve_preset, resolve_views
 
 BACKBONES = {
     "b16": dict(architecture="ViT-B-16-quickgelu", width=768, depth=12, patch_size=[16, 16]),
@@ -194,10 +194,10 @@ def test_a_preset_that_was_found_warns_of_fewer_frames_and_a_named_one_refuses(
     int8_store, tmp_path, monkeypatch, caplog
 ):
     """The tiny store as if its backbone were a paper's."""
-    monkeypatch.setattr("s4v.train.presets.find_preset", lambda *_: "b16-k400")
+    monkeypatch.setattr("s4v.train.paper.presets.find_preset", lambda *_: "b16-k400")
     tiny = replace(SIZES["b16"], depth=6, side_width=64)
     monkeypatch.setitem(SIZES, "b16", tiny)
-    monkeypatch.setattr("s4v.train.presets._is_beside", lambda *_: True)
+    monkeypatch.setattr("s4v.train.paper.presets._is_beside", lambda *_: True)
     options = TrainConfig(features=int8_store, out=tmp_path / "run", epochs=1, device="cpu")
     assert train_run(options)["preset"] == "b16-k400"
     assert "clips of 4 frames: rows of" in caplog.text and "b16-k400 is trained with 8 (--frames)" in caplog.text

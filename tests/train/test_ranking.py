@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s4v.train.ranking import apply_dual_softmax, measure_retrieval, rank_texts, rank_videos
+from s4v.train.tasks.retrieval_metrics import apply_dual_softmax, measure_retrieval, rank_texts, rank_videos
 
 TABLE = np.array(
     [

@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from s4v.errors import ConfigError, EnvironmentFailedError, RunExistsError, RunNotFoundError, StoreDamagedError
-from s4v.train import loop, tasks
+from s4v.train import loop
 from s4v.train.config import TrainConfig
 from s4v.train.evaluate import evaluate_run
 from s4v.train.loop import train_run
-from s4v.train.run import open_run, read_metrics
+from s4v.train.run_folder import open_run, read_metrics
+from s4v.train.tasks import contract as tasks
 
 NUM_STEPS = 8
 """Two epochs of eight training videos, two at a time."""

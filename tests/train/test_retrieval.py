@@ -12,7 +12,6 @@ from s4v.errors import ConfigError, EnvironmentFailedError, StoreMismatchError
 from s4v.store.manifest import read_table
 from s4v.store.reader import open_store
 from s4v.store.texts import TextReader
-from s4v.train import tasks
 from s4v.train.clips import ClipBatch, find_captioned_rows, hand_over_texts
 from s4v.train.config import TrainConfig
 from s4v.train.evaluate import evaluate_run
@@ -26,7 +25,8 @@ from s4v.train.retrieval import (
     evaluate_retrieval_run,
     read_frozen_clips,
 )
-from s4v.train.run import find_newest_run, open_run, read_metrics
+from s4v.train.run_folder import find_newest_run, open_run, read_metrics
+from s4v.train.tasks import contract as tasks
 
 CPU = torch.device("cpu")
 

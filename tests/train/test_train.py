@@ -25,14 +25,15 @@ from s4v.errors import (
 from s4v.extract.extraction import extract_dataset
 from s4v.store import manifest
 from s4v.store.reader import open_store
-from s4v.train import loop, tasks
+from s4v.train import loop
 from s4v.train.clips import ClipLoader, find_labelled_rows, plan_training_epoch
 from s4v.train.config import TrainConfig
 from s4v.train.evaluate import Evaluation, evaluate_run
 from s4v.train.heads import AttentiveProbe, build_head, embed_times
 from s4v.train.loop import default_run_path, resolve_device, train_run
 from s4v.train.recipe import learning_rate_at, reference_learning_rate
-from s4v.train.run import find_newest_run, load_checkpoint, open_run, read_metrics
+from s4v.train.run_folder import find_newest_run, load_checkpoint, open_run, read_metrics
+from s4v.train.tasks import contract as tasks
 
 
 def config_for(store, out, **changes):

@@ -1,0 +1,1 @@
+"""Frozen towers: the image tower whose tokens are stored, the text tower that asks for them, and their weights."""

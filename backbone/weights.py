@@ -1,0 +1,257 @@
+"""Weights of a tower: where they come from, and how they get into memory once, in the precision they run in."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ..errors import WeightsError
+from ..files import hash_file
+from .names import SHIPPED, read_architecture, resolve_model
+
+KNOWN_WORDS = "token_embedding.rows"
+"""In weights that hold only some words of a vocabulary: which, as ids of the tokenizer, (R,) integers."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsSource:
+    """Where a model's weights come from."""
+
+    label: str
+    sha256: str
+    file: Path | None
+    """None for random weights."""
+    seed: int = 0
+    pretrained_cfg: Mapping[str, Any] | None = None
+
+
+def resolve_weights(name: str, weights: str | None, seed: int) -> WeightsSource:
+    """Find a model's weights: `random`, a local file, or an open_clip tag (downloaded when it is not cached).
+
+    Raises:
+        WeightsError: If they cannot be had, or belong to another activation than the architecture has.
+    """
+    architecture, default_tag = resolve_model(name)
+    shipped = SHIPPED.get((architecture, weights or default_tag or ""))
+    weights = weights or default_tag
+    tags = [*(tag for name, tag in SHIPPED if name == architecture), *list_pretrained_tags_by_model(architecture)]
+    if weights is None:
+        known = f"an open_clip tag ({', '.join(tags)}), " if tags else ""
+        raise WeightsError(f"{name} has no default weights: give --weights {known}a file, or `random`")
+    if weights == "random" or weights.startswith("random:"):
+        digits = weights.partition(":")[2]
+        if digits and not digits.isdecimal():
+            raise WeightsError(f"--weights random takes a seed as random:0; found {weights!r}")
+        seed = int(digits or seed)
+        recipe = json.dumps([architecture, read_architecture(architecture), seed], sort_keys=True)
+        return WeightsSource(f"random:{seed}", hashlib.sha256(recipe.encode()).hexdigest(), None, seed)
+    if shipped is not None:
+        if not shipped.is_file():
+            raise WeightsError(f"the weights that come with s4v are not there: {shipped}. Install s4v again.")
+        return WeightsSource(weights, hash_file(shipped), shipped)
+    if Path(weights).is_file():
+        path = Path(weights).resolve()
+        return WeightsSource(str(path), hash_file(path), path)
+    if weights not in tags:
+        raise WeightsError(
+            f"no weights {weights!r} for {name}: no such file, and its tags are {', '.join(tags) or 'none'}"
+        )
+    config: dict[str, Any] = get_pretrained_cfg(architecture, weights) or {}
+    if bool(config.get("quick_gelu")) != bool(read_architecture(architecture).get("quick_gelu")):
+        raise WeightsError(
+            f"the weights {weights!r} were trained with {'Quick' if config.get('quick_gelu') else 'plain '}GELU and "
+            f"{architecture} computes the other: use the architecture "
+            f"{architecture + '-quickgelu' if config.get('quick_gelu') else architecture.removesuffix('-quickgelu')}"
+        )
+    try:
+        path = Path(download_pretrained(config))
+    except Exception as error:  # hubs raise whatever their HTTP library raises
+        raise WeightsError(
+            f"the weights {weights!r} of {architecture} are not cached and cannot be downloaded "
+            f"({type(error).__name__}). Copy their file here and name it: --weights FILE; or use --weights random."
+        ) from error
+    return WeightsSource(weights, hash_file(path), path, pretrained_cfg=config)
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Build modules whose parameters take no memory, while their buffers are computed as usual.
+
+    Building on the meta device as a whole would lose non-persistent buffers (rope tables, k_bias, attn_mask): no
+    checkpoint holds them, so they would stay uninitialised although every key loads.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def fill_tower(
+    tower: nn.Module,
+    tensors: Mapping[str, torch.Tensor] | None,
+    source: WeightsSource,
+    prefixes: tuple[str, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Give a tower built on meta its memory and its weights, one tensor at a time, frozen and in evaluation mode."""
+    names = {} if tensors is None else _match_names(tower, tensors, prefixes, source)
+    for module in tower.modules():  # all memory first: taken between the values' it leaves holes, 1.2 GB beside ViT-E
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, dtype=dtype, device=device)
+                module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+    for module_name, module in tower.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            full = f"{module_name}.{name}" if module_name else name
+            if tensors is None:
+                values = draw_random(full, parameter.shape, source.seed)
+            else:
+                values = tensors[names[full]]
+                if values.shape != parameter.shape:
+                    raise WeightsError(
+                        f"{source.label}: {names[full]} has shape {tuple(values.shape)}, "
+                        f"this model needs {tuple(parameter.shape)}. They belong to another model."
+                    )
+            parameter.copy_(values)
+        for name, buffer in list(module._buffers.items()):
+            if buffer is None:
+                continue
+            full = f"{module_name}.{name}" if module_name else name
+            if tensors is not None and full in names:
+                buffer.copy_(tensors[names[full]])
+            module._buffers[name] = buffer.to(device, dtype if buffer.is_floating_point() else None)
+    tower.eval()
+
+
+def draw_random(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
+    """Seeded weights of one parameter, the same whatever other parameters there are, on every device.
+
+    Returns:
+        float32: ones for the weights of norms and scales, zeros for biases, else normal with std fan_in^-0.5.
+    """
+    if len(shape) < 2:
+        is_bias = name.endswith("bias")
+        if name.endswith(("class_embedding", "cls_token")):
+            return _draw_normal(name, shape, seed) * shape[-1] ** -0.5
+        return torch.zeros(shape) if is_bias else torch.ones(shape)
+    fan_in = shape[-1] if name.endswith(("embedding", "pos_embed", "cls_token")) else math.prod(shape[1:])
+    return _draw_normal(name, shape, seed) * fan_in**-0.5
+
+
+def _draw_normal(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randn(shape, generator=generator)
+
+
+def open_tensors(source: WeightsSource) -> Mapping[str, torch.Tensor] | None:
+    """The tensors of a weights file by name, read one at a time; None for random weights.
+
+    Raises:
+        WeightsError: If the file holds anything but plain tensors.
+    """
+    if source.file is None:
+        return None
+    try:
+        if source.file.suffix == ".safetensors":
+            return _spread_words(_LazyTensors(safe_open(source.file, framework="pt")))
+        # mmap: tensors are read as they are copied, the file is never held whole. Files from before torch's zip
+        # format cannot be mapped.
+        state = torch.load(source.file, map_location="cpu", weights_only=True, mmap=_is_zip(source.file))
+    except (SafetensorError, UnpicklingError, RuntimeError, OSError, ValueError, EOFError, LookupError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise WeightsError(f"{source.file} is not a safetensors or torch file of plain tensors: {reason}") from error
+    for wrapper in ("state_dict", "module"):
+        state = state.get(wrapper, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict):
+        raise WeightsError(f"{source.file} holds no tensors by name")
+    named = {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return {name.removeprefix("module."): value for name, value in named.items()}
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+class _LazyTensors(Mapping[str, torch.Tensor]):
+    """A safetensors file as a mapping that reads what is asked for."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._names = dict.fromkeys(file.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _spread_words(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """Undo the saving of some words only: the others' embeddings are zero.
+
+    A vocabulary of 49,408 words of which a model knows a hundred would be most of its file.
+    """
+    if KNOWN_WORDS not in tensors:
+        return tensors
+    rows, num_rows, weight = (tensors[f"token_embedding.{name}"] for name in ("rows", "num_rows", "weight"))
+    whole = torch.zeros(int(num_rows), weight.shape[1], dtype=weight.dtype)
+    whole[rows.long()] = weight
+    return {**tensors, "token_embedding.weight": whole}
+
+
+def _match_names(
+    tower: nn.Module, tensors: Mapping[str, torch.Tensor], prefixes: tuple[str, ...], source: WeightsSource
+) -> dict[str, str]:
+    """Names in the file for the tower's parameters and persistent buffers.
+
+    open_clip wraps timm towers as `trunk.`; EVA's own checkpoint files do not.
+    """
+    wanted = dict(tower.state_dict(keep_vars=True))
+    names, missing = {}, []
+    for name in wanted:
+        candidates = [f"{prefix}{variant}" for prefix in prefixes for variant in (name, name.removeprefix("trunk."))]
+        found = next((candidate for candidate in candidates if candidate in tensors), None)
+        if found is None:
+            missing.append(name)
+        else:
+            names[name] = found
+    # Under the tower's own prefix everything must be used; the other tower's tensors are none of its business.
+    unused = sorted({n for n in tensors if prefixes[0] and n.startswith(prefixes[0])} - set(names.values()))
+    if missing or unused:
+        parts = [
+            f"{len(group)} {what} (first: {group[0]})"
+            for what, group in (("tensors are missing", missing), ("are not known", unused))
+            if group
+        ]
+        raise WeightsError(f"{source.label} does not fit this model: {'; '.join(parts)}. Are they another model's?")
+    return names

@@ -1,0 +1,47 @@
+"""Where to compute: the one meaning of `--device auto`, and the cores that this process may use."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+"""Kinds that `--device` takes; a GPU may have a number (`cuda:1`)."""
+
+
+def find_auto_device(*, may_be_mps: bool = True) -> str:
+    """What `auto` stands for here: a CUDA GPU, then Apple's, then the CPU."""
+    import torch  # a second; who only counts cores does not wait for it
+
+    has_mps = may_be_mps and torch.backends.mps.is_available()
+    return "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+
+
+def find_device(name: str) -> torch.device:
+    """A device by its name, or the best one for `auto`.
+
+    Raises:
+        ConfigError: If there is no such device here.
+    """
+    import torch
+
+    try:
+        device = torch.device(find_auto_device() if name == "auto" else name)
+        if device.type not in DEVICES:
+            raise RuntimeError("no such kind of device")
+        return torch.empty(1, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device {name} is not available here: {reason}. Use --device auto.") from error
+
+
+def count_cores() -> int:
+    """Cores that this process may run on: a batch system or `taskset` may leave it fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

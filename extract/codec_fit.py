@@ -1,0 +1,351 @@
+"""Fit a store's codec on a sample of training frames, and say what it costs on frames it was not fitted on.
+
+The sample is a pure function of the manifest and the seed: the same whatever the machine does meanwhile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..backbone.vision_tower import Backbone
+from ..errors import ConfigError, NoGoodVideoError
+from ..store.codec import Codec, check_finite, fit_basis, fit_basis_of_few, fit_scale, round_mantissas
+from ..store.fidelity import FidelityMeter, LayerFidelity
+from ..store.layout import PatchDtype, StoreLayout
+from ..store.records import VideoRecord
+from .batching import split_evenly
+from .decode.pool import DecodedVideo
+from .meter import ReportProgress
+
+_SAMPLE_FRAMES = 128
+_FRAMES_PER_VIDEO = (2, 16)
+"""Fewest and most: neighbouring frames say little new, but a small data set has no others."""
+_TRIAL_FRAMES = 2
+"""Rows that cache no more are a trial's: a giant's sample would take a CPU many times as long as the trial itself."""
+_LONG_S = 600.0
+"""Calibration that takes longer says what would make it shorter."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class FrameSample:
+    """Frames to fit or to measure on."""
+
+    pixels: np.ndarray
+    """(n, H, W, 3) uint8."""
+    video_ids: tuple[str, ...]
+    """Of each frame."""
+
+
+def group_for_calibration(records: Sequence[VideoRecord], seed: int) -> list[list[VideoRecord]]:
+    """Videos in the order in which calibration takes them, by hash of id and seed: the training split, then the rest.
+
+    The second group serves only where not one video of the first decodes.
+    """
+
+    def key(record: VideoRecord) -> bytes:
+        return hashlib.sha256(f"{seed}:calibration:{record.video_id}".encode()).digest()
+
+    training = [record for record in records if record.split == "train"]
+    others = [record for record in records if record.split != "train"]
+    return [sorted(group, key=key) for group in (training, others)]
+
+
+def frames_per_video(num_videos: int, layout: StoreLayout | None = None, num_taken: int | None = None) -> int:
+    """Frames that calibration takes of each video, so that a small data set gives a sample too.
+
+    Of a store whose rows cache one or two frames, a trial's, it takes twice as many, or what the codec's directions
+    need. Neither `--limit` nor the machine plays a part: a store that is begun in parts has the codec of the whole.
+
+    Args:
+        num_videos: That there are.
+        layout: Of the store; None, or more cached frames than a trial's, takes the sample of a real run.
+        num_taken: Videos that the sample is taken from; None takes all.
+    """
+    fewest, most = _FRAMES_PER_VIDEO
+    usual = min(max(fewest, -(-_SAMPLE_FRAMES // max(1, num_videos))), most)
+    if layout is None or layout.num_frames > _TRIAL_FRAMES:
+        return usual
+    directions = layout.channels if layout.channels < layout.width else 0
+    tokens_per_frame = layout.num_patches * max(1, min(num_videos, num_taken or num_videos))
+    return min(usual, max(2 * layout.num_frames, -(-2 * directions // tokens_per_frame)))
+
+
+def gather_sample(
+    groups: Iterable[Iterator[tuple[VideoRecord, DecodedVideo]]],
+    num_videos: int,
+    count: Callable[[int], None] = lambda _: None,
+) -> FrameSample:
+    """Take the first videos that decode.
+
+    Args:
+        groups: Decoded candidates in order; failed ones are skipped, and the first group with a good one is used.
+        num_videos: Good videos to use, fewer where there are not so many.
+        count: Told how many are decoded.
+
+    Raises:
+        NoGoodVideoError: If not one candidate decodes.
+    """
+    frames: list[np.ndarray] = []
+    ids: list[str] = []
+    reasons: list[str] = []
+    for group in groups:
+        for record, video in group:
+            if video.pixels is None:
+                reasons.append(video.facts["reason"])
+                continue
+            # A video shorter than the sample shows frames twice: they would count as more than they are.
+            _, distinct = np.unique(video.facts["frame_indices"], return_index=True)
+            frames.append(video.pixels[0, distinct, 0])
+            ids += [record.video_id] * len(frames[-1])
+            count(len(frames))
+            if len(frames) == num_videos:
+                break
+        if frames:
+            return FrameSample(np.concatenate(frames), tuple(ids))
+    raise NoGoodVideoError(
+        f"not one of {len(reasons)} videos decodes: nothing was written. First reasons: "
+        + "; ".join(sorted(set(reasons))[:3])
+    )
+
+
+def fit_codec(
+    dtype: PatchDtype,
+    sample: FrameSample,
+    backbone: Backbone,
+    layers: Sequence[int],
+    *,
+    channels: int,
+    batch_size: int,
+    report: ReportProgress = lambda *_: None,
+) -> Codec:
+    """Fit the codec of a store.
+
+    Args:
+        dtype: Of the codes.
+        sample: What to fit on; floats without a projection need none of it.
+        backbone: With weights.
+        layers: Blocks to tap.
+        channels: K; below the backbone's width a PCA of each layer projects to the K directions of most variance.
+        batch_size: The most frames in one pass.
+        report: Told of frames that went through the backbone.
+
+    Raises:
+        ConfigError: If the sample holds too few tokens for K directions.
+        EnvironmentFailedError: If the backbone gives NaN or infinity; block and video named.
+    """
+    width = backbone.info.width
+    is_projected = channels < width
+    if dtype != "int8" and not is_projected:
+        return Codec(dtype=dtype)
+    num_tokens = len(sample.pixels) * backbone.info.num_patches
+    if is_projected and num_tokens <= channels:
+        raise ConfigError(
+            f"--channels {channels} wants more than {channels} tokens to calibrate on; {len(sample.pixels)} frames of "
+            f"{len(set(sample.video_ids))} videos have {num_tokens}. Take fewer channels, more videos, or a codec that "
+            "another store was fitted with (--codec-from)."
+        )
+    num_passes = 2 if is_projected and dtype == "int8" else 1
+    tokens_of = _SampleTokens("calibrating the codec", sample, backbone, layers, batch_size, num_passes, report)
+    # A trial's: the eigenvectors of ViT-E's covariances alone would take a CPU minutes.
+    are_few = is_projected and tokens_of.is_kept and num_tokens < width
+    moments = _Moments(len(layers), width, with_products=is_projected and not are_few, device=backbone.device)
+    tokens_of.hand_to(moments.add)
+    mean = moments.mean
+    if not is_projected:
+        absmax = np.maximum(moments.largest - mean, mean - moments.smallest)
+        return Codec(dtype=dtype, mean=mean.astype(np.float32), scale=fit_scale(absmax, moments.deviation))
+    bases: list[np.ndarray] = []
+    for place in range(len(layers)):
+        report("fitting the codec", place, len(layers))
+        if are_few:
+            values = tokens_of.kept[place].flatten(0, 1).double().cpu().numpy()
+            bases.append(fit_basis_of_few(values, mean[place], channels))
+        else:
+            bases.append(fit_basis(moments.covariance(place), channels))
+    report("fitting the codec", len(layers), len(layers))
+    basis = np.stack(bases)
+    codec = Codec(dtype="float32", mean=mean.astype(np.float32), basis=basis)
+    if dtype != "int8":
+        return Codec(dtype=dtype, mean=codec.mean, basis=codec.basis)
+    on_device = codec.map_parts(lambda array: torch.from_numpy(array).to(backbone.device))
+    projected = _Moments(len(layers), channels, with_products=False, device=backbone.device)
+    tokens_of.hand_to(
+        lambda tokens: projected.add([on_device.encode(values, place) for place, values in enumerate(tokens)])
+    )
+    absmax = np.maximum(projected.largest, -projected.smallest)
+    return Codec(dtype=dtype, mean=codec.mean, basis=basis, scale=fit_scale(absmax, projected.deviation))
+
+
+def measure_codec(
+    codec: Codec,
+    keep_bits: int | None,
+    sample: FrameSample,
+    backbone: Backbone,
+    layers: Sequence[int],
+    *,
+    batch_size: int,
+    report: ReportProgress = lambda *_: None,
+) -> list[LayerFidelity]:
+    """Code and decode a sample of frames, and compare them with the live tokens.
+
+    Args:
+        codec: Of the store, numpy arrays.
+        keep_bits: Mantissa bits that the store keeps of float16 codes; None keeps all.
+        sample: Frames that the codec was not fitted on, where there are any.
+        backbone: With weights.
+        layers: Blocks that are tapped.
+        batch_size: The most frames in one pass.
+        report: Told of frames that went through the backbone.
+
+    Returns:
+        One for each layer.
+    """
+    meters = [FidelityMeter(layer) for layer in layers]
+
+    def count_mean(tokens: list[torch.Tensor]) -> None:
+        for meter, values in zip(meters, tokens, strict=True):
+            meter.count_mean(values.float().cpu().numpy())
+
+    def compare(tokens: list[torch.Tensor]) -> None:
+        for place, (meter, values) in enumerate(zip(meters, tokens, strict=True)):
+            live = values.float().cpu().numpy()
+            codes = round_mantissas(codec.encode(live, place), keep_bits)
+            meter.compare(live, codec.decode(codes, place))
+
+    tokens_of = _SampleTokens("measuring the codec", sample, backbone, layers, batch_size, 2, report)
+    tokens_of.hand_to(count_mean)
+    tokens_of.hand_to(compare)
+    return [meter.summarise() for meter in meters]
+
+
+class _SampleTokens:
+    """The patch tokens of a sample's frames, from the backbone as often as they are asked for.
+
+    All tokens of a giant's layers would fill the memory; those of a sample of one batch are there anyway, and kept.
+
+    Args:
+        stage: What they are for.
+        sample: The frames.
+        backbone: With weights.
+        layers: Blocks to tap.
+        batch_size: The most frames in one pass.
+        num_passes: How often they will be asked for.
+        report: Told of frames that went through the backbone.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        sample: FrameSample,
+        backbone: Backbone,
+        layers: Sequence[int],
+        batch_size: int,
+        num_passes: int,
+        report: ReportProgress,
+    ) -> None:
+        self._sample, self._backbone, self._layers = sample, backbone, layers
+        self._batches = split_evenly(len(sample.pixels), batch_size)
+        self.is_kept = len(self._batches) == 1
+        """Whether there is one pass, whose tokens stay."""
+        self.kept: list[torch.Tensor] = []
+        self._stage, self._report = stage, report
+        self._pass, self._num_passes = 0, 1 if self.is_kept else num_passes
+
+    def hand_to(self, use: Callable[[list[torch.Tensor]], None]) -> None:
+        """Hand over the tokens, (B, N, D) for each layer, batch by batch.
+
+        A batch is freed before the next pass, as an iterator's would not be: 16 frames of ViT-E's layers are 0.5 GB.
+        """
+        if self.kept:
+            use(self.kept)
+            return
+        self._pass += 1
+        began, num_frames = time.perf_counter(), len(self._sample.pixels)
+        which = "" if self._num_passes == 1 else f", time {self._pass} of {self._num_passes}"
+        num_videos = len(set(self._sample.video_ids))
+        stage = f"{self._stage}: {num_videos} videos, {num_frames} frames through the backbone{which}"
+        self._report(stage, 0, num_frames)
+        for batch in self._batches:
+            use(self._encode(slice(batch.start, batch.stop)))
+            self._report(stage, batch.stop, num_frames)
+            if batch is self._batches[0]:
+                self._warn_if_long((time.perf_counter() - began) / len(batch))
+
+    def _encode(self, batch: slice) -> list[torch.Tensor]:
+        tokens = self._backbone.encode_frames(torch.from_numpy(self._sample.pixels[batch]), self._layers).patches
+        for layer, values in zip(self._layers, tokens, strict=True):
+            check_finite(values, values, layer, self._sample.video_ids[batch])
+        if self.is_kept:
+            self.kept = tokens
+        return tokens
+
+    def _warn_if_long(self, seconds_per_frame: float) -> None:
+        seconds = seconds_per_frame * len(self._sample.pixels) * (self._num_passes - self._pass + 1)
+        if self._pass == 1 and seconds > _LONG_S:
+            _log.warning(
+                "%s takes about %.0f minutes here: fewer --calibration-videos shorten it, and --dtype float16 has no "
+                "codec to fit",
+                *(self._stage, seconds / 60),
+            )
+
+
+class _Moments:
+    """Mean, deviation, extremes and, if wanted, products of the channels of each layer, summed in float64."""
+
+    def __init__(self, num_layers: int, width: int, *, with_products: bool, device: torch.device) -> None:
+        self._count = 0
+        # Apple's GPUs have no float64.
+        options: dict[str, Any] = {"dtype": torch.float64, "device": "cpu" if device.type == "mps" else device}
+        self._sum = torch.zeros(num_layers, width, **options)
+        self._squares = torch.zeros(num_layers, width, **options)
+        self._smallest = torch.full((num_layers, width), torch.inf, **options)
+        self._largest = torch.full((num_layers, width), -torch.inf, **options)
+        self._products = torch.zeros(num_layers, width, width, **options) if with_products else None
+
+    def add(self, tokens: Sequence[torch.Tensor]) -> None:
+        """Count a batch, (B, N, D) for each layer."""
+        self._count += tokens[0].shape[0] * tokens[0].shape[1]
+        for place, values in enumerate(tokens):
+            rows = values.to(self._sum.device).flatten(0, 1).double()
+            self._sum[place] += rows.sum(dim=0)
+            self._squares[place] += rows.square().sum(dim=0)
+            self._smallest[place] = torch.minimum(self._smallest[place], rows.amin(dim=0))
+            self._largest[place] = torch.maximum(self._largest[place], rows.amax(dim=0))
+            if self._products is not None:
+                self._products[place] += rows.T @ rows
+
+    @property
+    def mean(self) -> np.ndarray:
+        """(L, D) float64."""
+        return (self._sum / self._count).cpu().numpy()
+
+    @property
+    def deviation(self) -> np.ndarray:
+        """(L, D) float64: the square root of the mean square of what is left when the mean is subtracted."""
+        return np.sqrt(np.maximum((self._squares / self._count).cpu().numpy() - self.mean**2, 0))
+
+    @property
+    def smallest(self) -> np.ndarray:
+        """(L, D) float64."""
+        return self._smallest.cpu().numpy()
+
+    @property
+    def largest(self) -> np.ndarray:
+        """(L, D) float64."""
+        return self._largest.cpu().numpy()
+
+    def covariance(self, place: int) -> np.ndarray:
+        """(D, D) float64 of a layer."""
+        assert self._products is not None
+        mean = self.mean[place]
+        return self._products[place].cpu().numpy() / self._count - np.outer(mean, mean)

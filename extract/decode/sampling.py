@@ -1,0 +1,117 @@
+"""Which frames of a video are cached, and which of them make an evaluation clip: pure functions of counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from ...errors import ConfigError
+
+
+def sample_uniform(num_frames: int, num_steps: int) -> list[int]:
+    """Pick the middle frame of each of `num_steps` equal parts of a video.
+
+    A video with fewer frames than steps repeats frames; it is not padded.
+
+    Args:
+        num_frames: Frames of the video, at least 1.
+        num_steps: Frames wanted, at least 1.
+
+    Returns:
+        `num_steps` indices in [0, num_frames), never decreasing.
+
+    Raises:
+        ValueError: If either count is below 1.
+
+    Source:
+        Sparse sampling of Temporal Segment Networks, https://arxiv.org/abs/1608.00859
+    """
+    if num_frames < 1 or num_steps < 1:
+        raise ValueError(f"both counts must be at least 1; found {num_frames} frames, {num_steps} steps")
+    return [(2 * step + 1) * num_frames // (2 * num_steps) for step in range(num_steps)]
+
+
+def _sample_uniform_clips(num_frames: int, num_steps: int, num_clips: int) -> list[list[int]]:
+    """The middles of equal parts, dealt to the clips in turns."""
+    indices = sample_uniform(num_frames, num_steps * num_clips)
+    return [indices[clip::num_clips] for clip in range(num_clips)]
+
+
+def _sample_k400_clips(num_frames: int, num_steps: int, num_clips: int) -> list[list[int]]:
+    """Kinetics in the reference: one clip is its validation, several its test, their starts spread over a step."""
+    tick = num_frames / num_steps
+    starts = [int(start) for start in np.linspace(0, tick - 1, num_clips)]
+    return [[math.floor(start + tick * step) % num_frames for step in range(num_steps)] for start in starts]
+
+
+def _sample_something_clips(num_frames: int, num_steps: int, num_clips: int) -> list[list[int]]:
+    """Something-Something in the reference: each clip looks at another place of a step."""
+    tick = (num_frames - 1) / num_steps
+    shifts = [math.floor(tick / (num_clips + 1) * (clip + 1)) for clip in range(num_clips)]
+    return [[round(tick * step) + shift for step in range(num_steps)] for shift in shifts]
+
+
+def _sample_retrieval_clips(num_frames: int, num_steps: int, num_clips: int) -> list[list[int]]:
+    """Retrieval in the reference: a video without more frames than are wanted shows its first one, again and again."""
+    if num_clips > 1:
+        raise ConfigError(f"--sampling reference-retrieval has one clip; found --clips {num_clips}")
+    tick = num_frames / num_steps
+    is_long = num_frames > num_steps
+    return [[math.floor(tick / 2 + tick * step) if is_long else 0 for step in range(num_steps)]]
+
+
+SAMPLINGS: dict[str, Callable[[int, int, int], list[list[int]]]] = {
+    "uniform": _sample_uniform_clips,
+    "reference-k400": _sample_k400_clips,
+    "reference-sth": _sample_something_clips,
+    "reference-retrieval": _sample_retrieval_clips,
+}
+"""By the name that `--sampling` takes: (frames of the video, frames of a clip, clips) -> indices of each clip.
+
+What is cached of training videos is uniform under every name: the reference draws their frames anew in each epoch, and
+a clip here draws one of each part of what is cached.
+
+Source:
+    The formulas of https://github.com/HJYao00/Side4Video at 5d72352; Python's rounding is half to even, as NumPy's.
+"""
+
+
+def parse_frames(text: str) -> dict[str, int]:
+    """Read `--frames`: one number for all splits, or `train=16,val=8`.
+
+    Returns:
+        Frames by split; the key "" holds the number for splits that are not named.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
+    return _parse_counts("--frames", text, "a number (8) or one for each split (train=16,val=8)")
+
+
+def parse_clips(text: str) -> dict[str, int]:
+    """Read `--clips`: evaluation clips, one number for all splits, or `test=4,1`; see `parse_frames`."""
+    return _parse_counts("--clips", text, "a number (1) or one for each split (test=4,1)")
+
+
+def parse_views(text: str) -> dict[str, str]:
+    """Read `--views`: a name for all splits, or `test=three,centre`; see `parse_frames`."""
+    return _parse_by_split("--views", text, "a name (centre) or one for each split (test=three,centre)")
+
+
+def _parse_counts(option: str, text: str, expected: str) -> dict[str, int]:
+    found = _parse_by_split(option, text, expected)
+    if not all(count.isdecimal() and int(count) >= 1 for count in found.values()):
+        raise ConfigError(f"{option} takes {expected}; found {text!r}")
+    return {split: int(count) for split, count in found.items()}
+
+
+def _parse_by_split(option: str, text: str, expected: str) -> dict[str, str]:
+    values: dict[str, str] = {}
+    for part in text.split(","):
+        split, _, value = part.strip().rpartition("=")
+        if not value or split in values or "=" in split:
+            raise ConfigError(f"{option} takes {expected}; found {text!r}")
+        values[split] = value
+    return values

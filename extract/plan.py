@@ -1,0 +1,305 @@
+"""`s4v plan`: what an extraction will take in bytes, hours and money, and whether the cache pays."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..backbone.vision_tower import Backbone, build_backbone, parse_layers
+from ..device import find_device
+from ..errors import ConfigError, StoreMismatchError
+from ..files import describe_bytes
+from ..store.layout import StoreLayout
+from ..store.reader import StoreReader, open_store
+from ..store.records import VideoRecord
+from ..store.texts import count_text_bytes
+from .config import ExtractConfig
+from .decode.pool import DecoderPool
+from .decode.views import NUM_VIEWS
+from .segments import list_rows
+
+_DEFAULT_INT8_CHANNELS = 256
+_READ_BYTES_PER_S = 500e6
+"""What a cheap solid-state disk reads at random; the default where the user states none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """An extraction before it is paid for."""
+
+    videos: int
+    frames: int
+    """Cached, of all videos and views."""
+    bytes_by_array: dict[str, int]
+    free_bytes: int | None
+    """Where the store would lie; None where that is not known."""
+    frames_per_second: float | None
+    """Of the backbone on one device; None where nobody said."""
+    hours: float | None
+    """On one device."""
+    price: float | None
+    read_seconds_per_epoch: float
+    """Of one training epoch's clips from disk."""
+    forward_seconds_per_epoch: float | None
+    """Of the backbone, if it ran on the clips of every epoch instead."""
+    break_even_epochs: float | None
+    """Epochs after which the cache has cost less time than running the backbone in each of them; infinite where
+    reading takes longer than running it. None where the backbone's rate is not known."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all arrays."""
+        return sum(self.bytes_by_array.values())
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the store fits on the disk; None where the free space is not known."""
+        return None if self.free_bytes is None else self.total_bytes <= self.free_bytes
+
+
+def plan_layout(
+    config: ExtractConfig, backbone: Backbone, num_rows: int, num_frames: int, num_views: int
+) -> StoreLayout:
+    """The sizes of the store that an extraction makes.
+
+    Raises:
+        ConfigError: If `--channels` or `--layers` ask for what the backbone does not have.
+        StoreMismatchError: If the codec to be taken over does not fit.
+    """
+    info = backbone.info
+    channels = config.channels or (min(info.width, _DEFAULT_INT8_CHANNELS) if config.dtype == "int8" else info.width)
+    if config.codec_from is not None:
+        channels = _check_codec_source(config, backbone, open_store(config.codec_from))
+    if channels > info.width:
+        raise ConfigError(f"--channels {channels} is more than the {info.width} channels of {config.model}")
+    return StoreLayout(
+        num_rows=num_rows,
+        num_views=num_views,
+        num_frames=num_frames,
+        layers=parse_layers(config.layers, info.depth),
+        num_patches=info.num_patches,
+        width=info.width,
+        channels=channels,
+        embed_dim=info.embed_dim,
+        image_size=info.image_size,
+        patch_dtype=config.dtype,
+        keep_bits=config.keep_bits,
+        with_pixels=config.with_pixels,
+    )
+
+
+def _check_codec_source(config: ExtractConfig, backbone: Backbone, source: StoreReader) -> int:
+    """K of a store whose codec is to be taken.
+
+    Raises:
+        StoreMismatchError: If that codec was fitted on other tokens than this extraction makes; all differences listed.
+    """
+    info, theirs = asdict(backbone.info), source.attributes["backbone"]
+    wanted = {name: info[name] for name in ("architecture", "weights_sha256", "width", "image_size", "mean", "std")}
+    wanted |= {"layers": parse_layers(config.layers, backbone.info.depth), "dtype": config.dtype}
+    there = {**theirs, "layers": source.layout.layers, "dtype": source.layout.patch_dtype}
+    if config.channels is not None:
+        wanted["channels"], there["channels"] = config.channels, source.layout.channels
+    differences = [
+        f"{name} {there[name]} there, {value} here"
+        for name, value in wanted.items()
+        if (list(value) if isinstance(value, tuple) else value)
+        != (list(there[name]) if isinstance(there[name], tuple) else there[name])
+    ]
+    if differences:
+        raise StoreMismatchError(f"the codec of {source.path} (--codec-from) does not fit: {'; '.join(differences)}")
+    return source.layout.channels
+
+
+def plan_extraction(
+    layout: StoreLayout,
+    frames_by_split: Mapping[str, tuple[int, int]],
+    *,
+    views_by_split: Mapping[str, int] | None = None,
+    num_captions: int = 0,
+    clip_frames: int = 8,
+    frames_per_second: float | None = None,
+    price_per_hour: float | None = None,
+    read_bytes_per_s: float = _READ_BYTES_PER_S,
+    folder: Path | None = None,
+) -> Plan:
+    """Work out what an extraction takes.
+
+    Args:
+        layout: Of the store; its number of rows does not matter.
+        frames_by_split: Videos and cached frames of each video, by split.
+        views_by_split: Views of each video; None is one of all.
+        num_captions: Of all videos; their texts are stored too.
+        clip_frames: T, frames of a training clip.
+        frames_per_second: Of the backbone on one device: stated, or from `probe_backbone`.
+        price_per_hour: Of that device.
+        read_bytes_per_s: Of the disk in training.
+        folder: Where the store would lie.
+    """
+    videos = sum(count for count, _ in frames_by_split.values())
+    views = views_by_split or {}
+    frames = sum(count * cached * views.get(split, 1) for split, (count, cached) in frames_by_split.items())
+    num_training, cached_in_training = frames_by_split.get(
+        "train", (videos, max(c for _, c in frames_by_split.values()))
+    )
+    clips = num_training * min(clip_frames, cached_in_training)
+    frame_bytes = layout.bytes_per_frame
+    read_s = clips * sum(size for name, size in frame_bytes.items() if name != "embedding") / read_bytes_per_s
+    extract_s = forward_s = break_even = None
+    if frames_per_second is not None:
+        extract_s, forward_s = frames / frames_per_second, clips / frames_per_second
+        saved = forward_s - read_s
+        break_even = extract_s / saved if saved > 0 else float("inf")
+    hours = None if extract_s is None else extract_s / 3600
+    sizes = {name: size * frames for name, size in frame_bytes.items()}
+    if num_captions:
+        sizes["text"] = count_text_bytes(num_captions, layout.embed_dim)
+    return Plan(
+        videos=videos,
+        frames=frames,
+        bytes_by_array=sizes,
+        free_bytes=None if folder is None else _free_bytes(folder),
+        frames_per_second=frames_per_second,
+        hours=hours,
+        price=None if hours is None or price_per_hour is None else hours * price_per_hour,
+        read_seconds_per_epoch=read_s,
+        forward_seconds_per_epoch=forward_s,
+        break_even_epochs=break_even,
+    )
+
+
+def plan_command(
+    config: ExtractConfig,
+    *,
+    videos: int | None = None,
+    rate: float | None = None,
+    with_probe: bool = False,
+    price: float | None = None,
+    clip_frames: int = 8,
+    read_bytes_per_s: float = _READ_BYTES_PER_S,
+) -> Plan:
+    """The plan of an extraction, of a data set that is there or of a number of videos.
+
+    Args:
+        config: The extraction.
+        videos: How many, all for training; None counts those of the data set.
+        rate: Frames per second of the backbone.
+        with_probe: Measure that rate.
+        price: Of the device, per hour.
+        clip_frames: T, frames of a training clip.
+        read_bytes_per_s: Of the disk in training.
+
+    Raises:
+        S4vError: If the model, the data set or an option is not one that an extraction could have.
+    """
+    if videos is not None and config.segment_s is not None:
+        raise ConfigError("--segment needs the videos' lengths: name a --dataset, or count the segments in --videos")
+    records = [] if videos is not None else _read_rows(config)
+    splits = {"train": videos} if videos is not None else Counter(record.split for record in records)
+    backbone = build_backbone(
+        config.model, weights="random", device=find_device(config.device), precision=config.precision
+    )
+    by_split = {split: (count, config.frames_of(split)) for split, count in splits.items()}
+    num_rows, num_frames = sum(splits.values()), max(cached for _, cached in by_split.values())
+    views = {split: NUM_VIEWS[config.views_of(split)] for split in splits}
+    layout = plan_layout(config, backbone, num_rows, num_frames, max(views.values()))
+    if with_probe:
+        rate = probe_backbone(backbone.load_weights(), layout, config.batch_size)
+    return plan_extraction(
+        layout,
+        by_split,
+        views_by_split=views,
+        num_captions=sum(len(record.captions) for record in records),
+        clip_frames=clip_frames,
+        frames_per_second=rate,
+        price_per_hour=price,
+        read_bytes_per_s=read_bytes_per_s,
+        folder=config.out,
+    )
+
+
+def _read_rows(config: ExtractConfig) -> list[VideoRecord]:
+    if config.segment_s is None:
+        return config.read_records()
+    with DecoderPool(config.num_decoders) as pool:
+        return list_rows(config, pool)
+
+
+def probe_backbone(backbone: Backbone, layout: StoreLayout, batch_size: int, seconds: float = 20.0) -> float:
+    """Frames per second of the backbone on the machine at hand, with random weights and random frames.
+
+    A giant on a CPU takes minutes for a full batch, so passes begin with one frame and double, as far as they fit.
+
+    Args:
+        backbone: Weights loaded.
+        layout: Which layers, and the size of the frames.
+        batch_size: Frames in one pass, at most.
+        seconds: To measure for; a first frame that takes longer is the measurement.
+
+    Returns:
+        Of the largest passes that there was time for.
+    """
+    height, width = layout.image_size
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (batch_size, height, width, 3), dtype=np.uint8))
+    start = time.perf_counter()
+
+    def run(size: int) -> float:
+        before = time.perf_counter()
+        backbone.encode_frames(pixels[:size], layout.layers).embedding.cpu()
+        return time.perf_counter() - before
+
+    size, took = 1, run(1)
+    passes: list[float] = []  # of this size; the very first one does not count, where there is time for another
+    while time.perf_counter() - start + took <= seconds:
+        passes.append(run(size))
+        took = min(passes)
+        larger = min(2 * size, batch_size)
+        if larger > size and time.perf_counter() - start + 2 * took * larger / size <= seconds:
+            size, took, passes = larger, took * larger / size, []
+    return size * len(passes) / sum(passes) if passes else 1 / took
+
+
+def require_space(
+    layout: StoreLayout, frames: int, out: Path, *, num_captions: int = 0, replaces: bool = False
+) -> None:
+    """Refuse an extraction whose store cannot fit.
+
+    Args:
+        layout: Of the store.
+        frames: Cached frames that are still to be written, of all rows and views.
+        out: The store.
+        num_captions: Whose texts are still to be written.
+        replaces: Whether what stands there makes room first.
+
+    Raises:
+        ConfigError: With what is needed and what is free.
+    """
+    needed = frames * sum(layout.bytes_per_frame.values()) + count_text_bytes(num_captions, layout.embed_dim)
+    free, old = _free_bytes(out), _used_bytes(out) if replaces else 0
+    # Compressed patches need less, nobody knows how much.
+    if layout.keep_bits is None and needed > free + old:
+        there = f" and {describe_bytes(old)} in the store that would be replaced" if old else ""
+        kept = "Nothing was changed" if replaces else "What is finished is kept"
+        raise ConfigError(
+            f"{out} needs {describe_bytes(needed)} more and its disk has {describe_bytes(free)} free{there}. {kept}. "
+            "Take fewer --layers, --channels or --frames, another --out, or a part of the work (--limit)."
+        )
+
+
+def _used_bytes(path: Path) -> int:
+    """Of all files below a folder; 0 where there is none."""
+    return sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _free_bytes(path: Path) -> int:
+    """Of the disk that a file would be on; its folders need not exist."""
+    existing = next(parent for parent in [path, *path.absolute().parents] if os.path.lexists(parent))
+    return shutil.disk_usage(existing).free

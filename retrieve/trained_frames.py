@@ -1,0 +1,103 @@
+"""Frames and comparisons of a trained retrieval network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..errors import ConfigError, RunNotFoundError
+from ..files import read_json
+from ..store.reader import StoreReader
+from ..train.clips import LabelledRows, thin
+from ..train.evaluate import Team, autocast_as_trained, open_run_and_store
+from ..train.networks.text_interaction import TextBatch
+from ..train.retrieval import embed_clips
+from ..train.run_folder import Run, load_checkpoint
+from ..train.side_network import RetrievalSideNetwork
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedClips:
+    """Some videos' frames."""
+
+    frames: np.ndarray
+    """(n, T, E) float32, not normalised."""
+    places: np.ndarray
+    """(n, T) on the axis F of the store."""
+
+
+class TrainedFrames:
+    """A run's network beside a store that it fits.
+
+    Args:
+        run: The run's folder.
+        features: The store; None takes the one that the run was trained on.
+        device: Where it computes; None takes the CPU.
+        checkpoint: `best` or `last`.
+
+    Raises:
+        ConfigError: If the run is not of retrieval.
+        RunNotFoundError: If it has no such checkpoint.
+        StoreMismatchError: If the store does not fit the run.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        features: Path | None = None,
+        device: torch.device | None = None,
+        checkpoint: str = "best",
+    ) -> None:
+        self.run: Run
+        self.store: StoreReader
+        self.run, self.store = open_run_and_store(run, features)
+        if self.run.head.task != "retrieval":
+            raise ConfigError(f"{run} knows classes: a search wants a run of `s4v train --task retrieval`")
+        self._checkpoint = checkpoint
+        told = self.run.path / f"{checkpoint}.json"
+        if not told.is_file():
+            raise RunNotFoundError(f"{run} has no checkpoint {checkpoint!r} yet: wait for its first epoch")
+        self.sha256: str = read_json(told)["sha256"]
+        self._device = device or torch.device("cpu")
+        self._head: RetrievalSideNetwork | None = None
+
+    @property
+    def head(self) -> RetrievalSideNetwork:
+        """The network, its checkpoint loaded when it is first needed."""
+        if self._head is None:
+            self._head = load_checkpoint(self.run, self._checkpoint).to(self._device)  # type: ignore[assignment]
+        assert self._head is not None
+        return self._head
+
+    @property
+    def reads_words(self) -> bool:
+        """Whether it compares word by word, so that its best answers are to be ranked again."""
+        return self.run.head.interaction == "wti"
+
+    def embed(self, rows: np.ndarray, clips: Sequence[Sequence[int]]) -> EmbeddedClips:
+        """Embed good rows, each by one clip of its cached frames, thinned to what the network was trained with."""
+        places = np.asarray([thin(clip, self.run.frames) for clip in clips])
+        ones = np.ones(len(rows), dtype=np.int64)
+        data = LabelledRows(rows, rows, places.max(axis=1) + 1, ones, [[list(clip)] for clip in clips])
+        frames = embed_clips(
+            self.head,
+            self.store,
+            data,
+            layers=self.run.head.layers,
+            num_frames=self.run.frames,
+            batch_size=self.run.config["batch_size"],
+            device=self._device,
+            team=Team(autocast=autocast_as_trained(self.run, self._device)),
+        )
+        return EmbeddedClips(frames, places)
+
+    @torch.inference_mode()
+    def compare_words(self, tokens: np.ndarray, mask: np.ndarray, frames: np.ndarray) -> np.ndarray:
+        """A text (M, E), (M,) with videos (n, T, E), not normalised: similarities (n,)."""
+        words, is_word, videos = (torch.from_numpy(x).to(self._device) for x in (tokens[None], mask[None], frames))
+        found = self.head.interaction(TextBatch(words.float(), is_word, None), videos)
+        return found.similarities[0].cpu().numpy()

@@ -1,0 +1,1 @@
+"""What can be trained on a store: one file a network."""

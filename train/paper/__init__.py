@@ -1,0 +1,1 @@
+"""What comes from papers and their releases: presets, and checkpoints under their own names."""

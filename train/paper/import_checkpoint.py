@@ -1,0 +1,170 @@
+"""`s4v import`: a run's folder from a released checkpoint of the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from ...errors import ConfigError, StoreMismatchError
+from ...files import hash_file, write_atomic
+from ...store.reader import StoreReader, open_store
+from ..run_folder import BACKBONE_IDENTITY, Run, describe_source, refuse_existing_run, save_checkpoint, write_run_config
+from ..side_network import TOWER_END
+from .checkpoint_names import OfficialCheckpoint, read_official_checkpoint
+from .presets import side_family
+
+TEXT_NAME = "text.safetensors"
+
+# Clips in a step of an evaluation; a checkpoint does not say, and it changes no figure.
+_BATCH_SIZE = 32
+
+# The reference sees pixels through CLIP's mean and standard deviation, whatever the backbone.
+_PIXELS = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
+
+# Released weights are float16 in places: 2^-11 of each number, and the same again in a store's float16.
+_END_TOLERANCE = 2e-3
+
+
+def import_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    *,
+    layers: tuple[int, ...] | None = None,
+    frames: int = 8,
+    features: Path | None = None,
+) -> dict[str, Any]:
+    """Make a run's folder from a checkpoint of the reference: of recognition, one that `s4v eval` takes.
+
+    The names of the classes are in no checkpoint. With a store named, its classes are taken in their order (sorted);
+    without, each evaluation takes those of its own store, and warns. A retrieval run keeps its own final norm and
+    projection and the networks that weigh words and frames, and its text tower as it is in text.safetensors.
+
+    Args:
+        checkpoint: The reference's file.
+        out: The run's folder; it must not exist.
+        layers: Backbone blocks that it reads, where the file leaves that open.
+        frames: T, frames of a clip; the file does not say.
+        features: A store of the backbone that it was trained beside: what the file carries is checked against it.
+
+    Returns:
+        run, variant, layers, parameters, checked (what was compared with the store), unused (tensors by place).
+
+    Raises:
+        WeightsError: If the file is not a whole checkpoint of Side4Video.
+        StoreMismatchError: If it does not fit the store; all differences in one message.
+        ConfigError: If frames is below 1.
+        RunExistsError: If the run's folder holds anything.
+    """
+    if frames < 1:
+        raise ConfigError(f"--frames must be at least 1; found {frames}")
+    refuse_existing_run(out)
+    store = None if features is None else open_store(features)
+    official = read_official_checkpoint(checkpoint, layers)
+    network = official.build()
+    checked = [] if store is None else require_fitting_store(official, store)
+    out.mkdir(parents=True, exist_ok=True)
+    config = {
+        "imported_from": str(checkpoint.resolve()),
+        "checkpoint_sha256": hash_file(checkpoint),
+        "frames": frames,
+        "batch_size": _BATCH_SIZE,
+    }
+    source = _describe_unknown_source(official) if store is None else describe_source(store)
+    classes = () if store is None or official.head.task == "retrieval" else store.classes.names
+    run = Run(out, config, official.head, classes, source)
+    if official.text:
+        _save_text(out / TEXT_NAME, official.text)
+    save_checkpoint(run, "best", network, {"imported_from": config["imported_from"]})
+    write_run_config(run)  # last: without it the folder is no run
+    return {
+        "run": str(out),
+        "variant": {"task": official.head.task, "family": official.head.family},
+        "layers": list(official.head.layers),
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "checked": checked,
+        "unused": official.unused,
+    }
+
+
+def require_fitting_store(official: OfficialCheckpoint, store: StoreReader) -> list[str]:
+    """Compare what a checkpoint carries of its backbone with a store.
+
+    A store holds no weights of the backbone's blocks: sizes are compared, and the numbers of the tower's end where
+    the checkpoint has it. The end of EVA's tower is fine-tuned for retrieval: only its shape is compared there.
+
+    Returns:
+        What was compared, in words.
+
+    Raises:
+        StoreMismatchError: With all differences.
+    """
+    head, backbone = official.head, store.attributes["backbone"]
+    facts: dict[str, tuple[Any, Any]] = {
+        "width": (head.width, backbone["width"]),
+        "patch size": (head.patch_px, backbone["patch_size"][0]),
+        "patches of a frame": (head.num_patches, store.layout.num_patches),
+        "family of side blocks": (head.family, side_family(store)),
+    }
+    if official.depth is not None:
+        facts["blocks of the backbone"] = (official.depth, backbone["depth"])
+    if head.task == "recognition":
+        facts["classes"] = (head.num_classes, len(store.classes.names))
+    else:
+        assert head.norm_eps is not None
+        facts["eps of the final norm"] = (np.float32(head.norm_eps), np.float32(store.head["norm_eps"]))
+    differences = [f"{name}: {ours} here, {theirs} there" for name, (ours, theirs) in facts.items() if ours != theirs]
+    if missing := sorted(set(head.layers) - set(store.layout.layers)):
+        differences.append(f"layers {missing} are not in the store")
+    if head.task == "retrieval" and head.layers[-1] != backbone["depth"] - 1:
+        differences.append(
+            f"retrieval reads the last block, {backbone['depth'] - 1}; layers end with {head.layers[-1]}"
+        )
+    if not store.layout.with_pixels:
+        differences.append("the stem reads pixels, and the store was extracted with --no-pixels")
+    is_tuned = head.task == "retrieval" and head.family == "eva"
+    differences += _compare_ends(official.end, store.head, with_numbers=not is_tuned)
+    if differences:
+        raise StoreMismatchError(f"{official.path} does not fit {store.path}: {'; '.join(differences)}")
+    return [*facts, "layers", *sorted(official.end)]
+
+
+def _compare_ends(end: Mapping[str, torch.Tensor], head: Mapping[str, np.ndarray], *, with_numbers: bool) -> list[str]:
+    differences = []
+    for name, tensor in end.items():
+        ours, theirs = tensor.float().numpy(), head.get(TOWER_END[name])
+        if theirs is None or ours.shape != theirs.shape:
+            shape = "none" if theirs is None else theirs.shape
+            differences.append(f"the tower's {name}: shape {ours.shape} here, {shape} there")
+        elif with_numbers and (error := _relative_difference(ours, theirs)) > _END_TOLERANCE:
+            differences.append(f"the tower's {name} differs by {error:.2g} of its size: another backbone's weights")
+    return differences
+
+
+def _relative_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.abs(ours - theirs).max() / max(float(np.abs(theirs).max()), 1e-12))
+
+
+def _describe_unknown_source(official: OfficialCheckpoint) -> dict[str, Any]:
+    """`describe_source` as far as a checkpoint tells it; None is not compared with a store."""
+    known: dict[str, Any] = {"width": official.head.width, **_PIXELS}
+    grid = round(official.head.num_patches**0.5)
+    if grid**2 == official.head.num_patches:
+        known["image_size"] = [grid * official.head.patch_px] * 2
+    return {
+        "store": None,
+        "backbone": {name: known.get(name) for name in BACKBONE_IDENTITY},
+        "sampling": None,
+        "resize": None,
+        "codec": None,
+    }
+
+
+def _save_text(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    # Copies: tensors that share memory in the file may not in safetensors.
+    copies = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+    write_atomic(path, lambda temporary: save_file(copies, temporary))

@@ -1,0 +1,332 @@
+"""A run's folder: its resolved configuration, checkpoints as safetensors beside JSON, metrics as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..errors import RunExistsError, RunNotFoundError, StoreDamagedError, StoreMismatchError
+from ..files import hash_file, hash_text, read_json, write_atomic, write_json, write_text
+from ..store.reader import StoreReader
+from ..store.redone import count_redone
+from .config import Task, TrainConfig
+from .heads import HeadConfig, build_head
+from .paper.presets import side_family
+from .side_network import SideLadder, load_ladder
+
+_log = logging.getLogger(__name__)
+
+CONFIG_NAME = "config.json"
+METRICS_NAME = "metrics.jsonl"
+
+BACKBONE_IDENTITY = ("architecture", "weights_sha256", "width", "image_size", "mean", "std")
+"""What a run's tokens must agree in with those of a store that it is evaluated on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run on disk: how its head was made and trained, and on what."""
+
+    path: Path
+    config: dict[str, Any]
+    """The resolved training configuration."""
+    head: HeadConfig
+    classes: tuple[str, ...]
+    """Class names in label order; none where an imported checkpoint came without a store."""
+    source: dict[str, Any]
+    """What the tokens were: store, backbone, layers, sampling, resize; None for what an imported run cannot know."""
+
+    @property
+    def frames(self) -> int:
+        """T, frames of a clip."""
+        return self.config["frames"]
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether it is a released checkpoint; one of retrieval has a text tower of its own."""
+        return "imported_from" in self.config
+
+
+# How a training is run, not what it comes to.
+_INCIDENTAL = (
+    "out",
+    "features",
+    "device",
+    "resume",
+    "checkpoint_minutes",
+    "checkpoint_activations",
+    "with_compile",
+    "wandb",
+    "device_type",
+)
+
+
+def plan_run(
+    config: TrainConfig,
+    frames: int,
+    head: HeadConfig,
+    store: StoreReader,
+    rows: np.ndarray,
+    *,
+    num_processes: int,
+    device_type: str,
+) -> Run:
+    """A run with its resolved configuration; nothing is written yet. The order of clips follows from all of it."""
+    resolved = {
+        **asdict(config),
+        "features": str(config.features),
+        "init": None if config.init is None else str(config.init),
+        "out": str(config.out),
+        "frames": frames,
+        "processes": num_processes,
+        "device_type": device_type,
+        "training_rows": f"{len(rows)} of sha256 {hash_text(','.join(map(str, rows.tolist())))[:16]}",
+    }
+    return Run(config.out, resolved, head, store.classes.names, describe_source(store))
+
+
+def create_run(run: Run) -> None:
+    """Make a run's folder.
+
+    Raises:
+        RunExistsError: If the folder holds anything.
+    """
+    refuse_existing_run(run.path)
+    run.path.mkdir(parents=True, exist_ok=True)
+    write_run_config(run)
+
+
+def require_same_run(run: Run) -> None:
+    """Refuse to go on with a run that was begun otherwise.
+
+    Raises:
+        RunExistsError: With all differences.
+    """
+    begun = open_run(run.path)
+    # A run that is older than an option was begun with its default.
+    options = {f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING} | {
+        "views_per_video": 1,
+        "redone_rows": 0,
+    }
+    ours, theirs = ({**options, **r.config, **r.source, "classes": r.classes, "head": r.head} for r in (run, begun))
+    skipped = {*_INCIDENTAL, "store"}
+    if begun.config.get("precision") is None:
+        skipped.add("precision")  # begun before it was resolved and written down
+    plain = lambda value: json.loads(json.dumps(value, default=asdict))  # noqa: E731 (tuples are lists on disk)
+    differences = [
+        f"{name} {theirs.get(name)} there, {ours.get(name)} here"
+        for name in sorted({*ours, *theirs} - skipped)
+        if plain(ours.get(name)) != plain(theirs.get(name))
+    ]
+    if differences:
+        raise RunExistsError(
+            f"{run.path} was begun with other settings: {'; '.join(differences)}. "
+            "Run the command that began it, or choose another --out."
+        )
+    before, now = begun.config.get("device_type"), run.config["device_type"]
+    if before not in (None, now):
+        _log.warning(
+            "%s was begun on %s and goes on on %s: numbers will not be the same to the bit", run.path, before, now
+        )
+
+
+def write_run_config(run: Run) -> None:
+    """Write a run's configuration into its folder, which must be there."""
+    write_json(
+        run.path / CONFIG_NAME,
+        {"train": run.config, "head": asdict(run.head), "classes": run.classes, "source": run.source},
+    )
+
+
+def refuse_existing_run(path: Path) -> None:
+    """Refuse a run's folder that holds anything.
+
+    Raises:
+        RunExistsError: With what to do.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunExistsError(f"{path} exists. Nothing was overwritten: choose another --out, or remove it.")
+
+
+def open_run(path: str | Path) -> Run:
+    """Read a run's configuration.
+
+    Raises:
+        RunNotFoundError: If there is nothing, or something that is not a run.
+    """
+    path = Path(path)
+    if not (path / CONFIG_NAME).is_file():
+        found = "nothing there" if not path.exists() else f"no {CONFIG_NAME} in it"
+        raise RunNotFoundError(f"{path} is not a run: {found}. `s4v train --features STORE --out {path}` makes one.")
+    try:
+        saved = read_json(path / CONFIG_NAME)
+        head = HeadConfig(**{**saved["head"], "layers": tuple(saved["head"]["layers"])})
+        return Run(path, saved["train"], head, tuple(saved["classes"]), saved["source"])
+    except (ValueError, TypeError, LookupError) as error:
+        raise RunNotFoundError(f"{path / CONFIG_NAME} is not a run's configuration: {error!r}") from error
+
+
+def find_newest_run(folder: Path = Path("runs"), *, task: Task | None = None) -> Path:
+    """The run whose best checkpoint was written last.
+
+    Args:
+        folder: Where runs are.
+        task: Only runs of this task, imported ones left out; None takes any.
+
+    Raises:
+        RunNotFoundError: If there is none.
+    """
+    checkpoints = sorted(folder.glob("*/best.json"), key=lambda p: p.stat().st_mtime)
+    if task is not None:
+        checkpoints = [path for path in checkpoints if _is_trained_for(task, path.parent)]
+    if not checkpoints:
+        raise RunNotFoundError(f"no run in {folder.resolve()}: name one with --run, or train one first")
+    return checkpoints[-1].parent
+
+
+def _is_trained_for(task: Task, path: Path) -> bool:
+    try:
+        run = open_run(path)
+    except RunNotFoundError:
+        return False
+    return run.head.task == task and not run.is_imported
+
+
+def describe_source(store: StoreReader) -> dict[str, Any]:
+    """What must agree between the store that a run was trained on and one that it is evaluated on."""
+    backbone = store.attributes["backbone"]
+    return {
+        "store": str(store.path.resolve()),
+        "backbone": {name: backbone[name] for name in BACKBONE_IDENTITY},
+        "sampling": store.attributes["sampling"],
+        "resize": store.attributes["resize"],
+        "codec": store.attributes["codec"],
+        "redone_rows": count_redone(store.path),
+    }
+
+
+def require_matching_store(run: Run, store: StoreReader) -> None:
+    """Refuse a store whose tokens or classes are not what a run was trained on; all differences in one message.
+
+    The codec may differ: codes are decoded before the head sees them. What an imported run does not know of its
+    tokens is not compared; of unknown classes only the number is.
+
+    Raises:
+        StoreMismatchError: With the differences.
+    """
+    here, there = describe_source(store), run.source
+    differences = [
+        f"backbone {name}: {here['backbone'][name]} in the store, {there['backbone'][name]} in the run"
+        for name in BACKBONE_IDENTITY
+        if there["backbone"][name] not in (None, here["backbone"][name])
+    ]
+    differences += [
+        f"{name}: {here[name]} in the store, {there[name]} in the run"
+        for name in ("sampling", "resize")
+        if there[name] not in (None, here[name])
+    ]
+    patch_px = store.attributes["backbone"]["patch_size"][0]
+    if patch_px != run.head.patch_px:
+        differences.append(f"patches: of {patch_px} px in the store, of {run.head.patch_px} px in the run")
+    # A run of ours from before there was a choice has CLIP's blocks, whatever its backbone.
+    if there["store"] is None and (family := side_family(store)) != run.head.family:
+        differences.append(
+            f"side blocks: {family.upper()}'s beside the store's, {run.head.family.upper()}'s in the run"
+        )
+    if missing := sorted(set(run.head.layers) - set(store.layout.layers)):
+        differences.append(f"layers {missing} are not in the store")
+    if run.head.task == "retrieval":
+        pass  # it knows no classes
+    elif not run.classes and len(store.classes.names) != run.head.num_classes:
+        differences.append(f"classes: {len(store.classes.names)} in the store, {run.head.num_classes} in the run")
+    elif run.classes and set(store.classes.names) != set(run.classes):
+        only_store = sorted(set(store.classes.names) - set(run.classes))
+        only_run = sorted(set(run.classes) - set(store.classes.names))
+        differences.append(f"classes: only in the store {only_store[:3]}, only in the run {only_run[:3]}")
+    if differences:
+        like = run.source["store"] or "the one it was trained on"
+        raise StoreMismatchError(
+            f"{store.path} does not fit the run {run.path}: {'; '.join(differences)}. "
+            f"Evaluate on a store like {like}, or train a run on this one."
+        )
+    redone = here["redone_rows"] - (there.get("redone_rows") or 0)
+    if there["store"] == here["store"] and redone > 0:
+        _log.warning(
+            "%s was trained before %d rows of %s were made of other videos (extract --redo-changed): its figures are "
+            "of two states of the store. Train it again to have one.",
+            *(run.path, redone, store.path),
+        )
+
+
+def save_checkpoint(run: Run, name: str, head: torch.nn.Module, facts: Mapping[str, Any]) -> None:
+    """Write NAME.safetensors, then NAME.json with its hash, each atomically."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in head.state_dict().items()}
+    path = run.path / f"{name}.safetensors"
+    write_atomic(path, lambda temporary: save_file(tensors, temporary))
+    write_json(path.with_suffix(".json"), {**facts, "sha256": hash_file(path)})
+
+
+def load_checkpoint(run: Run, name: str = "best") -> torch.nn.Module:
+    """Build a run's head and load a checkpoint into it, in evaluation mode on the CPU.
+
+    Raises:
+        RunNotFoundError: If the run has no such checkpoint.
+        StoreDamagedError: If the file is not a whole checkpoint of this head.
+    """
+    path = run.path / f"{name}.safetensors"
+    if not path.is_file() or not path.with_suffix(".json").is_file():
+        found = ", ".join(sorted(p.stem for p in run.path.glob("*.safetensors"))) or "none"
+        raise RunNotFoundError(f"{run.path} has no checkpoint {name!r}; it has {found}")
+    if read_json(path.with_suffix(".json")).get("sha256") != hash_file(path):
+        raise StoreDamagedError(f"{path} is damaged: it does not match the hash in {name}.json")
+    head = build_head(run.head)
+    try:
+        head.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise StoreDamagedError(f"{path} is not a checkpoint of this head: {str(error).splitlines()[0]}") from error
+    return head.eval()
+
+
+def begin_with(path: Path, network: torch.nn.Module) -> None:
+    """Give a fresh side network the weights of a run's best checkpoint, its end left as it is.
+
+    Raises:
+        RunNotFoundError: If there is no such run or checkpoint.
+        StoreMismatchError: If its network is another, or has other sizes.
+    """
+    other = load_checkpoint(open_run(path))
+    if not isinstance(other, SideLadder) or not isinstance(network, SideLadder):
+        raise StoreMismatchError(f"{path} (--init) is no run of a side network")
+    try:
+        load_ladder(network, other.state_dict())
+    except StoreMismatchError as error:
+        raise StoreMismatchError(f"{path} (--init) does not fit: {error}") from error
+
+
+def append_metrics(run: Run, metrics: Mapping[str, Any]) -> None:
+    """Add one line to metrics.jsonl."""
+    with (run.path / METRICS_NAME).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(metrics) + "\n")
+
+
+def cut_metrics(run: Run, num_epochs: int) -> None:
+    """Keep the first epochs' lines of metrics.jsonl, where it is longer."""
+    path = run.path / METRICS_NAME
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    if len(lines) > num_epochs:
+        write_text(path, "".join(lines[:num_epochs]))
+
+
+def read_metrics(run: Run) -> list[dict[str, Any]]:
+    """All lines of metrics.jsonl."""
+    lines = (run.path / METRICS_NAME).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]

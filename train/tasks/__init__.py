@@ -1,0 +1,1 @@
+"""What a training is for: one file a task."""
