@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -623,7 +622,7 @@ def train(
         config = TrainConfig(
             features=features,
             out=out or Path(),
-            task=task,  # type: ignore[arg-type]
+            task=task,
             head=head,
             interaction=interaction,  # type: ignore[arg-type]
             negatives=negatives,  # type: ignore[arg-type]
@@ -695,34 +694,9 @@ def evaluate(
         from .train.run_folder import find_newest_run, open_run
 
         path = run or find_newest_run()
-        is_retrieval = open_run(path).head.task == "retrieval"
-        _check_eval_options(is_retrieval, clips, dual_softmax)
         from .device import find_device
         from .train.evaluate import evaluate_run
-
-        if is_retrieval:
-            from .train.retrieval import evaluate_retrieval_run
-
-            read_tuned_texts: Any = None
-            if open_run(path).is_imported:  # only this needs a text tower, and with it open_clip
-                from .retrieve.tuned_texts import TunedTexts
-
-                read_tuned_texts = TunedTexts
-
-            figures = evaluate_retrieval_run(
-                path,
-                features=features,
-                split=split,
-                checkpoint=checkpoint,
-                is_backwards=backwards,
-                with_dual_softmax=dual_softmax,
-                device=find_device(device),
-                read_tuned_texts=read_tuned_texts,
-            )
-            result.update(figures)
-            if not as_json:
-                _print_retrieval(path, figures)
-            return
+        from .train.tasks import find_task
 
         figures = evaluate_run(
             path,
@@ -731,15 +705,13 @@ def evaluate(
             num_clips=clips,
             checkpoint=checkpoint,
             is_backwards=backwards,
-            with_page=True,
+            with_dual_softmax=dual_softmax,
             device=find_device(device),
+            with_page=True,
         )
         result.update(figures)
         if not as_json:
-            order = ", played backwards and compared with their labels forwards" if backwards else ""
-            videos = f"{figures['videos']} videos of {split}{order}"
-            print_lines(f"{path}, {checkpoint} checkpoint, {videos}: {_percentages(figures)}")
-            print_lines(f"results: {path / ('results_' + split + ('_backwards' if backwards else '') + '.html')}")
+            print_lines(*find_task(open_run(path).shape.task).render(path, figures))
 
 
 @app.command()
@@ -779,13 +751,8 @@ def compare(
             device=device,
         )
         chosen = [name.strip() for name in methods.split(",")]
-        ask = None
-        if "zero-shot" in chosen:
-            # Only this needs the text tower, and with it open_clip.
-            from .retrieve.zero_shot import score_class_names
-
-            ask = partial(score_class_names, prompt=prompt, weights=weights)
-        lines = compare_methods(base, methods=chosen, seeds=seeds, ask=ask, say=_say)
+        untrained = {"prompt": prompt, "weights": weights}
+        lines = compare_methods(base, methods=chosen, seeds=seeds, untrained=untrained, say=_say)
         result.update(out=str(base.out), methods=[asdict(line) for line in lines])
         if not as_json:
             print_lines(*render_table(lines))
@@ -1056,42 +1023,13 @@ def _percentages(metrics: dict[str, Any]) -> str:
     return ", ".join(f"{name} {metrics[name]:.1%}" for name in names) or "no validation videos"
 
 
-def _check_eval_options(is_retrieval: bool, clips: int | None, dual_softmax: bool) -> None:
-    from .errors import ConfigError
-
-    if clips is not None and clips < 1:
-        raise ConfigError(f"--clips must be at least 1; found {clips}")
-    if is_retrieval and clips is not None:
-        raise ConfigError("--clips has no effect on a retrieval run: leave it out")
-    if not is_retrieval and dual_softmax:
-        raise ConfigError("--dual-softmax has no effect on a recognition run: leave it out")
-
-
-def _print_retrieval(path: Path, figures: dict[str, Any]) -> None:
-    protocol = f", protocol {figures['protocol']}" if figures["protocol"] else ""
-    order = ", played backwards" if figures["is_backwards"] else ""
-    print_lines(
-        f"{path}, {figures['checkpoint']} checkpoint, {figures['dataset']}{protocol}, {figures['videos']} videos and "
-        f"{figures['captions']} captions of {figures['split']}{order}"
-    )
-    tables = {"trained": figures, "frozen": figures["frozen"]}
-    if "dual_softmax" in figures:
-        tables["trained, dual softmax"] = figures["dual_softmax"]
-    print_lines(f"{'':24}{'':15}{'R@1':>7}{'R@5':>7}{'R@10':>7}{'MdR':>7}{'MnR':>8}")
-    for name, table in tables.items():
-        for direction in ("text_to_video", "video_to_text"):
-            one = table[direction]
-            shares = "".join(f"{100 * one[k]:7.1f}" for k in ("r1", "r5", "r10"))
-            ranks = f"{one['median_rank']:7.1f}{one['mean_rank']:8.1f}"
-            print_lines(f"{name:24}{direction.replace('_', ' '):15}{shares}{ranks}")
-
-
 def _find_newest_retrieval_run() -> Path | None:
     from .errors import RunNotFoundError
     from .train.run_folder import find_newest_run
+    from .train.tasks import find_task
 
     try:
-        return find_newest_run(task="retrieval")
+        return find_newest_run(accept=lambda run: find_task(run.shape.task).embeds_frames and not run.is_imported)
     except RunNotFoundError:
         return None
 
@@ -1109,10 +1047,10 @@ def _open_searched_store(run: Path | None, features: Path | None) -> Any:
 
     if run is not None:
         from .errors import StoreNotFoundError
-        from .train.evaluate import open_run_and_store
+        from .train.run_folder import open_run, open_store_of_run
 
         try:
-            return open_run_and_store(run, features)[1]
+            return open_store_of_run(open_run(run), features)
         except StoreNotFoundError as error:
             # --features alone would search another way, without the run.
             raise StoreNotFoundError(f"{error} Together with it, name the run: --run {run}.") from error

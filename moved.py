@@ -21,12 +21,17 @@ MOVED = {
     "s4v.retrieve.index": "s4v.retrieve.index_reader",
     "s4v.retrieve.trained": "s4v.retrieve.trained_frames",
     "s4v.store.appending": "s4v.store.append",
+    "s4v.retrieve.vectors": "s4v.vectors",
+    "s4v.retrieve.zero_shot": "s4v.train.networks.zero_shot",
+    "s4v.train.heads": "s4v.train.networks",
     "s4v.train.importing": "s4v.train.paper.import_checkpoint",
     "s4v.train.interaction": "s4v.train.networks.text_interaction",
     "s4v.train.official": "s4v.train.paper.checkpoint_names",
-    "s4v.train.presets": "s4v.train.paper.presets",
+    "s4v.train.presets": "s4v.train.settings",
     "s4v.train.ranking": "s4v.train.tasks.retrieval_metrics",
+    "s4v.train.retrieval": "s4v.train.tasks.retrieval",
     "s4v.train.run": "s4v.train.run_folder",
+    "s4v.train.side_network": "s4v.train.networks.side4video",
 }
 """Old names to new ones."""
 

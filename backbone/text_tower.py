@@ -14,6 +14,7 @@ from open_clip.model import _build_text_tower
 from torch import nn
 
 from ..errors import BackboneError, WeightsError
+from ..store.reader import StoreReader
 from ..store.texts import Texts
 from ..terminal import quote
 from .names import read_architecture, resolve_model
@@ -187,3 +188,20 @@ def load_text_tower(
     except (ImportError, OSError) as error:  # those of others are downloaded, by a library that s4v does not need
         raise BackboneError(f"the tokenizer of {name} cannot be had: {str(error).splitlines()[0]}") from error
     return TextTower(tower, tokenizer, device, known_words)
+
+
+def load_store_text_tower(
+    store: StoreReader, *, weights: str | None = None, device: torch.device | None = None
+) -> TextTower:
+    """The text tower that belongs to a store's embeddings.
+
+    Raises:
+        WeightsError: If the weights cannot be had, or are not those that the store was made with.
+    """
+    backbone = store.attributes["backbone"]
+    return load_text_tower(
+        backbone["name"],
+        weights=weights or backbone["weights"],
+        device=device or torch.device("cpu"),
+        expected_sha256=backbone["weights_sha256"],
+    )

@@ -25,7 +25,7 @@ from s4v.store.layout import StoreLayout
 from s4v.store.reader import StoreReader, open_store
 from s4v.store.writer import RowTokens
 from s4v.train.clips import ClipBatch, ClipLoader, codec_for, find_labelled_rows, plan_training_epoch
-from s4v.train.side_network import SideNetwork
+from s4v.train.networks.side4video import SideNetwork
 
 FRAMES, CLIP = 16, 8
 LAYERS, PATCHES, WIDTH, CHANNELS = 6, 196, 768, 256

@@ -27,10 +27,10 @@ from opening import make_store
 from s4v.files import write_json
 from s4v.retrieve.index_reader import VideoIndex
 from s4v.retrieve.index_writer import FORMAT_VERSION, IndexFacts, fingerprint, measure_rounding
-from s4v.retrieve.vectors import normalise_rows, score_rows
 from s4v.store.reader import open_store
 from s4v.store.texts import MAX_WORDS
 from s4v.train.networks.text_interaction import TextBatch, WeightedTokenInteraction
+from s4v.vectors import normalise_rows, score_rows
 
 FRAMES = 12
 TOP, RERANKED = 10, 100

@@ -37,10 +37,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from s4v.backbone.vision_tower import build_backbone
 from s4v.store.codec import Codec
-from s4v.train import side_network
 from s4v.train.allocator import keep_freed_memory
+from s4v.train.networks import parts
+from s4v.train.networks.side4video import SideNetwork
 from s4v.train.paper.presets import SIZES, Size
-from s4v.train.side_network import SideNetwork
 
 FRAMES, CHANNELS, CLASSES = 8, 256, 400
 BACKBONES = {"b16": "vit-b16", "l14": "vit-l", "e14": "vit-e"}
@@ -153,7 +153,7 @@ def run_arm(arm: str, preset: str, num_clips: int, device: torch.device, precisi
         if arm == "decoded":
             codes = torch.stack([codec.decode(codes[:, :, layer], layer) for layer in range(codes.shape[2])], dim=2)
             codec = None
-            side_network.make_again = lambda function, *inputs, side_width: function(*inputs)
+            parts.make_again = lambda function, *inputs, side_width: function(*inputs)
 
         def train() -> None:
             with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):

@@ -14,13 +14,13 @@ from ..errors import ConfigError, RunExistsError
 from ..extract.config import ExtractConfig
 from ..extract.extraction import extract_dataset
 from ..files import read_json, write_json
-from ..retrieve.zero_shot import classify_zero_shot
 from ..store.info import describe_store
 from ..store.manifest import read_table
 from ..store.reader import StoreReader, open_store
 from ..train.config import TrainConfig
 from ..train.evaluate import evaluate_run
 from ..train.loop import train_run
+from ..train.networks.zero_shot import classify_zero_shot
 from ..train.run_folder import open_run, read_metrics
 from .captions import prompt_motion
 from .report import write_report

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from ..retrieve.search import Searcher, load_store_text_tower
+from ..backbone.text_tower import load_store_text_tower
+from ..retrieve.search import Searcher
 from ..retrieve.trained_frames import TrainedFrames
-from ..retrieve.vectors import normalise_rows, pool_frames
 from ..store.reader import StoreReader
 from ..train.clips import find_captioned_rows
-from ..train.retrieval import evaluate_retrieval_run, read_frozen_clips
+from ..train.evaluate import evaluate_run
+from ..train.tasks.retrieval import read_frozen_clips
+from ..vectors import normalise_rows, pool_frames
 from .captions import prompt_motion
 from .scenes import MOTIONS, REVERSED
 from .scores import Share, describe_shares, split_label
@@ -25,12 +27,12 @@ def judge_retrieval(store: StoreReader, run: Path, split: str = "val") -> dict[s
     """What captions of held-out videos find, with a trained run and with the frozen model.
 
     Returns:
-        `trained` and `frozen`, each: text_to_video and video_to_text (`evaluate_retrieval_run`), and of captions that
+        `trained` and `frozen`, each: text_to_video and video_to_text (`evaluate_run`), and of captions that
         differ in nothing but the motion `reversed` (a Share: the video's own is closer than the paired motion's) and
         `motion` (a Share: it is the closest of all).
     """
     # The last checkpoint, not the best: that one was chosen on these very videos.
-    figures = evaluate_retrieval_run(run, split=split, checkpoint="last")
+    figures = evaluate_run(run, split=split, checkpoint="last")
     data = find_captioned_rows(store, split)
     _, first = np.unique(data.rows, return_index=True)
     rows = data.rows[first]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..train.evaluate import find_interval
+from ..train.tasks.recognition_metrics import find_interval
 from .scenes import PAIRS, REVERSED
 
 _PAIR_OF = {motion: place for place, pair in enumerate(PAIRS) for motion in pair}

@@ -22,9 +22,9 @@ import torch
 from ..errors import EnvironmentFailedError, StoreBusyError, StoreDamagedError
 from ..files import describe_bytes
 from ..store.reader import StoreReader
+from ..vectors import normalise_rows, score_rows
 from .index_writer import IndexFacts, Report, build_index, fingerprint, read_facts, require_rows
 from .trained_frames import TrainedFrames
-from .vectors import normalise_rows, score_rows
 
 _HALF = 2.0**-11
 """Rounding to float16 moves a number by at most this share of the result ..."""

@@ -31,8 +31,8 @@ from ..store.manifest import MANIFEST_NAME
 from ..store.markers import find_markers
 from ..store.reader import StoreReader
 from ..store.scratch import make_scratch, remove_dead_scratch
+from ..vectors import normalise_rows, pool_frames
 from .trained_frames import TrainedFrames
-from .vectors import normalise_rows, pool_frames
 
 FORMAT_VERSION = 2
 _FACTS_NAME = "index.json"

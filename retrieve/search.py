@@ -22,18 +22,18 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ..backbone.text_tower import TextTower, load_text_tower
+from ..backbone.text_tower import TextTower, load_store_text_tower
 from ..errors import ConfigError, StoreError, StoreNotFoundError
 from ..store.info import count_statuses
 from ..store.reader import StoreReader, open_store
 from ..store.texts import MAX_WORDS
 from ..terminal import quote
+from ..train.tasks.tuned_texts import load_tuned_text_tower
+from ..vectors import find_moment, normalise_rows, score_rows
 from .filters import filter_rows, find_columns
 from .index_reader import Match, VideoIndex, open_index
 from .index_writer import Report, build_index
 from .trained_frames import TrainedFrames
-from .tuned_texts import load_tuned_text_tower
-from .vectors import find_moment, normalise_rows, score_rows
 
 _log = logging.getLogger(__name__)
 
@@ -308,20 +308,3 @@ def search_store(
     _require_top(top)
     with Searcher(store, run=run, where=where, weights=weights, device=device) as searcher:
         return searcher.find_text(query, top)
-
-
-def load_store_text_tower(
-    store: StoreReader, *, weights: str | None = None, device: torch.device | None = None
-) -> TextTower:
-    """The text tower that belongs to a store's embeddings.
-
-    Raises:
-        WeightsError: If the weights cannot be had, or are not those that the store was made with.
-    """
-    backbone = store.attributes["backbone"]
-    return load_text_tower(
-        backbone["name"],
-        weights=weights or backbone["weights"],
-        device=device or torch.device("cpu"),
-        expected_sha256=backbone["weights_sha256"],
-    )

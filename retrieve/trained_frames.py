@@ -13,11 +13,12 @@ from ..errors import ConfigError, RunNotFoundError
 from ..files import read_json
 from ..store.reader import StoreReader
 from ..train.clips import LabelledRows, thin
-from ..train.evaluate import Team, autocast_as_trained, open_run_and_store
+from ..train.networks.contract import FrameNetwork
 from ..train.networks.text_interaction import TextBatch
-from ..train.retrieval import embed_clips
-from ..train.run_folder import Run, load_checkpoint
-from ..train.side_network import RetrievalSideNetwork
+from ..train.run_folder import Run, open_run, open_store_of_run
+from ..train.scorer import Scorer
+from ..train.tasks import find_task
+from ..train.tasks.retrieval import embed_clips
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +55,9 @@ class TrainedFrames:
     ) -> None:
         self.run: Run
         self.store: StoreReader
-        self.run, self.store = open_run_and_store(run, features)
-        if self.run.head.task != "retrieval":
+        self.run = open_run(run)
+        self.store = open_store_of_run(self.run, features)
+        if not find_task(self.run.shape.task).embeds_frames:
             raise ConfigError(f"{run} knows classes: a search wants a run of `s4v train --task retrieval`")
         self._checkpoint = checkpoint
         told = self.run.path / f"{checkpoint}.json"
@@ -63,41 +65,36 @@ class TrainedFrames:
             raise RunNotFoundError(f"{run} has no checkpoint {checkpoint!r} yet: wait for its first epoch")
         self.sha256: str = read_json(told)["sha256"]
         self._device = device or torch.device("cpu")
-        self._head: RetrievalSideNetwork | None = None
+        self._scorer: Scorer | None = None
 
     @property
-    def head(self) -> RetrievalSideNetwork:
-        """The network, its checkpoint loaded when it is first needed."""
-        if self._head is None:
-            self._head = load_checkpoint(self.run, self._checkpoint).to(self._device)  # type: ignore[assignment]
-        assert self._head is not None
-        return self._head
+    def scorer(self) -> Scorer:
+        """With the network, its checkpoint loaded when it is first needed."""
+        if self._scorer is None:
+            self._scorer = Scorer.of_run(self.run, self.store, checkpoint=self._checkpoint, device=self._device)
+        return self._scorer
+
+    @property
+    def network(self) -> FrameNetwork:
+        """What embeds frames."""
+        return self.scorer.network  # type: ignore[return-value]
 
     @property
     def reads_words(self) -> bool:
         """Whether it compares word by word, so that its best answers are to be ranked again."""
-        return self.run.head.interaction == "wti"
+        return self.run.shape.compares_words
 
     def embed(self, rows: np.ndarray, clips: Sequence[Sequence[int]]) -> EmbeddedClips:
         """Embed good rows, each by one clip of its cached frames, thinned to what the network was trained with."""
         places = np.asarray([thin(clip, self.run.frames) for clip in clips])
         ones = np.ones(len(rows), dtype=np.int64)
         data = LabelledRows(rows, rows, places.max(axis=1) + 1, ones, [[list(clip)] for clip in clips])
-        frames = embed_clips(
-            self.head,
-            self.store,
-            data,
-            layers=self.run.head.layers,
-            num_frames=self.run.frames,
-            batch_size=self.run.config["batch_size"],
-            device=self._device,
-            team=Team(autocast=autocast_as_trained(self.run, self._device)),
-        )
+        frames = embed_clips(self.scorer, data)
         return EmbeddedClips(frames, places)
 
     @torch.inference_mode()
     def compare_words(self, tokens: np.ndarray, mask: np.ndarray, frames: np.ndarray) -> np.ndarray:
         """A text (M, E), (M,) with videos (n, T, E), not normalised: similarities (n,)."""
         words, is_word, videos = (torch.from_numpy(x).to(self._device) for x in (tokens[None], mask[None], frames))
-        found = self.head.interaction(TextBatch(words.float(), is_word, None), videos)
+        found = self.network.interaction(TextBatch(words.float(), is_word, None), videos)
         return found.similarities[0].cpu().numpy()

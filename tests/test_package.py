@@ -54,7 +54,7 @@ def test_modules_are_found_by_their_old_names():
 
 
 FLOORS = (
-    ("errors", "files", "device", "moved", "process_identity", "terminal", "progress"),
+    ("errors", "files", "device", "moved", "process_identity", "terminal", "progress", "vectors"),
     ("store",),
     ("backbone", "pages"),
     ("extract", "train"),
@@ -121,6 +121,27 @@ def test_no_private_module_or_name_is_imported_across_folders():
     assert wrong == []
 
 
+def test_no_imports_go_round():
+    """Not even inside functions."""
+    arrows = {
+        parts: {target for target, _ in imports_of(parts, file) if target != parts}
+        for parts, file in modules().items()
+        if parts != ("__init__",)
+    }
+    done, way = set(), []
+
+    def follow(parts):
+        assert parts not in way, " -> ".join("/".join(one) for one in [*way[way.index(parts) :], parts])
+        if parts not in done:
+            way.append(parts)
+            for target in sorted(arrows.get(parts, ())):
+                follow(target)
+            done.add(way.pop())
+
+    for parts in sorted(arrows):
+        follow(parts)
+
+
 def test_wheel_holds_the_package_and_nothing_else_and_works_elsewhere(tmp_path):
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("needs a git checkout: the wheel is built from what is committed")
@@ -151,6 +172,7 @@ def test_wheel_holds_the_package_and_nothing_else_and_works_elsewhere(tmp_path):
         "progress.py",
         "py.typed",
         "terminal.py",
+        "vectors.py",
     }
     assert {f"backbone/tiny_clip/tiny-clip.{ending}" for ending in ("json", "jsonl", "md", "safetensors")} <= files
     assert not [name for name in files if ".zarr" in name or "test" in name]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow.compute
@@ -15,7 +16,10 @@ from ..errors import ConfigError, StoreMismatchError
 from ..store.codec import Codec
 from ..store.reader import Clips, StoreReader
 from ..store.texts import TextReader, Texts
+from .networks.contract import Network
 from .networks.text_interaction import TextBatch
+
+_log = logging.getLogger(__name__)
 
 _BATCHES_AHEAD = 3
 DEFAULT_CLIP_FRAMES = 8
@@ -34,7 +38,7 @@ class ClipPlan:
     views: np.ndarray
     """(B,) on the axis A."""
     places: np.ndarray
-    """(B, T) places on the axis F."""
+    """(B, T) places on the axis F; -1 is no frame, behind the last one of a clip that is shorter than others."""
     labels: np.ndarray
     """(B,); for retrieval the captions, by their rows."""
 
@@ -53,11 +57,13 @@ class ClipBatch:
     """(B,); for retrieval the captions."""
     texts: TextBatch | None = None
     """Of those captions."""
+    frame_mask: torch.Tensor | None = None
+    """(B, T) bool, which frames there are; the others are zeros in all arrays. None where all are."""
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """All that there are."""
         texts = () if self.texts is None else (self.texts.tokens, self.texts.mask, self.texts.embedding)
-        for tensor in (self.pixels, self.patches, self.cls, self.labels, *texts):
+        for tensor in (self.pixels, self.patches, self.cls, self.labels, self.frame_mask, *texts):
             if tensor is not None:
                 yield tensor
 
@@ -234,6 +240,44 @@ def spread_clips(num_cached: int, num_frames: int, num_clips: int) -> list[list[
     ]
 
 
+def find_clip_lengths(data: LabelledRows, *, only_first: bool = False) -> np.ndarray:
+    """Frames of each recorded evaluation clip, or of each row's first."""
+    clips = (row[:1] if only_first else row for row in data.eval_clips)
+    return np.asarray([len(clip) for row in clips for clip in row], dtype=np.int64)
+
+
+def require_long_clips(data: LabelledRows, num_frames: int, store: StoreReader, *, only_first: bool = False) -> None:
+    """Refuse recorded evaluation clips that are shorter than a head's: frames would be shown twice.
+
+    Raises:
+        StoreMismatchError: With both numbers.
+    """
+    fewest = int(find_clip_lengths(data, only_first=only_first).min(initial=num_frames))
+    if fewest < num_frames:
+        raise StoreMismatchError(
+            f"the run's clips have {num_frames} frames, evaluation clips of {store.path} as few as {fewest}. Use "
+            f"--frames {fewest} in training (or --clips in evaluation, which spreads clips over all cached frames), or "
+            f"extract clips of {num_frames} frames."
+        )
+
+
+def warn_of_thinned_clips(data: LabelledRows, num_frames: int, store: StoreReader, *, only_first: bool = False) -> None:
+    """Say that clips sampled as the reference samples them are not its clips once frames are left out."""
+    sampling = store.attributes["sampling"]
+    most = int(find_clip_lengths(data, only_first=only_first).max(initial=0))
+    if str(sampling).startswith("reference-") and most > num_frames:
+        _log.warning(
+            "evaluation clips of %s are %d frames by %s; the %d that are taken of them are not the reference's clip of "
+            "that length. For its figures extract clips of %d frames, or train on %d.",
+            store.path,
+            most,
+            sampling,
+            num_frames,
+            num_frames,
+            most,
+        )
+
+
 class ClipLoader:
     """Reads planned batches with threads, a few ahead, and hands them over on the training device in order."""
 
@@ -245,6 +289,8 @@ class ClipLoader:
         layers: Sequence[int],
         device: torch.device,
         text_arrays: Sequence[str] = (),
+        pixel_offsets: Sequence[int] = (0,),
+        frames_per_token: int = 1,
     ) -> None:
         self._store = store
         self._texts = TextReader(store) if text_arrays else None
@@ -253,10 +299,35 @@ class ClipLoader:
         self._layers = None if tuple(layers) == store.layout.layers else layers
         self._device = device
         backbone = store.attributes["backbone"]
-        self._mean, self._std = (
-            torch.tensor(backbone[name], device=device).view(1, 1, 3, 1, 1) for name in ("mean", "std")
+        self._mean, self._std = (torch.tensor(backbone[name], device=device).view(3, 1, 1) for name in ("mean", "std"))
+        held = store.layout.pixel_offsets
+        if missing := sorted(set(pixel_offsets) - set(held)):
+            raise StoreMismatchError(
+                f"the network reads pixels at offsets {missing} from a frame; {store.path} holds {sorted(held)}"
+            )
+        self._shown = [held.index(offset) for offset in pixel_offsets]
+        self._frames_per_token = frames_per_token
+
+    @classmethod
+    def for_network(
+        cls,
+        network: Network,
+        store: StoreReader,
+        *,
+        layers: Sequence[int],
+        device: torch.device,
+        with_texts: bool = False,
+    ) -> ClipLoader:
+        """One that reads what a network reads; texts are for a loss, not for what it says of clips."""
+        return cls(
+            store,
+            arrays=network.arrays,
+            layers=layers,
+            device=device,
+            text_arrays=network.text_arrays if with_texts else (),
+            pixel_offsets=network.pixel_offsets,
+            frames_per_token=network.frames_per_token,
         )
-        self._shown = store.layout.pixel_offsets.index(0)
 
     def load(self, plans: Sequence[ClipPlan]) -> Iterator[ClipBatch]:
         """Batches in the order of the plans."""
@@ -301,10 +372,19 @@ class ClipLoader:
             ahead = batch, copied
 
     def _read(self, plan: ClipPlan) -> _Read:
-        clips = self._store.read_clips(
-            plan.rows, plan.places, view=plan.views, layers=self._layers, arrays=self._arrays, allocate=self._allocate
-        )
+        places, step = np.maximum(plan.places, 0), self._frames_per_token
+        if step == 1:
+            clips = self._read_arrays(plan, places, self._arrays)
+        else:  # tokens of some frames, pixels of all
+            tokens = self._read_arrays(plan, places[:, ::step], [name for name in self._arrays if name != "pixels"])
+            pixels = self._read_arrays(plan, places, [name for name in self._arrays if name == "pixels"])
+            clips = replace(tokens, pixels=pixels.pixels)
         return clips, None if self._texts is None else self._texts.read(plan.labels, self._text_arrays)
+
+    def _read_arrays(self, plan: ClipPlan, places: np.ndarray, arrays: Sequence[str]) -> Clips:
+        return self._store.read_clips(
+            plan.rows, places, view=plan.views, layers=self._layers, arrays=arrays, allocate=self._allocate
+        )
 
     def _allocate(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """Room for an array; for a GPU pinned, so that its copy runs beside the step."""
@@ -319,14 +399,33 @@ class ClipLoader:
         clips, texts = future.result()
         pixels = None
         if clips.pixels is not None:
-            raw = self._copy(clips.pixels)[:, :, self._shown]
-            pixels = raw.permute(0, 1, 4, 2, 3).float().div_(255).sub_(self._mean).div_(self._std)
-        return ClipBatch(
+            pixels = self._normalise(self._copy(clips.pixels))
+        batch = ClipBatch(
             pixels,
             None if clips.patches is None else self._copy(clips.patches),
             None if clips.cls is None else self._copy(clips.cls).float(),
             self._copy(plan.labels),
             None if texts is None else hand_over_texts(texts, self._device),
+        )
+        return batch if (plan.places >= 0).all() else self._blank(batch, self._copy(plan.places >= 0))
+
+    def _normalise(self, raw: torch.Tensor) -> torch.Tensor:
+        """(B, T, O, H, W, 3) as stored to (B, T, 3, H, W), of several offsets (B, T, O, 3, H, W)."""
+        shown = raw[:, :, self._shown] if len(self._shown) > 1 else raw[:, :, self._shown[0]]
+        return shown.movedim(-1, -3).float().div_(255).sub_(self._mean).div_(self._std)
+
+    def _blank(self, batch: ClipBatch, is_frame: torch.Tensor) -> ClipBatch:
+        """Zeros where there is no frame."""
+        is_token = is_frame[:, :: self._frames_per_token]
+        blank = lambda values, mask: (  # noqa: E731
+            None if values is None else values * mask.view(*mask.shape, *(1,) * (values.ndim - 2)).to(values.dtype)
+        )
+        return replace(
+            batch,
+            pixels=blank(batch.pixels, is_frame),
+            patches=blank(batch.patches, is_token),
+            cls=blank(batch.cls, is_token),
+            frame_mask=is_frame,
         )
 
 

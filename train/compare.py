@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,25 +16,18 @@ from ..errors import ConfigError, S4vError
 from ..files import write_json, write_text
 from ..store.reader import StoreReader, open_store
 from .config import TrainConfig
-from .evaluate import evaluate_run, find_interval
-from .heads import HEADS
+from .evaluate import evaluate_run
 from .loop import train_run
-from .paper.presets import resolve_preset
+from .networks import NETWORKS
+from .networks.contract import NetworkKind
+from .settings import resolve_preset
+from .tasks.recognition import Recognition
+from .tasks.recognition_metrics import find_interval
 
 _log = logging.getLogger(__name__)
 
-AskBackbone = Callable[[StoreReader, str], tuple[np.ndarray, np.ndarray]]
-"""Takes a store and a split; gives scores (n, classes) of its good videos, and their labels (n,)."""
-
-ZERO_SHOT = "zero-shot"
-METHODS = (*HEADS, ZERO_SHOT)
-
-_READS = {
-    "side4video": "patch and class tokens of all layers, pixels, order",
-    "linear": "class tokens of the last layer, averaged: blind to order",
-    "attentive": "patch tokens of all layers, order",
-    ZERO_SHOT: "the backbone's embeddings and class names; nothing trained",
-}
+METHODS = tuple(kind.name for kind in NETWORKS.values() if Recognition.name in kind.tasks)
+"""In the table's order; the first is the one that the others stand beside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +59,7 @@ def compare_methods(
     *,
     methods: Sequence[str] = METHODS,
     seeds: int = 1,
-    ask: AskBackbone | None = None,
+    untrained: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Compared]:
     """Train every method from one store, evaluate each on the validation split, and leave compare.json and compare.md.
@@ -76,7 +70,7 @@ def compare_methods(
         base: What all trainings share; `out` is the folder of them all, and head and seed are set here.
         methods: Of `METHODS`, in the table's order.
         seeds: Trainings of each, from seed 0 up.
-        ask: Zero-shot; None leaves it out.
+        untrained: Options of what is not trained, such as `prompt` and `weights` of zero-shot.
         say: Told what is under way.
 
     Raises:
@@ -88,12 +82,12 @@ def compare_methods(
         raise ConfigError(f"--seeds must be at least 1; found {seeds}")
     store = open_store(base.features)
     # All are trained as long, on as many clips a step, as the side network; rates and weight decay are each one's own.
-    side = resolve_preset(replace(base, head="side4video"), store)
+    side = resolve_preset(replace(base, head=METHODS[0]), store)
     base = replace(base, epochs=side.epochs, batch_size=side.batch_size, warmup_epochs=side.warmup_epochs)
     lines = []
     for method in methods:
-        if method == ZERO_SHOT:
-            line = None if ask is None else _ask(ask, store, base.val_split, say)
+        if not NETWORKS[method].is_trained:
+            line = _ask(NETWORKS[method], store, base.val_split, untrained or {}, say)
         else:
             line = _train_and_evaluate(base, method, seeds, say)
         lines += [line] if line is not None else []
@@ -105,7 +99,7 @@ def _train_and_evaluate(base: TrainConfig, method: str, seeds: int, say: Callabl
     told, parameters, epochs, seconds = [], 0, 0, []
     for seed in range(seeds):
         out = base.out / f"{method}-{seed}"
-        own = {"inputs": "all", "side_width": None} if method != "side4video" else {}
+        own = {"inputs": "all", "side_width": None} if method != METHODS[0] else {}
         fields = {name: getattr(base, name) for name in TrainConfig.__dataclass_fields__}
         config = TrainConfig(**{**fields, "head": method, "out": out, "seed": seed, "resume": True, **own})
         say(f"training {method}{f', seed {seed}' if seeds > 1 else ''}")
@@ -117,7 +111,7 @@ def _train_and_evaluate(base: TrainConfig, method: str, seeds: int, say: Callabl
     videos = told[0]["videos"]
     return Compared(
         method=method,
-        reads=_READS[method],
+        reads=NETWORKS[method].reads,
         parameters=parameters,
         epochs=epochs,
         videos=videos,
@@ -130,20 +124,22 @@ def _train_and_evaluate(base: TrainConfig, method: str, seeds: int, say: Callabl
     )
 
 
-def _ask(ask: AskBackbone, store: StoreReader, split: str, say: Callable[[str], None]) -> Compared | None:
-    """Zero-shot; None, with the reason said, where there is no text tower worth asking."""
+def _ask(
+    kind: NetworkKind, store: StoreReader, split: str, options: Mapping[str, Any], say: Callable[[str], None]
+) -> Compared | None:
+    """What is not trained; None, with the reason said, where there is no text tower worth asking."""
     say("asking the backbone")
     try:
-        scores, labels = ask(store, split)
+        scores, labels = kind.score(store, split, **options)
     except S4vError as error:
-        say(f"no zero-shot: {error}")
+        say(f"no {kind.name}: {error}")
         return None
     own = np.take_along_axis(scores, labels[:, None], axis=1)
     ranks = (~(scores < own)).sum(axis=1)  # ties count against us
     right = ranks == 1
     return Compared(
-        method=ZERO_SHOT,
-        reads=_READS[ZERO_SHOT],
+        method=kind.name,
+        reads=kind.reads,
         parameters=0,
         epochs=None,
         videos=len(labels),

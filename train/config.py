@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from ..errors import ConfigError
+from .choices import Inputs, Negatives, Precision, Similarity
 
-Inputs = Literal["all", "tokens", "pixels"]
-"""What a side network sees."""
-
-Family = Literal["clip", "eva"]
-"""Which of the reference's side blocks: the one that it puts beside CLIP, or the one beside EVA."""
-
-Task = Literal["recognition", "retrieval"]
-"""Clips to class scores, or frames to embeddings that are compared with texts."""
-
-Similarity = Literal["mean", "wti"]
-"""How a video and a text are compared: by their means, or word by word (train/networks/text_interaction.py)."""
-
-
-Negatives = Literal["step", "all"]
-"""The other captions of a step, as in the reference, or all captions of the training split: they are cached."""
+_NETWORK_OPTIONS: dict[str, Any] = {"side_width": None, "inputs": "all", "interaction": "mean"}
+"""Options of networks that have a name of their own here, with the values that ask for nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +22,7 @@ class TrainConfig:
     """The store."""
     out: Path
     """Folder of the run; it must not exist, but to resume."""
-    task: Task = "recognition"
+    task: str = "recognition"
     """What is learnt: classes, or which text belongs to which video."""
     interaction: Similarity = "mean"
     """How frames are compared with texts, of retrieval."""
@@ -78,7 +66,7 @@ class TrainConfig:
     """Compute each layer of the side network again in the backward pass: less memory, a third more time."""
     with_compile: bool = False
     """Have `torch.compile` make the head's kernels."""
-    precision: Literal["fp32", "fp16", "bf16"] | None = None
+    precision: Precision | None = None
     """Mixed precision of the step and of validation; None takes bf16 (or fp16) on a GPU that has it, fp32 elsewhere.
     The run records what it came to."""
     device: str = "auto"
@@ -101,6 +89,8 @@ class TrainConfig:
     """Project of Weights & Biases to log to as well."""
     train_split: str = "train"
     val_split: str = "val"
+    set: tuple[str, ...] = ()
+    """Options of the network that have no name here, each `name=value`."""
 
     def __post_init__(self) -> None:
         at_least_one = {
@@ -129,27 +119,46 @@ class TrainConfig:
             if value is not None and not 0 <= value < math.inf:
                 raise ConfigError(f"{option} must be a number from 0 up; found {value:g}")
         _check_choice("--inputs", self.inputs, Inputs)
-        _check_choice("--task", self.task, Task)
         _check_choice("--interaction", self.interaction, Similarity)
-        if self.task == "retrieval" and self.head != "side4video":
-            raise ConfigError(f"--task retrieval trains the side network; found --head {self.head}")
-        if self.task == "retrieval" and self.inputs == "pixels":
-            raise ConfigError("--inputs pixels leaves out the class token that retrieval adds to: take all or tokens")
-        if self.task == "retrieval" and self.label_smoothing is not None:
-            raise ConfigError("--label-smoothing has no effect on --task retrieval: leave it out")
         _check_choice("--negatives", self.negatives, Negatives)
-        if self.task == "recognition" and (self.interaction, self.negatives) != ("mean", "step"):
-            raise ConfigError("--interaction and --negatives have no effect on --task recognition: leave them out")
-        if self.negatives == "all" and self.interaction != "mean":
-            raise ConfigError("--negatives all compares means: word by word, all captions are too many")
-        if self.init is not None and self.head != "side4video":
-            raise ConfigError(f"--init has no effect on --head {self.head}: leave it out")
-        if self.checkpoint_activations and self.head != "side4video":
-            raise ConfigError(f"--checkpoint-activations has no effect on --head {self.head}: leave it out")
+        if unclear := [one for one in self.set if "=" not in one]:
+            raise ConfigError(f"--set takes name=value; found {unclear[0]!r}")
+        self._check_network_and_task()
         if self.label_smoothing is not None and not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"--label-smoothing must lie in [0, 1); found {self.label_smoothing:g}")
-        if self.precision not in (None, "fp32", "fp16", "bf16"):
-            raise ConfigError(f"--precision takes fp32, fp16, bf16; found {self.precision!r}")
+        if self.precision is not None:
+            _check_choice("--precision", self.precision, Precision)
+
+    @property
+    def network_options(self) -> dict[str, Any]:
+        """Options of networks that have a name of their own here."""
+        return {name: getattr(self, name) for name in _NETWORK_OPTIONS}
+
+    def _check_network_and_task(self) -> None:
+        """Refuse what has no effect, and a network that does not serve the task."""
+        from .networks import NETWORKS, find_network  # torch takes a second, which `--help` need not wait for
+        from .networks.contract import name_all
+        from .tasks import find_task
+
+        task, kind = find_task(self.task), find_network(self.head)
+        if self.task not in kind.tasks:
+            serving = name_all(one for one in NETWORKS.values() if self.task in one.tasks)
+            raise ConfigError(f"--task {self.task} trains {serving}; found --head {self.head}")
+        task.check(self)
+        own = {one.name for one in fields(kind.options)}
+        idle = [name for name, none in _NETWORK_OPTIONS.items() if getattr(self, name) != none and name not in own]
+        if idle:
+            flags = [f"--{name.replace('_', '-')}" for name in idle]
+            verb, them = ("has", "it") if len(idle) == 1 else ("have", "them")
+            heeding = name_all(one for one in NETWORKS.values() if set(idle) <= {f.name for f in fields(one.options)})
+            raise ConfigError(
+                f"{' and '.join(flags)} {verb} no effect on --head {self.head}: leave {them} out, or train --head "
+                f"{heeding}"
+            )
+        if self.init is not None and not kind.can_begin_with_a_run:
+            raise ConfigError(f"--init has no effect on --head {self.head}: leave it out")
+        if self.checkpoint_activations and not kind.can_checkpoint_activations:
+            raise ConfigError(f"--checkpoint-activations has no effect on --head {self.head}: leave it out")
 
 
 def _check_choice(option: str, value: str, choices: Any) -> None:

@@ -27,14 +27,15 @@ from .clips import (
     ClipLoader,
     ClipPlan,
     codec_for,
-    plan_training_epoch,
+    find_clip_lengths,
+    require_long_clips,
     resolve_clip_frames,
+    warn_of_thinned_clips,
 )
 from .config import TrainConfig
-from .evaluate import Team, explain_full_device, find_clip_lengths, require_long_clips, warn_of_thinned_clips
-from .heads import HeadConfig, build_head, plan_head
 from .logs import make_loggers, require_wandb
-from .paper.presets import resolve_preset, resolve_views
+from .networks import find_network
+from .networks.contract import Network
 from .recipe import learning_rate_at, make_optimizer, set_learning_rate
 from .resume_state import STATE_NAME, Position, load_state, save_state
 from .run_folder import (
@@ -49,7 +50,10 @@ from .run_folder import (
     require_same_run,
     save_checkpoint,
 )
-from .tasks.contract import TASKS, Task
+from .scorer import Scorer, Team, explain_full_device
+from .settings import find_optimisation, plan_network, resolve_preset, resolve_views
+from .tasks import find_task
+from .tasks.contract import Task
 
 ReportEpoch = Callable[[dict[str, Any], int], None]
 """Called after each epoch with its metrics and the number of epochs."""
@@ -111,30 +115,25 @@ def _train_run(config: TrainConfig, report: ReportEpoch) -> dict[str, Any]:
     store = open_store(config.features)
     is_auto = config.preset == "auto"
     config = resolve_preset(config, store, num_processes=num_processes)
-    head_config = plan_head(
-        config.head,
-        store,
-        layers=config.layers,
-        side_width=config.side_width,
-        inputs=config.inputs,
-        task=config.task,
-        interaction=config.interaction,
-    )
-    task = TASKS[config.task](config, store)
+    shape = plan_network(config, store)
+    kind, task = find_network(config.head), find_task(config.task)(config, store)
     config = replace(config, views_per_video=resolve_views(config, task.training.num_views, num_processes))
     frames = _resolve_frames(config, store, task, is_told=is_auto and config.preset != "none")
-    _require_full_step(config, task, num_processes)
+    assert config.batch_size is not None
+    task.check_step(config.batch_size * num_processes)
+    kind.check_step(min(config.batch_size, len(task.training) // num_processes) * num_processes)
     # Before anything is written: it may not fit.
     torch.manual_seed(config.seed)
-    module = build_head(head_config)
+    network = kind.build(shape)
     if config.init is not None and not (can_resume and (config.out / STATE_NAME).is_file()):
-        begin_with(config.init, module)
-    text_arrays = task.prepare_head(module)
+        begin_with(config.init, network)
+    network.prepare(store)
+    task.begin(network)
     fabric = _make_fabric(config, device_type)
     run = plan_run(
         config,
         frames,
-        head_config,
+        shape,
         store,
         task.training.rows,
         num_processes=fabric.world_size,
@@ -142,9 +141,9 @@ def _train_run(config: TrainConfig, report: ReportEpoch) -> dict[str, Any]:
     )
     fabric.barrier()  # no process looks at what the first one is about to write
     if fabric.is_global_zero:
-        require_same_run(run) if can_resume else create_run(run)
+        require_same_run(run, config) if can_resume else create_run(run)
     fabric.barrier()
-    return _Training(config, run, head_config, store, task, module, text_arrays, fabric).fit(report)
+    return _Training(config, run, store, task, network, fabric).fit(report)
 
 
 def _resolve_frames(config: TrainConfig, store: StoreReader, task: Task, *, is_told: bool) -> int:
@@ -167,16 +166,6 @@ def _resolve_frames(config: TrainConfig, store: StoreReader, task: Task, *, is_t
     return frames
 
 
-def _require_full_step(config: TrainConfig, task: Task, num_processes: int) -> None:
-    """Refuse steps of one clip where they teach nothing."""
-    assert config.batch_size is not None
-    if config.task == "retrieval" and config.batch_size * num_processes < 2:
-        raise ConfigError("a step of one pair has no negatives, and teaches nothing: --batch-size 2 or more")
-    clips = min(config.batch_size, len(task.training) // num_processes) * num_processes
-    if config.head == "linear" and clips < 2:
-        raise ConfigError("a step of one clip has no statistics for the linear probe's norm: --batch-size 2 or more")
-
-
 class _Training:
     """One run from its first epoch, or from where it was killed, to its last."""
 
@@ -184,33 +173,27 @@ class _Training:
         self,
         config: TrainConfig,
         run: Run,
-        head_config: HeadConfig,
         store: StoreReader,
         task: Task,
-        module: Any,
-        text_arrays: tuple[str, ...],
+        network: Network,
         fabric: Fabric,
     ) -> None:
         self._config = config
         self._run = run
-        self._layers = head_config.layers
+        self._layers = layers = run.shape.layers
+        self._optimisation = find_optimisation(config)
         self._store = store
         self._task = task
         self._fabric = fabric
-        self._module = module
+        self._module = network
         if config.checkpoint_activations:
             self._module.checkpoints_activations = True
         if config.with_compile:
             self._module.compile()
-        self._head, self._optimizer = fabric.setup(self._module, make_optimizer(self._module, config))
-        self._codec = codec_for(store, head_config.layers, fabric.device) if "patches" in self._module.arrays else None
-        self._loader = ClipLoader(
-            store,
-            arrays=self._module.arrays,
-            layers=head_config.layers,
-            device=fabric.device,
-            text_arrays=text_arrays,
-        )
+        optimizer = make_optimizer(network.parameter_groups(), config, self._optimisation)
+        self._head, self._optimizer = fabric.setup(network, optimizer)
+        self._codec = codec_for(store, layers, fabric.device) if "patches" in network.arrays else None
+        self._loader = ClipLoader.for_network(network, store, layers=layers, device=fabric.device, with_texts=True)
         self._position = Position()
         self._own_losses: list[torch.Tensor] = []  # of this process, since all were last found finite
         self._saved_at = time.monotonic()
@@ -315,16 +298,8 @@ class _Training:
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         config, position = self._config, self._position
-        assert config.batch_size is not None
-        plans = plan_training_epoch(
-            self._task.training,
-            num_frames=self._run.frames,
-            batch_size=config.batch_size,
-            views_per_video=config.views_per_video or 1,
-            seed=config.seed,
-            epoch=epoch,
-            rank=self._fabric.global_rank,
-            num_ranks=self._fabric.world_size,
+        plans = self._task.plan_epoch(
+            epoch, num_frames=self._run.frames, rank=self._fabric.global_rank, num_ranks=self._fabric.world_size
         )
         # Like clips that do not fill a batch, batches that do not fill a step are left out of an epoch.
         accumulate = min(config.accumulate, len(plans))
@@ -332,7 +307,7 @@ class _Training:
 
         def rate_at(step: int) -> float:
             # The middle of the step: at its end, the last step of a run would have a rate of zero.
-            return learning_rate_at(epoch + (step + 0.5) / num_steps, config)
+            return learning_rate_at(epoch + (step + 0.5) / num_steps, config, self._optimisation.schedule)
 
         self._head.train()
         batches = self._loader.load(plans[position.step_in_epoch * accumulate : num_steps * accumulate])
@@ -361,8 +336,10 @@ class _Training:
             batch = next(batches)
             self._wait_s += time.perf_counter() - start
             with self._fabric.no_backward_sync(self._head, enabled=place + 1 < accumulate):
-                output = self._head(batch.pixels, batch.patches, batch.cls, self._codec)
+                output = self._head(*self._module.inputs(batch), self._codec)
                 loss = self._task.compute_loss(self._module, output, batch, self._gather)
+                for own in self._module.own_losses(output, batch).values():
+                    loss = loss + own
                 self._fabric.backward(loss / accumulate)
             losses.append(loss.detach())
         if self._config.clip_norm is not None:
@@ -393,13 +370,17 @@ class _Training:
             return {}
         fabric = self._fabric
         try:
-            return self._task.validate(
+            assert self._config.batch_size is not None
+            scorer = Scorer(
                 self._module,
+                self._store,
                 layers=self._layers,
                 num_frames=self._run.frames,
+                batch_size=self._config.batch_size,
                 device=fabric.device,
                 team=Team(fabric.global_rank, fabric.world_size, fabric.autocast),
             )
+            return self._task.validate(scorer)
         except EnvironmentFailedError:
             self._stop_as_diverged("a validation score", epoch, f"at or before step {self._position.steps}")
 

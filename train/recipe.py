@@ -1,16 +1,84 @@
-"""How a head is trained: optimiser, learning rate, loss, from a configuration that `resolve_preset` filled in."""
+"""How a network is trained: optimiser, learning rate, loss, from a configuration that `resolve_preset` filled in."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .config import TrainConfig
+if TYPE_CHECKING:
+    from .config import TrainConfig
 
-_BACKBONE_RATE_SHARE = 1e-3
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How long and how fast a network is trained, and on what in each step."""
+
+    epochs: int
+    learning_rate: float
+    warmup_epochs: float = 4.0
+    weight_decay: float = 0.15
+    label_smoothing: float | None = 0.1
+    batch_size: int = 32
+    """Clips in a step of one process."""
+    clip_norm: float | None = None
+    frames: int = 8
+    """T of the released configurations; the paper tests with 8 and 16."""
+    views_per_video: int = 1
+    warmup_share: float | None = None
+    """Of all epochs, instead of `warmup_epochs`."""
+    is_batch_of_all: bool = False
+    """Whether `batch_size` counts the clips of all processes, which share them out."""
+
+    def describe(self, epochs: int | None) -> dict[str, Any]:
+        """Values of the options of the same names; `epochs` are those that were asked for."""
+        skipped = ("warmup_share", "is_batch_of_all")
+        values = {name: getattr(self, name) for name in self.__slots__ if name not in skipped}
+        if self.warmup_share is not None:
+            values["warmup_epochs"] = self.warmup_share * (epochs or self.epochs)
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterGroup:
+    """Parameters that are trained at a share of the rate."""
+
+    parameters: tuple[nn.Parameter, ...]
+    rate_share: float = 1.0
+
+
+Schedule = Callable[[float, float, float], float]
+"""The share of the full rate at a fractional epoch, given the epochs of the warm-up and all epochs."""
+
+
+def cosine_after_warmup(epoch: float, warmup: float, epochs: float) -> float:
+    """Linear from 0, then a cosine to 0 that begins where the warm-up ends."""
+    return epoch / warmup if epoch < warmup else _cosine((epoch - warmup) / (epochs - warmup))
+
+
+def cosine_under_warmup(epoch: float, warmup: float, epochs: float) -> float:
+    """Linear from 0, then a cosine to 0 that begins with the first step: the warm-up cuts off its start."""
+    return epoch / warmup if epoch < warmup else _cosine(epoch / epochs)
+
+
+def _cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+@dataclass(frozen=True, slots=True)
+class Optimisation:
+    """AdamW and its schedule: what a task, or a network for it, has settled and no option changes."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    decays_all: bool = True
+    """Whether biases and norms, parameters of one axis, decay too."""
+    schedule: Schedule = cosine_after_warmup
 
 
 def reference_learning_rate(backbone_width: int) -> float:
@@ -18,31 +86,25 @@ def reference_learning_rate(backbone_width: int) -> float:
     return 1e-3 if backbone_width <= 768 else 1e-4
 
 
-def make_optimizer(head: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW as the reference has it.
-
-    For recognition with one weight decay on all parameters; for retrieval with none on biases and norms, and with a
-    thousandth of the rate for what is trained of the backbone. A group's share of the rate is its `rate_share`.
-    """
+def make_optimizer(
+    groups: Sequence[ParameterGroup], config: TrainConfig, optimisation: Optimisation
+) -> torch.optim.Optimizer:
+    """AdamW over groups of parameters; a group's share of the rate is its `rate_share`."""
     assert config.learning_rate is not None and config.weight_decay is not None
-    if config.task == "recognition":
-        return torch.optim.AdamW(
-            head.parameters(), lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay
-        )
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in head.named_parameters():
-        if parameter.requires_grad:
-            share = _BACKBONE_RATE_SHARE if name.startswith("end.") else 1.0
-            decay = config.weight_decay if parameter.ndim > 1 else 0.0
-            groups.setdefault((share, decay), []).append(parameter)
+    sorted_out: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for group in groups:
+        for parameter in group.parameters:
+            decays = optimisation.decays_all or parameter.ndim > 1
+            decay = config.weight_decay if decays else 0.0
+            sorted_out.setdefault((group.rate_share, decay), []).append(parameter)
     return torch.optim.AdamW(
         [
             {"params": chosen, "rate_share": share, "weight_decay": decay}
-            for (share, decay), chosen in sorted(groups.items(), key=lambda group: group[0])
+            for (share, decay), chosen in sorted(sorted_out.items(), key=lambda group: group[0])
         ],
         lr=config.learning_rate,
-        betas=(0.9, 0.98),
-        eps=1e-6,
+        betas=optimisation.betas,
+        eps=optimisation.eps,
     )
 
 
@@ -52,19 +114,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group.get("rate_share", 1.0)
 
 
-def learning_rate_at(epoch: float, config: TrainConfig) -> float:
-    """The learning rate at a fractional epoch: linear warm-up from 0, then a cosine to 0.
+def learning_rate_at(epoch: float, config: TrainConfig, schedule: Schedule = cosine_after_warmup) -> float:
+    """The learning rate at a fractional epoch.
 
-    The warm-up takes at most half of all epochs, so that a short run reaches its rate. The cosine begins where the
-    warm-up ends; in the reference's retrieval it begins with the first step, and the warm-up cuts off its start.
+    The warm-up takes at most half of all epochs, so that a short run reaches its rate.
     """
     assert config.learning_rate is not None and config.epochs is not None and config.warmup_epochs is not None
-    warmup = min(config.warmup_epochs, config.epochs / 2)
-    if epoch < warmup:
-        return config.learning_rate * epoch / warmup
-    begin = 0.0 if config.task == "retrieval" else warmup
-    progress = (epoch - begin) / (config.epochs - begin)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.learning_rate * schedule(epoch, min(config.warmup_epochs, config.epochs / 2), config.epochs)
 
 
 def classification_loss(logits: torch.Tensor, labels: torch.Tensor, config: TrainConfig) -> torch.Tensor:

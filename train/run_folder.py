@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..errors import RunExistsError, RunNotFoundError, StoreDamagedError, StoreMismatchError
+from ..errors import (
+    ConfigError,
+    RunExistsError,
+    RunNotFoundError,
+    StoreDamagedError,
+    StoreMismatchError,
+    StoreNotFoundError,
+)
 from ..files import hash_file, hash_text, read_json, write_atomic, write_json, write_text
-from ..store.reader import StoreReader
+from ..store.reader import StoreReader, open_store
 from ..store.redone import count_redone
-from .config import Task, TrainConfig
-from .heads import HeadConfig, build_head
-from .paper.presets import side_family
-from .side_network import SideLadder, load_ladder
+from .networks import find_network
+from .networks.contract import Network, NetworkShape
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
 
 _log = logging.getLogger(__name__)
 
@@ -34,12 +42,12 @@ BACKBONE_IDENTITY = ("architecture", "weights_sha256", "width", "image_size", "m
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run on disk: how its head was made and trained, and on what."""
+    """A run on disk: how its network was made and trained, and on what."""
 
     path: Path
     config: dict[str, Any]
     """The resolved training configuration."""
-    head: HeadConfig
+    shape: NetworkShape
     classes: tuple[str, ...]
     """Class names in label order; none where an imported checkpoint came without a store."""
     source: dict[str, Any]
@@ -73,7 +81,7 @@ _INCIDENTAL = (
 def plan_run(
     config: TrainConfig,
     frames: int,
-    head: HeadConfig,
+    shape: NetworkShape,
     store: StoreReader,
     rows: np.ndarray,
     *,
@@ -91,7 +99,7 @@ def plan_run(
         "device_type": device_type,
         "training_rows": f"{len(rows)} of sha256 {hash_text(','.join(map(str, rows.tolist())))[:16]}",
     }
-    return Run(config.out, resolved, head, store.classes.names, describe_source(store))
+    return Run(config.out, resolved, shape, store.classes.names, describe_source(store))
 
 
 def create_run(run: Run) -> None:
@@ -105,19 +113,23 @@ def create_run(run: Run) -> None:
     write_run_config(run)
 
 
-def require_same_run(run: Run) -> None:
+def require_same_run(run: Run, config: TrainConfig) -> None:
     """Refuse to go on with a run that was begun otherwise.
+
+    Args:
+        run: As it would be begun now.
+        config: Whose defaults options have that are younger than the run on disk.
 
     Raises:
         RunExistsError: With all differences.
     """
     begun = open_run(run.path)
     # A run that is older than an option was begun with its default.
-    options = {f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING} | {
+    options = {f.name: f.default for f in fields(config) if f.default is not MISSING} | {
         "views_per_video": 1,
         "redone_rows": 0,
     }
-    ours, theirs = ({**options, **r.config, **r.source, "classes": r.classes, "head": r.head} for r in (run, begun))
+    ours, theirs = ({**options, **r.config, **r.source, "classes": r.classes, "head": r.shape} for r in (run, begun))
     skipped = {*_INCIDENTAL, "store"}
     if begun.config.get("precision") is None:
         skipped.add("precision")  # begun before it was resolved and written down
@@ -143,7 +155,7 @@ def write_run_config(run: Run) -> None:
     """Write a run's configuration into its folder, which must be there."""
     write_json(
         run.path / CONFIG_NAME,
-        {"train": run.config, "head": asdict(run.head), "classes": run.classes, "source": run.source},
+        {"train": run.config, "head": asdict(run.shape), "classes": run.classes, "source": run.source},
     )
 
 
@@ -169,36 +181,35 @@ def open_run(path: str | Path) -> Run:
         raise RunNotFoundError(f"{path} is not a run: {found}. `s4v train --features STORE --out {path}` makes one.")
     try:
         saved = read_json(path / CONFIG_NAME)
-        head = HeadConfig(**{**saved["head"], "layers": tuple(saved["head"]["layers"])})
-        return Run(path, saved["train"], head, tuple(saved["classes"]), saved["source"])
+        shape = find_network(saved["head"]["name"]).read_shape(saved["head"])
+        return Run(path, saved["train"], shape, tuple(saved["classes"]), saved["source"])
     except (ValueError, TypeError, LookupError) as error:
         raise RunNotFoundError(f"{path / CONFIG_NAME} is not a run's configuration: {error!r}") from error
 
 
-def find_newest_run(folder: Path = Path("runs"), *, task: Task | None = None) -> Path:
+def find_newest_run(folder: Path = Path("runs"), *, accept: Callable[[Run], bool] | None = None) -> Path:
     """The run whose best checkpoint was written last.
 
     Args:
         folder: Where runs are.
-        task: Only runs of this task, imported ones left out; None takes any.
+        accept: Whether a run is of the kind that is looked for; None takes any.
 
     Raises:
         RunNotFoundError: If there is none.
     """
     checkpoints = sorted(folder.glob("*/best.json"), key=lambda p: p.stat().st_mtime)
-    if task is not None:
-        checkpoints = [path for path in checkpoints if _is_trained_for(task, path.parent)]
+    if accept is not None:
+        checkpoints = [path for path in checkpoints if _is_accepted(path.parent, accept)]
     if not checkpoints:
         raise RunNotFoundError(f"no run in {folder.resolve()}: name one with --run, or train one first")
     return checkpoints[-1].parent
 
 
-def _is_trained_for(task: Task, path: Path) -> bool:
+def _is_accepted(path: Path, accept: Callable[[Run], bool]) -> bool:
     try:
-        run = open_run(path)
+        return accept(open_run(path))
     except RunNotFoundError:
         return False
-    return run.head.task == task and not run.is_imported
 
 
 def describe_source(store: StoreReader) -> dict[str, Any]:
@@ -212,6 +223,26 @@ def describe_source(store: StoreReader) -> dict[str, Any]:
         "codec": store.attributes["codec"],
         "redone_rows": count_redone(store.path),
     }
+
+
+def open_store_of_run(run: Run, features: str | Path | None = None) -> StoreReader:
+    """A store that fits a run: the one named, or the one that it was trained on.
+
+    Raises:
+        ConfigError: If the run was imported without a store and none is named.
+        StoreNotFoundError: If there is no such store.
+        StoreMismatchError: If they do not fit.
+    """
+    if features is None and run.source["store"] is None:
+        raise ConfigError(f"{run.path} was imported without a store: name the one to evaluate on with --features")
+    try:
+        store = open_store(features if features is not None else run.source["store"])
+    except StoreNotFoundError as error:
+        if features is not None:
+            raise
+        raise StoreNotFoundError(f"the run's own store has gone: {error} Name where it is now: --features.") from error
+    require_matching_store(run, store)
+    return store
 
 
 def require_matching_store(run: Run, store: StoreReader) -> None:
@@ -235,19 +266,16 @@ def require_matching_store(run: Run, store: StoreReader) -> None:
         if there[name] not in (None, here[name])
     ]
     patch_px = store.attributes["backbone"]["patch_size"][0]
-    if patch_px != run.head.patch_px:
-        differences.append(f"patches: of {patch_px} px in the store, of {run.head.patch_px} px in the run")
-    # A run of ours from before there was a choice has CLIP's blocks, whatever its backbone.
-    if there["store"] is None and (family := side_family(store)) != run.head.family:
-        differences.append(
-            f"side blocks: {family.upper()}'s beside the store's, {run.head.family.upper()}'s in the run"
-        )
-    if missing := sorted(set(run.head.layers) - set(store.layout.layers)):
+    if patch_px != run.shape.patch_px:
+        differences.append(f"patches: of {patch_px} px in the store, of {run.shape.patch_px} px in the run")
+    if there["store"] is None:
+        differences += find_network(run.shape.name).find_differences(run.shape, store)
+    if missing := sorted(set(run.shape.layers) - set(store.layout.layers)):
         differences.append(f"layers {missing} are not in the store")
-    if run.head.task == "retrieval":
-        pass  # it knows no classes
-    elif not run.classes and len(store.classes.names) != run.head.num_classes:
-        differences.append(f"classes: {len(store.classes.names)} in the store, {run.head.num_classes} in the run")
+    if not run.shape.num_classes:
+        pass  # its task knows none
+    elif not run.classes and len(store.classes.names) != run.shape.num_classes:
+        differences.append(f"classes: {len(store.classes.names)} in the store, {run.shape.num_classes} in the run")
     elif run.classes and set(store.classes.names) != set(run.classes):
         only_store = sorted(set(store.classes.names) - set(run.classes))
         only_run = sorted(set(run.classes) - set(store.classes.names))
@@ -275,8 +303,8 @@ def save_checkpoint(run: Run, name: str, head: torch.nn.Module, facts: Mapping[s
     write_json(path.with_suffix(".json"), {**facts, "sha256": hash_file(path)})
 
 
-def load_checkpoint(run: Run, name: str = "best") -> torch.nn.Module:
-    """Build a run's head and load a checkpoint into it, in evaluation mode on the CPU.
+def load_checkpoint(run: Run, name: str = "best") -> Network:
+    """Build a run's network and load a checkpoint into it, in evaluation mode on the CPU.
 
     Raises:
         RunNotFoundError: If the run has no such checkpoint.
@@ -288,26 +316,24 @@ def load_checkpoint(run: Run, name: str = "best") -> torch.nn.Module:
         raise RunNotFoundError(f"{run.path} has no checkpoint {name!r}; it has {found}")
     if read_json(path.with_suffix(".json")).get("sha256") != hash_file(path):
         raise StoreDamagedError(f"{path} is damaged: it does not match the hash in {name}.json")
-    head = build_head(run.head)
+    network = find_network(run.shape.name).build(run.shape)
     try:
-        head.load_state_dict(load_file(path))
+        network.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as error:
         raise StoreDamagedError(f"{path} is not a checkpoint of this head: {str(error).splitlines()[0]}") from error
-    return head.eval()
+    return network.eval()
 
 
-def begin_with(path: Path, network: torch.nn.Module) -> None:
-    """Give a fresh side network the weights of a run's best checkpoint, its end left as it is.
+def begin_with(path: Path, network: Network) -> None:
+    """Give a fresh network the weights of a run's best checkpoint, as far as it can begin with them.
 
     Raises:
         RunNotFoundError: If there is no such run or checkpoint.
         StoreMismatchError: If its network is another, or has other sizes.
     """
     other = load_checkpoint(open_run(path))
-    if not isinstance(other, SideLadder) or not isinstance(network, SideLadder):
-        raise StoreMismatchError(f"{path} (--init) is no run of a side network")
     try:
-        load_ladder(network, other.state_dict())
+        network.begin_with(other)
     except StoreMismatchError as error:
         raise StoreMismatchError(f"{path} (--init) does not fit: {error}") from error
 

@@ -20,9 +20,9 @@ from s4v.demo.tiny_clip import Recipe, TinyClip, draw_batch, draw_still, image_t
 from s4v.demo.world import ANNOTATIONS_NAME, WorldConfig, write_world
 from s4v.extract.config import ExtractConfig
 from s4v.extract.extraction import extract_dataset
-from s4v.retrieve.vectors import normalise_rows
-from s4v.retrieve.zero_shot import classify_zero_shot
 from s4v.store.reader import open_store
+from s4v.train.networks.zero_shot import classify_zero_shot
+from s4v.vectors import normalise_rows
 
 CPU = torch.device("cpu")
 NAMES = [(colour, shape) for colour in COLOURS for shape in SHAPES]

@@ -274,7 +274,7 @@ def test_a_machine_without_memory_leaves_the_row_pending(tmp_path):  # B3
 def test_an_exception_of_python_is_never_a_reason(tmp_path, make_video, error, monkeypatch):  # F4
     path = make_video(tmp_path / "v.mp4")
     code = (
-        "import sys\nfrom s4v.extract import _decoder\n"
+        "import sys\nfrom s4v.extract.decode import worker\n"
         f"def fail(*_, **__): raise {error!r}\n_decoder.VideoFile.decode = fail\n_decoder.main()"
     )
     answer = ask_process(code, path)
@@ -452,8 +452,8 @@ def test_frames_beyond_the_limits_are_told(tmp_path, monkeypatch):  # B4
 def test_a_decoder_over_its_own_limit_is_the_videos_fault(tmp_path):  # B4
     path = write_black(tmp_path / "v.mp4", 2048, 2048, 4)
     code = (
-        "from s4v.extract import _decoder\n_decoder._MEMORY_BYTES, _decoder._BYTES_PER_PIXEL = {} << 20, 0\n"
-        "_decoder.main()"
+        "from s4v.extract.decode import worker\n_decoder._MEMORY_BYTES, worker._BYTES_PER_PIXEL = {} << 20, 0\n"
+        "worker.main()"
     )
     answer = ask_process(code.format(16), path)
     assert answer["ok"] is False and answer["code"] == "too-large"

@@ -29,8 +29,8 @@ from s4v.retrieve import index_reader as index_module
 from s4v.retrieve.export import export_vectors
 from s4v.retrieve.index_reader import VideoIndex, default_index_path, open_index
 from s4v.retrieve.index_writer import IndexFacts, build_index, measure_rounding
-from s4v.retrieve.vectors import normalise_rows, pool_frames, score_rows
 from s4v.store.reader import open_store
+from s4v.vectors import normalise_rows, pool_frames, score_rows
 
 
 @pytest.fixture

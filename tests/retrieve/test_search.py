@@ -15,8 +15,8 @@ from s4v.errors import ConfigError, StoreNotFoundError, WeightsError
 from s4v.extract.extraction import extract_dataset
 from s4v.retrieve import search
 from s4v.retrieve.search import Searcher, find_newest_store, search_store
-from s4v.retrieve.vectors import find_moment, normalise_rows, pool_frames, score_rows
 from s4v.store.reader import open_store
+from s4v.vectors import find_moment, normalise_rows, pool_frames, score_rows
 
 
 def test_vectors_are_pooled_by_hand():

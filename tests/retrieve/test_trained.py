@@ -24,10 +24,12 @@ from s4v.store.reader import open_store
 from s4v.store.texts import TextReader
 from s4v.train.clips import LabelledRows, find_captioned_rows
 from s4v.train.config import TrainConfig
-from s4v.train.heads import build_head, plan_head
 from s4v.train.loop import train_run
-from s4v.train.retrieval import embed_clips, evaluate_retrieval
-from s4v.train.run_folder import load_checkpoint, open_run
+from s4v.train.networks import find_network
+from s4v.train.run_folder import open_run
+from s4v.train.scorer import Scorer
+from s4v.train.settings import plan_network
+from s4v.train.tasks.retrieval import embed_clips, evaluate_texts
 
 CPU = torch.device("cpu")
 
@@ -48,10 +50,7 @@ def test_a_search_ranks_as_the_evaluation_does(run, captioned_store):
     """Captions as queries: the same scores, but for the float16 in which the index keeps frames."""
     store = open_store(captioned_store)
     opened, data = open_run(run), find_captioned_rows(store, "val")
-    head = load_checkpoint(opened)
-    result = evaluate_retrieval(
-        head, store, data, layers=opened.head.layers, num_frames=opened.frames, batch_size=4, device=CPU
-    )
+    result = evaluate_texts(Scorer.of_run(opened, store), data)
     texts = store.read_captions()["text"].to_pylist()
     with Searcher(store, run=run, where="split = 'val'") as searcher:
         for place, caption in enumerate(data.labels):
@@ -121,18 +120,20 @@ def eva_store(video_folder, make_config, tmp_path):
 
 
 def test_beside_eva_too_an_untrained_network_is_the_frozen_backbone(eva_store):
-    head = build_head(plan_head("side4video", eva_store, side_width=64, task="retrieval"))
-    head.end.load_arrays(eva_store.head)
+    config = TrainConfig(features=eva_store.path, out=eva_store.path, side_width=64, task="retrieval")
+    head = find_network("side4video").build(plan_network(config, eva_store))
+    head.prepare(eva_store)
     assert head.end.project.bias is not None, "as EVA's own end has it"
     rows = np.flatnonzero(np.asarray(eva_store.read_manifest(["status"])["status"]) == "ok")
     four = [[0, 1, 2, 3]] * len(rows)
     data = LabelledRows(rows, rows, np.full(len(rows), 4), np.ones_like(rows), [[clip] for clip in four])
-    found = embed_clips(head, eva_store, data, layers=(1, 3), num_frames=4, batch_size=3, device=CPU)
+    scorer = Scorer(head, eva_store, layers=(1, 3), num_frames=4, batch_size=3, device=CPU)
+    found = embed_clips(scorer, data)
     frozen = eva_store.read_embeddings()[rows, 0, :4]
     np.testing.assert_allclose(found, frozen, rtol=0, atol=1e-5)
     # Not one number for all: the tower's final norm takes a constant away.
     torch.nn.init.normal_(head.widen.weight, std=0.1)
-    moved = embed_clips(head, eva_store, data, layers=(1, 3), num_frames=4, batch_size=3, device=CPU)
+    moved = embed_clips(scorer, data)
     assert np.abs(moved - frozen).max() > 1e-3
 
 

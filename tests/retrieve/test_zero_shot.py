@@ -4,9 +4,9 @@ import torch
 
 from s4v.backbone.text_tower import load_text_tower
 from s4v.errors import ConfigError, StoreMismatchError
-from s4v.retrieve.vectors import normalise_rows
-from s4v.retrieve.zero_shot import classify_zero_shot, embed_classes
 from s4v.store.reader import StoreReader, open_store
+from s4v.train.networks.zero_shot import classify_zero_shot, embed_classes
+from s4v.vectors import normalise_rows
 
 PROMPTS = {"run": ["someone runs", "running"], "walk": ["someone walks"]}
 

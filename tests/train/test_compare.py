@@ -7,13 +7,15 @@ from typer.testing import CliRunner
 
 from s4v.cli import app
 from s4v.errors import ConfigError
-from s4v.retrieve.zero_shot import score_class_names
 from s4v.store.reader import open_store
 from s4v.train import compare
 from s4v.train.compare import compare_methods
 from s4v.train.config import TrainConfig
-from s4v.train.evaluate import find_interval
-from s4v.train.paper.presets import SIZES, Recipe
+from s4v.train.networks.side4video import Side4Video
+from s4v.train.networks.zero_shot import ZeroShotText, score_class_names
+from s4v.train.paper.presets import SIZES
+from s4v.train.recipe import Recipe
+from s4v.train.tasks.recognition_metrics import find_interval
 
 
 def base_for(store, out):
@@ -24,7 +26,7 @@ def test_all_methods_stand_in_one_table_and_nothing_is_trained_twice(int8_store,
     said = []
     methods = ("linear", "attentive", "side4video", "zero-shot")
     base = base_for(int8_store, tmp_path / "c")
-    lines = compare_methods(base, methods=methods, seeds=2, ask=score_class_names, say=said.append)
+    lines = compare_methods(base, methods=methods, seeds=2, say=said.append)
     assert [line.method for line in lines] == ["linear", "attentive", "side4video"]
     assert said[-1] == "no zero-shot: the backbone of this store has random weights"
     for line in lines:
@@ -38,17 +40,18 @@ def test_all_methods_stand_in_one_table_and_nothing_is_trained_twice(int8_store,
     def refuse(*_):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("s4v.train.tasks.contract.classification_loss", refuse)
+    monkeypatch.setattr("s4v.train.tasks.recognition.classification_loss", refuse)
     assert compare_methods(base_for(int8_store, tmp_path / "c"), methods=methods, seeds=2) == lines
 
 
 def test_all_are_trained_as_long_as_the_side_network(int8_store, tmp_path, monkeypatch):
     """A preset is the side network's alone: without it the probes would have s4v's 30 epochs."""
-    monkeypatch.setattr("s4v.train.paper.presets._RECIPES", {("b", "k400"): Recipe(2, 1e-3, 0.5, batch_size=4)})
+    tiny, recipe = replace(SIZES["b16"], depth=6), Recipe(2, 1e-3, 0.5, batch_size=4)
+    preset = tiny.beside("recognition", "b16", "k400", recipe, {"side_width": 64})
+    monkeypatch.setattr(Side4Video, "presets", (preset,))
     monkeypatch.setattr(
-        "s4v.train.paper.presets.find_preset", lambda config, _: "b16-k400" if config.head == "side4video" else None
+        "s4v.train.settings.find_preset", lambda config, _: "b16-k400" if config.head == "side4video" else None
     )
-    monkeypatch.setitem(SIZES, "b16", replace(SIZES["b16"], depth=6, side_width=64))
     base = TrainConfig(features=int8_store, out=tmp_path / "c", device="cpu")
     lines = compare_methods(base, methods=("linear", "side4video"))
     assert [line.epochs for line in lines] == [2, 2]
@@ -67,12 +70,14 @@ def test_wrong_options_are_refused(int8_store, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-def test_zero_shot_stands_beside_what_was_trained(int8_store, tmp_path):
-    def ask(store, split):
-        assert split == "val"
+def test_zero_shot_stands_beside_what_was_trained(int8_store, tmp_path, monkeypatch):
+    def ask(_kind, store, split, **options):
+        assert split == "val" and options == {"prompt": "{}"}
         return np.array([[0.1, 0.9], [0.5, 0.5]]), np.array([1, 0])
 
-    (line,) = compare_methods(base_for(int8_store, tmp_path / "c"), methods=("zero-shot",), ask=ask)
+    monkeypatch.setattr(ZeroShotText, "score", ask)
+    base = base_for(int8_store, tmp_path / "c")
+    (line,) = compare_methods(base, methods=("zero-shot",), untrained={"prompt": "{}"})
     assert (line.top1, line.videos, line.parameters, line.mean_class_accuracy) == (0.5, 2, 0, 0.5), "a tie is wrong"
 
 

@@ -12,22 +12,18 @@ import torch
 from s4v.errors import EnvironmentFailedError, StoreMismatchError
 from s4v.extract.extraction import extract_dataset
 from s4v.store.reader import open_store
-from s4v.train import evaluate, loop
+from s4v.train import clips, scorer
 from s4v.train.clips import find_captioned_rows, find_labelled_rows
 from s4v.train.config import TrainConfig
-from s4v.train.evaluate import (
-    Evaluation,
-    Team,
-    autocast_as_trained,
-    describe_classes,
-    evaluate_head,
-    evaluate_run,
-    find_calibration_error,
-)
+from s4v.train.evaluate import evaluate_run
 from s4v.train.loop import train_run
-from s4v.train.retrieval import embed_clips
+from s4v.train.networks.side4video import Side4Video
 from s4v.train.run_folder import load_checkpoint, open_run
+from s4v.train.scorer import Scorer, Team, autocast_as_trained
+from s4v.train.tasks.recognition import evaluate_classes
+from s4v.train.tasks.recognition_metrics import Evaluation, describe_classes, find_calibration_error
 from s4v.train.tasks.recognition_page import write_results
+from s4v.train.tasks.retrieval import embed_clips
 
 CPU = torch.device("cpu")
 
@@ -89,13 +85,13 @@ def test_clips_that_are_too_short_are_refused_with_both_numbers(several, trained
     train_run(config_for(several, tmp_path / "none", epochs=1))
     assert open_run(tmp_path / "none").frames == 4, "left open, clips are as long as evaluation's"
     store, head = open_store(several), load_checkpoint(open_run(trained))
-    options = dict(layers=open_run(trained).head.layers, num_frames=6, batch_size=4, device=CPU)
+    longer = Scorer(head, store, layers=open_run(trained).shape.layers, num_frames=6, batch_size=4, device=CPU)
     data = find_labelled_rows(store, "val")
     with pytest.raises(StoreMismatchError, match=message):
-        evaluate_head(head, store, data, **options)
-    assert evaluate_head(head, store, data, num_clips=1, **options).rows.tolist() == data.rows.tolist()
+        evaluate_classes(longer, data)
+    assert evaluate_classes(longer, data, num_clips=1).rows.tolist() == data.rows.tolist()
     with pytest.raises(StoreMismatchError, match=message):
-        embed_clips(head, store, data, **options)
+        embed_clips(longer, data)
 
 
 def test_a_thinned_clip_of_the_references_is_told_once(several, trained, int8_store, tmp_path, caplog):
@@ -115,23 +111,23 @@ def test_a_thinned_clip_of_the_references_is_told_once(several, trained, int8_st
 def test_a_teams_shares_are_the_whole_in_order(several, trained, monkeypatch):
     """Two processes, one after the other: each takes every second batch, and both know all scores."""
     store, run = open_store(several), open_run(trained)
-    options = dict(layers=run.head.layers, num_frames=4, batch_size=5, device=CPU)
-    head, data = load_checkpoint(run), find_labelled_rows(store, "val")
-    whole = evaluate_head(head, store, data, **options)
+    data = find_labelled_rows(store, "val")
+    alone = Scorer(load_checkpoint(run), store, layers=run.shape.layers, num_frames=4, batch_size=5, device=CPU)
+    whole = evaluate_classes(alone, data)
     parts = {}
     for rank in range(2):
         monkeypatch.setattr(Team, "gather", lambda team, own: parts.setdefault(team.rank, own))
         with pytest.raises(ValueError):  # half of the scores do not fit all clips
-            evaluate_head(head, store, data, team=Team(rank, 2), **options)
+            evaluate_classes(replace(alone, team=Team(rank, 2)), data)
     monkeypatch.undo()
     assert [len(parts[rank]) for rank in range(2)] == [2, 1]
 
     def gather(found, _own):
         found[:] = [parts[0], parts[1]]
 
-    monkeypatch.setattr(evaluate.dist, "all_gather_object", gather)
+    monkeypatch.setattr(scorer.dist, "all_gather_object", gather)
     for rank in range(2):
-        shared = evaluate_head(head, store, data, team=Team(rank, 2), **options)
+        shared = evaluate_classes(replace(alone, team=Team(rank, 2)), data)
         assert np.array_equal(shared.probabilities, whole.probabilities)
 
 
@@ -141,14 +137,14 @@ def test_validation_and_evaluation_run_in_the_precision_of_training(int8_store, 
     def watch(head, inputs):
         seen.append((head.training, torch.is_autocast_enabled("cpu"), inputs[2].dtype))
 
-    built = loop.build_head
+    built = Side4Video.build
 
-    def build(config):
-        head = built(config)
+    def build(kind, shape):
+        head = built(kind, shape)
         head.register_forward_pre_hook(watch)
         return head
 
-    monkeypatch.setattr(loop, "build_head", build)
+    monkeypatch.setattr(Side4Video, "build", build)
     train_run(config_for(int8_store, tmp_path / "bf16", precision="bf16"))
     assert {(True, True, torch.float32), (False, True, torch.float32)} == set(seen), "inputs stay as they are"
     run = open_run(tmp_path / "bf16")
@@ -214,13 +210,13 @@ def test_a_full_device_says_what_to_do(int8_store, several, trained, tmp_path, m
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore of it")
 
     with monkeypatch.context() as patch:
-        patch.setattr("s4v.train.tasks.contract.classification_loss", fill)
+        patch.setattr("s4v.train.tasks.recognition.classification_loss", fill)
         with pytest.raises(
             EnvironmentFailedError,
             match="does not suffice .*20.00 GiB.*: train with --checkpoint-activations.*--batch-size.*--accumulate",
         ):
             train_run(config_for(int8_store, tmp_path / "run"))
-    monkeypatch.setattr(evaluate, "evaluate_head", fill)
+    monkeypatch.setattr("s4v.train.tasks.recognition.evaluate_classes", fill)
     with pytest.raises(EnvironmentFailedError, match="memory does not suffice .*: evaluate with --device cpu"):
         evaluate_run(trained)
 
@@ -230,5 +226,5 @@ def test_first_clips_of_captioned_rows_are_checked(captioned_store):
     data = find_captioned_rows(store, "val")
     short = replace(data, eval_clips=[[clip[0][:2], clip[0]] for clip in data.eval_clips])
     with pytest.raises(StoreMismatchError, match="evaluation clips of .* as few as 2"):
-        evaluate.require_long_clips(short, 4, store, only_first=True)
-    evaluate.require_long_clips(replace(data, eval_clips=[clip[:1] for clip in data.eval_clips]), 4, store)
+        clips.require_long_clips(short, 4, store, only_first=True)
+    clips.require_long_clips(replace(data, eval_clips=[clip[:1] for clip in data.eval_clips]), 4, store)

@@ -18,7 +18,6 @@ from s4v.train.config import TrainConfig
 from s4v.train.evaluate import evaluate_run
 from s4v.train.loop import train_run
 from s4v.train.paper.import_checkpoint import import_checkpoint
-from s4v.train.retrieval import evaluate_retrieval_run
 from s4v.train.run_folder import load_checkpoint, open_run
 
 VISUAL, LADDER = r"visual.", r"visual.transformer."
@@ -166,10 +165,8 @@ def test_a_retrieval_run_keeps_its_text_tower_and_says_what_it_cannot_do(data_pa
     import_checkpoint(tmp_path / "with_text.pt", tmp_path / "in")
     shapes = {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / "in/text.safetensors").items()}
     assert shapes["clip.text.proj"] == (2, 3)
-    with pytest.raises(ConfigError, match="is a retrieval run: it embeds frames and knows no classes"):
+    with pytest.raises(StoreMismatchError, match="does not fit the run"):
         evaluate_run(tmp_path / "in", features=int8_store)
-    with pytest.raises(ConfigError, match="was imported: its text tower was fine-tuned beside it"):
-        evaluate_retrieval_run(tmp_path / "in", features=int8_store)
     torch.save(state | {"module.video_weight_fc.bias": torch.ones(1)}, tmp_path / "half.pt")
     with pytest.raises(WeightsError, match="is not a whole EVA retrieval checkpoint of Side4Video: .*text_weight"):
         import_checkpoint(tmp_path / "half.pt", tmp_path / "half")
@@ -183,7 +180,7 @@ def trained_retrieval(request, captioned_store, tmp_path_factory):
     kind = dict(task="retrieval", interaction=request.param)
     train_run(TrainConfig(features=captioned_store, out=out, **recipe, **kind))
     run = open_run(out)
-    state = as_official(load_checkpoint(run), run.head.patch_px)
+    state = as_official(load_checkpoint(run), run.shape.patch_px)
     return out, {name if "weight_fc" in name else f"clip.{name}": tensor for name, tensor in state.items()}
 
 
@@ -194,18 +191,18 @@ def text_tower_of(seed):
 
 def test_an_imported_retrieval_run_compares_with_its_own_text_tower(trained_retrieval, captioned_store, tmp_path):
     ours, state = trained_retrieval
-    layers = open_run(ours).head.layers
+    layers = open_run(ours).shape.layers
     found, answers = {}, {}
     for seed in (0, 1):  # the store's own text tower, and another
         torch.save(state | text_tower_of(seed), tmp_path / f"{seed}.pt")
         theirs = tmp_path / f"in{seed}"
         frames = open_run(ours).frames
         import_checkpoint(tmp_path / f"{seed}.pt", theirs, layers=layers, frames=frames, features=captioned_store)
-        assert open_run(theirs).head.interaction == open_run(ours).head.interaction
+        assert open_run(theirs).shape.interaction == open_run(ours).shape.interaction
         result = CliRunner().invoke(app, ["eval", "--run", str(theirs), "--json"], catch_exceptions=False)
         found[seed] = json.loads(result.stdout)
         answers[seed] = search_store(captioned_store, "a red ring moves left", run=theirs, top=12)
-    expected = evaluate_retrieval_run(ours)
+    expected = evaluate_run(ours)
     assert found[0]["frozen"] == found[1]["frozen"] == expected["frozen"]
     for direction in ("text_to_video", "video_to_text"):
         assert found[0][direction] == pytest.approx(expected[direction])
@@ -218,7 +215,7 @@ def test_an_imported_retrieval_run_compares_with_its_own_text_tower(trained_retr
 def test_an_imported_run_without_a_text_tower_is_told(trained_retrieval, captioned_store, tmp_path):
     ours, state = trained_retrieval
     torch.save(state, tmp_path / "no_text.pt")
-    layers, frames = open_run(ours).head.layers, open_run(ours).frames
+    layers, frames = open_run(ours).shape.layers, open_run(ours).frames
     import_checkpoint(tmp_path / "no_text.pt", tmp_path / "in", layers=layers, frames=frames, features=captioned_store)
     with pytest.raises(ConfigError, match="its checkpoint held no text tower"):
         search_store(captioned_store, "a ring", run=tmp_path / "in")
@@ -275,7 +272,7 @@ def test_training_beside_an_eva_backbone_takes_evas_side_blocks(eva_store, tmp_p
         TrainConfig(features=eva_store, out=tmp_path / "run", epochs=1, batch_size=4, side_width=64, device="cpu")
     )
     run = open_run(tmp_path / "run")
-    assert run.head.family == "eva"
+    assert run.shape.family == "eva"
     assert load_checkpoint(run).blocks[0].is_post_norm
     assert evaluate_run(tmp_path / "run")["videos"] == 2
 
@@ -287,5 +284,5 @@ def test_a_run_from_before_the_families_still_opens(trained, tmp_path):
     for name in ("family", "task", "embed_dim", "norm_eps", "has_projection_bias"):
         del config["head"][name]
     (tmp_path / "old/config.json").write_text(json.dumps(config))
-    assert open_run(tmp_path / "old").head.family == "clip"
+    assert open_run(tmp_path / "old").shape.family == "clip"
     assert figures(tmp_path / "old") == figures(run)

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from s4v.errors import WeightsError
-from s4v.train import side_network
+from s4v.train.networks import parts
+from s4v.train.networks.side4video import RetrievalSideNetwork, SideNetwork
 from s4v.train.paper.checkpoint_names import (
     describe_unused,
     load_official_checkpoint,
     read_official_checkpoint,
     rename_official,
 )
-from s4v.train.side_network import RetrievalSideNetwork, SideNetwork
 
 VARIANTS = ("recognition_clip", "recognition_eva", "retrieval_clip", "retrieval_eva")
 
@@ -98,7 +98,7 @@ def test_gradients_equal_the_reference(golden, least_width, monkeypatch):
     Batch norm makes the gradients of biases before it sums that nearly cancel (some are zero): relative to their own
     size both sides are rounding. The next test compares them without that rounding on our side.
     """
-    monkeypatch.setattr(side_network, "_LEAN_FROM_WIDTH", least_width)
+    monkeypatch.setattr(parts, "_LEAN_FROM_WIDTH", least_width)
     expected = rename_official(golden.grads)
     joined = sum("attn.q_proj" in name for name in golden.grads)
     assert len(expected) == len(golden.grads) - 2 * joined > 20, "every golden gradient has a place in our network"
@@ -127,7 +127,7 @@ def test_gradients_equal_the_reference_in_double_precision(golden):
 
 def test_the_variant_is_told_from_the_names(golden):
     official = read_official_checkpoint(golden.folder / "checkpoint.pt")
-    head, config = official.head, golden.config
+    head, config = official.shape, golden.config
     assert f"{head.task}_{head.family}" == config["variant"]
     assert head.layers == tuple(config["tapped_layers"])
     assert (head.width, head.side_width, head.patch_px) == (config["width"], config["side_dim"], config["patch"])
@@ -195,7 +195,7 @@ def test_layers_are_asked_for_where_the_names_leave_them_open(recognition_clip, 
         WeightsError, match="holds 2 side blocks and no backbone: which it reads is left open.*--layers"
     ):
         load_official_checkpoint(tmp_path / "alone.pt", frames=4)
-    assert read_official_checkpoint(tmp_path / "alone.pt", layers=(7, 3)).head.layers == (3, 7)
+    assert read_official_checkpoint(tmp_path / "alone.pt", layers=(7, 3)).shape.layers == (3, 7)
     with pytest.raises(WeightsError, match="--layers must name 2 backbone blocks; found 3"):
         read_official_checkpoint(tmp_path / "alone.pt", layers=(1, 2, 3))
     with pytest.raises(WeightsError, match="a backbone of 2 blocks: --layers 1,2 are not all among them"):

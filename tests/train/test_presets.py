@@ -12,7 +12,9 @@ from s4v.errors import ConfigError, StoreMismatchError
 from s4v.store.reader import StoreReader, open_store
 from s4v.train.config import TrainConfig
 from s4v.train.loop import train_run
-from s4v.train.paper.presets import DATASETS, PRESETS, SIZES, resolve_preset, resolve_views
+from s4v.train.networks.side4video import Side4Video
+from s4v.train.paper.presets import PRESETS, SIZES
+from s4v.train.settings import resolve_preset, resolve_views
 
 BACKBONES = {
     "b16": dict(architecture="ViT-B-16-quickgelu", width=768, depth=12, patch_size=[16, 16]),
@@ -48,7 +50,7 @@ def test_the_table_holds_the_papers_sizes():
     found = {name: f"{len(size.layers)}x{size.side_width}" for name, size in SIZES.items()}
     assert found == {"b16": "12x320", "b16-light": "6x192", "l14": "24x512", "l14-light": "12x320", "e14": "32x576"}
     assert all(size.layers[-1] == size.depth - 1 for size in SIZES.values()), "the last block is always tapped"
-    assert len(PRESETS) == len(SIZES) * sum(map(len, DATASETS.values())) == 30
+    assert len(PRESETS) == len({preset.name for preset in PRESETS}) == len(SIZES) * (3 + 3) == 30
 
 
 @pytest.mark.parametrize(
@@ -194,10 +196,11 @@ def test_a_preset_that_was_found_warns_of_fewer_frames_and_a_named_one_refuses(
     int8_store, tmp_path, monkeypatch, caplog
 ):
     """The tiny store as if its backbone were a paper's."""
-    monkeypatch.setattr("s4v.train.paper.presets.find_preset", lambda *_: "b16-k400")
-    tiny = replace(SIZES["b16"], depth=6, side_width=64)
-    monkeypatch.setitem(SIZES, "b16", tiny)
-    monkeypatch.setattr("s4v.train.paper.presets._is_beside", lambda *_: True)
+    monkeypatch.setattr("s4v.train.settings.find_preset", lambda *_: "b16-k400")
+    (paper,) = (preset for preset in PRESETS if preset.name == "b16-k400")
+    tiny = replace(paper, depth=6, layers=tuple(range(6)), sizes={"side_width": 64})
+    monkeypatch.setattr(Side4Video, "presets", (tiny,))
+    monkeypatch.setattr(type(tiny), "is_beside", lambda *_: True)
     options = TrainConfig(features=int8_store, out=tmp_path / "run", epochs=1, device="cpu")
     assert train_run(options)["preset"] == "b16-k400"
     assert "clips of 4 frames: rows of" in caplog.text and "b16-k400 is trained with 8 (--frames)" in caplog.text

@@ -19,7 +19,7 @@ from s4v.train.config import TrainConfig
 from s4v.train.evaluate import evaluate_run
 from s4v.train.loop import train_run
 from s4v.train.run_folder import open_run, read_metrics
-from s4v.train.tasks import contract as tasks
+from s4v.train.tasks import recognition as tasks
 
 NUM_STEPS = 8
 """Two epochs of eight training videos, two at a time."""
@@ -140,10 +140,11 @@ def test_accumulated_batches_are_one_step_of_their_mean_gradient(int8_store, tmp
     gradients = []
     make = loop.make_optimizer
 
-    def watch(head, config):
-        optimizer = make(head, config)
+    def watch(groups, *options):
+        optimizer = make(groups, *options)
+        trained = [parameter for group in groups for parameter in group.parameters]
         optimizer.register_step_pre_hook(
-            lambda *_: gradients.append([p.grad.clone() for p in head.parameters() if p.grad is not None])
+            lambda *_: gradients.append([p.grad.clone() for p in trained if p.grad is not None])
         )
         return optimizer
 

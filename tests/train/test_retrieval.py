@@ -15,18 +15,20 @@ from s4v.store.texts import TextReader
 from s4v.train.clips import ClipBatch, find_captioned_rows, hand_over_texts
 from s4v.train.config import TrainConfig
 from s4v.train.evaluate import evaluate_run
-from s4v.train.heads import build_head, plan_head
 from s4v.train.loop import train_run
+from s4v.train.networks import find_network
 from s4v.train.recipe import learning_rate_at, make_optimizer
-from s4v.train.retrieval import (
+from s4v.train.run_folder import find_newest_run, open_run, read_metrics
+from s4v.train.scorer import Scorer
+from s4v.train.settings import find_optimisation, plan_network
+from s4v.train.tasks import retrieval
+from s4v.train.tasks.retrieval import (
+    Retrieval,
     embed_clips,
     evaluate_frozen_retrieval,
-    evaluate_retrieval,
-    evaluate_retrieval_run,
+    evaluate_texts,
     read_frozen_clips,
 )
-from s4v.train.run_folder import find_newest_run, open_run, read_metrics
-from s4v.train.tasks import contract as tasks
 
 CPU = torch.device("cpu")
 
@@ -34,6 +36,11 @@ CPU = torch.device("cpu")
 def config_for(store, out, **changes):
     values = dict(features=store, out=out, task="retrieval", epochs=2, batch_size=4, side_width=64, device="cpu")
     return TrainConfig(**{**values, "checkpoint_minutes": 0.0, **changes})
+
+
+def build(store, **options):
+    """A fresh side network for retrieval beside a store's backbone."""
+    return find_network("side4video").build(plan_network(config_for(store.path, store.path, **options), store))
 
 
 @pytest.fixture(scope="module", params=["mean", "wti"])
@@ -58,15 +65,15 @@ def test_each_caption_is_a_pair_with_its_good_video(captioned_store):
 def test_an_untrained_network_is_the_frozen_backbone(captioned_store, interaction):
     """Of a float32 store to float32's last bits: the same class tokens through the same norm and projection."""
     store = open_store(captioned_store)
-    head = build_head(plan_head("side4video", store, side_width=64, task="retrieval", interaction=interaction))
-    head.end.load_arrays(store.head)
+    head = build(store, interaction=interaction)
+    head.prepare(store)
     data = find_captioned_rows(store, "val")
-    options = dict(layers=store.layout.layers, num_frames=4, batch_size=3, device=CPU)
-    found, frozen = evaluate_retrieval(head, store, data, **options), evaluate_frozen_retrieval(store, data, 4)
+    scorer = Scorer(head, store, layers=store.layout.layers, num_frames=4, batch_size=3, device=CPU)
+    found, frozen = evaluate_texts(scorer, data), evaluate_frozen_retrieval(store, data, 4)
     np.testing.assert_array_equal(found.video_of_text, frozen.video_of_text)
     expected = read_frozen_clips(store, data, 4)
     np.testing.assert_array_equal(store.read_embeddings()[data.rows, 0, :4], expected)
-    np.testing.assert_allclose(embed_clips(head, store, data, **options), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(embed_clips(scorer, data), expected, rtol=0, atol=1e-5)
     if interaction == "mean":
         np.testing.assert_allclose(found.scores, frozen.scores, rtol=0, atol=2e-6)
 
@@ -79,14 +86,14 @@ def test_a_run_trains_and_knows_its_figures(trained, captioned_store):
     assert summary["preset"] == "none"
     saved = json.loads((out / "config.json").read_text())
     assert saved["head"]["interaction"] == out.name and saved["train"]["clip_norm"] == 1.0
-    figures = evaluate_retrieval_run(out, checkpoint="last", with_dual_softmax=True)
+    figures = evaluate_run(out, checkpoint="last", with_dual_softmax=True)
     assert figures["text_to_video"]["r1"] == metrics[-1]["val_r1"]
     assert figures["videos"] == 4 and figures["captions"] == 6 and figures["lost_captions"] == 1
     assert {"text_to_video", "video_to_text"} == set(figures["dual_softmax"]) == set(figures["frozen"])
     ranks = read_table(out / "ranks_val.parquet").to_pylist()
     assert np.mean([one["rank"] == 1 for one in ranks]) == figures["text_to_video"]["r1"]
     assert all((one["first"] == one["video_id"]) for one in ranks if one["rank"] == 1)
-    backwards = evaluate_retrieval_run(out, checkpoint="last", is_backwards=True)
+    backwards = evaluate_run(out, checkpoint="last", is_backwards=True)
     assert backwards["is_backwards"] and (out / "eval_val_backwards.json").exists()
 
 
@@ -104,13 +111,13 @@ def test_captions_that_are_told_apart_can_be_learnt(captioned_store, tmp_path):
     train_run(config_for(captioned_store, tmp_path / "run", **quick))
     losses = [line["train_loss"] for line in read_metrics(open_run(tmp_path / "run"))]
     assert losses[-1] < 0.8 * losses[0]
-    figures = evaluate_retrieval_run(tmp_path / "run", split="train")
+    figures = evaluate_run(tmp_path / "run", split="train")
     assert figures["text_to_video"]["mean_rank"] < 0.75 * figures["frozen"]["text_to_video"]["mean_rank"]
 
 
 def test_negatives_are_other_videos_that_the_text_does_not_fit(captioned_store):
     store = open_store(captioned_store)
-    task = tasks.Retrieval(config_for(captioned_store, None), store)
+    task = Retrieval(config_for(captioned_store, None), store)
     captions = store.read_captions().to_pylist()
     pairs = task._identities[task.training.labels]
     is_same = (pairs[:, None] == pairs[None]).any(dim=2).numpy()
@@ -124,9 +131,10 @@ def test_negatives_are_other_videos_that_the_text_does_not_fit(captioned_store):
 def test_a_video_can_choose_among_all_captions(captioned_store):
     """By brute force: each video against its own caption and every caption that is neither of it nor says the same."""
     store = open_store(captioned_store)
-    task = tasks.Retrieval(config_for(captioned_store, None, negatives="all"), store)
-    head = build_head(plan_head("side4video", store, side_width=64, task="retrieval"))
-    assert task.prepare_head(head) == ("embedding",)
+    task = Retrieval(config_for(captioned_store, None, negatives="all"), store)
+    head = build(store)
+    assert head.text_arrays == ("embedding",)
+    task.begin(head)
     captions, reader = store.read_captions().to_pylist(), TextReader(store)
     chosen = task.training.labels[[0, 3, 7, 8]]
     batch = ClipBatch(None, None, None, torch.from_numpy(chosen), hand_over_texts(reader.read(chosen), CPU))
@@ -163,7 +171,7 @@ def test_two_processes_share_their_negatives(trained_by_two, captioned_store, tm
 
 @pytest.mark.parametrize("step", [1, 4])
 def test_a_stopped_run_goes_on_to_the_same_bit(assert_same_run, step, trained, captioned_store, tmp_path, monkeypatch):
-    seen, loss = [], tasks.contrastive_loss
+    seen, loss = [], retrieval.contrastive_loss
 
     def stop(*arguments):
         seen.append(None)
@@ -173,7 +181,7 @@ def test_a_stopped_run_goes_on_to_the_same_bit(assert_same_run, step, trained, c
 
     interaction = trained[0].name
     with monkeypatch.context() as patch:
-        patch.setattr(tasks, "contrastive_loss", stop)
+        patch.setattr(retrieval, "contrastive_loss", stop)
         with pytest.raises(KeyboardInterrupt):
             train_run(config_for(captioned_store, tmp_path / "run", interaction=interaction))
     train_run(config_for(captioned_store, tmp_path / "run", interaction=interaction, resume=True))
@@ -184,17 +192,19 @@ def test_the_recipe_is_the_references():
     config = TrainConfig(
         features=None, out=None, task="retrieval", epochs=5, learning_rate=1e-4, warmup_epochs=0.5, weight_decay=0.2
     )
-    assert learning_rate_at(0.25, config) == pytest.approx(0.5e-4)
+    schedule = Retrieval.optimisation.schedule
+    assert learning_rate_at(0.25, config, schedule) == pytest.approx(0.5e-4)
     for epoch in (0.5, 2.5, 4.9):
-        assert learning_rate_at(epoch, config) == pytest.approx(0.5e-4 * (1 + np.cos(np.pi * epoch / 5)))
+        expected = 0.5e-4 * (1 + np.cos(np.pi * epoch / 5))
+        assert learning_rate_at(epoch, config, schedule) == pytest.approx(expected)
 
 
 def test_biases_norms_and_the_backbones_end_are_spared(captioned_store):
     store = open_store(captioned_store)
     config = TrainConfig(features=None, out=None, task="retrieval", learning_rate=1e-4, weight_decay=0.2)
-    head = build_head(plan_head("side4video", store, side_width=64, task="retrieval", interaction="wti"))
+    head = build(store, interaction="wti")
     head.end.requires_grad_(True)  # as beside EVA
-    optimizer = make_optimizer(head, config)
+    optimizer = make_optimizer(head.parameter_groups(), config, find_optimisation(config))
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     assert len(group_of) == len(list(head.parameters()))
     for name, parameter in head.named_parameters():
@@ -231,7 +241,7 @@ def test_a_run_from_before_there_were_tasks_goes_on(int8_store, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(head="linear"), "--task retrieval trains the side network; found --head linear"),
+        (dict(head="linear"), "--task retrieval trains side4video; found --head linear"),
         (dict(inputs="pixels"), "--inputs pixels leaves out the class token"),
         (dict(label_smoothing=0.1), "--label-smoothing has no effect on --task retrieval"),
         (dict(task="search"), "--task takes recognition, retrieval; found 'search'"),
@@ -257,13 +267,13 @@ def test_stores_that_cannot_train_retrieval_are_refused(int8_store, captioned_st
 
 
 def test_runs_of_the_other_task_are_refused(trained, captioned_store, int8_store, tmp_path):
-    with pytest.raises(ConfigError, match="is a retrieval run"):
-        evaluate_run(trained[0])
+    with pytest.raises(ConfigError, match="--clips has no effect on a retrieval run"):
+        evaluate_run(trained[0], num_clips=2)
     train_run(TrainConfig(features=int8_store, out=tmp_path / "linear", head="linear", epochs=1, device="cpu"))
-    with pytest.raises(ConfigError, match="is a recognition run"):
-        evaluate_retrieval_run(tmp_path / "linear")
+    with pytest.raises(ConfigError, match="--dual-softmax has no effect on a recognition run"):
+        evaluate_run(tmp_path / "linear", with_dual_softmax=True)
     with pytest.raises(StoreMismatchError, match="has no good, captioned video in split 'test'; it has train, val"):
-        evaluate_retrieval_run(trained[0], split="test")
+        evaluate_run(trained[0], split="test")
 
 
 def test_the_commands_train_and_evaluate(captioned_store, tmp_path, monkeypatch):
@@ -273,7 +283,7 @@ def test_the_commands_train_and_evaluate(captioned_store, tmp_path, monkeypatch)
     options = ["--side-width", "64", "--device", "cpu", "--batch-size", "4"]
     result = runner.invoke(app, [*command, *options], catch_exceptions=False)
     assert result.exit_code == 0 and "runs/captioned-retrieval: val_r1" in result.stdout
-    assert find_newest_run(task="retrieval").name == "captioned-retrieval"
+    assert find_newest_run(accept=lambda run: run.shape.task == "retrieval").name == "captioned-retrieval"
     result = runner.invoke(app, ["eval", "--dual-softmax", "--device", "cpu"], catch_exceptions=False)
     lines = result.stdout.splitlines()
     assert "4 videos and 6 captions of val" in lines[0]

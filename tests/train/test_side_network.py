@@ -6,8 +6,9 @@ import torch
 
 from s4v.errors import StoreMismatchError
 from s4v.store.codec import Codec, fit_scale
-from s4v.train import side_network
-from s4v.train.side_network import RetrievalSideNetwork, SideNetwork, Tap, shift_class_token, sum_shifted
+from s4v.train.networks import parts
+from s4v.train.networks.parts import Tap, shift_class_token, sum_shifted
+from s4v.train.networks.side4video import RetrievalSideNetwork, SideNetwork
 
 LADDER = dict(num_layers=2, width=24, side_width=64, num_patches=9, patch_px=4)
 SIZES = dict(**LADDER, num_classes=5)
@@ -272,7 +273,7 @@ def test_what_is_made_again_is_what_would_have_been_kept(network, again, monkeyp
     codes = torch.randint(-127, 128, (2, 4, 2, 9, 6), dtype=torch.int8, generator=torch.Generator().manual_seed(2))
     networks, kept = [network, copy.deepcopy(network)], []
     for one, least_width in zip(networks, (10**6, 0), strict=True):
-        monkeypatch.setattr(side_network, "_LEAN_FROM_WIDTH", least_width)
+        monkeypatch.setattr(parts, "_LEAN_FROM_WIDTH", least_width)
         one.checkpoints_activations = again and least_width == 0
         stored = {}
 
@@ -300,7 +301,7 @@ def test_of_codes_as_wide_as_tokens_only_the_codes_are_kept(network, dtype, monk
     codes = torch.stack([codec.encode(patches[:, :, layer], layer) for layer in range(2)], dim=2)
     networks, wide = [network, copy.deepcopy(network)], []
     for one, least_width in zip(networks, (10**6, 0), strict=True):
-        monkeypatch.setattr(side_network, "_LEAN_FROM_WIDTH", least_width)
+        monkeypatch.setattr(parts, "_LEAN_FROM_WIDTH", least_width)
         stored = {}
 
         def keep(tensor, stored=stored):
@@ -321,7 +322,7 @@ def test_of_codes_as_wide_as_tokens_only_the_codes_are_kept(network, dtype, monk
 
 def test_batch_norm_of_vectors_is_torchs():
     torch.manual_seed(0)
-    ours, theirs = side_network.BatchNorm(5, affine=False), torch.nn.BatchNorm1d(5, affine=False)
+    ours, theirs = parts.BatchNorm(5, affine=False), torch.nn.BatchNorm1d(5, affine=False)
     x = torch.randn(7, 5)
     assert torch.equal(ours(x), theirs(x))
     assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), theirs.buffers(), strict=True))

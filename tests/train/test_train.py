@@ -28,12 +28,18 @@ from s4v.store.reader import open_store
 from s4v.train import loop
 from s4v.train.clips import ClipLoader, find_labelled_rows, plan_training_epoch
 from s4v.train.config import TrainConfig
-from s4v.train.evaluate import Evaluation, evaluate_run
-from s4v.train.heads import AttentiveProbe, build_head, embed_times
+from s4v.train.evaluate import evaluate_run
 from s4v.train.loop import default_run_path, resolve_device, train_run
+from s4v.train.networks import find_network
+from s4v.train.networks.attentive_probe import AttentiveProbe, embed_times
 from s4v.train.recipe import learning_rate_at, reference_learning_rate
 from s4v.train.run_folder import find_newest_run, load_checkpoint, open_run, read_metrics
-from s4v.train.tasks import contract as tasks
+from s4v.train.tasks import recognition as tasks
+from s4v.train.tasks.recognition_metrics import Evaluation
+
+
+def build(shape):
+    return find_network(shape.name).build(shape)
 
 
 def config_for(store, out, **changes):
@@ -76,7 +82,7 @@ def test_the_same_seed_gives_the_same_run(trained, int8_store, tmp_path):
 @pytest.mark.parametrize("inputs", ["pixels", "tokens"])
 def test_ablations_train_and_evaluate_from_their_saved_configuration(int8_store, tmp_path, inputs):
     train_run(config_for(int8_store, tmp_path / "run", inputs=inputs))
-    assert open_run(tmp_path / "run").head.inputs == inputs
+    assert open_run(tmp_path / "run").shape.inputs == inputs
     assert evaluate_run(tmp_path / "run", checkpoint="last")["videos"] == 2
 
 
@@ -170,7 +176,7 @@ def test_views_of_a_video_stand_side_by_side_in_a_step(video_folder, tmp_path, m
 
 def test_layers_of_the_store_can_be_left_out(int8_store, tmp_path):
     train_run(config_for(int8_store, tmp_path / "few", layers=(1, 5), epochs=1))
-    assert open_run(tmp_path / "few").head.layers == (1, 5)
+    assert open_run(tmp_path / "few").shape.layers == (1, 5)
     evaluate_run(tmp_path / "few")
 
 
@@ -300,7 +306,7 @@ def test_a_single_step_changes_the_weights(int8_store, tmp_path):
     assert summary["steps"] == 1
     assert summary["last"]["learning_rate"] > 0
     torch.manual_seed(0)
-    initial = build_head(open_run(tmp_path / "one").head).state_dict()
+    initial = build(open_run(tmp_path / "one").shape).state_dict()
     trained_weights = load_checkpoint(open_run(tmp_path / "one"), "last").state_dict()
     assert not torch.equal(initial["classifier.weight"], trained_weights["classifier.weight"])
 
@@ -374,13 +380,13 @@ def test_a_state_with_weights_that_are_not_finite_is_never_saved(int8_store, tmp
     """A loss is finite until the next batch shows what its step did."""
     make, steps = loop.make_optimizer, []
 
-    def poison(head, config):
-        optimizer = make(head, config)
+    def poison(groups, *options):
+        optimizer = make(groups, *options)
 
         def ruin(*_):
             steps.append(None)
             if len(steps) == 2:
-                next(head.parameters()).data.fill_(math.inf)
+                groups[0].parameters[0].data.fill_(math.inf)
 
         optimizer.register_step_post_hook(ruin)
         return optimizer
@@ -514,7 +520,7 @@ print(sorted(m for m in sys.modules if m.startswith(("open_clip", "timm", "s4v.e
     assert {file.name for file in files} == {"best.safetensors", "last.safetensors", "state.safetensors"}
     assert len(files) == 6
     for file in files:
-        network = build_head(open_run(file.parent).head).state_dict()
+        network = build(open_run(file.parent).shape).state_dict()
         tensors = load_file(file)
         if file.stem != "state":
             assert tensors.keys() == network.keys()
@@ -526,7 +532,7 @@ print(sorted(m for m in sys.modules if m.startswith(("open_clip", "timm", "s4v.e
 def test_the_attentive_probe_trains_and_knows_the_order_of_frames(int8_store, tmp_path):
     train_run(config_for(int8_store, tmp_path / "run", head="attentive", layers=(3, 5)))
     run = open_run(tmp_path / "run")
-    assert (run.head.name, run.head.layers, run.head.side_width) == ("attentive", (3, 5), 64)
+    assert (run.shape.name, run.shape.layers, run.shape.side_width) == ("attentive", (3, 5), 64)
     assert evaluate_run(tmp_path / "run")["videos"] == 2
     head = load_checkpoint(run)
     patches, cls = torch.randn(2, 4, 2, 64, 192), torch.randn(2, 4, 2, 192)

@@ -22,9 +22,8 @@ from typing import Any
 import torch
 
 from ...errors import WeightsError
-from ..config import Family, Task
-from ..heads import HeadConfig, build_head
-from ..side_network import RetrievalSideNetwork, SideNetwork
+from ..choices import Family
+from ..networks.side4video import RetrievalSideNetwork, Side4Video, SideNetwork, SideShape
 
 _log = logging.getLogger(__name__)
 
@@ -74,7 +73,7 @@ class OfficialCheckpoint:
     """What a checkpoint of the reference holds, sorted; tensors are those of the mapped file."""
 
     path: Path
-    head: HeadConfig
+    shape: SideShape
     """Everything that the network's shapes follow from."""
     state: dict[str, torch.Tensor]
     """The network's weights, under our names."""
@@ -93,12 +92,12 @@ class OfficialCheckpoint:
         Raises:
             WeightsError: If a tensor is missing, left over, or of another size.
         """
-        network: SideNetwork | RetrievalSideNetwork = build_head(self.head)
+        network = Side4Video().build(self.shape)
         try:
             network.load_state_dict(self.state)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
-            kind = f"{self.head.family.upper()} {self.head.task}"
+            kind = f"{self.shape.family.upper()} {self.shape.task}"
             raise WeightsError(f"{self.path} is not a whole {kind} checkpoint of Side4Video: {reason}") from error
         network.eval()
         return network
@@ -150,7 +149,7 @@ def read_official_checkpoint(path: str | Path, layers: tuple[int, ...] | None = 
         ours = _rename(tensors, new_names)
         task, family = _recognise_variant(path, tensors, ours)
         depth = _count_backbone_blocks(tensors)
-        head = _read_head_config(path, ours, task, family, depth, layers)
+        head = _read_shape(path, ours, task, family, depth, layers)
     except (RuntimeError, IndexError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise WeightsError(f"{path} holds tensors of other shapes than Side4Video's: {reason}") from error
@@ -166,14 +165,14 @@ def read_official_checkpoint(path: str | Path, layers: tuple[int, ...] | None = 
     return OfficialCheckpoint(path, head, state, end, depth, text, _group(unused, others))
 
 
-def _read_head_config(
+def _read_shape(
     path: Path,
     ours: Mapping[str, torch.Tensor],
-    task: Task,
+    task: str,
     family: Family,
     depth: int | None,
     layers: tuple[int, ...] | None,
-) -> HeadConfig:
+) -> SideShape:
     num_blocks = len({name.split(".")[1] for name in ours if name.startswith("blocks.")})
     num_positions, side_width = len(ours["position"]), ours["position"].shape[1]
     if side_width % 64:
@@ -182,8 +181,8 @@ def _read_head_config(
     chosen = _resolve_layers(path, num_blocks, depth, layers)
     if is_retrieval and depth is not None and chosen[-1] != depth - 1:
         raise WeightsError(f"{path} is of retrieval, which reads the last block, {depth - 1}: --layers must hold it")
-    return HeadConfig(
-        name="side4video",
+    return SideShape(
+        name=Side4Video.name,
         num_classes=0 if is_retrieval else len(ours["classifier.bias"]),
         layers=chosen,
         width=ours["taps.0.project.weight"].shape[1],
@@ -273,10 +272,10 @@ def _load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
 
 def _recognise_variant(
     path: Path, tensors: Mapping[str, torch.Tensor], ours: Mapping[str, torch.Tensor]
-) -> tuple[Task, Family]:
+) -> tuple[str, Family]:
     families: dict[Family, str] = {"clip": ".side_transformer.", "eva": ".side_blocks."}
     found = [family for family, part in families.items() if any(part in name for name in tensors)]
-    tasks: dict[Task, str] = {"recognition": "classifier.weight", "retrieval": "widen.weight"}
+    tasks: dict[str, str] = {"recognition": "classifier.weight", "retrieval": "widen.weight"}
     meant = [task for task, name in tasks.items() if name in ours]
     needed = ["position", "stem.weight", "taps.0.project.weight"]
     needed += {"recognition": ["classifier.bias"], "retrieval": ["end.project.weight"]}[meant[0]] if meant else []

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from ...errors import ConfigError, StoreMismatchError
 from ...files import hash_file, write_atomic
 from ...store.reader import StoreReader, open_store
+from ..networks.parts import TOWER_END
 from ..run_folder import BACKBONE_IDENTITY, Run, describe_source, refuse_existing_run, save_checkpoint, write_run_config
-from ..side_network import TOWER_END
 from .checkpoint_names import OfficialCheckpoint, read_official_checkpoint
 from .presets import side_family
 
@@ -75,16 +75,16 @@ def import_checkpoint(
         "batch_size": _BATCH_SIZE,
     }
     source = _describe_unknown_source(official) if store is None else describe_source(store)
-    classes = () if store is None or official.head.task == "retrieval" else store.classes.names
-    run = Run(out, config, official.head, classes, source)
+    classes = () if store is None or official.shape.task == "retrieval" else store.classes.names
+    run = Run(out, config, official.shape, classes, source)
     if official.text:
         _save_text(out / TEXT_NAME, official.text)
     save_checkpoint(run, "best", network, {"imported_from": config["imported_from"]})
     write_run_config(run)  # last: without it the folder is no run
     return {
         "run": str(out),
-        "variant": {"task": official.head.task, "family": official.head.family},
-        "layers": list(official.head.layers),
+        "variant": {"task": official.shape.task, "family": official.shape.family},
+        "layers": list(official.shape.layers),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "checked": checked,
         "unused": official.unused,
@@ -103,30 +103,30 @@ def require_fitting_store(official: OfficialCheckpoint, store: StoreReader) -> l
     Raises:
         StoreMismatchError: With all differences.
     """
-    head, backbone = official.head, store.attributes["backbone"]
+    shape, backbone = official.shape, store.attributes["backbone"]
     facts: dict[str, tuple[Any, Any]] = {
-        "width": (head.width, backbone["width"]),
-        "patch size": (head.patch_px, backbone["patch_size"][0]),
-        "patches of a frame": (head.num_patches, store.layout.num_patches),
-        "family of side blocks": (head.family, side_family(store)),
+        "width": (shape.width, backbone["width"]),
+        "patch size": (shape.patch_px, backbone["patch_size"][0]),
+        "patches of a frame": (shape.num_patches, store.layout.num_patches),
+        "family of side blocks": (shape.family, side_family(store)),
     }
     if official.depth is not None:
         facts["blocks of the backbone"] = (official.depth, backbone["depth"])
-    if head.task == "recognition":
-        facts["classes"] = (head.num_classes, len(store.classes.names))
+    if shape.task == "recognition":
+        facts["classes"] = (shape.num_classes, len(store.classes.names))
     else:
-        assert head.norm_eps is not None
-        facts["eps of the final norm"] = (np.float32(head.norm_eps), np.float32(store.head["norm_eps"]))
+        assert shape.norm_eps is not None
+        facts["eps of the final norm"] = (np.float32(shape.norm_eps), np.float32(store.head["norm_eps"]))
     differences = [f"{name}: {ours} here, {theirs} there" for name, (ours, theirs) in facts.items() if ours != theirs]
-    if missing := sorted(set(head.layers) - set(store.layout.layers)):
+    if missing := sorted(set(shape.layers) - set(store.layout.layers)):
         differences.append(f"layers {missing} are not in the store")
-    if head.task == "retrieval" and head.layers[-1] != backbone["depth"] - 1:
+    if shape.task == "retrieval" and shape.layers[-1] != backbone["depth"] - 1:
         differences.append(
-            f"retrieval reads the last block, {backbone['depth'] - 1}; layers end with {head.layers[-1]}"
+            f"retrieval reads the last block, {backbone['depth'] - 1}; layers end with {shape.layers[-1]}"
         )
     if not store.layout.with_pixels:
         differences.append("the stem reads pixels, and the store was extracted with --no-pixels")
-    is_tuned = head.task == "retrieval" and head.family == "eva"
+    is_tuned = shape.task == "retrieval" and shape.family == "eva"
     differences += _compare_ends(official.end, store.head, with_numbers=not is_tuned)
     if differences:
         raise StoreMismatchError(f"{official.path} does not fit {store.path}: {'; '.join(differences)}")
@@ -151,10 +151,10 @@ def _relative_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 def _describe_unknown_source(official: OfficialCheckpoint) -> dict[str, Any]:
     """`describe_source` as far as a checkpoint tells it; None is not compared with a store."""
-    known: dict[str, Any] = {"width": official.head.width, **_PIXELS}
-    grid = round(official.head.num_patches**0.5)
-    if grid**2 == official.head.num_patches:
-        known["image_size"] = [grid * official.head.patch_px] * 2
+    known: dict[str, Any] = {"width": official.shape.width, **_PIXELS}
+    grid = round(official.shape.num_patches**0.5)
+    if grid**2 == official.shape.num_patches:
+        known["image_size"] = [grid * official.shape.patch_px] * 2
     return {
         "store": None,
         "backbone": {name: known.get(name) for name in BACKBONE_IDENTITY},

@@ -11,15 +11,13 @@ Source:
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-import numpy as np
-
-from ...errors import ConfigError, StoreMismatchError
 from ...store.reader import StoreReader
-from ..config import Family, Task, TrainConfig
-from ..recipe import reference_learning_rate
+from ..choices import Family
+from ..networks.contract import Preset
+from ..recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,22 +43,20 @@ class Size:
         """Tapped blocks, 0-based."""
         return tuple(range(self.every - 1, self.depth, self.every))
 
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How long and how fast a network is trained, and on what in each step."""
-
-    epochs: int
-    learning_rate: float
-    warmup_epochs: float = 4.0
-    weight_decay: float = 0.15
-    label_smoothing: float | None = 0.1
-    batch_size: int = 32
-    """Clips in a step: of one process, for retrieval of all."""
-    clip_norm: float | None = None
-    frames: int = 8
-    """T of the released configurations; the paper tests with 8 and 16."""
-    views_per_video: int = 1
+    def beside(self, task: str, name: str, dataset: str, recipe: Recipe, sizes: dict[str, int]) -> Preset:
+        """Its preset for a data set."""
+        return Preset(
+            name=f"{name}-{dataset}",
+            task=task,
+            dataset=dataset,
+            family=self.family,
+            width=self.width,
+            depth=self.depth,
+            patch_px=self.patch_px,
+            layers=self.layers,
+            recipe=recipe,
+            sizes=sizes,
+        )
 
 
 SIZES = {
@@ -86,22 +82,35 @@ _RECIPES = {
 }
 
 # The reference's of MSR-VTT, MSVD and VATEX, whatever the backbone.
-_RETRIEVAL_RECIPE = Recipe(5, 1e-4, weight_decay=0.2, label_smoothing=None, batch_size=128, clip_norm=1.0, frames=12)
-_RETRIEVAL_SIDE_WIDTH = 320
-_RETRIEVAL_WARMUP = 0.1
-"""Of all epochs."""
+RETRIEVAL_RECIPE = Recipe(
+    5,
+    1e-4,
+    weight_decay=0.2,
+    label_smoothing=None,
+    batch_size=128,
+    clip_norm=1.0,
+    frames=12,
+    warmup_share=0.1,
+    is_batch_of_all=True,
+)
+RETRIEVAL_SIDE_WIDTH = 320
 _RETRIEVAL_DATASETS = ("msrvtt", "msvd", "vatex")
 
 PAPER_SIDE_WIDTHS = {size.width: size.side_width for name, size in SIZES.items() if not name.endswith("-light")}
 """S of the paper's full networks, by the backbone's width."""
 
-DATASETS: dict[Task, tuple[str, ...]] = {
-    "recognition": tuple(sorted({dataset for _, dataset in _RECIPES})),
-    "retrieval": _RETRIEVAL_DATASETS,
-}
 
-PRESETS = tuple(f"{size}-{dataset}" for size in SIZES for sets in DATASETS.values() for dataset in sets)
-"""Names that `--preset` takes beside auto and none."""
+def _list_presets() -> Iterator[Preset]:
+    for name, size in SIZES.items():
+        for dataset in sorted({dataset for _, dataset in _RECIPES}):
+            sizes = {"side_width": size.side_width}
+            yield size.beside("recognition", name, dataset, _RECIPES[size.recipe, dataset], sizes)
+        for dataset in _RETRIEVAL_DATASETS:
+            yield size.beside("retrieval", name, dataset, RETRIEVAL_RECIPE, {"side_width": RETRIEVAL_SIDE_WIDTH})
+
+
+PRESETS = tuple(_list_presets())
+"""The full network comes before the light one of the same backbone: every layer in a store is the full one's."""
 
 
 def side_family(store: StoreReader) -> Family:
@@ -109,121 +118,12 @@ def side_family(store: StoreReader) -> Family:
     return "eva" if store.attributes["backbone"]["architecture"].startswith("EVA") else "clip"
 
 
-def resolve_preset(config: TrainConfig, store: StoreReader, *, num_processes: int = 1) -> TrainConfig:
-    """Fill in what a configuration leaves open, from a preset or from s4v's defaults.
-
-    `auto` is the preset of the store's backbone and data set whose layers are those at hand, or the full one of a
-    store that holds every layer; `none` where there is no such preset, or the head is not the side network.
-
-    Args:
-        config: Options as given; what was not given is None.
-        store: What it trains on.
-        num_processes: That train together; a batch of retrieval is shared out among them.
-
-    Returns:
-        The configuration with the preset's name, and neither rate, epochs, warm-up, weight decay, batch size nor, for
-        recognition, label smoothing None. `layers` and `side_width` stay None without a preset: they follow from the
-        store. `frames` stays None unless a preset was named, and `views_per_video` in any case: they follow from the
-        rows, `resolve_views`.
-
-    Raises:
-        ConfigError: If there is no such preset, the head has no use for one, or a batch of retrieval cannot be shared
-            out.
-        StoreMismatchError: If a preset that was named is of another backbone, or its layers are not in the store.
-    """
-    name = config.preset
-    if name == "auto":
-        name = find_preset(config, store) or "none"
-    elif name != "none":
-        _require_fitting_preset(config, store)
-    is_retrieval = config.task == "retrieval"
-    recipe = _RETRIEVAL_RECIPE if is_retrieval else Recipe(30, reference_learning_rate(store.layout.width))
-    sizes: dict[str, Any] = {"side_width": _RETRIEVAL_SIDE_WIDTH} if is_retrieval and _is_of_paper(store) else {}
-    if name != "none":
-        size, recipe = _look_up(name)
-        sizes = {"layers": size.layers, "side_width": _RETRIEVAL_SIDE_WIDTH if is_retrieval else size.side_width}
-    values = {**sizes, **asdict(recipe), "views_per_video": None}
-    if config.preset in ("auto", "none"):
-        values["frames"] = None  # as many as the rows hold, up to the task's default
-    if is_retrieval:
-        values["warmup_epochs"] = _RETRIEVAL_WARMUP * (config.epochs or recipe.epochs)
-        values["batch_size"], rest = divmod(recipe.batch_size, num_processes)
-        if rest and config.batch_size is None:
-            raise ConfigError(
-                f"a step of {recipe.batch_size} pairs cannot be shared out evenly among {num_processes} processes: "
-                "give --batch-size, the pairs of each"
-            )
-    chosen = {field: value for field, value in values.items() if getattr(config, field) is None}
-    return replace(config, preset=name, **chosen)
+def is_of_paper(store: StoreReader) -> bool:
+    """Whether a store's backbone is one of the paper's."""
+    return any(preset.is_beside(*describe_backbone(store)) for preset in PRESETS)
 
 
-def resolve_views(config: TrainConfig, num_views: np.ndarray, num_processes: int = 1) -> int:
-    """Views of a video in a step: those asked for, else the preset's where every training row holds as many, else 1.
-
-    Args:
-        config: As `resolve_preset` left it.
-        num_views: Of each training row.
-        num_processes: That train together: their batch norms take it that all have as many clips.
-
-    Raises:
-        StoreMismatchError: If no row holds as many as were asked for, or, of several processes, not every row.
-    """
-    if config.views_per_video is not None:
-        held = int(num_views.max() if num_processes == 1 else num_views.min())
-        if config.views_per_video > held:
-            raise StoreMismatchError(
-                f"{config.views_per_video} views of a video were asked for (--views-per-video), training rows of "
-                f"{config.features} hold {held}: extract with --views train=flip or train=three"
-            )
-        return config.views_per_video
-    wanted = _look_up(config.preset)[1].views_per_video if config.preset != "none" else 1
-    return wanted if int(num_views.min()) >= wanted else 1
-
-
-def find_preset(config: TrainConfig, store: StoreReader) -> str | None:
-    """The preset that `auto` takes; None where the backbone, the data set or the layers are in no preset."""
-    dataset = store.attributes["dataset"]["name"]
-    if config.head != "side4video" or dataset not in DATASETS[config.task]:
-        return None
-    layers = set(config.layers or store.layout.layers)
-    # The full network comes before the light one of the same backbone: every layer in a store is the full one's.
-    for name, size in SIZES.items():
-        is_whole = not config.layers and len(layers) == size.depth
-        if _is_beside(size, store) and (is_whole or layers == set(size.layers)):
-            return f"{name}-{dataset}"
-    return None
-
-
-def _look_up(name: str) -> tuple[Size, Recipe]:
-    size, _, dataset = name.rpartition("-")
-    recipe = _RETRIEVAL_RECIPE if dataset in _RETRIEVAL_DATASETS else _RECIPES[SIZES[size].recipe, dataset]
-    return SIZES[size], recipe
-
-
-def _is_of_paper(store: StoreReader) -> bool:
-    return any(_is_beside(size, store) for size in SIZES.values())
-
-
-def _is_beside(size: Size, store: StoreReader) -> bool:
+def describe_backbone(store: StoreReader) -> tuple[str, int, int, int]:
+    """What a preset is beside: family, width, blocks and patches of a store's backbone."""
     backbone = store.attributes["backbone"]
-    found = (side_family(store), backbone["width"], backbone["depth"], backbone["patch_size"][0])
-    return found == (size.family, size.width, size.depth, size.patch_px)
-
-
-def _require_fitting_preset(config: TrainConfig, store: StoreReader) -> None:
-    if config.preset not in PRESETS:
-        raise ConfigError(f"--preset takes auto, none, {', '.join(PRESETS)}; found {config.preset!r}")
-    if config.head != "side4video":
-        raise ConfigError(f"--preset has no effect on --head {config.head}: leave it out, or train --head side4video")
-    if config.preset.rpartition("-")[2] not in DATASETS[config.task]:
-        raise ConfigError(f"--preset {config.preset} is not for --task {config.task}")
-    size, _ = _look_up(config.preset)
-    if not _is_beside(size, store):
-        backbone = store.attributes["backbone"]
-        raise StoreMismatchError(
-            f"--preset {config.preset} is for a {size.family.upper()} backbone of width {size.width}, {size.depth} "
-            f"blocks, patches of {size.patch_px} px; {store.path} is of {backbone['architecture']}: width "
-            f"{backbone['width']}, {backbone['depth']} blocks, {backbone['patch_size'][0]} px. Use --preset auto."
-        )
-    if config.layers is None:
-        store.layer_places(size.layers)
+    return side_family(store), backbone["width"], backbone["depth"], backbone["patch_size"][0]

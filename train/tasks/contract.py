@@ -1,242 +1,186 @@
-"""What a training is about: whose clips, which loss, and the figure that the best epoch is chosen by."""
+"""What a task is to the rest of s4v: whose clips, which loss, which figure, and how a run of it is evaluated and told.
+
+A new task is one file here, and a line in the table. docs/extending.md has an example.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 
-from ...errors import StoreMismatchError
+from ...errors import ConfigError, StoreMismatchError
 from ...store.reader import StoreReader
-from ...store.texts import TextReader
-from ..clips import (
-    DEFAULT_CLIP_FRAMES,
-    ClipBatch,
-    LabelledRows,
-    find_captioned_rows,
-    find_labelled_rows,
-    hand_over_texts,
-)
-from ..config import TrainConfig
-from ..evaluate import ALONE, Team, accuracy_figures, evaluate_head
-from ..networks.text_interaction import TextBatch, contrastive_loss
-from ..recipe import classification_loss
-from ..retrieval import evaluate_retrieval
-from ..side_network import RetrievalSideNetwork
+from ..clips import ClipBatch, ClipPlan, LabelledRows, plan_training_epoch
+from ..networks.contract import Network, Outputs
+from ..recipe import Optimisation, Recipe
+from ..run_folder import Run
+from ..scorer import Scorer
+
+if TYPE_CHECKING:
+    from ..config import TrainConfig
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
 """(B, ...) of this process to (B of all processes, ...), gradients included; of one process the same."""
 
 _log = logging.getLogger(__name__)
 
-# The reference's S, T and weight of the decorrelation loss.
-_RETRIEVAL_FRAMES = 12
-_DECORRELATION = 1e-3
 
-_MOST_NAMED = 5
+@dataclass(frozen=True, slots=True)
+class EvaluationOptions:
+    """What `s4v eval` can be told."""
+
+    features: Path | str | None = None
+    """A store; None takes the one that the run was trained on."""
+    split: str = "val"
+    """Which videos."""
+    num_clips: int | None = None
+    """Clips of a video, of recognition; None takes those that the store recorded."""
+    checkpoint: str = "best"
+    """`best` or `last`."""
+    is_backwards: bool = False
+    """Play every clip backwards; files are named eval_SPLIT_backwards and so on."""
+    with_dual_softmax: bool = False
+    """Of retrieval: add figures of scores that look at all queries of the split at once."""
+    device: torch.device | None = None
+    """Where to compute; None takes the CPU."""
+    with_page: bool = False
+    """Write a results page too, where the task has one."""
+    report: Callable[[str, int, int], None] = lambda *_: None
+    """Told about progress."""
+
+    @property
+    def file_stem(self) -> str:
+        """What files of this evaluation are named after: the split, and whether it was played backwards."""
+        return f"{self.split}_backwards" if self.is_backwards else self.split
 
 
-class Task(Protocol):
+class Task(ABC):
     """One kind of training, on one store."""
 
-    figure: str
+    name: ClassVar[str]
+    figure: ClassVar[str]
     """Of a validation: the higher, the better."""
-    default_frames: int
+    shown_figures: ClassVar[tuple[str, ...]]
+    """Shares that a line about a run tells."""
+    default_frames: ClassVar[int]
     """T, where rows hold as many and nobody said otherwise."""
+    reads_first_clips: ClassVar[bool] = False
+    """Whether a validation looks at the first evaluation clip of a video alone."""
+    embeds_frames: ClassVar[bool] = False
+    """Whether its networks embed frames beside texts, so that videos can be searched with them."""
+    optimisation: ClassVar[Optimisation] = Optimisation()
     training: LabelledRows
     validation: LabelledRows
-    reads_first_clips: bool
-    """Whether a validation looks at the first evaluation clip of a video alone."""
 
-    def prepare_head(self, head: Any) -> tuple[str, ...]:
-        """Give a fresh head what it takes from the store; returns which arrays of texts its loss reads."""
+    def __init__(self, config: TrainConfig, store: StoreReader) -> None:
+        self._config = config
+        self._store = store
 
-    def compute_loss(self, head: Any, output: torch.Tensor, batch: ClipBatch, gather: Gather) -> torch.Tensor:
-        """The loss (), of what the head said of a batch."""
+    @classmethod
+    @abstractmethod
+    def find_recipe(cls, backbone_width: int) -> Recipe:
+        """How its networks are trained where no preset and no network says otherwise."""
 
-    def validate(
-        self,
-        head: torch.nn.Module,
-        *,
-        layers: tuple[int, ...],
-        num_frames: int,
-        device: torch.device,
-        team: Team = ALONE,
-    ) -> dict[str, float]:
+    @classmethod
+    @abstractmethod
+    def describe_outputs(cls, store: StoreReader) -> Outputs:
+        """What it wants to come out of a network."""
+
+    @classmethod
+    def check(cls, config: TrainConfig) -> None:
+        """Refuse options that do not go together on this task.
+
+        Raises:
+            ConfigError: With what to leave out or to take.
+        """
+
+    def check_step(self, num_clips: int) -> None:
+        """Refuse a step of so few clips that it teaches nothing.
+
+        Args:
+            num_clips: Of all processes, as they were asked for.
+
+        Raises:
+            ConfigError: With what to do.
+        """
+
+    def plan_epoch(self, epoch: int, *, num_frames: int, rank: int = 0, num_ranks: int = 1) -> list[ClipPlan]:
+        """The batches of one epoch, of one process: a pure function of rows, seed and epoch."""
+        config = self._config
+        assert config.batch_size is not None
+        return plan_training_epoch(
+            self.training,
+            num_frames=num_frames,
+            batch_size=config.batch_size,
+            views_per_video=config.views_per_video or 1,
+            seed=config.seed,
+            epoch=epoch,
+            rank=rank,
+            num_ranks=num_ranks,
+        )
+
+    def begin(self, network: Network) -> None:
+        """Called once before the first step, with the network as it will be trained. By default nothing."""
+
+    @abstractmethod
+    def compute_loss(self, network: Any, output: Any, batch: ClipBatch, gather: Gather) -> torch.Tensor:
+        """The loss (), of what the network said of a batch."""
+
+    @abstractmethod
+    def validate(self, scorer: Scorer) -> dict[str, float]:
         """Figures of the validation videos, `val_...`; every process of the team takes part, and gets all of them.
 
         Raises:
             EnvironmentFailedError: If a score is not finite.
         """
 
+    @classmethod
+    def check_evaluation(cls, options: EvaluationOptions) -> None:
+        """Refuse options of an evaluation that have no effect on this task.
 
-class Recognition:
-    """Clips to class scores."""
+        Raises:
+            ConfigError: With what to leave out.
+        """
 
-    figure = "val_top1"
-    default_frames = DEFAULT_CLIP_FRAMES
-    reads_first_clips = False
+    @classmethod
+    @abstractmethod
+    def evaluate_run(cls, run: Run, options: EvaluationOptions) -> dict[str, Any]:
+        """Evaluate a run on a split of a store, and leave figures and predictions in the run's folder.
 
-    def __init__(self, config: TrainConfig, store: StoreReader) -> None:
-        self._config = config
-        self._store = store
-        self.training = find_labelled_rows(store, config.train_split)
-        self.validation = find_labelled_rows(store, config.val_split)
-        _require_rows(store, self.training, config, "labelled")
-        if len(set(self.training.labels.tolist())) < 2:
-            raise StoreMismatchError(
-                f"the good training videos of {store.path} are all of one class: a classifier needs two or more"
-            )
-        _warn_of_unseen_classes(store, self.training, self.validation)
+        Raises:
+            StoreMismatchError: If the store does not fit the run, or the split has nothing to evaluate.
+            ConfigError: If the run was imported without a store and none is named.
+            EnvironmentFailedError: If a score is not finite, or the device is too small.
+        """
 
-    def prepare_head(self, head: Any) -> tuple[str, ...]:
-        """Nothing: it learns all that it needs."""
-        return ()
+    @classmethod
+    def describe_shares(cls, metrics: Mapping[str, Any]) -> str:
+        """Its shares among metrics, `val_` before them or not: `val_top1 85.0%, val_top5 98.1%`."""
+        names = [name for name in metrics if name.removeprefix("val_") in cls.shown_figures]
+        return ", ".join(f"{name} {metrics[name]:.1%}" for name in names) or "no validation videos"
 
-    def compute_loss(self, head: Any, output: torch.Tensor, batch: ClipBatch, gather: Gather) -> torch.Tensor:
-        """Cross-entropy of logits (B, classes)."""
-        return classification_loss(output, batch.labels, self._config)
-
-    def validate(
-        self,
-        head: torch.nn.Module,
-        *,
-        layers: tuple[int, ...],
-        num_frames: int,
-        device: torch.device,
-        team: Team = ALONE,
-    ) -> dict[str, float]:
-        """Loss and accuracy."""
-        assert self._config.batch_size is not None
-        result = evaluate_head(
-            head,
-            self._store,
-            self.validation,
-            layers=layers,
-            num_frames=num_frames,
-            batch_size=self._config.batch_size,
-            device=device,
-            team=team,
-        )
-        return {"val_loss": result.loss, **{f"val_{k}": v for k, v in accuracy_figures(result).items()}}
+    @classmethod
+    @abstractmethod
+    def render(cls, run: Path, figures: Mapping[str, Any]) -> list[str]:
+        """What `evaluate_run` found, in lines."""
 
 
-class Retrieval:
-    """Frames to embeddings, near those of their captions and far from those of a step's other captions."""
+def require_rows(store: StoreReader, training: LabelledRows, config: TrainConfig, *, labels: str, kind: str) -> None:
+    """Refuse a store without training videos or without the validation split, and warn of an unfinished one.
 
-    figure = "val_r1"
-    default_frames = _RETRIEVAL_FRAMES
-    reads_first_clips = True
-
-    def __init__(self, config: TrainConfig, store: StoreReader) -> None:
-        self._config = config
-        self._store = store
-        self.training = find_captioned_rows(store, config.train_split)
-        self.validation = find_captioned_rows(store, config.val_split)
-        _require_rows(store, self.training, config, "captioned")
-        if len(set(self.training.rows.tolist())) < 2:
-            raise StoreMismatchError(
-                f"{store.path} has one good training video with captions: retrieval needs two or more"
-            )
-        self._texts = TextReader(store)  # told before a run's folder is made, where there are none
-        captions = store.read_captions()
-        # Which video a caption is of, and which captions say the same: such pairs are nobody's negatives.
-        owner = np.full(len(captions), -1, dtype=np.int64)
-        owner[self.training.labels] = self.training.rows
-        texts = captions["text"].combine_chunks().dictionary_encode().indices.to_numpy()
-        self._identities = torch.from_numpy(np.stack([owner, texts.astype(np.int64)], axis=1))
-        self._logit_scale = torch.tensor(float(store.head["logit_scale"]))
-        self._bank: TextBatch | None = None
-        self._bank_identities = self._identities[self.training.labels]
-
-    def prepare_head(self, head: RetrievalSideNetwork) -> tuple[str, ...]:
-        """The backbone's final norm and projection."""
-        head.end.load_arrays(self._store.head)
-        if self._config.negatives == "all":
-            texts = self._texts.read(self.training.labels, head.interaction.text_arrays)
-            self._bank = hand_over_texts(texts, torch.device("cpu"))
-        return head.interaction.text_arrays
-
-    def compute_loss(
-        self, head: RetrievalSideNetwork, output: torch.Tensor, batch: ClipBatch, gather: Gather
-    ) -> torch.Tensor:
-        """CLIP's loss of frames (B, T, E), and a thousandth of the decorrelation loss where there is one."""
-        assert batch.texts is not None
-        own = (batch.texts.tokens, batch.texts.mask, batch.texts.embedding)
-        texts = TextBatch(*(None if values is None else gather(values) for values in own))
-        self._identities = self._identities.to(batch.labels.device)
-        identities = gather(self._identities[batch.labels])  # (A, 2)
-        is_same = (identities[:, None] == identities[None]).any(dim=2)
-        frames = gather(output.float())
-        found = head.interaction(texts, frames)
-        choices = None
-        if self._config.negatives == "all":
-            choices = self._compare_with_all(head, frames, found.similarities.diagonal(), identities)
-        loss = contrastive_loss(found.similarities, self._logit_scale.to(output.device), is_same, choices)
-        return loss + _DECORRELATION * found.decorrelation
-
-    def _compare_with_all(
-        self, head: RetrievalSideNetwork, frames: torch.Tensor, own: torch.Tensor, identities: torch.Tensor
-    ) -> torch.Tensor:
-        """Videos (A, T, E) with their own captions, whose similarities (A,) are there, then with all others."""
-        assert self._bank is not None and self._bank.embedding is not None
-        if self._bank.embedding.device != frames.device:
-            self._bank = TextBatch(None, None, self._bank.embedding.to(frames.device))
-            self._bank_identities = self._bank_identities.to(frames.device)
-        others = head.interaction(self._bank, frames).similarities.T  # (A, C)
-        fits = (identities[:, None] == self._bank_identities[None]).any(dim=2)
-        return torch.cat([own[:, None], others.masked_fill(fits, -torch.inf)], dim=1)
-
-    def validate(
-        self,
-        head: torch.nn.Module,
-        *,
-        layers: tuple[int, ...],
-        num_frames: int,
-        device: torch.device,
-        team: Team = ALONE,
-    ) -> dict[str, float]:
-        """Recalls and ranks of captions that look for their videos."""
-        assert isinstance(head, RetrievalSideNetwork) and self._config.batch_size is not None
-        result = evaluate_retrieval(
-            head,
-            self._store,
-            self.validation,
-            layers=layers,
-            num_frames=num_frames,
-            batch_size=self._config.batch_size,
-            device=device,
-            team=team,
-        )
-        figures = result.describe()["text_to_video"]
-        return {f"val_{name}": figures[name] for name in ("r1", "r5", "r10", "median_rank")}
-
-
-TASKS: dict[str, Callable[[TrainConfig, StoreReader], Task]] = {"recognition": Recognition, "retrieval": Retrieval}
-
-
-def _warn_of_unseen_classes(store: StoreReader, training: LabelledRows, validation: LabelledRows) -> None:
-    """Classes are the store's: one whose training videos are missing or broken is never learnt, and still counted."""
-    names = store.classes.names
-    unseen = sorted(set(range(len(names))) - set(training.labels.tolist()))
-    if not unseen:
-        return
-    told = ", ".join(repr(names[label]) for label in unseen[:_MOST_NAMED])
-    _log.warning(
-        "%d of %d classes have no good training video and cannot be learnt: %s%s. %d validation videos are of them.",
-        len(unseen),
-        len(names),
-        told,
-        ", ..." if len(unseen) > _MOST_NAMED else "",
-        int(np.isin(validation.labels, unseen).sum()),
-    )
-
-
-def _require_rows(store: StoreReader, training: LabelledRows, config: TrainConfig, kind: str) -> None:
-    """Refuse a store without training videos or without the validation split, and warn of an unfinished one."""
+    Args:
+        store: The store.
+        training: What was found there.
+        config: Whose splits.
+        labels: What training videos must have, such as `labels`.
+        kind: Those that have it, such as `labelled`.
+    """
     table = store.read_manifest(["split", "status", "label"])
     counts = table.group_by(["split", "status"]).aggregate([("label", "count"), ("status", "count")]).to_pylist()
     by_label = kind == "labelled"
@@ -246,14 +190,30 @@ def _require_rows(store: StoreReader, training: LabelledRows, config: TrainConfi
     )
     splits = set(table["split"].to_pylist())
     if not len(training):
-        wanted = "labels" if by_label else "captions"
         raise StoreMismatchError(
             f"{store.path} has no good, {kind} video in split {config.train_split!r}. It has {found}. "
-            f"Name another --train-split, or extract a data set with {wanted}."
+            f"Name another --train-split, or extract a data set with {labels}."
         )
-    if config.val_split not in splits and config.val_split != TrainConfig.__dataclass_fields__["val_split"].default:
+    if config.val_split not in splits and config.val_split != type(config).__dataclass_fields__["val_split"].default:
         raise StoreMismatchError(
             f"{store.path} has no split {config.val_split!r} (--val-split); it has {', '.join(sorted(splits))}"
         )
     if any(c["status"] == "pending" for c in counts):
         _log.warning("%s is not finished: %s. Training on what is there.", store.path, found)
+
+
+def require_split(store: StoreReader, rows: LabelledRows, split: str, kind: str) -> None:
+    """Refuse a split in which there is nothing to evaluate.
+
+    Raises:
+        StoreMismatchError: With the splits that there are.
+    """
+    if not len(rows):
+        splits = ", ".join(sorted(set(store.input_columns()["split"].to_pylist())))
+        raise StoreMismatchError(f"{store.path} has no good, {kind} video in split {split!r}; it has {splits}")
+
+
+def refuse(condition: bool, message: str) -> None:
+    """Raise a ConfigError with a message where a condition holds."""
+    if condition:
+        raise ConfigError(message)

@@ -22,8 +22,8 @@ from ...pages import (
     write_page,
 )
 from ...store.reader import StoreReader
-from ..evaluate import Evaluation, find_calibration, find_interval
 from ..run_folder import METRICS_NAME, Run, read_metrics
+from .recognition_metrics import Evaluation, find_calibration, find_interval
 
 _MOST_SHOWN_CLASSES = 60
 _MOST_PAIRS = 15

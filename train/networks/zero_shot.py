@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ..backbone.text_tower import TextTower
-from ..errors import ConfigError, StoreMismatchError
-from ..store.reader import StoreReader
-from .search import load_store_text_tower
-from .vectors import normalise_rows, pool_frames
+from ...errors import ConfigError, StoreMismatchError
+from ...store.reader import StoreReader
+from ...vectors import normalise_rows, pool_frames
+from .contract import NetworkKind, NetworkShape, Outputs
+
+if TYPE_CHECKING:
+    from ...backbone.text_tower import TextTower
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,8 @@ def classify_zero_shot(
     if not len(rows):
         splits = ", ".join(sorted(set(table["split"].to_pylist())))
         raise StoreMismatchError(f"{store.path} has no good video in split {split!r}; it has {splits}")
+    from ...backbone.text_tower import load_store_text_tower  # and with it open_clip
+
     classes = embed_classes(load_store_text_tower(store, weights=weights, device=device), prompts)
     scores: list[np.ndarray] = []
     own: list[np.ndarray] = []
@@ -116,3 +121,20 @@ def embed_classes(tower: TextTower, prompts: Mapping[str, Sequence[str]]) -> np.
     texts = normalise_rows(tower.encode([text for one in prompts.values() for text in one]))
     ends = np.cumsum([len(one) for one in prompts.values()])
     return normalise_rows(np.stack([one.mean(axis=0) for one in np.split(texts, ends[:-1])]))
+
+
+class ZeroShotText(NetworkKind):
+    """The frozen backbone, asked with the names of classes: see above."""
+
+    name = "zero-shot"
+    tasks = ("recognition",)
+    reads = "the backbone's embeddings and class names; nothing trained"
+    is_trained = False
+
+    def plan(self, store: StoreReader, outputs: Outputs, options: Any, layers: tuple[int, ...]) -> NetworkShape:
+        """It has no sizes of its own."""
+        return self.describe_shape(store, outputs, layers)
+
+    def score(self, store: StoreReader, split: str, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+        """What `score_class_names` says, with its options."""
+        return score_class_names(store, split, **options)

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ..backbone.text_tower import TextTower, load_text_tower
-from ..errors import ConfigError
-from ..store.reader import StoreReader
-from ..store.texts import MAX_WORDS, TEXT_ARRAYS, Texts
-from ..train.paper.import_checkpoint import TEXT_NAME
-from ..train.run_folder import Run
+from ...backbone.text_tower import TextTower, load_text_tower
+from ...errors import ConfigError
+from ...store.reader import StoreReader
+from ...store.texts import MAX_WORDS, TEXT_ARRAYS, Texts
+from ..paper.import_checkpoint import TEXT_NAME
+from ..run_folder import Run
 
 _log = logging.getLogger(__name__)
 

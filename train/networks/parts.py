@@ -1,16 +1,9 @@
-"""The side network: a light spatial-temporal ladder beside the frozen backbone's tapped layers.
+"""Parts that several networks share: reading tokens and codes, stems, norms, blocks, and memory for the backward pass.
 
-Four variants from the same parts: for recognition (`SideNetwork`) or retrieval (`RetrievalSideNetwork`), beside CLIP or
-EVA. The two families differ in where a block and a tap normalise; docs/side_network.md has all of it as formulas.
 Token-major throughout: activations are (B, T, N, S), so every projection is one matrix product over the last axis.
 
 Source:
-    Side4Video, https://arxiv.org/abs/2311.15769; reference code HJYao00/Side4Video at 5d72352,
-    Recognition/clip/model.py, Recognition/eva_clip/eva_vit_model.py, Retrieval/modules/module_clip.py and
-    Retrieval/eva_clip/eva_vit_model.py. Ours differs in layout (the reference permutes between five of them in each
-    block), in computing the stem and the temporal convolution as matrix products and shifted sums, in one product for
-    queries, keys and values, and in taking cached tokens or their codes instead of running the backbone. Outputs and
-    gradients agree: tests/train/test_parity.py.
+    Those of Side4Video: see train/networks/side4video.py.
 """
 
 from __future__ import annotations
@@ -18,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NotRequired, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -28,12 +20,11 @@ from torch import nn
 from torch.distributed.nn.functional import all_reduce as sum_over_processes
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-from ..errors import StoreMismatchError
-from ..store.codec import Codec
-from .config import Family, Inputs, Similarity
-from .networks.text_interaction import MeanInteraction, WeightedTokenInteraction
+from ...errors import StoreMismatchError
+from ...store.codec import Codec
 
-_HEAD_WIDTH = 64
+HEAD_WIDTH = 64
+"""Of one attention head."""
 
 # In narrower networks what comes before a product costs as much as the product: S = 64 took a fifth longer.
 _LEAN_FROM_WIDTH = 192
@@ -44,206 +35,8 @@ _MOMENTUM = 0.1
 # The reference's initialisation counts 12 blocks whatever the depth.
 _INIT_DEPTH = 12
 
-_POSITION_STD: dict[Family, float] = {"clip": 0.01, "eva": 0.02}
-
 # Set while a backward pass computes a layer again: batch norms have counted that batch already.
 _is_recomputing = False
-
-ARRAYS: dict[str, tuple[str, ...]] = {
-    "all": ("patches", "cls", "pixels"),
-    "tokens": ("patches", "cls"),
-    "pixels": ("pixels",),
-}
-"""By what a side network sees: the arrays of a store that it reads."""
-
-
-class LadderSizes(TypedDict):
-    """What every variant is built from; `SideLadder` says what each means."""
-
-    num_layers: int
-    width: int
-    side_width: int
-    num_patches: int
-    patch_px: int
-    family: NotRequired[Family]
-    inputs: NotRequired[Inputs]
-
-
-class SideLadder(nn.Module):
-    """What all variants share: the stem on the pixels, then a tap and a block for each layer.
-
-    Args:
-        num_layers: L, tapped layers; one block each.
-        width: D, the backbone's.
-        side_width: S, a multiple of 64.
-        num_patches: N, patches of a frame.
-        patch_px: Side of a patch, as in the backbone.
-        family: `clip` has pre-norm blocks and taps Linear(LN(h)), `eva` post-norm blocks and taps LN(Linear(h)).
-        inputs: `all`, or for ablations `pixels` (every token is zero) or `tokens` (the stem's output is zero).
-        has_class_position: Whether the class token has a position embedding too, before those of the patches.
-    """
-
-    def __init__(
-        self,
-        *,
-        num_layers: int,
-        width: int,
-        side_width: int,
-        num_patches: int,
-        patch_px: int,
-        family: Family = "clip",
-        inputs: Inputs = "all",
-        has_class_position: bool = False,
-    ) -> None:
-        super().__init__()
-        self.arrays = ARRAYS[inputs]
-        self.width = width
-        self.num_patches = num_patches
-        self.is_post_norm = family == "eva"
-        self._position_std = _POSITION_STD[family]
-        self.checkpoints_activations = False
-        """Whether each layer is computed again in the backward pass: less memory, a third more time."""
-        self.stem = PixelStem(side_width, patch_px) if "pixels" in self.arrays else None
-        self.position = nn.Parameter(torch.empty(num_patches + has_class_position, side_width))
-        self.taps = nn.ModuleList(Tap(width, side_width, self.is_post_norm) for _ in range(num_layers))
-        self.blocks = nn.ModuleList(SideBlock(side_width, self.is_post_norm) for _ in range(num_layers))
-
-    def draw_position(self) -> None:
-        """Initialise the position embedding: last of all, so that a seed gives the weights that it always gave."""
-        nn.init.normal_(self.position, std=self._position_std)
-
-    def climb(
-        self,
-        pixels: torch.Tensor | None,
-        patches: torch.Tensor | None,
-        cls: torch.Tensor | None,
-        codec: Codec | None = None,
-    ) -> torch.Tensor:
-        """Side tokens after the last block.
-
-        Args:
-            pixels: (B, T, 3, H, W), normalised as for the backbone; None where `inputs` leaves them out.
-            patches: (B, T, L, N, D) patch tokens or, with a codec, (B, T, L, N, K) codes; None as above.
-            cls: (B, T, L, D) class tokens of the same layers; None as above.
-            codec: Decodes the codes of each layer when its tap needs them; arrays on the same device.
-
-        Returns:
-            (B, T, N, S).
-
-        Raises:
-            StoreMismatchError: If the number of layers or patches is not this network's.
-        """
-        if "patches" not in self.arrays:
-            assert pixels is not None
-            # Of zeros one patch serves for all: a tap makes the same of each.
-            patches = pixels.new_zeros(1, 1, len(self.taps), 1, self.width)
-            cls = pixels.new_zeros(*pixels.shape[:2], len(self.taps), self.width)
-            codec = None
-        assert patches is not None and cls is not None
-        if "patches" in self.arrays and patches.shape[2:4] != (len(self.taps), self.num_patches):
-            raise StoreMismatchError(
-                f"this network takes {len(self.taps)} layers of {self.num_patches} patches; "
-                f"found {patches.shape[2]} layers of {patches.shape[3]}"
-            )
-        if self.stem is None:
-            x = cls.new_zeros(*cls.shape[:2], self.num_patches, self.position.shape[1])
-        else:
-            x = self.stem(pixels)  # (B, T, N, S)
-        for layer in range(len(self.taps)):
-            if self.checkpoints_activations and self.training:
-                x = recompute_in_backward(
-                    self._climb_one, x, layer, patches, cls, codec, use_reentrant=False, context_fn=_recomputing
-                )
-            else:
-                x = self._climb_one(x, layer, patches, cls, codec)
-        return x
-
-    def _climb_one(
-        self, x: torch.Tensor, layer: int, patches: torch.Tensor, cls: torch.Tensor, codec: Codec | None
-    ) -> torch.Tensor:
-        tap, tokens = self.taps[layer], patches[:, :, layer]
-        assert isinstance(tap, Tap)
-        read = tap(tokens.to(cls.dtype)) if codec is None else tap.read_codes(tokens, codec, layer)
-        return self.blocks[layer](0.5 * x + 0.5 * read, tap(cls[:, :, layer]), self.position)
-
-
-class SideNetwork(SideLadder):
-    """Recognition: the mean over time and space, then a classifier.
-
-    Beside CLIP a batch norm comes before the mean, beside EVA none.
-
-    Args:
-        num_classes: Classes to tell apart.
-
-    The others are those of `SideLadder`.
-    """
-
-    def __init__(self, *, num_classes: int, **sizes: Unpack[LadderSizes]) -> None:
-        super().__init__(**sizes)
-        side_width = sizes["side_width"]
-        self.norm = None if self.is_post_norm else BatchNorm(side_width)
-        self.classifier = nn.Linear(side_width, num_classes)
-        self.draw_position()
-
-    def forward(
-        self,
-        pixels: torch.Tensor | None,
-        patches: torch.Tensor | None,
-        cls: torch.Tensor | None,
-        codec: Codec | None = None,
-    ) -> torch.Tensor:
-        """Score clips, from what `SideLadder.climb` takes: (B, num_classes) logits."""
-        x = self.climb(pixels, patches, cls, codec)
-        pooled = x.mean(dim=(1, 2)) if self.norm is None else _normalise_out(self.norm, x).mean(dim=(2, 3))
-        return self.classifier(pooled)
-
-
-class RetrievalSideNetwork(SideLadder):
-    """Retrieval: the mean over space, added to the backbone's last class token, through the frozen tower's own end.
-
-    The last tapped layer must be the backbone's last block: its class token is the one that is added to.
-
-    Args:
-        embed_dim: E, the backbone's.
-        norm_eps: Of the tower's final norm: 1e-5 for CLIP, 1e-6 for EVA.
-        has_projection_bias: Whether the tower's projection has a bias: EVA's has.
-        interaction: How its frames are compared with texts, by the module of that name; `forward` does not use it.
-
-    The others are those of `SideLadder`.
-    """
-
-    def __init__(
-        self,
-        *,
-        embed_dim: int,
-        norm_eps: float,
-        has_projection_bias: bool,
-        interaction: Similarity = "mean",
-        **sizes: Unpack[LadderSizes],
-    ) -> None:
-        super().__init__(**sizes, has_class_position=sizes.get("family", "clip") == "clip")
-        width, side_width = sizes["width"], sizes["side_width"]
-        self.norm = BatchNorm(side_width)
-        self.widen = nn.Linear(side_width, width, bias=False)
-        self.end = TowerEnd(width, embed_dim, norm_eps, has_projection_bias)
-        # Before training, frames are embedded as the backbone alone embeds them.
-        nn.init.zeros_(self.widen.weight)
-        # The reference trains the end of EVA's tower along, at a thousandth of the rate, and leaves CLIP's frozen.
-        self.end.requires_grad_(self.is_post_norm)
-        self.draw_position()
-        self.interaction = WeightedTokenInteraction(embed_dim) if interaction == "wti" else MeanInteraction()
-
-    def forward(
-        self,
-        pixels: torch.Tensor | None,
-        patches: torch.Tensor | None,
-        cls: torch.Tensor,
-        codec: Codec | None = None,
-    ) -> torch.Tensor:
-        """Embed the frames of clips, from what `SideLadder.climb` takes: (B, T, E), not normalised."""
-        x = self.climb(pixels, patches, cls, codec)
-        x = _normalise_out(self.norm, x).mean(dim=3).transpose(1, 2)  # (B, S, T, N) -> (B, T, S)
-        return self.end(self.widen(x) + cls[:, :, -1])
 
 
 TOWER_END = {
@@ -253,34 +46,6 @@ TOWER_END = {
     "project.bias": "proj_bias",
 }
 """Names in a store's `head`, by those of `TowerEnd`."""
-
-
-def load_ladder(network: SideLadder, state: Mapping[str, torch.Tensor]) -> None:
-    """Begin where another network ended, whatever its task: stem, taps, blocks, norm and the patches' positions.
-
-    Args:
-        network: Of the same sizes.
-        state: The other's weights.
-
-    Raises:
-        StoreMismatchError: If a tensor is missing or of another size; the first few named.
-    """
-    own = network.state_dict()
-    wanted = [name for name in own if name.split(".")[0] in ("stem", "taps", "blocks", "norm")]
-    num_patches = network.num_patches
-    wrong = [name for name in wanted if name not in state or state[name].shape != own[name].shape]
-    if (
-        wrong
-        or "position" not in state
-        or state["position"][-num_patches:].shape != own["position"][-num_patches:].shape
-    ):
-        raise StoreMismatchError(
-            f"its network has other sizes: {', '.join(wrong[:3]) or 'position'} of {len(wanted)} tensors"
-        )
-    with torch.no_grad():
-        for name in wanted:
-            own[name].copy_(state[name])
-        own["position"][-num_patches:].copy_(state["position"][-num_patches:])
 
 
 class TowerEnd(nn.Module):
@@ -395,37 +160,6 @@ class Tap(nn.Module):
         return make_again(lambda codes: self(codec.decode(codes, layer)), codes, side_width=side_width)
 
 
-class SideBlock(nn.Module):
-    """Temporal convolution, attention inside each frame with the shifted class token, MLP; all residual.
-
-    Pre-norm each branch is x + f(norm(x)), post-norm x + norm(f(x)): the sum itself is never normalised.
-    """
-
-    def __init__(self, side_width: int, is_post_norm: bool = False) -> None:
-        super().__init__()
-        self.is_post_norm = is_post_norm
-        self.temporal_norm = BatchNorm(side_width)
-        self.temporal = TemporalConv(side_width)
-        self.attention_norm = nn.LayerNorm(side_width)
-        self.attention = FrameAttention(side_width)
-        if not is_post_norm:
-            self.attention.draw_weights()
-        self.mlp_norm = BatchNorm(side_width)
-        self.mlp = Mlp(side_width)
-        if not is_post_norm:
-            self.mlp.draw_weights()
-
-    def forward(self, x: torch.Tensor, cls: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """Side tokens (B, T, N, S), the tap's class tokens (B, T, S), position (N or 1+N, S) -> (B, T, N, S)."""
-        if self.is_post_norm:
-            x = x + normalise_tokens(self.temporal_norm, self.temporal(x))
-            x = x + self.attention_norm(self.attention(x, cls, position))
-            return x + normalise_tokens(self.mlp_norm, self.mlp(x))
-        x = x + self.temporal(x, self.temporal_norm)
-        x = x + self.attention(x, cls, position, self.attention_norm)
-        return x + self.mlp(x, self.mlp_norm)
-
-
 class BatchNorm(nn.BatchNorm2d):
     """Batch norm over the clips of all processes that train together; of one process it is torch's own.
 
@@ -489,7 +223,7 @@ class FrameAttention(nn.Module):
 
     def __init__(self, side_width: int) -> None:
         super().__init__()
-        self.num_heads = side_width // _HEAD_WIDTH
+        self.num_heads = side_width // HEAD_WIDTH
         self.qkv = nn.Linear(side_width, 3 * side_width)
         self.project = nn.Linear(side_width, side_width)
 
@@ -554,11 +288,13 @@ def make_again(function: Callable[..., torch.Tensor], *inputs: torch.Tensor, sid
     if not is_worth_it or torch.compiler.is_compiling():
         return function(*inputs)
     return recompute_in_backward(
-        function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=_recomputing
+        function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=recomputing
     )
 
 
-def _recomputing() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def recomputing() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For a checkpoint's `context_fn`: batch norms do not count a batch again while it is computed again."""
+
     @contextmanager
     def again() -> Iterator[None]:
         global _is_recomputing
@@ -603,7 +339,7 @@ def prepend_class_token(x: torch.Tensor, cls: torch.Tensor, position: torch.Tens
     return torch.cat([first, x + position], dim=2)
 
 
-def _normalise_out(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def normalise_channels(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The norm before the mean: (B, T, N, S) -> (B, S, T, N)."""
     # Channel-major, this once: the mean makes gradients that all but cancel in the batch norm, and torch's kernel
     # for this layout sums them in double precision.

@@ -1,0 +1,290 @@
+"""What a network is to the rest of s4v: a kind in the table, a shape in a run's folder, a module that is trained.
+
+A new network is one file here: a `NetworkKind`, and the `Network` that it builds. docs/extending.md has an example.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_type_hints
+
+import numpy as np
+import torch
+from torch import nn
+
+from ...errors import ConfigError
+from ..recipe import Optimisation, ParameterGroup, Recipe
+
+if TYPE_CHECKING:
+    from ...store.codec import Codec
+    from ...store.reader import StoreReader
+    from ..clips import ClipBatch, ClipPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What a task wants to come out of a network, as far as the store decides it."""
+
+    task: str
+    num_classes: int = 0
+    """Of class scores; 0 where there are none."""
+    embed_dim: int | None = None
+    """E, where frames are embedded beside texts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkShape:
+    """Everything that a network's sizes follow from; saved with the run."""
+
+    name: str
+    """Of its kind."""
+    num_classes: int
+    """0 where the task knows no classes."""
+    layers: tuple[int, ...]
+    """Backbone blocks that it reads, ascending."""
+    width: int
+    """D, the backbone's."""
+    num_patches: int
+    patch_px: int
+    task: str = "recognition"
+
+    @property
+    def compares_words(self) -> bool:
+        """Whether a text is compared with a video word by word, and not as a whole."""
+        return False
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A network and a recipe of a paper, beside one backbone, for one data set; options that are given win over it."""
+
+    name: str
+    task: str
+    dataset: str
+    family: str
+    """Of the backbone: see `side_family`."""
+    width: int
+    depth: int
+    patch_px: int
+    layers: tuple[int, ...]
+    recipe: Recipe
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the network, by name."""
+
+    def is_beside(self, family: str, width: int, depth: int, patch_px: int) -> bool:
+        """Whether its backbone is of these sizes."""
+        return (family, width, depth, patch_px) == (self.family, self.width, self.depth, self.patch_px)
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Of a network that has none."""
+
+
+class Network(nn.Module):
+    """What is trained: a module, and what a training and an evaluation must know of it.
+
+    Its output is what its task takes: (B, classes) logits for recognition, (B, T, E) frames for retrieval. Buffers are
+    state that is no weight (the texts of classes, say): `prepare` fills them, checkpoints hold them.
+    """
+
+    arrays: tuple[str, ...]
+    """Of a store, that it reads: patches, cls, pixels."""
+    pixel_offsets: tuple[int, ...] = (0,)
+    """Of the pixels that it reads, 0 the frame that the backbone saw: of several, pixels are (B, T, O, 3, H, W)."""
+    frames_per_token: int = 1
+    """It reads tokens of every so-manieth frame of its clip, from the first on, and pixels of all."""
+    text_arrays: tuple[str, ...] = ()
+    """Of a store's texts, that its loss reads."""
+    checkpoints_activations: bool = False
+    """Whether each layer is computed again in the backward pass: less memory, a third more time."""
+
+    def inputs(self, batch: ClipBatch) -> tuple[Any, ...]:
+        """What `forward` takes of a batch, before the codec."""
+        return batch.pixels, batch.patches, batch.cls
+
+    def prepare(self, store: StoreReader) -> None:
+        """Take from the store what is not learnt, before the first step. By default nothing.
+
+        Raises:
+            StoreMismatchError: If it is of another size.
+        """
+
+    def parameter_groups(self) -> Sequence[ParameterGroup]:
+        """What is trained, by its share of the rate. By default all that wants gradients, at the whole rate."""
+        return [ParameterGroup(tuple(p for p in self.parameters() if p.requires_grad))]
+
+    def own_losses(self, output: Any, batch: ClipBatch) -> Mapping[str, torch.Tensor]:
+        """Losses () beside the task's, weighted, by name; they are added to it. By default none."""
+        return {}
+
+    def begin_with(self, other: Network) -> None:
+        """Take the weights of a trained network, of this kind or one that it knows (`--init`).
+
+        Raises:
+            StoreMismatchError: If it is none that this one can begin with.
+        """
+        raise NotImplementedError(f"{type(self).__name__} begins with random weights: its kind says so")
+
+    def reverse_plan(self, plan: ClipPlan) -> ClipPlan:
+        """The same clips from their last frame to their first.
+
+        Raises:
+            ConfigError: If that cannot be read from a store.
+        """
+        return replace(plan, places=plan.places[:, ::-1])
+
+    def reverse_batch(self, batch: ClipBatch) -> ClipBatch:
+        """What is left to turn around once frames are in reverse order: what lies inside a frame, such as offsets."""
+        return batch
+
+    def folded(self, codec: Codec | None) -> AbstractContextManager[None]:
+        """What may be computed once for a whole evaluation, and not in training where weights move. By default nothing.
+
+        Args:
+            codec: Of the layers that it reads, its arrays on the network's device.
+        """
+        return nullcontext()
+
+
+class FrameNetwork(Network):
+    """A network that embeds frames, (B, T, E), not normalised."""
+
+    interaction: nn.Module
+    """Compares `TextBatch` (A) with frames (B, T, E); see train/networks/text_interaction.py."""
+
+
+class NetworkKind(ABC):
+    """What `--head NAME` trains, before there is one: facts, options, and how it fits a store."""
+
+    name: ClassVar[str]
+    tasks: ClassVar[tuple[str, ...]]
+    """That it serves, by name."""
+    reads: ClassVar[str]
+    """What it reads and what it is blind to, in a phrase for tables."""
+    options: ClassVar[type] = NoOptions
+    """A dataclass of its options, each with a default. One that is named like a field of `TrainConfig` is given by that
+    field's option, the others by `--set name=value`."""
+    shape: ClassVar[type[NetworkShape]] = NetworkShape
+    presets: ClassVar[Sequence[Preset]] = ()
+    """Of papers; of two that fit a store, the first is taken."""
+    is_trained: ClassVar[bool] = True
+    """Whether there is anything to train; one that is not has `score`."""
+    can_begin_with_a_run: ClassVar[bool] = False
+    """Whether `--init` has a meaning: its networks have `begin_with`."""
+    can_checkpoint_activations: ClassVar[bool] = False
+    """Whether its networks heed `checkpoints_activations`."""
+    optimisation: ClassVar[Mapping[str, Optimisation]] = {}
+    """By task: what it wants otherwise than the task (schedule, moments, what decays)."""
+
+    def find_recipe(self, task: str, width: int) -> Recipe | None:
+        """How it is trained without a preset, beside a backbone of a width; None takes the task's own recipe."""
+        return None
+
+    def find_sizes(self, task: str, store: StoreReader) -> Mapping[str, Any]:
+        """Options that it takes without a preset, beside this store's backbone: those are written into the run."""
+        return {}
+
+    def check_step(self, num_clips: int) -> None:
+        """Refuse a step of so few clips that it teaches nothing.
+
+        Raises:
+            ConfigError: With what to do.
+        """
+
+    @abstractmethod
+    def plan(self, store: StoreReader, outputs: Outputs, options: Any, layers: tuple[int, ...]) -> NetworkShape:
+        """Fit it to a store.
+
+        Args:
+            store: Whose tokens it will read.
+            outputs: What the task wants.
+            options: An instance of `options`.
+            layers: Backbone blocks to use; the store holds them.
+
+        Raises:
+            ConfigError: If an option does not fit.
+            StoreMismatchError: If the store lacks what it reads.
+        """
+
+    def find_differences(self, shape: Any, store: StoreReader) -> list[str]:
+        """What an imported network was built for and a store's backbone is not, in words. By default nothing."""
+        return []
+
+    def build(self, shape: Any) -> Network:
+        """A freshly initialised network of that shape; seed torch before for the same weights."""
+        raise NotImplementedError(f"{self.name} is nothing that is trained")
+
+    def score(self, store: StoreReader, split: str, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Of a kind that is not trained: scores (n, classes) of a split's good, labelled rows, and their labels (n,).
+
+        Raises:
+            S4vError: If this store's backbone cannot be asked.
+        """
+        raise NotImplementedError(f"{self.name} is trained")
+
+    def describe_shape(self, store: StoreReader, outputs: Outputs, layers: tuple[int, ...], **own: Any) -> NetworkShape:
+        """Its shape, with what every network takes from a store filled in."""
+        facts = store.attributes["backbone"]
+        return self.shape(
+            name=self.name,
+            task=outputs.task,
+            num_classes=outputs.num_classes,
+            layers=layers,
+            width=store.layout.width,
+            num_patches=store.layout.num_patches,
+            patch_px=facts["patch_size"][0],
+            **own,
+        )
+
+    def read_options(self, given: Mapping[str, Any], others: Mapping[str, str]) -> Any:
+        """An instance of `options`.
+
+        Args:
+            given: Values of options that have a name of their own on the command line.
+            others: Those of `--set`, as text.
+
+        Raises:
+            ConfigError: If it has no such option, or a value is not of its type.
+        """
+        known = {one.name: one for one in fields(self.options)}
+        values = {name: value for name, value in given.items() if name in known}
+        for name, text in others.items():
+            if name not in known or name in given:
+                own = ", ".join(sorted(set(known) - set(given))) or "none"
+                raise ConfigError(f"--set {name}: --head {self.name} has no such option; it has {own}")
+            values[name] = _parse_value(f"--set {name}", text, get_type_hints(self.options)[name])
+        return self.options(**values)
+
+    def read_shape(self, saved: Mapping[str, Any]) -> NetworkShape:
+        """Its shape as a run saved it; runs from before networks had shapes of their own hold all fields of all."""
+        known = {one.name for one in fields(self.shape)}
+        strange = {name for name in saved if name not in known and name not in _FIELDS_OF_OLD_RUNS}
+        if strange:
+            raise TypeError(f"{self.name} has no {', '.join(sorted(strange))}")
+        values = {name: value for name, value in saved.items() if name in known}
+        return self.shape(**{**values, "layers": tuple(saved["layers"])})
+
+
+_FIELDS_OF_OLD_RUNS = frozenset(
+    ("side_width", "inputs", "family", "embed_dim", "norm_eps", "has_projection_bias", "interaction", "task")
+)
+
+
+def _parse_value(option: str, text: str, kind: Any) -> Any:
+    """A text as a whole number, a number, yes or no, or a word; of `int | None` the number."""
+    kind = next((one for one in get_args(kind) if one in (bool, int, float)), kind)
+    try:
+        if kind is bool:
+            return {"true": True, "yes": True, "false": False, "no": False}[text.lower()]
+        return kind(text) if kind in (int, float) else text
+    except (ValueError, KeyError):
+        raise ConfigError(f"{option} takes a value of type {kind.__name__}; found {text!r}") from None
+
+
+def name_all(kinds: Iterable[NetworkKind]) -> str:
+    """`side4video, linear`."""
+    return ", ".join(kind.name for kind in kinds)

@@ -1,0 +1,154 @@
+"""What a training's options come to: those given, a preset's, or what network, task and store make of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError, StoreMismatchError
+from ..store.reader import StoreReader
+from .config import TrainConfig
+from .networks import NETWORKS, find_network
+from .networks.contract import NetworkKind, NetworkShape, Preset, name_all
+from .paper.presets import describe_backbone
+from .recipe import Optimisation, Recipe
+from .tasks import find_task
+
+
+def plan_network(config: TrainConfig, store: StoreReader) -> NetworkShape:
+    """Fit the network that a configuration names to a store.
+
+    Raises:
+        ConfigError: If there is no such network, or an option has no effect on it or does not fit.
+        StoreMismatchError: If the store lacks a layer or an array.
+    """
+    kind = find_network(config.head)
+    layers = tuple(sorted(config.layers)) if config.layers else store.layout.layers
+    store.layer_places(layers)
+    options = kind.read_options(config.network_options, dict(one.split("=", 1) for one in config.set))
+    return kind.plan(store, find_task(config.task).describe_outputs(store), options, layers)
+
+
+def find_optimisation(config: TrainConfig) -> Optimisation:
+    """What the network has settled for the task, else what the task has."""
+    return find_network(config.head).optimisation.get(config.task) or find_task(config.task).optimisation
+
+
+def resolve_preset(config: TrainConfig, store: StoreReader, *, num_processes: int = 1) -> TrainConfig:
+    """Fill in what a configuration leaves open, from a preset or from s4v's defaults.
+
+    `auto` is the preset of the store's backbone and data set whose layers are those at hand, or the full one of a
+    store that holds every layer; `none` where there is no such preset, or the network has none.
+
+    Args:
+        config: Options as given; what was not given is None.
+        store: What it trains on.
+        num_processes: That train together; a batch of all is shared out among them.
+
+    Returns:
+        The configuration with the preset's name, and neither rate, epochs, warm-up, weight decay, batch size nor, for
+        recognition, label smoothing None. `layers` and `side_width` stay None without a preset: they follow from the
+        store. `frames` stays None unless a preset was named, and `views_per_video` in any case: they follow from the
+        rows, `resolve_views`.
+
+    Raises:
+        ConfigError: If there is no such preset, the network has no use for one, or a batch cannot be shared out.
+        StoreMismatchError: If a preset that was named is of another backbone, or its layers are not in the store.
+    """
+    kind = find_network(config.head)
+    name = config.preset
+    if name == "auto":
+        name = find_preset(config, store) or "none"
+    elif name != "none":
+        _require_fitting_preset(config, kind, store)
+    if name == "none":
+        width = store.layout.width
+        recipe = kind.find_recipe(config.task, width) or find_task(config.task).find_recipe(width)
+        sizes = dict(kind.find_sizes(config.task, store))
+    else:
+        preset = _find(name)
+        recipe, sizes = preset.recipe, {"layers": preset.layers, **preset.sizes}
+    values: dict[str, Any] = {**sizes, **recipe.describe(config.epochs), "views_per_video": None}
+    if config.preset in ("auto", "none"):
+        values["frames"] = None  # as many as the rows hold, up to the task's default
+    if recipe.is_batch_of_all:
+        values["batch_size"] = _share_out(recipe, config, num_processes)
+    chosen = {field: value for field, value in values.items() if getattr(config, field) is None}
+    return replace(config, preset=name, **chosen)
+
+
+def _share_out(recipe: Recipe, config: TrainConfig, num_processes: int) -> int:
+    share, rest = divmod(recipe.batch_size, num_processes)
+    if rest and config.batch_size is None:
+        raise ConfigError(
+            f"a step of {recipe.batch_size} pairs cannot be shared out evenly among {num_processes} processes: "
+            "give --batch-size, the pairs of each"
+        )
+    return share
+
+
+def resolve_views(config: TrainConfig, num_views: np.ndarray, num_processes: int = 1) -> int:
+    """Views of a video in a step: those asked for, else the preset's where every training row holds as many, else 1.
+
+    Args:
+        config: As `resolve_preset` left it.
+        num_views: Of each training row.
+        num_processes: That train together: their batch norms take it that all have as many clips.
+
+    Raises:
+        StoreMismatchError: If no row holds as many as were asked for, or, of several processes, not every row.
+    """
+    if config.views_per_video is not None:
+        held = int(num_views.max() if num_processes == 1 else num_views.min())
+        if config.views_per_video > held:
+            raise StoreMismatchError(
+                f"{config.views_per_video} views of a video were asked for (--views-per-video), training rows of "
+                f"{config.features} hold {held}: extract with --views train=flip or train=three"
+            )
+        return config.views_per_video
+    wanted = _find(config.preset).recipe.views_per_video if config.preset != "none" else 1
+    return wanted if int(num_views.min()) >= wanted else 1
+
+
+def find_preset(config: TrainConfig, store: StoreReader) -> str | None:
+    """The preset that `auto` takes; None where the backbone, the data set or the layers are in no preset."""
+    dataset, beside = store.attributes["dataset"]["name"], describe_backbone(store)
+    layers = set(config.layers or store.layout.layers)
+    for preset in find_network(config.head).presets:
+        if (preset.task, preset.dataset) == (config.task, dataset) and preset.is_beside(*beside):
+            is_whole = not config.layers and len(layers) == preset.depth
+            if is_whole or layers == set(preset.layers):
+                return preset.name
+    return None
+
+
+def _find(name: str) -> Preset:
+    return _all_presets()[name]
+
+
+def _all_presets() -> dict[str, Preset]:
+    return {preset.name: preset for kind in NETWORKS.values() for preset in kind.presets}
+
+
+def _require_fitting_preset(config: TrainConfig, kind: NetworkKind, store: StoreReader) -> None:
+    presets = _all_presets()
+    if config.preset not in presets:
+        raise ConfigError(f"--preset takes auto, none, {', '.join(presets)}; found {config.preset!r}")
+    preset = presets[config.preset]
+    if preset not in kind.presets:
+        owners = name_all(one for one in NETWORKS.values() if preset in one.presets)
+        raise ConfigError(f"--preset has no effect on --head {config.head}: leave it out, or train --head {owners}")
+    if preset.task != config.task:
+        raise ConfigError(f"--preset {config.preset} is not for --task {config.task}")
+    if not preset.is_beside(*describe_backbone(store)):
+        backbone = store.attributes["backbone"]
+        raise StoreMismatchError(
+            f"--preset {config.preset} is for a {preset.family.upper()} backbone of width {preset.width}, "
+            f"{preset.depth} blocks, patches of {preset.patch_px} px; {store.path} is of {backbone['architecture']}: "
+            f"width {backbone['width']}, {backbone['depth']} blocks, {backbone['patch_size'][0]} px. "
+            "Use --preset auto."
+        )
+    if config.layers is None:
+        store.layer_places(preset.layers)
