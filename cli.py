@@ -663,7 +663,9 @@ def train(
         from .train.loop import default_run_path, train_run
 
         keep_freed_memory()
-        path = out or default_run_path(features, task if task == "retrieval" else head, resume=resume)
+        path = out or default_run_path(
+            features, head if task == TrainConfig.__dataclass_fields__["task"].default else task, resume=resume
+        )
         summary = train_run(replace(config, out=path), _report_epoch)
         result.update(summary)
         if is_first and not as_json:

@@ -26,8 +26,10 @@ from .tasks.recognition_metrics import find_interval
 
 _log = logging.getLogger(__name__)
 
-METHODS = tuple(kind.name for kind in NETWORKS.values() if Recognition.name in kind.tasks)
-"""In the table's order; the first is the one that the others stand beside."""
+
+def list_methods() -> list[str]:
+    """What can be compared, in the table's order; the first is what the others stand beside."""
+    return [kind.name for kind in NETWORKS.values() if Recognition.name in kind.tasks]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class Compared:
 def compare_methods(
     base: TrainConfig,
     *,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] | None = None,
     seeds: int = 1,
     untrained: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda _: None,
@@ -68,7 +70,7 @@ def compare_methods(
 
     Args:
         base: What all trainings share; `out` is the folder of them all, and head and seed are set here.
-        methods: Of `METHODS`, in the table's order.
+        methods: Of `list_methods`, in the order of the lines; None takes all.
         seeds: Trainings of each, from seed 0 up.
         untrained: Options of what is not trained, such as `prompt` and `weights` of zero-shot.
         say: Told what is under way.
@@ -76,13 +78,15 @@ def compare_methods(
     Raises:
         ConfigError: If a method is not known, or there is no seed.
     """
-    if unknown := [method for method in methods if method not in METHODS]:
-        raise ConfigError(f"--methods takes {', '.join(METHODS)}; found {', '.join(unknown)}")
+    known = list_methods()
+    methods = known if methods is None else methods
+    if unknown := [method for method in methods if method not in known]:
+        raise ConfigError(f"--methods takes {', '.join(known)}; found {', '.join(unknown)}")
     if seeds < 1:
         raise ConfigError(f"--seeds must be at least 1; found {seeds}")
     store = open_store(base.features)
     # All are trained as long, on as many clips a step, as the side network; rates and weight decay are each one's own.
-    side = resolve_preset(replace(base, head=METHODS[0]), store)
+    side = resolve_preset(replace(base, head=known[0]), store)
     base = replace(base, epochs=side.epochs, batch_size=side.batch_size, warmup_epochs=side.warmup_epochs)
     lines = []
     for method in methods:
@@ -99,7 +103,7 @@ def _train_and_evaluate(base: TrainConfig, method: str, seeds: int, say: Callabl
     told, parameters, epochs, seconds = [], 0, 0, []
     for seed in range(seeds):
         out = base.out / f"{method}-{seed}"
-        own = {"inputs": "all", "side_width": None} if method != METHODS[0] else {}
+        own = {"inputs": "all", "side_width": None} if method != list_methods()[0] else {}
         fields = {name: getattr(base, name) for name in TrainConfig.__dataclass_fields__}
         config = TrainConfig(**{**fields, "head": method, "out": out, "seed": seed, "resume": True, **own})
         say(f"training {method}{f', seed {seed}' if seeds > 1 else ''}")

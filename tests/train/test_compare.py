@@ -96,4 +96,4 @@ def test_intervals_are_wilsons():
     assert find_interval(0.0, 10) == pytest.approx((0.0, 0.2775), abs=2e-4)
     assert find_interval(1.0, 10) == pytest.approx((0.7225, 1.0), abs=2e-4)
     assert find_interval(0.5, 0) == (0.0, 1.0)
-    assert compare.METHODS[-1] == "zero-shot"
+    assert compare.list_methods()[-1] == "zero-shot"
