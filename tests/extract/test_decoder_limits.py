@@ -275,11 +275,11 @@ def test_an_exception_of_python_is_never_a_reason(tmp_path, make_video, error, m
     path = make_video(tmp_path / "v.mp4")
     code = (
         "import sys\nfrom s4v.extract.decode import worker\n"
-        f"def fail(*_, **__): raise {error!r}\n_decoder.VideoFile.decode = fail\n_decoder.main()"
+        f"def fail(*_, **__): raise {error!r}\nworker.VideoFile.decode = fail\nworker.main()"
     )
     answer = ask_process(code, path)
     assert answer["code"] == "decode-error" and type(error).__name__ not in answer["detail"]
-    assert answer["detail"].startswith("the file holds what s4v does not expect (at _decoder.py:")
+    assert answer["detail"].startswith("the file holds what s4v does not expect (at worker.py:")
 
 
 # --- B5: links and names ---
@@ -452,7 +452,7 @@ def test_frames_beyond_the_limits_are_told(tmp_path, monkeypatch):  # B4
 def test_a_decoder_over_its_own_limit_is_the_videos_fault(tmp_path):  # B4
     path = write_black(tmp_path / "v.mp4", 2048, 2048, 4)
     code = (
-        "from s4v.extract.decode import worker\n_decoder._MEMORY_BYTES, worker._BYTES_PER_PIXEL = {} << 20, 0\n"
+        "from s4v.extract.decode import worker\nworker._MEMORY_BYTES, worker._BYTES_PER_PIXEL = {} << 20, 0\n"
         "worker.main()"
     )
     answer = ask_process(code.format(16), path)
