@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ...backbone.facts import read_side_family
 from ...errors import ConfigError, StoreMismatchError
 from ...store.reader import StoreReader
 from ..config import Family, Task, TrainConfig
@@ -106,7 +107,7 @@ PRESETS = tuple(f"{size}-{dataset}" for size in SIZES for sets in DATASETS.value
 
 def side_family(store: StoreReader) -> Family:
     """Which side blocks the reference puts beside a store's backbone: EVA's beside EVA, else CLIP's."""
-    return "eva" if store.attributes["backbone"]["architecture"].startswith("EVA") else "clip"
+    return read_side_family(store.attributes["backbone"])
 
 
 def resolve_preset(config: TrainConfig, store: StoreReader, *, num_processes: int = 1) -> TrainConfig:
