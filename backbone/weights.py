@@ -13,13 +13,11 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..errors import WeightsError
 from ..files import hash_file
-from .names import SHIPPED, read_architecture, resolve_model
 
 KNOWN_WORDS = "token_embedding.rows"
 """In weights that hold only some words of a vocabulary: which, as ids of the tokenizer, (R,) integers."""
@@ -37,52 +35,34 @@ class WeightsSource:
     pretrained_cfg: Mapping[str, Any] | None = None
 
 
-def resolve_weights(name: str, weights: str | None, seed: int) -> WeightsSource:
-    """Find a model's weights: `random`, a local file, or an open_clip tag (downloaded when it is not cached).
+def find_random(weights: str, seed: int, architecture: str, config: Any) -> WeightsSource | None:
+    """Random weights, where they are asked for as `random` or `random:SEED`; else None.
+
+    Args:
+        weights: As the user wrote it.
+        seed: Where none is written.
+        architecture: Whose weights they are.
+        config: Its sizes, as JSON: the hash is of what the weights are drawn from.
 
     Raises:
-        WeightsError: If they cannot be had, or belong to another activation than the architecture has.
+        WeightsError: If the seed is no number.
     """
-    architecture, default_tag = resolve_model(name)
-    shipped = SHIPPED.get((architecture, weights or default_tag or ""))
-    weights = weights or default_tag
-    tags = [*(tag for name, tag in SHIPPED if name == architecture), *list_pretrained_tags_by_model(architecture)]
-    if weights is None:
-        known = f"an open_clip tag ({', '.join(tags)}), " if tags else ""
-        raise WeightsError(f"{name} has no default weights: give --weights {known}a file, or `random`")
-    if weights == "random" or weights.startswith("random:"):
-        digits = weights.partition(":")[2]
-        if digits and not digits.isdecimal():
-            raise WeightsError(f"--weights random takes a seed as random:0; found {weights!r}")
-        seed = int(digits or seed)
-        recipe = json.dumps([architecture, read_architecture(architecture), seed], sort_keys=True)
-        return WeightsSource(f"random:{seed}", hashlib.sha256(recipe.encode()).hexdigest(), None, seed)
-    if shipped is not None:
-        if not shipped.is_file():
-            raise WeightsError(f"the weights that come with s4v are not there: {shipped}. Install s4v again.")
-        return WeightsSource(weights, hash_file(shipped), shipped)
-    if Path(weights).is_file():
-        path = Path(weights).resolve()
-        return WeightsSource(str(path), hash_file(path), path)
-    if weights not in tags:
-        raise WeightsError(
-            f"no weights {weights!r} for {name}: no such file, and its tags are {', '.join(tags) or 'none'}"
-        )
-    config: dict[str, Any] = get_pretrained_cfg(architecture, weights) or {}
-    if bool(config.get("quick_gelu")) != bool(read_architecture(architecture).get("quick_gelu")):
-        raise WeightsError(
-            f"the weights {weights!r} were trained with {'Quick' if config.get('quick_gelu') else 'plain '}GELU and "
-            f"{architecture} computes the other: use the architecture "
-            f"{architecture + '-quickgelu' if config.get('quick_gelu') else architecture.removesuffix('-quickgelu')}"
-        )
-    try:
-        path = Path(download_pretrained(config))
-    except Exception as error:  # hubs raise whatever their HTTP library raises
-        raise WeightsError(
-            f"the weights {weights!r} of {architecture} are not cached and cannot be downloaded "
-            f"({type(error).__name__}). Copy their file here and name it: --weights FILE; or use --weights random."
-        ) from error
-    return WeightsSource(weights, hash_file(path), path, pretrained_cfg=config)
+    if weights != "random" and not weights.startswith("random:"):
+        return None
+    digits = weights.partition(":")[2]
+    if digits and not digits.isdecimal():
+        raise WeightsError(f"--weights random takes a seed as random:0; found {weights!r}")
+    seed = int(digits or seed)
+    recipe = json.dumps([architecture, config, seed], sort_keys=True)
+    return WeightsSource(f"random:{seed}", hashlib.sha256(recipe.encode()).hexdigest(), None, seed)
+
+
+def find_file(weights: str) -> WeightsSource | None:
+    """The weights of a local file; None where there is no such file."""
+    if not Path(weights).is_file():
+        return None
+    path = Path(weights).resolve()
+    return WeightsSource(str(path), hash_file(path), path)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from ..backbone.names import read_architecture, resolve_model
+from ..backbone.open_clip_models import read_architecture, resolve_model
 from ..backbone.vision_tower import normalise_pixels
 from ..backbone.weights import KNOWN_WORDS
 from .captions import Meaning, agrees, describe_scene, list_vocabulary, with_article, word_caption

@@ -11,7 +11,7 @@ from typing import Literal
 from ..errors import ConfigError, EnvironmentFailedError
 from ..store.layout import PATCH_DTYPES, PatchDtype
 from ..store.records import VideoRecord
-from .datasets import Listing, read_listing, resolve_protocol
+from .datasets import Listing, check_options, find_reader, read_listing, resolve_protocol
 from .decode.sampling import SAMPLINGS
 from .decode.views import RESIZES, VIEWS
 
@@ -117,7 +117,7 @@ class ExtractConfig:
         _check_choice("--resize", self.resize, RESIZES)
         for name in self.views.values():
             _check_choice("--views", name, VIEWS)
-        if self.dataset in ("ssv1", "ssv2") and "flip" in self.views.values():
+        if not find_reader(self.dataset).may_be_mirrored and "flip" in self.views.values():
             raise ConfigError("--views flip would turn left into right, and these classes too: take three or centre")
         _check_choice("--dtype", self.dtype, PATCH_DTYPES)
         _check_choice("--decoder", self.decoder, ("auto", "decord", "pyav"))
@@ -156,14 +156,7 @@ class ExtractConfig:
             raise ConfigError("--repair mends the rows that are there: run it first, without --append")
         if self.part is not None and not 1 <= self.part[0] <= self.part[1]:
             raise ConfigError(f"--part takes I/N with I from 1 to N; found {self.part[0]}/{self.part[1]}")
-        if self.dataset != "table" and self.columns:
-            raise ConfigError(f"--column is for --dataset table, not for {self.dataset}")
-        if self.dataset == "folder" and self.annotations is not None:
-            raise ConfigError("--annotations has no effect on --dataset folder: use table or lists")
-        if self.dataset != "folder" and not self.with_classes:
-            raise ConfigError(
-                f"--no-classes is for --dataset folder, not for {self.dataset}: its classes stand in its annotations"
-            )
+        check_options(self.dataset, annotations=self.annotations, columns=self.columns, with_classes=self.with_classes)
         resolve_protocol(self.dataset, self.protocol)
 
     def read_records(self, known_splits: Mapping[str, str] | None = None) -> list[VideoRecord]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any, Generic, TypeVar
@@ -219,8 +219,8 @@ def _describe(
     config: ExtractConfig, backbone: Backbone, classes: Sequence[str], decoder_versions: dict[str, str]
 ) -> dict[str, Any]:
     """All that must agree for a resume."""
-    info = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(backbone.info).items()}
-    libraries = {name: version(name) for name in ("numpy", "open_clip_torch", "timm", "torch")}
+    info = backbone.info.describe()
+    libraries = {name: version(name) for name in ("numpy", "torch", *backbone.packages)}
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "dataset": {

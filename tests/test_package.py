@@ -177,7 +177,7 @@ def test_wheel_holds_the_package_and_nothing_else_and_works_elsewhere(tmp_path):
     assert {f"backbone/tiny_clip/tiny-clip.{ending}" for ending in ("json", "jsonl", "md", "safetensors")} <= files
     assert not [name for name in files if ".zarr" in name or "test" in name]
     code = (
-        "import s4v, s4v.backbone.names as a; print(s4v.__file__); print(a.resolve_model('tiny-clip'))\n"
+        "import s4v, s4v.backbone.open_clip_models as a; print(s4v.__file__); print(a.resolve_model('tiny-clip'))\n"
         "import s4v.cli, s4v.train.loop, s4v.retrieve.search, s4v.demo.pipeline, s4v.extract.extraction\n"
         "import s4v.backbone.text_tower as t, torch\n"
         "print(t.load_text_tower('tiny-clip', weights=None, device=torch.device('cpu')).encode(['a red ring']).shape)"

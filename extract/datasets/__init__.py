@@ -1,6 +1,7 @@
 """Data set readers: from files and annotations, as they are found, to one list of video records.
 
-A reader is a small file: where its files are looked for and how an annotation row becomes a record.
+A reader is a small file: what is known of its data set, where its files are looked for, and how an annotation row
+becomes a record. It has one line in the table here. Nothing outside its file asks for its name.
 """
 
 from __future__ import annotations
@@ -8,57 +9,78 @@ from __future__ import annotations
 import difflib
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, DatasetError
 from ...store.records import VideoRecord
+from . import folder, hmdb51, kinetics, lists, msrvtt, msvd, something, table, ucf101, vatex
 from ._files import DatasetFiles, VideoTree, ending_of, is_video_name
 from ._names import check_text, compose, fold_split, is_inside
 from ._splits import settle_splits
-from .facts import FACTS, DatasetFacts, frame_rate, resolve_protocol
+from .contract import DatasetFacts, DatasetReader, ReadOptions
 from .folder import read_folder
-from .hmdb51 import read_hmdb51
-from .kinetics import read_kinetics, read_kinetics_folder
 from .lists import read_lists
-from .msrvtt import read_msrvtt
-from .msvd import read_msvd
-from .something import read_something_v1, read_something_v2
-from .table import COLUMN_ROLES, read_table_file
-from .ucf101 import read_ucf101
-from .vatex import read_vatex
+from .table import COLUMN_ROLES
 
 __all__ = [
     "COLUMN_ROLES",
     "FACTS",
+    "READERS",
     "DatasetFacts",
+    "DatasetReader",
     "Listing",
+    "ReadOptions",
     "check_dataset_name",
     "check_folder",
+    "check_options",
     "default_paths",
+    "find_reader",
     "frame_rate",
     "read_dataset",
     "read_listing",
     "resolve_protocol",
 ]
 
-_GENERIC = ("folder", "lists", "table")
-
-_READERS: dict[str, Callable[[DatasetFiles, str | None], list[VideoRecord] | None]] = {
-    "hmdb51": read_hmdb51,
-    "k400": read_kinetics,
-    "k600": read_kinetics,
-    "k700": read_kinetics,
-    "msrvtt": read_msrvtt,
-    "msvd": read_msvd,
-    "ssv1": read_something_v1,
-    "ssv2": read_something_v2,
-    "ucf101": read_ucf101,
-    "vatex": read_vatex,
+READERS: dict[str, DatasetReader] = {
+    reader.name: reader
+    for reader in (
+        folder.READER,
+        lists.READER,
+        table.READER,
+        hmdb51.READER,
+        *kinetics.READERS,
+        msrvtt.READER,
+        msvd.READER,
+        something.V1_READER,
+        something.V2_READER,
+        ucf101.READER,
+        vatex.READER,
+    )
 }
-"""Readers of official annotation files, by data set; None from one means that there are no such files."""
+"""By the name that `--dataset` takes: forms of files first, then public data sets in order of their names."""
+
+
+class _Facts(Mapping[str, DatasetFacts]):
+    """The facts of the readers that are in the table when it is asked."""
+
+    def __getitem__(self, name: str) -> DatasetFacts:
+        facts = READERS[name].facts
+        if facts is None:
+            raise KeyError(name)
+        return facts
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, reader in READERS.items() if reader.facts is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+FACTS: Mapping[str, DatasetFacts] = _Facts()
+"""Public data sets by the name that `--dataset` takes."""
 
 _MAX_SHOWN = 5
 
@@ -76,31 +98,81 @@ class Listing:
     did not let us see."""
 
 
+def find_reader(name: str) -> DatasetReader:
+    """The reader of a data set.
+
+    Raises:
+        ConfigError: If no reader knows it, with the closest names.
+    """
+    if name not in READERS:
+        close = difflib.get_close_matches(name, READERS, n=3)
+        hint = f"Closest: {', '.join(close)}. " if close else ""
+        raise ConfigError(f"unknown data set {name!r}. {hint}Known: {', '.join(READERS)}.")
+    return READERS[name]
+
+
 def check_dataset_name(name: str) -> None:
     """Refuse a data set that no reader knows.
 
     Raises:
         ConfigError: With the closest names.
     """
-    known = (*_GENERIC, *FACTS)
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=3)
-        hint = f"Closest: {', '.join(close)}. " if close else ""
-        raise ConfigError(f"unknown data set {name!r}. {hint}Known: {', '.join(known)}.")
+    find_reader(name)
+
+
+def check_options(name: str, *, annotations: Path | None, columns: Mapping[str, str], with_classes: bool) -> None:
+    """Refuse options that mean nothing to a data set's reader.
+
+    Raises:
+        ConfigError: With the data sets that they are for.
+    """
+    reader = find_reader(name)
+    if columns and not reader.takes_columns:
+        takers = ", ".join(other.name for other in READERS.values() if other.takes_columns)
+        raise ConfigError(f"--column is for --dataset {takers}, not for {name}")
+    if annotations is not None and not reader.takes_annotations:
+        raise ConfigError(f"--annotations has no effect on --dataset {name}: use table or lists")
+    if not with_classes and not reader.takes_archives:
+        takers = ", ".join(other.name for other in READERS.values() if other.takes_archives)
+        raise ConfigError(
+            f"--no-classes is for --dataset {takers}, not for {name}: its classes stand in its annotations"
+        )
+
+
+def resolve_protocol(name: str, protocol: str | None) -> str | None:
+    """The protocol that is meant: the data set's first where none is named, None where there are none.
+
+    Raises:
+        ConfigError: If the data set has no such protocol.
+    """
+    facts = find_reader(name).facts
+    known = facts.protocols if facts is not None else ()
+    if protocol is None:
+        return known[0] if known else None
+    if protocol not in known:
+        choices = f"takes {', '.join(known)} for {name}" if known else f"has no effect on --dataset {name}"
+        raise ConfigError(f"--protocol {choices}; found {protocol!r}")
+    return protocol
+
+
+def frame_rate(name: str) -> float | None:
+    """Frames per second of a data set's JPEG folders; None where it is not known."""
+    facts = find_reader(name).facts
+    return None if facts is None else facts.frame_fps
 
 
 def default_paths(name: str, root: Path | None, out: Path | None) -> tuple[Path, Path]:
     """Where a data set's videos lie and where its store goes, if the user does not say.
 
     Raises:
-        ConfigError: If `folder`, `lists` or `table` is asked for without a root.
+        ConfigError: If a form of files, such as `folder`, is asked for without a root.
     """
-    check_dataset_name(name)
+    is_public = find_reader(name).facts is not None
     if root is None:
-        if name in _GENERIC:
+        if not is_public:
             raise ConfigError(f"--dataset {name} needs --root, the folder below which the videos lie")
         root = Path("data") / name
-    stem = root.resolve().name if name in _GENERIC else name
+    stem = name if is_public else root.resolve().name
     return root, out if out is not None else Path("store") / f"{stem}.zarr"
 
 
@@ -163,19 +235,16 @@ def read_listing(
         DatasetError: If annotations are missing, malformed or ambiguous.
         EnvironmentFailedError: If the machine fails over a folder.
     """
-    check_dataset_name(name)
-    files = _locate(name, root, annotations if name != "table" else None)
-    protocol = resolve_protocol(name, protocol)
-    if name == "table":
-        found = read_table_file(annotations, files.tree, columns or {})
-    else:
-        found = _read(name, files, protocol, with_classes)
-    if name in ("lists", "table"):
+    reader = find_reader(name)
+    files = _locate(reader, root, annotations)
+    options = ReadOptions(protocol=resolve_protocol(name, protocol), columns=columns or {}, with_classes=with_classes)
+    found = _read(reader, files, options)
+    if reader.names_files:
         _tell_odd_endings(files.tree, found)
     else:
         _tell_what_is_no_video(files)
-    if files.tree.is_walked and files.annotation_files and name != "lists":
-        _tell_what_is_no_row(files.tree, found)
+        if files.tree.is_walked and files.annotation_files:
+            _tell_what_is_no_row(files.tree, found)
     records = _finish(found, root, splits, seed, known_splits)
     missing = [record for record in records if not files.tree.holds(record.path)]
     if missing:
@@ -206,8 +275,9 @@ def check_folder(
     if name not in FACTS:
         raise ConfigError(f"the data sets with known files are {', '.join(FACTS)}; found {name!r}")
     protocol = resolve_protocol(name, protocol)
-    files = _locate(name, root, annotations)
-    records = _finish(_read(name, files, protocol), root, None, 0)
+    reader = find_reader(name)
+    files = _locate(reader, root, annotations)
+    records = _finish(_read(reader, files, ReadOptions(protocol=protocol)), root, None, 0)
     listed = Counter(record.split for record in records)
     missing = [record for record in records if not files.tree.holds(record.path)]
     missing_by_split = Counter(record.split for record in missing)
@@ -231,30 +301,30 @@ def check_folder(
     }
 
 
-def _locate(name: str, root: Path, annotations: Path | None) -> DatasetFiles:
-    return DatasetFiles(root, annotations, folders=FACTS[name].annotation_folders if name in FACTS else ())
+def _locate(reader: DatasetReader, root: Path, annotations: Path | None) -> DatasetFiles:
+    return DatasetFiles(root, annotations, folders=reader.facts.annotation_folders if reader.facts is not None else ())
 
 
-def _read(name: str, files: DatasetFiles, protocol: str | None, with_classes: bool = True) -> list[VideoRecord]:
-    if name == "folder":
-        return read_folder(files.tree, with_classes=with_classes)
-    if name == "lists":
-        return read_lists(files)
+def _read(reader: DatasetReader, files: DatasetFiles, options: ReadOptions) -> list[VideoRecord]:
+    if reader.facts is None:
+        records = reader.read(files, options)
+        assert records is not None
+        return records
+    files.require_annotations()
     if not files.root.is_dir():
-        return read_folder(files.tree, dataset=name)  # says where the videos were expected
-    records = _READERS[name](files, protocol)
+        return read_folder(files.tree, dataset=reader.name)  # says where the videos were expected
+    records = reader.read(files, options)
     if records is not None:
         return records
-    return read_lists(files) if files.annotations is not None else _read_named_folder(name, files)
+    return read_lists(files) if files.annotations is not None else _read_public_folder(reader, reader.facts, files)
 
 
-def _read_named_folder(name: str, files: DatasetFiles) -> list[VideoRecord]:
+def _read_public_folder(reader: DatasetReader, facts: DatasetFacts, files: DatasetFiles) -> list[VideoRecord]:
     """A data set without annotation files: folders by class, above them folders by split or at least two classes."""
-    facts = FACTS[name]
+    name = reader.name
     hint = f"Or add the annotations: {facts.layout[0]}. `s4v datasets {name}` says where they come from."
     try:
-        is_kinetics = _READERS[name] is read_kinetics
-        records = read_kinetics_folder(files, name) if is_kinetics else read_folder(files.tree, dataset=name)
+        records = reader.read_folder(files) if reader.read_folder else read_folder(files.tree, dataset=name)
     except DatasetError as error:
         raise type(error)(f"{error} {hint}") from error
     if not all(r.split for r in records) and (facts.num_classes is None or len({r.class_name for r in records}) < 2):

@@ -195,8 +195,15 @@ class DatasetFiles:
         self.annotation_files: set[Path] = set()
         """Those that a reader asked for."""
         self._folders = (*_ANNOTATION_FOLDERS, *folders)
-        if annotations is not None and not annotations.exists():
-            raise DataNotFoundError(f"{annotations} is not there (--annotations)")
+
+    def require_annotations(self) -> None:
+        """Refuse annotations that the user names and that are not there.
+
+        Raises:
+            DataNotFoundError: In that case.
+        """
+        if self.annotations is not None and not self.annotations.exists():
+            raise DataNotFoundError(f"{self.annotations} is not there (--annotations)")
 
     @property
     def named_file(self) -> Path | None:

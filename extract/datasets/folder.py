@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from ...errors import DataNotFoundError, DatasetError
 from ...store.records import VideoRecord
-from ._files import PICTURE_VIDEO_ENDINGS, VIDEO_ENDINGS, VideoTree, ending_of
+from ._files import PICTURE_VIDEO_ENDINGS, VIDEO_ENDINGS, DatasetFiles, VideoTree, ending_of
 from ._names import SPLIT_NAMES, fold_split
+from .contract import DatasetReader, ReadOptions
 
 # As mmaction2 names folders of splits: videos_train, rawframes_val.
 _KINDS = ("videos_", "rawframes_")
@@ -104,3 +105,11 @@ def _leave_out_pictures(tree: VideoTree) -> list[str]:
 
 def _name_some(paths: Sequence[str]) -> str:
     return ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
+
+
+def _read(files: DatasetFiles, options: ReadOptions) -> list[VideoRecord]:
+    files.require_annotations()
+    return read_folder(files.tree, with_classes=options.with_classes)
+
+
+READER = DatasetReader(name="folder", read=_read, takes_annotations=False, takes_archives=True)

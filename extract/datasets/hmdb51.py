@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from ...errors import DatasetError
 from ...store.records import VideoRecord
+from ._clips import SMALL_CLIPS
 from ._files import DatasetFiles, name_of
 from ._names import check_name
 from ._rows import MalformedRows, read_lines
+from .contract import DatasetFacts, DatasetReader, ReadOptions
 
 # 0: in neither part of this split.
 _SPLIT_OF_CODE = {"0": None, "1": "train", "2": "val"}
 
 
-def read_hmdb51(files: DatasetFiles, protocol: str | None) -> list[VideoRecord] | None:
+def read_hmdb51(files: DatasetFiles, options: ReadOptions) -> list[VideoRecord] | None:
     """Read `CLASS_test_splitN.txt`; code 2, the test part, is the split `val`: there is no other held-out one.
 
     The class is in the list's name. Names of videos hold blanks, `#`, `(`, `)`, `&` and `;`: they are only compared.
@@ -23,13 +25,15 @@ def read_hmdb51(files: DatasetFiles, protocol: str | None) -> list[VideoRecord] 
     Raises:
         DatasetError: If rows are malformed, all of them in one message, up to 20.
     """
-    ending = f"_test_{protocol or 'split1'}"
+    ending = f"_test_{options.protocol or 'split1'}"
     if files.find_annotation("*_test_split?.txt") is None:
         return None
     lists = files.list_annotations(f"*{ending}.txt")
     lists = [file for file in lists if file.stem.endswith(ending)]
     if not lists:
-        raise DatasetError(f"expected lists CLASS{ending}.txt (--protocol {protocol}): there are other splits only")
+        raise DatasetError(
+            f"expected lists CLASS{ending}.txt (--protocol {options.protocol}): there are other splits only"
+        )
     malformed = MalformedRows()
     records = []
     for file in lists:
@@ -54,3 +58,23 @@ def read_hmdb51(files: DatasetFiles, protocol: str | None) -> list[VideoRecord] 
                 )
     malformed.refuse()
     return records
+
+
+READER = DatasetReader(
+    name="hmdb51",
+    read=read_hmdb51,
+    facts=DatasetFacts(
+        name="hmdb51",
+        title="HMDB51",
+        source="HMDB: a large human motion database (Serre lab): hmdb51_org.rar, test_train_splits.rar",
+        layout=(
+            "testTrainMulti_7030_splits/CLASS_test_split{1,2,3}.txt (or here, or in annotations/, splits/)",
+            "CLASS/NAME.avi, in any folder",
+        ),
+        annotation_folders=("testTrainMulti_7030_splits", "test_train_splits", "splits"),
+        counts={f"split{n}": {"train": 3570, "val": 1530} for n in (1, 2, 3)},
+        num_classes=51,
+        protocols=("split1", "split2", "split3"),
+        clip_settings=SMALL_CLIPS,
+    ),
+)

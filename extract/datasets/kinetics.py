@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ...store.records import VideoRecord
 from ._files import DatasetFiles
 from ._names import SPLIT_NAMES, check_name, check_path, fold_split
 from ._rows import MalformedRows, cut_excel_hint, read_csv, read_text, shorten, sniff_csv, split_of_name
+from .contract import DatasetFacts, DatasetReader, ReadOptions
 from .folder import read_folder
 
 _COLUMNS = ("youtube_id", "time_start", "time_end")
 _YOUTUBE_ID_LENGTH = 11
+_COUNTS: dict[int, dict[str, dict[str, int]]] = {400: {"": {"train": 246_535, "val": 19_907}}, 600: {}, 700: {}}
+"""Of classes: the official counts of rows, where they are sure."""
 
 
-def read_kinetics(files: DatasetFiles, protocol: str | None = None) -> list[VideoRecord] | None:
+def read_kinetics(files: DatasetFiles, options: ReadOptions) -> list[VideoRecord] | None:
     """Read the official CSV files: with or without `is_cc`, and without `label` for the test split.
 
     The video_id is YOUTUBEID_START_END, as the official file names are; the same row in two files is one row.
@@ -51,10 +55,21 @@ def read_kinetics(files: DatasetFiles, protocol: str | None = None) -> list[Vide
 
 def is_kinetics_table(text: str) -> bool:
     """Whether a file's text begins with the header of an official list."""
-    return "youtube_id" in cut_excel_hint(text)[0].partition("\n")[0]
+    return _COLUMNS[0] in cut_excel_hint(text)[0].partition("\n")[0]
 
 
-def read_kinetics_folder(files: DatasetFiles, dataset: str) -> list[VideoRecord]:
+def has_kinetics_columns(names: Collection[str]) -> bool:
+    """Whether a table's columns are those of an official list."""
+    return _COLUMNS[0] in names
+
+
+def name_options(table: Path) -> str:
+    """The options that read an official list as what it is, for readers that are given one by mistake."""
+    first, *others = (f"k{number}" for number in _COUNTS)
+    return f"--dataset {first} ({', '.join(others)}) --annotations {table}"
+
+
+def read_kinetics_folder(files: DatasetFiles, *, dataset: str) -> list[VideoRecord]:
     """Read folders by class; below `videos_train/` and the like, which mmaction2 makes, `_` stands for a blank."""
     return [
         replace(record, class_name=record.class_name.replace("_", " "))
@@ -110,3 +125,27 @@ def _whole_seconds(row: dict[str, str], column: str) -> int:
     if not 0 <= seconds < 10**6:
         raise ValueError(f"expected seconds in {column}, found {row[column]!r}")
     return seconds
+
+
+def _make_reader(number: int) -> DatasetReader:
+    name = f"k{number}"
+    return DatasetReader(
+        name=name,
+        read=read_kinetics,
+        read_folder=partial(read_kinetics_folder, dataset=name),
+        facts=DatasetFacts(
+            name=name,
+            title=f"Kinetics-{number}",
+            source=f"Kinetics-{number} (DeepMind); videos from the mirror cvdfoundation/kinetics-dataset",
+            layout=(
+                "train.csv, val.csv (or validate.csv), test.csv: here or in annotations/",
+                "{train,val,test}/[CLASS/]YOUTUBEID_START_END.mp4, in any folder; or YOUTUBEID.mp4",
+            ),
+            counts=_COUNTS[number],
+            num_classes=number,
+            clip_settings="Side4Video: 8 or 16 frames, short side 256, test with 3 crops x 4 clips",
+        ),
+    )
+
+
+READERS = tuple(_make_reader(number) for number in _COUNTS)

@@ -22,7 +22,8 @@ from ...store.records import VideoRecord
 from ._files import VIDEO_ENDINGS, DatasetFiles, VideoTree, is_video_name
 from ._names import check_path, list_bases
 from ._rows import MalformedRows, read_csv, read_lines, read_text, split_of_name
-from .kinetics import is_kinetics_table
+from .contract import DatasetReader, ReadOptions
+from .kinetics import is_kinetics_table, name_options
 from .table import COLUMN_ROLES
 
 _DELIMITERS = ("\t", "::", ";", ",", " ")
@@ -47,7 +48,7 @@ class _Row:
     label: int | None
 
 
-def read_lists(files: DatasetFiles) -> list[VideoRecord]:
+def read_lists(files: DatasetFiles, options: ReadOptions | None = None) -> list[VideoRecord]:
     """Read the list file that the user names, or all in a folder whose names tell a split.
 
     The class is the name that a class file beside the lists gives to the number; without one, the folder of the
@@ -60,6 +61,7 @@ def read_lists(files: DatasetFiles) -> list[VideoRecord]:
     """
     if files.annotations is None:
         raise ConfigError("--dataset lists needs --annotations, a list file or a folder of them")
+    files.require_annotations()
     if not files.root.is_dir():
         raise DataNotFoundError(f"the folder {files.root} is not there: paths in lists are relative to it (--root)")
     lists = [files.named_file] if files.named_file else _find_lists(files)
@@ -126,8 +128,7 @@ def _refuse_table(file: Path, tree: VideoTree) -> None:
     first_line = read_text(file).lstrip().partition("\n")[0].strip()
     if is_kinetics_table(first_line):
         raise DatasetError(
-            f"{file} is an official table of Kinetics, not a list. Read it as what it is: "
-            f"--dataset k400 (k600, k700) --annotations {file}"
+            f"{file} is an official table of Kinetics, not a list. Read it as what it is: {name_options(file)}"
         )
     known = {name for names in COLUMN_ROLES.values() for name in names}
     fields = [field.strip().strip("\"'").lower() for field in re.split(r"[,;\t|]|::|\s", first_line)]
@@ -248,3 +249,6 @@ def _folders_by_label(rows: Sequence[_Row]) -> dict[int, str]:
     pairs = {(label, folder) for label, found in folders.items() for folder in found}
     is_paired = len(pairs) == len(folders) == len(labels) and "" not in labels
     return {label: next(iter(found)) for label, found in folders.items()} if is_paired else {}
+
+
+READER = DatasetReader(name="lists", read=read_lists, names_files=True)

@@ -6,14 +6,16 @@ from pathlib import Path
 
 from ...errors import DatasetError
 from ...store.records import VideoRecord
+from ._clips import RETRIEVAL_CLIPS
 from ._files import DatasetFiles, name_of
 from ._names import SPLIT_NAMES, check_name, check_path, fold_split
 from ._rows import MalformedRows, read_csv, read_json, read_json_list, read_text, shorten, sniff_csv, text_of, texts_of
+from .contract import DatasetFacts, DatasetReader, ReadOptions
 
 _CAPTION_FILES = ("MSRVTT_data.json", "train_val_videodatainfo.json", "test_videodatainfo.json")
 
 
-def read_msrvtt(files: DatasetFiles, protocol: str | None) -> list[VideoRecord] | None:
+def read_msrvtt(files: DatasetFiles, options: ReadOptions) -> list[VideoRecord] | None:
     """Read the videos of a protocol with their captions.
 
     `1k-A-9k` and `1k-A-7k` train on the videos of a list, with all captions of each from the JSON files, and test on
@@ -30,11 +32,11 @@ def read_msrvtt(files: DatasetFiles, protocol: str | None) -> list[VideoRecord] 
     if not is_there:
         return None
     malformed = MalformedRows()
-    if protocol == "full":
+    if options.protocol == "full":
         split_of, captions = _read_challenge(files, malformed)
         chosen = {video_id: (split, captions.get(video_id, [])) for video_id, split in split_of.items()}
     else:
-        chosen = _read_train(files, "9k" if protocol != "1k-A-7k" else "7k", malformed)
+        chosen = _read_train(files, "9k" if options.protocol != "1k-A-7k" else "7k", malformed)
         # A video that is in both belongs to the test.
         chosen.update(_read_test(files, malformed))
     malformed.refuse()
@@ -143,3 +145,28 @@ def _read_table(file: Path, wanted: tuple[str, ...], malformed: MalformedRows) -
         else:
             good.append((line, row))
     return good
+
+
+READER = DatasetReader(
+    name="msrvtt",
+    read=read_msrvtt,
+    facts=DatasetFacts(
+        name="msrvtt",
+        title="MSR-VTT",
+        source="MSR-VTT (Microsoft Research, 2016); the 1k-A lists are in CLIP4Clip's msrvtt_data.zip",
+        layout=(
+            "MSRVTT_data.json, or train_val_videodatainfo.json with test_videodatainfo.json",
+            "for 1k-A: MSRVTT_train.9k.csv or MSRVTT_train.7k.csv, and MSRVTT_JSFUSION_test.csv "
+            "(or msrvtt_ret_train9k.json, msrvtt_ret_train7k.json, msrvtt_ret_test1k.json)",
+            "videoN.mp4, in any folder",
+        ),
+        annotation_folders=("msrvtt_data",),
+        counts={
+            "1k-A-9k": {"train": 9000, "test": 1000},
+            "1k-A-7k": {"train": 7010, "test": 1000},
+            "full": {"train": 6513, "val": 497, "test": 2990},
+        },
+        protocols=("1k-A-9k", "1k-A-7k", "full"),
+        clip_settings=RETRIEVAL_CLIPS,
+    ),
+)

@@ -9,14 +9,16 @@ from typing import Any
 
 from ...errors import DatasetError
 from ...store.records import VideoRecord
+from ._clips import RETRIEVAL_CLIPS
 from ._files import DatasetFiles
 from ._names import check_name, check_text
 from ._rows import MalformedRows, read_lines, shorten
+from .contract import DatasetFacts, DatasetReader, ReadOptions
 
 _LISTS = {"train": "train_list.txt", "val": "val_list.txt", "test": "test_list.txt"}
 
 
-def read_msvd(files: DatasetFiles, protocol: str | None = None) -> list[VideoRecord] | None:
+def read_msvd(files: DatasetFiles, options: ReadOptions) -> list[VideoRecord] | None:
     """Read the lists that are there, and the captions of each video in their order.
 
     Returns:
@@ -127,3 +129,22 @@ def _read_descriptions(file: Path, malformed: MalformedRows) -> dict[str, list[s
         else:
             malformed.add(file, line, f"expected ID CAPTION, found {text!r}")
     return captions
+
+
+READER = DatasetReader(
+    name="msvd",
+    read=read_msvd,
+    facts=DatasetFacts(
+        name="msvd",
+        title="MSVD",
+        source="Microsoft Research Video Description Corpus: YouTubeClips.tar; lists in CLIP4Clip's msvd_data.zip",
+        layout=(
+            "train_list.txt, val_list.txt, test_list.txt",
+            "raw-captions.pkl or AllVideoDescriptions.txt",
+            "YouTubeClips/ID.avi, in any folder",
+        ),
+        annotation_folders=("msvd_data",),
+        counts={"": {"train": 1200, "val": 100, "test": 670}},
+        clip_settings=RETRIEVAL_CLIPS,
+    ),
+)

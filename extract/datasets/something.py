@@ -9,12 +9,13 @@ from ...errors import DatasetError
 from ...store.records import VideoRecord
 from ._files import DatasetFiles
 from ._rows import MalformedRows, read_json, read_json_list, read_lines, shorten, split_of_name, text_of
+from .contract import DatasetFacts, DatasetReader, ReadOptions
 
 _Row = tuple[Path, int | str, str, str | None]
 """File, place in it, id, and the class where there is one."""
 
 
-def read_something_v1(files: DatasetFiles, protocol: str | None = None) -> list[VideoRecord] | None:
+def read_something_v1(files: DatasetFiles, options: ReadOptions) -> list[VideoRecord] | None:
     """Read `ID;LABEL` lists, and `ID` for the test split.
 
     Public lists number the same classes in two ways (in the order of the labels file, or sorted): numbers are not used.
@@ -40,7 +41,7 @@ def read_something_v1(files: DatasetFiles, protocol: str | None = None) -> list[
     return _as_records(rows, known, labels, files, malformed, ending="")
 
 
-def read_something_v2(files: DatasetFiles, protocol: str | None = None) -> list[VideoRecord] | None:
+def read_something_v2(files: DatasetFiles, options: ReadOptions) -> list[VideoRecord] | None:
     """Read the JSON lists; the class is the template without its brackets.
 
     Returns:
@@ -112,3 +113,43 @@ def _as_records(
             )
     malformed.refuse()
     return records
+
+
+_CLIPS = "Side4Video: 8 or 16 frames, frames resized to 256 x 320, test with 3 crops x 2 clips"
+
+V1_READER = DatasetReader(
+    name="ssv1",
+    read=read_something_v1,
+    may_be_mirrored=False,
+    facts=DatasetFacts(
+        name="ssv1",
+        title="Something-Something V1",
+        source="20BN-SOMETHING-SOMETHING-V1: frames as JPEG files in 20bn-something-something-v1-??",
+        layout=(
+            "something-something-v1-{train,validation,test,labels}.csv",
+            "ID/00001.jpg, in any folder",
+        ),
+        counts={"": {"train": 86_017, "val": 11_522, "test": 10_960}},
+        num_classes=174,
+        clip_settings=_CLIPS,
+        frame_fps=12.0,
+    ),
+)
+
+V2_READER = DatasetReader(
+    name="ssv2",
+    read=read_something_v2,
+    may_be_mirrored=False,
+    facts=DatasetFacts(
+        name="ssv2",
+        title="Something-Something V2",
+        source="Something-Something V2 (Qualcomm AI datasets): 20bn-something-something-v2-?? and the labels archive",
+        layout=(
+            "something-something-v2-{train,validation,test,labels}.json, or labels/{train,validation,test,labels}.json",
+            "ID.webm (or .mp4, or ID/00001.jpg), in any folder",
+        ),
+        counts={"": {"train": 168_913, "val": 24_777, "test": 27_157}},
+        num_classes=174,
+        clip_settings=_CLIPS,
+    ),
+)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
+from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError, DataNotFoundError, DatasetError
 from ...store.records import VideoRecord
-from ._files import VideoTree
+from ._files import DatasetFiles, VideoTree
 from ._names import check_path, check_text, list_bases
 from ._rows import MalformedRows, cut_excel_hint, read_text, sniff_csv
+from .contract import DatasetReader, ReadOptions
+from .kinetics import has_kinetics_columns, name_options
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 COLUMN_ROLES: dict[str, tuple[str, ...]] = {
     "path": ("path", "video_path", "video", "file", "filename", "filepath"),
@@ -38,7 +38,7 @@ _TEXT_ENDINGS = {".csv": ",", ".tsv": "\t", ".jsonl": "", ".ndjson": ""}
 _DECIMAL_COMMA = re.compile(r"\d+,\d+")
 
 
-def read_table_file(table: Path | None, tree: VideoTree, columns: dict[str, str]) -> list[VideoRecord]:
+def read_table_file(files: DatasetFiles, options: ReadOptions) -> list[VideoRecord]:
     """Read a table of videos.
 
     Columns of a CSV file may be parted by commas, semicolons, tabs or bars, and its text may be UTF-8 or UTF-16.
@@ -47,15 +47,15 @@ def read_table_file(table: Path | None, tree: VideoTree, columns: dict[str, str]
     segment and no id get the id PATH#t=START,END.
 
     Args:
-        table: The file; its ending tells the format.
-        tree: What lies below the folder that paths in it are relative to.
-        columns: Role in `COLUMN_ROLES` -> column name; roles left out are looked for under their usual names.
+        files: Its annotations are the table, whose ending tells the format; paths in it are relative to its root.
+        options: Columns: role in `COLUMN_ROLES` -> column name; roles left out are looked for under their usual names.
 
     Raises:
         ConfigError: If no table is named, or a role is unknown.
         DataNotFoundError: If the table or the root is not there.
         DatasetError: If a column is missing or rows are malformed: all of them in one message, up to 20.
     """
+    table, tree, columns = files.annotations, files.tree, options.columns
     if table is None:
         raise ConfigError("--dataset table needs --annotations, a file ending in .csv, .tsv, .jsonl or .parquet")
     if not table.is_file():
@@ -85,11 +85,17 @@ def read_table_file(table: Path | None, tree: VideoTree, columns: dict[str, str]
     return list(videos.values())
 
 
-def _load(table: Path, columns: dict[str, str]) -> tuple[pa.Table, str, int]:
+def _load(table: Path, columns: Mapping[str, str]) -> tuple[pa.Table, str, int]:
     """The rows of a table, what parted its columns ("" where nothing did), and the number of the first row.
 
     The header is line 1 of CSV and TSV; JSON lines have none, Parquet counts rows.
     """
+    # Not above: what lists data sets and checks options does so before it is needed.
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.json
+    import pyarrow.parquet
+
     ending = table.suffix.lower()
     try:
         if ending == ".parquet":
@@ -116,7 +122,7 @@ def _load(table: Path, columns: dict[str, str]) -> tuple[pa.Table, str, int]:
     return data.rename_columns([name.strip() for name in data.column_names]), delimiter, 2 + skipped
 
 
-def _match_columns(table: Path, found: Sequence[str], columns: dict[str, str]) -> dict[str, str]:
+def _match_columns(table: Path, found: Sequence[str], columns: Mapping[str, str]) -> dict[str, str]:
     if unknown := sorted(set(columns) - set(COLUMN_ROLES)):
         raise ConfigError(f"--column knows the roles {', '.join(COLUMN_ROLES)}; found {', '.join(unknown)}")
     if missing := sorted(name for name in columns.values() if name not in found):
@@ -128,10 +134,10 @@ def _match_columns(table: Path, found: Sequence[str], columns: dict[str, str]) -
         usual = next((name for name in names if name in found and name not in matched.values()), None)
         if role not in matched and usual is not None:
             matched[role] = usual
-    if "path" not in matched and "youtube_id" in found:
+    if "path" not in matched and has_kinetics_columns(found):
         raise DatasetError(
             f"{table} has no column with paths: it is an official list of Kinetics. Read it as what it is: "
-            f"--dataset k400 (k600, k700) --annotations {table}"
+            f"{name_options(table)}"
         )
     if "path" not in matched:
         raise DatasetError(
@@ -217,3 +223,6 @@ def _seconds(row: dict[str, Any], role: str) -> float | None:
     if not 0 <= seconds < float("inf"):
         raise ValueError(f"expected seconds from 0 up for the segment's {role}, found {text!r}")
     return seconds
+
+
+READER = DatasetReader(name="table", read=read_table_file, takes_columns=True, names_files=True)

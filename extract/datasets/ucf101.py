@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from ...store.records import VideoRecord
+from ._clips import SMALL_CLIPS
 from ._files import DatasetFiles, name_of
 from ._names import check_path
 from ._rows import MalformedRows, read_lines
+from .contract import DatasetFacts, DatasetReader, ReadOptions
 
 
-def read_ucf101(files: DatasetFiles, protocol: str | None) -> list[VideoRecord] | None:
+def read_ucf101(files: DatasetFiles, options: ReadOptions) -> list[VideoRecord] | None:
     """Read `trainlist0N.txt` and `testlist0N.txt`; the test list is the split `val`: there is no other held-out one.
 
     The class is the name in `classInd.txt`. Upper and lower case of folders and names may differ from it.
@@ -19,7 +21,7 @@ def read_ucf101(files: DatasetFiles, protocol: str | None) -> list[VideoRecord] 
     Raises:
         DatasetError: If rows are malformed, all of them in one message, up to 20.
     """
-    number = (protocol or "split1").removeprefix("split")
+    number = (options.protocol or "split1").removeprefix("split")
     if files.find_annotation("trainlist0?.txt", "testlist0?.txt") is None:
         return None
     malformed = MalformedRows()
@@ -58,3 +60,27 @@ def read_ucf101(files: DatasetFiles, protocol: str | None) -> list[VideoRecord] 
                 )
     malformed.refuse()
     return records
+
+
+READER = DatasetReader(
+    name="ucf101",
+    read=read_ucf101,
+    facts=DatasetFacts(
+        name="ucf101",
+        title="UCF101",
+        source="UCF101 (University of Central Florida): UCF101.rar, UCF101TrainTestSplits-RecognitionTask.zip",
+        layout=(
+            "ucfTrainTestlist/{classInd,trainlist01,testlist01,..03}.txt (or here, or in annotations/)",
+            "CLASS/v_CLASS_gNN_cNN.avi, in any folder",
+        ),
+        annotation_folders=("ucfTrainTestlist",),
+        counts={
+            "split1": {"train": 9537, "val": 3783},
+            "split2": {"train": 9586, "val": 3734},
+            "split3": {"train": 9624, "val": 3696},
+        },
+        num_classes=101,
+        protocols=("split1", "split2", "split3"),
+        clip_settings=SMALL_CLIPS,
+    ),
+)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from ...errors import DatasetError
 from ...store.records import VideoRecord
+from ._clips import RETRIEVAL_CLIPS
 from ._files import DatasetFiles, split_clip_name
 from ._names import check_name
 from ._rows import MalformedRows, read_json, read_json_list, read_lines, shorten, text_of, texts_of
+from .contract import DatasetFacts, DatasetReader, ReadOptions
 
 _OFFICIAL = {
     "train": "vatex_training_v*.json",
@@ -17,7 +19,7 @@ _OFFICIAL = {
 _LISTS = {"train": "train_list.txt", "val": "val_list.txt", "test": "test_list.txt"}
 
 
-def read_vatex(files: DatasetFiles, protocol: str | None) -> list[VideoRecord] | None:
+def read_vatex(files: DatasetFiles, options: ReadOptions) -> list[VideoRecord] | None:
     """Read a protocol: `official` takes the published files that are there, `hgr` `vatex_data.json` and its lists.
 
     Returns:
@@ -29,7 +31,7 @@ def read_vatex(files: DatasetFiles, protocol: str | None) -> list[VideoRecord] |
     if not files.list_annotations(*_OFFICIAL.values(), "vatex_data.json"):
         return None
     malformed = MalformedRows()
-    records = _read_lists(files, malformed) if protocol == "hgr" else _read_official(files, malformed)
+    records = _read_lists(files, malformed) if options.protocol == "hgr" else _read_official(files, malformed)
     malformed.refuse()
     return records
 
@@ -76,3 +78,23 @@ def _as_record(files: DatasetFiles, clip: str, split: str, captions: tuple[str, 
         raise ValueError(f"expected YOUTUBEID_START_END, six digits each, found {clip!r}")
     path = files.tree.find_clip(clip, split, f"{split}_video") or f"{split}/{clip}.mp4"
     return VideoRecord(video_id=clip, source_id=youtube_id, path=path, split=split, captions=captions)
+
+
+READER = DatasetReader(
+    name="vatex",
+    read=read_vatex,
+    facts=DatasetFacts(
+        name="vatex",
+        title="VATEX",
+        source="VATEX (UC Santa Barbara and ByteDance): captions; the videos are clips of Kinetics-600",
+        layout=(
+            "vatex_training_v1.0.json, vatex_validation_v1.0.json, vatex_public_test_english_v1.1.json",
+            "for hgr: vatex_data.json with train_list.txt, val_list.txt, test_list.txt",
+            "YOUTUBEID_START_END.mp4, in any folder",
+        ),
+        annotation_folders=("vatex_data",),
+        counts={"official": {"train": 25_991, "val": 3000, "test": 6000}},
+        protocols=("official", "hgr"),
+        clip_settings=RETRIEVAL_CLIPS,
+    ),
+)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from s4v.backbone.names import SHIPPED
+from s4v.backbone.open_clip_models import SHIPPED
 from s4v.backbone.text_tower import load_text_tower
 from s4v.backbone.vision_tower import build_backbone
 from s4v.demo import tiny_clip

@@ -11,8 +11,7 @@ from timm.models import register_model
 from timm.models.eva import Eva
 from torch import nn
 
-from s4v.backbone import names as architectures
-from s4v.backbone import weights
+from s4v.backbone import open_clip_models as architectures
 from s4v.backbone.text_tower import load_text_tower
 from s4v.backbone.vision_tower import build_backbone, parse_layers, read_peak_flops
 from s4v.backbone.weights import draw_random, parameters_on_meta
@@ -339,7 +338,7 @@ def test_unreachable_hub_says_what_to_do(monkeypatch):
     def refuse(_config):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(weights, "download_pretrained", refuse)
+    monkeypatch.setattr(architectures, "download_pretrained", refuse)
     with pytest.raises(
         WeightsError, match="'openai' .* are not cached and cannot be downloaded .ConnectionError.*--weights FILE"
     ):

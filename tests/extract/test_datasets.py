@@ -2,6 +2,7 @@ import json
 from collections import Counter
 
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet
 import pytest
 

@@ -7,8 +7,7 @@ from typer.testing import CliRunner
 
 from s4v.cli import app
 from s4v.errors import ConfigError
-from s4v.extract.datasets import FACTS, check_folder, frame_rate, resolve_protocol
-from s4v.extract.datasets.facts import DatasetFacts
+from s4v.extract.datasets import FACTS, DatasetFacts, check_folder, frame_rate, resolve_protocol
 
 
 def run(*arguments):

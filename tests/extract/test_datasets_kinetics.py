@@ -6,6 +6,7 @@ import pytest
 from s4v.errors import DataNotFoundError, DatasetError
 from s4v.extract.datasets import read_dataset
 from s4v.extract.datasets._files import DatasetFiles, VideoTree, split_clip_name
+from s4v.extract.datasets.contract import ReadOptions
 from s4v.extract.datasets.kinetics import read_kinetics
 
 OLD = "label,youtube_id,time_start,time_end,split\n"
@@ -213,7 +214,7 @@ def test_250000_rows_match_250000_names_in_10_seconds_and_1_gb(tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # CPU seconds: other work on the machine must not fail this.
     start = time.process_time()
-    records = read_kinetics(DatasetFiles(tmp_path, tree=VideoTree(tmp_path, names)))
+    records = read_kinetics(DatasetFiles(tmp_path, tree=VideoTree(tmp_path, names)), ReadOptions())
     assert time.process_time() - start < 10
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 1e9
     assert {r.path for r in records} == set(names)

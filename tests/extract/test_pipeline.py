@@ -440,7 +440,7 @@ def test_class_token_that_overflows_float16_stops_the_run(video_folder, tmp_path
     import open_clip
     from safetensors.torch import save_file
 
-    from s4v.backbone.names import resolve_model
+    from s4v.backbone.open_clip_models import resolve_model
     from s4v.errors import EnvironmentFailedError
 
     resolve_model("tiny-clip")  # makes our configurations known to open_clip

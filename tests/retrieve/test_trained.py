@@ -11,7 +11,7 @@ from timm.models import register_model
 from timm.models.eva import Eva
 from typer.testing import CliRunner
 
-from s4v.backbone import names as architectures
+from s4v.backbone import open_clip_models as architectures
 from s4v.backbone.text_tower import load_text_tower
 from s4v.cli import app
 from s4v.errors import ConfigError, RunNotFoundError

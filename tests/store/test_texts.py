@@ -144,7 +144,7 @@ def test_an_interrupted_run_leaves_no_half_texts(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("s4v.backbone.text_tower.TextTower.encode_words", stop)
+        patch.setattr("s4v.backbone.open_clip_texts.OpenClipTextTower.encode_words", stop)
         with pytest.raises(KeyboardInterrupt):
             extract_dataset(config)
     assert not has_current_texts(config.out)

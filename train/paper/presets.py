@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ...backbone.facts import read_side_family
 from ...store.reader import StoreReader
 from ..choices import Family
 from ..networks.contract import Preset
@@ -115,7 +116,7 @@ PRESETS = tuple(_list_presets())
 
 def side_family(store: StoreReader) -> Family:
     """Which side blocks the reference puts beside a store's backbone: EVA's beside EVA, else CLIP's."""
-    return "eva" if store.attributes["backbone"]["architecture"].startswith("EVA") else "clip"
+    return read_side_family(store.attributes["backbone"])
 
 
 def is_of_paper(store: StoreReader) -> bool:

@@ -1,0 +1,83 @@
+"""What is known of a tower without its weights; no library of towers and no torch, stage two asks here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from ..errors import StoreMismatchError
+
+Precision = Literal["fp32", "fp16", "bf16"]
+
+Family = Literal["clip", "eva"]
+"""Kinds of blocks, and so of the side blocks that the reference puts beside them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BackboneInfo:
+    """What stage two and a store need to know of a backbone; no weights."""
+
+    name: str
+    """As the user wrote it."""
+    architecture: str
+    """Its library's name."""
+    weights: str
+    """`random:SEED`, a tag of its library, or the file's path."""
+    weights_sha256: str
+    """Of the weights' file; for random weights, of what they are drawn from."""
+    width: int
+    depth: int
+    grid: tuple[int, int]
+    """Patches down and across."""
+    patch_size: tuple[int, int]
+    image_size: tuple[int, int]
+    embed_dim: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    precision: Precision
+    device_type: str
+    side_family: Family
+    """Whose side blocks fit beside it."""
+
+    @property
+    def num_patches(self) -> int:
+        """N, the class token not counted."""
+        return self.grid[0] * self.grid[1]
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON, for a store.
+
+        The family is told only where `guess_side_family` would take another one. So stores are the same as those that
+        were begun before backbones told it, and a command can go on with such a store.
+        """
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        if self.side_family == guess_side_family(self.architecture):
+            del values["side_family"]
+        return values
+
+
+def guess_side_family(architecture: str) -> Family:
+    """The family of a tower whose store does not tell it, by open_clip's name of the architecture.
+
+    This is the one place where a name decides.
+    """
+    return "eva" if architecture.startswith("EVA") else "clip"
+
+
+def read_side_family(backbone: Mapping[str, Any]) -> Family:
+    """Which side blocks the reference puts beside a store's backbone.
+
+    Args:
+        backbone: The store's attributes of it, as `BackboneInfo.describe` gave them.
+
+    Raises:
+        StoreMismatchError: If the store tells a family that s4v does not know.
+    """
+    family = backbone.get("side_family", guess_side_family(backbone["architecture"]))
+    if family not in get_args(Family):
+        raise StoreMismatchError(
+            f"s4v knows the side blocks of {', '.join(get_args(Family))}; the store's backbone, "
+            f"{backbone['architecture']}, has {family!r}. Use the s4v that made the store, or a later one."
+        )
+    return family

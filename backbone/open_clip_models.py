@@ -1,0 +1,119 @@
+"""open_clip's models: their names with our short ones, their configurations, and where their weights come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from open_clip.factory import parse_model_name
+from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+from torch import nn
+
+from ..errors import BackboneError, WeightsError
+from ..files import hash_file
+from .weights import WeightsSource, find_file, find_random, parameters_on_meta
+
+_MODELS = Path(__file__).parent / "tiny_clip"
+
+# The -quickgelu architectures: OpenAI's weights in a model with plain GELU compute something else.
+ALIASES: dict[str, tuple[str, str | None]] = {
+    "vit-e": ("EVA02-E-14", "laion2b_s4b_b115k"),
+    "vit-e-plus": ("EVA02-E-14-plus", "laion2b_s9b_b144k"),
+    "vit-l": ("ViT-L-14-quickgelu", "openai"),
+    "vit-b16": ("ViT-B-16-quickgelu", "openai"),
+    "vit-b32": ("ViT-B-32-quickgelu", "openai"),
+    "tiny-clip": ("tiny-clip", "world"),
+}
+"""Short names: the open_clip architecture, and the weights taken when the user names none."""
+
+SHIPPED: dict[tuple[str, str], Path] = {("tiny-clip", "world"): _MODELS / "tiny-clip.safetensors"}
+"""Weights that come with s4v, by architecture and tag."""
+
+
+def list_models() -> list[str]:
+    """open_clip's architectures, and those of configurations that come with s4v."""
+    _register_models()
+    return open_clip.list_models()
+
+
+def resolve_model(name: str) -> tuple[str, str | None]:
+    """The open_clip architecture of a model name, an alias or one of `list_models`, and its default weights."""
+    _register_models()
+    return ALIASES.get(name, (name, None))
+
+
+@cache
+def _register_models() -> None:
+    open_clip.add_model_config(_MODELS)
+
+
+@cache
+def read_architecture(architecture: str) -> dict[str, Any]:
+    """open_clip's configuration of an architecture that `resolve_model` returned."""
+    config = open_clip.get_model_config(architecture)
+    assert config is not None and parse_model_name(architecture)[0] is None
+    # Never let a config fetch weights on its own.
+    return {**config, "vision_cfg": {**config["vision_cfg"], "timm_model_pretrained": False}}
+
+
+def resolve_weights(name: str, weights: str | None, seed: int) -> WeightsSource:
+    """Find a model's weights: `random`, a local file, or an open_clip tag (downloaded when it is not cached).
+
+    Raises:
+        WeightsError: If they cannot be had, or belong to another activation than the architecture has.
+    """
+    architecture, default_tag = resolve_model(name)
+    shipped = SHIPPED.get((architecture, weights or default_tag or ""))
+    weights = weights or default_tag
+    tags = [*(tag for name, tag in SHIPPED if name == architecture), *list_pretrained_tags_by_model(architecture)]
+    if weights is None:
+        known = f"an open_clip tag ({', '.join(tags)}), " if tags else ""
+        raise WeightsError(f"{name} has no default weights: give --weights {known}a file, or `random`")
+    if (source := find_random(weights, seed, architecture, read_architecture(architecture))) is not None:
+        return source
+    if shipped is not None:
+        if not shipped.is_file():
+            raise WeightsError(f"the weights that come with s4v are not there: {shipped}. Install s4v again.")
+        return WeightsSource(weights, hash_file(shipped), shipped)
+    if (source := find_file(weights)) is not None:
+        return source
+    if weights not in tags:
+        raise WeightsError(
+            f"no weights {weights!r} for {name}: no such file, and its tags are {', '.join(tags) or 'none'}"
+        )
+    config: dict[str, Any] = get_pretrained_cfg(architecture, weights) or {}
+    if bool(config.get("quick_gelu")) != bool(read_architecture(architecture).get("quick_gelu")):
+        raise WeightsError(
+            f"the weights {weights!r} were trained with {'Quick' if config.get('quick_gelu') else 'plain '}GELU and "
+            f"{architecture} computes the other: use the architecture "
+            f"{architecture + '-quickgelu' if config.get('quick_gelu') else architecture.removesuffix('-quickgelu')}"
+        )
+    try:
+        path = Path(download_pretrained(config))
+    except Exception as error:  # hubs raise whatever their HTTP library raises
+        raise WeightsError(
+            f"the weights {weights!r} of {architecture} are not cached and cannot be downloaded "
+            f"({type(error).__name__}). Copy their file here and name it: --weights FILE; or use --weights random."
+        ) from error
+    return WeightsSource(weights, hash_file(path), path, pretrained_cfg=config)
+
+
+def build_tower(
+    name: str, build: Callable[..., nn.Module], embed_dim: int, tower_config: Any, config: Mapping[str, Any]
+) -> Any:
+    """One of open_clip's towers, without memory for its weights.
+
+    Raises:
+        BackboneError: If it cannot be built.
+    """
+    try:
+        with parameters_on_meta():
+            return build(embed_dim, tower_config, config.get("quick_gelu", False))
+    except (RuntimeError, NotImplementedError, ImportError) as error:  # towers that compute while they are built
+        reason = str(error).splitlines()[0]
+        raise BackboneError(
+            f"a tower of {name} cannot be built ({reason}); s4v needs a ViT such as {', '.join(ALIASES)}"
+        ) from error

@@ -1,0 +1,189 @@
+"""The frozen text towers of open_clip: texts to embeddings, or to one token a word."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.model import _build_text_tower
+from torch import nn
+
+from ..errors import BackboneError, WeightsError
+from ..store.texts import Texts
+from ..terminal import quote
+from .contract import TextTower
+from .open_clip_models import build_tower, read_architecture, resolve_model, resolve_weights
+from .weights import KNOWN_WORDS, fill_tower, open_tensors
+
+# Texts in one pass; the last is padded, so that a text's numbers do not depend on how many others there are.
+_TEXTS_PER_PASS = 64
+
+_MOST_NAMED = 3
+
+_log = logging.getLogger(__name__)
+
+
+class OpenClipTextTower(TextTower):
+    """A text tower of open_clip with its tokenizer; `load_text_tower` makes one."""
+
+    def __init__(
+        self, tower: nn.Module, tokenizer: Any, device: torch.device, known_words: torch.Tensor | None = None
+    ) -> None:
+        self._tower = tower
+        self._tokenizer = tokenizer
+        self._device = device
+        self._known_words = known_words
+
+    @property
+    def context_length(self) -> int:
+        """The most words that a text can have, start and end among them."""
+        return self._tokenizer.context_length
+
+    @torch.inference_mode()
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """Embed texts; each is cut at the tower's context length.
+
+        Warns of what is cut off, and of words that the weights do not know: tiny-clip's know a few dozen.
+
+        Returns:
+            (len(texts), E) float32, not normalised.
+        """
+        self._warn_of_cut(texts, self.context_length)
+        return self._tower(self._tokenise(texts, self.context_length).to(self._device)).float().cpu().numpy()
+
+    @torch.inference_mode()
+    def encode_words(self, texts: list[str], num_words: int, *, is_cut_known: bool = False) -> Texts:
+        """Embed texts word by word; each is cut at `num_words`, start and end among them.
+
+        Args:
+            texts: Any number.
+            num_words: M.
+            is_cut_known: Whether the caller has said what is cut off (`find_cut`); else a warning does.
+
+        Returns:
+            Tokens (n, num_words, E), the final norm's output times the projection, zero where there is no word;
+            mask; embeddings (n, E), those of the end token.
+
+        Raises:
+            BackboneError: If the tower is not one of open_clip's own that ends a text with its highest token, as CLIP
+                does.
+        """
+        is_known = isinstance(getattr(self._tower, "ln_final", None), nn.Module)
+        if not is_known or getattr(self._tower, "pool_type", None) != "argmax" or self._tower.output_tokens:
+            raise BackboneError("this text tower is not like CLIP's: s4v cannot tell where its words end")
+        if not is_cut_known:
+            self._warn_of_cut(texts, num_words)
+        tokens = self._tokenise(texts, num_words)
+        padded = F.pad(tokens, (0, 0, 0, -len(texts) % _TEXTS_PER_PASS))
+        parts = [self._encode_words(part) for part in padded.split(_TEXTS_PER_PASS)]
+        words, embeddings = (torch.cat(values)[: len(texts)] for values in zip(*parts, strict=True))
+        # Up to the end token, which has the highest number; a `!` inside a word has the number of the padding.
+        mask = torch.arange(num_words) <= tokens.argmax(dim=1, keepdim=True)
+        words = words[:, :num_words] * mask[..., None]
+        return Texts(words.half().numpy(), mask.numpy(), embeddings.numpy())
+
+    def find_cut(self, texts: Sequence[str], num_words: int | None = None) -> dict[str, str]:
+        """What is left out of texts that are longer than a number of words, start and end among them.
+
+        Args:
+            texts: Any.
+            num_words: None takes the tower's context length.
+
+        Returns:
+            The end that is not read, of each text that has one. A tokenizer may split a word, and write in small
+            letters.
+        """
+        tokenizer = getattr(self._tokenizer, "tokenizer", self._tokenizer)  # of Hugging Face's, the one inside
+        if not hasattr(tokenizer, "encode"):
+            return {}
+        options = {} if tokenizer is self._tokenizer else {"add_special_tokens": False}
+        num_read = (num_words or self.context_length) - 2
+        cut = {}
+        for text in dict.fromkeys(texts):
+            tokens = tokenizer.encode(text, **options)
+            if len(tokens) > num_read:
+                cut[text] = tokenizer.decode(tokens[num_read:]).strip()
+        return cut
+
+    def _warn_of_cut(self, texts: list[str], num_words: int) -> None:
+        cut = self.find_cut(texts, num_words)
+        for left_out in list(cut.values())[:_MOST_NAMED]:
+            _log.warning(
+                "the text tower reads %d words (and parts of words) of a text: it leaves out %s",
+                *(num_words - 2, quote(left_out)),
+            )
+        if len(cut) > _MOST_NAMED:
+            _log.warning("the text tower leaves out the ends of %d more texts", len(cut) - _MOST_NAMED)
+
+    def _encode_words(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Texts (n, context) -> (n, context, E) and (n, E), from one pass."""
+        normed: list[torch.Tensor] = []
+        norm: Any = self._tower.ln_final
+        hook = norm.register_forward_hook(lambda _, __, output: normed.append(output))
+        try:
+            embeddings = self._tower(tokens.to(self._device)).float().cpu()
+        finally:
+            hook.remove()
+        projection: Any = self._tower.text_projection
+        words = projection(normed[0]) if isinstance(projection, nn.Linear) else normed[0] @ projection
+        return words.float().cpu(), embeddings
+
+    def _tokenise(self, texts: list[str], num_words: int) -> torch.Tensor:
+        """Texts to (n, context): cut at `num_words`, padded to what the tower takes."""
+        tokens = self._tokenizer(texts, context_length=num_words)
+        if self._known_words is not None:
+            tokens = self._drop_unknown(tokens, self._known_words)
+        return F.pad(tokens, (0, self.context_length - num_words))
+
+    def _drop_unknown(self, tokens: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        """Texts (n, context) without the words that are not known, padded with zeros again."""
+        is_known = torch.isin(tokens, known) | (tokens == 0)
+        if unknown := tokens[~is_known].unique().tolist():
+            words = ", ".join(repr(self._tokenizer.decode([word]).strip()) for word in unknown)
+            _log.warning("this backbone's text tower does not know %s: as if not said", words)
+        kept = torch.zeros_like(tokens)
+        for row, words_known in enumerate(is_known):
+            kept[row, : int(words_known.sum())] = tokens[row, words_known]
+        return kept
+
+
+def load_text_tower(
+    name: str, *, weights: str | None, device: torch.device, seed: int, expected_sha256: str | None
+) -> OpenClipTextTower:
+    """Build a model's text tower in float32 and load its weights.
+
+    Args:
+        name: An alias, or an open_clip architecture.
+        weights: As for `build_backbone`.
+        device: Where it runs.
+        seed: Of random weights.
+        expected_sha256: Refuse weights with another hash.
+
+    Raises:
+        WeightsError: If the weights cannot be had, do not fit, or have another hash.
+        BackboneError: If its tokenizer cannot be had.
+    """
+    architecture, _ = resolve_model(name)
+    config = read_architecture(architecture)
+    source = resolve_weights(name, weights, seed)
+    if expected_sha256 not in (None, source.sha256):
+        raise WeightsError(
+            f"the store was made with weights of hash {expected_sha256}, {source.label} has {source.sha256}. "
+            "Name the file that the store was made with (--weights)."
+        )
+    tower = build_tower(name, _build_text_tower, config["embed_dim"], config["text_cfg"], config)
+    # Custom-text models keep the tower under `text.`, plain CLIP keeps its parts at the top; Side4Video's own
+    # checkpoints keep either of them under `clip.`.
+    tensors = open_tensors(source)
+    fill_tower(tower, tensors, source, ("text.", "", "clip.text.", "clip."), device, torch.float32)
+    known_words = None if tensors is None else tensors.get(KNOWN_WORDS)
+    try:
+        tokenizer = open_clip.get_tokenizer(architecture)
+    except (ImportError, OSError) as error:  # those of others are downloaded, by a library that s4v does not need
+        raise BackboneError(f"the tokenizer of {name} cannot be had: {str(error).splitlines()[0]}") from error
+    return OpenClipTextTower(tower, tokenizer, device, known_words)

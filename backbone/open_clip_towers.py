@@ -1,0 +1,193 @@
+"""open_clip's towers: any of its ViTs with a class token, behind one small adapter.
+
+Only the tower that is needed is built, without memory for its weights at first, so that peak memory stays near the
+weights' size in the precision they run in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+import open_clip
+import torch
+from open_clip.model import _build_vision_tower
+from torch import nn
+
+from ..errors import BackboneError
+from .contract import DEFAULT_LOGIT_SCALE, DTYPES, Backbone, FrameTokens, TextTower, TowerLibrary
+from .facts import BackboneInfo, Precision, guess_side_family
+from .open_clip_models import ALIASES, build_tower, list_models, read_architecture, resolve_model, resolve_weights
+from .weights import WeightsSource, fill_tower, open_tensors
+
+
+class OpenClipBackbone(Backbone):
+    """A vision tower of open_clip, its own or one of timm's that it wraps."""
+
+    packages = ("open_clip_torch", "timm")
+
+    def __init__(self, tower: Any, info: BackboneInfo, source: WeightsSource, device: torch.device) -> None:
+        super().__init__(tower, info, device, tower.forward_intermediates)
+        self._source = source
+        self._logit_scale = DEFAULT_LOGIT_SCALE
+
+    @property
+    def blocks(self) -> nn.Module:
+        """The transformer blocks."""
+        return _find_blocks(self.tower)
+
+    def load_weights(self) -> Self:
+        """Give the tower its memory and weights; returns itself.
+
+        Raises:
+            WeightsError: If the file is unreadable or belongs to another model.
+        """
+        tensors = open_tensors(self._source)
+        fill_tower(self.tower, tensors, self._source, ("visual.",), self.device, DTYPES[self.info.precision])
+        if tensors is not None and "logit_scale" in tensors:
+            self._logit_scale = float(tensors["logit_scale"])
+        return self
+
+    def run_tower(self, images: torch.Tensor, layers: Sequence[int]) -> FrameTokens:
+        """One pass over (B, 3, H, W); see the contract."""
+        output = self.forward(images, indices=layers, output_fmt="NLC", output_extra_tokens=True)
+        cls = [prefix[:, 0] for prefix in output["image_intermediates_prefix"]]
+        return FrameTokens(output["image_intermediates"], torch.stack(cls, dim=1), output["image_features"])
+
+    def read_head(self) -> dict[str, np.ndarray]:
+        """The tower's end as stage two needs it: embedding = proj(norm(class token of the last block)).
+
+        Returns:
+            norm_weight, norm_bias (D,), norm_eps (), proj_weight (E, D), logit_scale () as its logarithm and, for
+            EVA, proj_bias (E,); float32.
+        """
+        norm, weight, bias = _find_head(self.tower)
+        head = {"norm_weight": norm.weight, "norm_bias": norm.bias, "proj_weight": weight, "proj_bias": bias}
+        arrays = {k: v.detach().float().cpu().numpy() for k, v in head.items() if v is not None}
+        return {**arrays, "norm_eps": np.float32(norm.eps), "logit_scale": np.float32(self._logit_scale)}
+
+
+class OpenClip(TowerLibrary):
+    """What open_clip builds."""
+
+    title = "open_clip"
+    short_names = tuple(ALIASES)
+
+    def list_models(self) -> Sequence[str]:
+        """open_clip's names, and those of configurations that come with s4v."""
+        return list_models()
+
+    def build_backbone(
+        self, name: str, *, weights: str | None, device: torch.device, precision: Precision, seed: int
+    ) -> Backbone:
+        """A model's vision tower, without its weights as yet.
+
+        Args:
+            name: An alias, or an open_clip architecture.
+            weights: An open_clip tag, a local file, or `random`; None takes the alias's own tag.
+            device: Where it runs.
+            precision: Of weights and arithmetic.
+            seed: Of random weights.
+
+        Raises:
+            BackboneError: If its tower has no class token or no blocks.
+            WeightsError: If the weights cannot be had.
+        """
+        architecture, _ = resolve_model(name)
+        config = read_architecture(architecture)
+        tower = build_tower(name, _build_vision_tower, config["embed_dim"], config["vision_cfg"], config)
+        _require_class_token(name, tower)
+        source = resolve_weights(name, weights, seed)
+        grid, patch_size, image_size = _read_geometry(tower)
+        mean, std = _read_normalisation(source)
+        info = BackboneInfo(
+            name=name,
+            architecture=architecture,
+            weights=source.label,
+            weights_sha256=source.sha256,
+            width=_find_head(tower)[0].weight.shape[0],
+            depth=len(_find_blocks(tower)),
+            grid=grid,
+            patch_size=patch_size,
+            image_size=image_size,
+            embed_dim=config["embed_dim"],
+            mean=mean,
+            std=std,
+            precision=precision,
+            device_type=device.type,
+            side_family=guess_side_family(architecture),
+        )
+        return OpenClipBackbone(tower, info, source, device)
+
+    def load_text_tower(
+        self, name: str, *, weights: str | None, device: torch.device, seed: int, expected_sha256: str | None
+    ) -> TextTower:
+        """A model's text tower with its weights.
+
+        Raises:
+            WeightsError: If the weights cannot be had, do not fit, or have another hash.
+            BackboneError: If its tokenizer cannot be had.
+        """
+        from .open_clip_texts import load_text_tower
+
+        return load_text_tower(name, weights=weights, device=device, seed=seed, expected_sha256=expected_sha256)
+
+
+LIBRARY = OpenClip()
+
+
+def _require_class_token(name: str, tower: Any) -> None:
+    """Refuse towers that the side network has no use for.
+
+    Raises:
+        BackboneError: With what is lacking.
+    """
+    trunk = getattr(tower, "trunk", tower)
+    lacking = None
+    if not hasattr(tower, "forward_intermediates") or _find_blocks(tower) is None:
+        lacking = "has no transformer blocks (a convolutional tower)"
+    elif getattr(trunk, "class_embedding", None) is None and getattr(trunk, "cls_token", None) is None:
+        lacking = "has no class token"
+    elif getattr(trunk, "num_prefix_tokens", 1) != 1:
+        lacking = f"has {trunk.num_prefix_tokens} prefix tokens, not one class token"
+    elif getattr(trunk, "pool_type", getattr(trunk, "global_pool", "tok")) not in ("tok", "token"):
+        lacking = "does not pool its class token"
+    elif getattr(trunk, "attn_pool", None) is not None:
+        lacking = "pools by attention"
+    if lacking is not None:
+        raise BackboneError(
+            f"{name} {lacking}; s4v needs a ViT that pools one class token, such as {', '.join(ALIASES)}"
+        )
+
+
+def _find_blocks(tower: Any) -> Any:
+    if hasattr(tower, "trunk"):
+        return getattr(tower.trunk, "blocks", None) if hasattr(tower.trunk, "forward_intermediates") else None
+    return getattr(getattr(tower, "transformer", None), "resblocks", None)
+
+
+def _find_head(tower: Any) -> tuple[Any, torch.Tensor, torch.Tensor | None]:
+    """Final norm, projection (E, D) and its bias."""
+    if not hasattr(tower, "trunk"):
+        return tower.ln_post, tower.proj.T, None
+    trunk: Any = tower.trunk
+    norm = trunk.fc_norm if isinstance(trunk.norm, nn.Identity) else trunk.norm
+    linear = trunk.head if isinstance(trunk.head, nn.Linear) else tower.head.proj
+    return norm, linear.weight, linear.bias
+
+
+def _read_geometry(tower: Any) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Grid, patch size and image size, each (down, across)."""
+    if hasattr(tower, "trunk"):
+        embed: Any = tower.trunk.patch_embed
+        return tuple(embed.grid_size), tuple(embed.patch_size), tuple(embed.img_size)
+    return tuple(tower.grid_size), tuple(tower.patch_size), tuple(tower.image_size)
+
+
+def _read_normalisation(source: WeightsSource) -> tuple[Any, Any]:
+    """Mean and std of the weights' own preprocessing; OpenAI's where the weights do not say."""
+    config = source.pretrained_cfg or {}
+    mean = config.get("mean") or open_clip.OPENAI_DATASET_MEAN
+    std = config.get("std") or open_clip.OPENAI_DATASET_STD
+    return tuple(mean), tuple(std)
