@@ -99,7 +99,7 @@ def open_writer(path: Path, records: list[Any]) -> Any:
     from s4v.store.writer import resume_store
 
     store = open_store(path)
-    return resume_store(path, layout=store.layout, attributes=store.attributes, records=records)
+    return resume_store(store, layout=store.layout, attributes=store.attributes, records=records)
 
 
 class Stopwatch:

@@ -86,7 +86,7 @@ def record_sources(store: StoreReader, root: Path, rows: Sequence[int]) -> int:
         for row, path in zip(rows, paths, strict=True)
         if (known := facts[path]) is not None
     }
-    with StoreWriter(store.path, store.layout, store.codec, store.input_columns()) as writer:
+    with StoreWriter(store, store.input_columns()) as writer:
         writer.set_sources(sources)
         writer.consolidate()
     return len(sources)

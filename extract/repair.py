@@ -13,8 +13,8 @@ from ..store.names import refuse_links
 from ..store.reader import StoreReader, open_store
 from ..store.verify import Damage, verify_store
 from ..store.writer import repair_store
+from .codec_fit import make_codec
 from .job import Job
-from .opening import make_codec
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def _mend(
         with job.clock.stage("calibration"):
             codec = make_codec(job)
     repair_store(
-        store.path,
+        store,
         damage,
         lost_rows=lost,
         layout=job.layout,

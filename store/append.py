@@ -73,18 +73,23 @@ def append_rows(
         _take_place(path, lease)
 
 
+def is_half_appended(path: Path) -> bool:
+    """Whether an `append_rows` was killed there, or is under way."""
+    return os.path.lexists(path / APPEND_NAME)
+
+
 def finish_appending(path: Path) -> None:
     """Complete an `append_rows` that was killed; without one, nothing."""
-    if os.path.lexists(path / APPEND_NAME):
+    if is_half_appended(path):
         with _hold(path) as lease:
-            if os.path.lexists(path / APPEND_NAME):  # nobody else completed it meanwhile
+            if is_half_appended(path):  # nobody else completed it meanwhile
                 _take_place(path, lease)
 
 
-def order_records(path: Path, records: Sequence[VideoRecord]) -> list[VideoRecord]:
+def order_records(store: StoreReader, records: Sequence[VideoRecord]) -> list[VideoRecord]:
     """Records in the order of a store's rows; those that are not in the store come last, as they came."""
     by_id = {record.video_id: record for record in records}
-    known = [by_id.pop(video_id) for video_id in _read_row_order(open_store(path), list(by_id)) if video_id in by_id]
+    known = [by_id.pop(video_id) for video_id in _read_row_order(store, list(by_id)) if video_id in by_id]
     return [*known, *by_id.values()]
 
 

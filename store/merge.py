@@ -68,7 +68,7 @@ def merge_stores(
     target = open_store(out)
     video_ids = first.read_manifest(["video_id"])["video_id"]
     bad: list[str] = []
-    with StoreWriter(out, first.layout, first.codec, first.input_columns()) as writer:
+    with StoreWriter(target, first.input_columns()) as writer:
         pending = {*range(first.layout.num_shards)} - {*target.finished_shards()}
         known = {store.path: set(store.finished_shards()) for store in stores}
         shards = sorted({*pending, *set().union(*known.values())})

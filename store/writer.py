@@ -47,7 +47,7 @@ from .markers import (
     read_marker_state,
     write_joined,
 )
-from .reader import StoreReader, open_store
+from .reader import StoreReader, is_store, open_store
 from .records import VideoRecord, VideoResult
 from .scratch import Scratch, make_scratch, remove_dead_files, remove_dead_scratch
 from .swap import find_swaps, finish_swap, place_marker, publish_shard, shard_files, swap_shard
@@ -97,40 +97,47 @@ class StoreWriter:
     manager. Without a lease it takes one of the whole store. A worker of the process that has it takes none: it is told
     which shards are its own (`expect_markers`) and the lease's nonce, and has no table of all inputs.
 
+    Args:
+        store: The store as it is under the lease; its layout, codec and format are written on in.
+        inputs: The manifest's input columns; None in a worker.
+        path: Where the store really lies, if its own path leads there by a link.
+        is_worker: Whether another process has the lease.
+        lease: Of the store, held already.
+        lease_nonce: Of the lease that another process has.
+
     Raises:
         StoreBusyError: If another process writes there.
     """
 
     def __init__(
         self,
-        path: Path,
-        layout: StoreLayout,
-        codec: Codec,
+        store: StoreReader,
         inputs: pa.Table | None,
         *,
+        path: Path | None = None,
         is_worker: bool = False,
         lease: Lease | None = None,
         lease_nonce: str | None = None,
     ) -> None:
+        path = path or store.path
         with ExitStack() as opening:
             if not is_worker:
                 lease = lease or hold_lease(path, Scope.all(), purpose="extract", advice=_BUSY_ADVICE)
                 opening.callback(lease.close)
             self.lease_nonce = lease_nonce if lease is None else lease.nonce
-            self._open(path, layout, codec, inputs, lease)
+            self._open(store, path, inputs, lease)
             opening.pop_all()
 
-    def _open(
-        self, path: Path, layout: StoreLayout, codec: Codec, inputs: pa.Table | None, lease: Lease | None
-    ) -> None:
+    def _open(self, store: StoreReader, path: Path, inputs: pa.Table | None, lease: Lease | None) -> None:
         self.lease = lease
+        self.store = store
         self.path = path
-        self.layout = layout
-        self.codec = codec
-        self._codec_sha256 = codec.sha256
+        self.layout = store.layout
+        self.codec = store.codec
+        self._codec_sha256 = store.codec.sha256
         self._inputs = inputs
-        self._specs = layout.array_specs()
-        self._format_version = open_store(path).attributes["format_version"]
+        self._specs = store.layout.array_specs()
+        self._format_version = store.attributes["format_version"]
         self._expected: dict[int, MarkerState | None] = {}
         self._manifest_lease: Lease | None = None
         self._scratch: Scratch | None = None
@@ -481,7 +488,7 @@ def create_store(
         StoreExistsError: If something stands at `path`: a store without `overwrite`, or anything else.
         StoreBusyError: If another process writes to the store that is to be replaced.
     """
-    path = path.resolve()  # what a link points to is replaced, not the link
+    named, path = path, path.resolve()  # what a link points to is replaced, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
     refuse_existing(path, overwrite=overwrite)
     remove_dead_scratch(path.parent, path.name)
@@ -497,8 +504,9 @@ def create_store(
             _move_away(path, scratch / "old")
         move_into_place(fresh, path)
         lease.moved_to(path)
+        store = open_store(named)
         closing.pop_all()
-        return StoreWriter(path, layout, codec, inputs, lease=lease)
+        return StoreWriter(store, inputs, path=path, lease=lease)
 
 
 def _move_away(path: Path, place: Path) -> None:
@@ -570,7 +578,7 @@ def write_skeleton(
 
 
 def resume_store(
-    path: Path,
+    store: StoreReader,
     *,
     layout: StoreLayout,
     attributes: Mapping[str, Any],
@@ -580,7 +588,7 @@ def resume_store(
     """Go on with a store that the same command began.
 
     Args:
-        path: The store.
+        store: The store; it is opened once more when nobody else can change it.
         layout: As for `create_store`.
         attributes: As for `create_store`.
         records: As for `create_store`.
@@ -588,19 +596,19 @@ def resume_store(
 
     Raises:
         StoreMismatchError: If the store was begun with other settings or other videos; all differences listed.
-        StoreNotFoundError: If `path` is not a store.
+        StoreNotFoundError: If it is no longer there.
         StoreBusyError: If another process writes there.
     """
-    open_store(path)
-    lease = hold_lease(path, scope or Scope.all(), purpose="extract", advice=_BUSY_ADVICE)
+    if not is_store(store.path):
+        open_store(store.path)  # which says so, before a lease is looked for
+    lease = hold_lease(store.path, scope or Scope.all(), purpose="extract", advice=_BUSY_ADVICE)
     try:
-        store = open_store(path)  # as it is now that nobody changes it
+        store = open_store(store.path)
         inputs = _require_same(store, layout, attributes, records)
-        codec = store.codec
     except BaseException:
         lease.close()
         raise
-    return StoreWriter(path, layout, codec, inputs, lease=lease)
+    return StoreWriter(store, inputs, lease=lease)
 
 
 def _require_same(
@@ -635,7 +643,7 @@ def join_store(
     """
     wanted = full_attributes(attributes, layout, store.codec)
     _refuse_differences(store.path, list_differences(store.attributes, wanted))
-    return StoreWriter(store.path, layout, store.codec, None, is_worker=True, lease_nonce=lease_nonce)
+    return StoreWriter(store, None, is_worker=True, lease_nonce=lease_nonce)
 
 
 def _refuse_differences(path: Path, differences: Sequence[str]) -> None:
@@ -647,7 +655,7 @@ def _refuse_differences(path: Path, differences: Sequence[str]) -> None:
 
 
 def repair_store(
-    path: Path,
+    store: StoreReader,
     damage: Sequence[Damage],
     *,
     lost_rows: Mapping[int, Collection[int]],
@@ -661,7 +669,7 @@ def repair_store(
     """Put damaged files of the whole store back as they were written, and mark damaged rows pending.
 
     Args:
-        path: The store; its own metadata (`zarr.json`) must be whole.
+        store: The store as it is under the lease; its own metadata (`zarr.json`) must be whole.
         damage: As `verify_store` found it.
         lost_rows: By damaged shard: rows of it whose tokens are damaged. The others are kept as they are.
         layout: As for `create_store`, all of it must be what the store was begun with: files that come out otherwise
@@ -677,7 +685,7 @@ def repair_store(
         StoreMismatchError: If the store was begun with other settings or has other rows; nothing was changed.
         StoreDamagedError: If a file cannot be had back; nothing was changed.
     """
-    store = open_store(path)
+    path = store.path
     differences = list_differences(store.attributes, full_attributes(attributes, layout, codec))
     if differences:
         raise StoreMismatchError(

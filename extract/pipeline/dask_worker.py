@@ -169,7 +169,7 @@ class WorkerJob:
                 )
             )
             self._job.load_weights()
-            kept_rows = KeptRows(config, self._job.records, self._known)
+            kept_rows = KeptRows(store, config, self._job.records, self._known)
             self._pipeline = Pipeline(self._job, self._writer, kept_rows)
             self._open = opening.pop_all()
         return self

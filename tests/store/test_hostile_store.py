@@ -414,7 +414,7 @@ def test_a_store_that_is_a_link_opens(whole_store, tmp_path):
     (tmp_path / "link.zarr").symlink_to(whole_store)
     use(tmp_path / "link.zarr")
     assert verify_store(open_store(tmp_path / "link.zarr")) == []
-    resume_store(tmp_path / "link.zarr", layout=LAYOUT, attributes=ATTRIBUTES, records=RECORDS).close()
+    resume_store(open_store(tmp_path / "link.zarr"), layout=LAYOUT, attributes=ATTRIBUTES, records=RECORDS).close()
 
 
 def test_hostile_names_in_the_recorded_hashes_are_damage(store_path, tmp_path):

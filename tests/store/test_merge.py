@@ -190,5 +190,5 @@ def test_files_that_differ_between_machines_are_told(make_part, tmp_path, caplog
 def test_a_merged_store_goes_on(make_part, tmp_path):
     merge_stores([make_part("a", [0]), make_part("b", [2])], tmp_path / "out")
     records = [replace(record) for record in RECORDS]
-    with resume_store(tmp_path / "out", layout=LAYOUT, attributes=ATTRIBUTES, records=records) as writer:
+    with resume_store(open_store(tmp_path / "out"), layout=LAYOUT, attributes=ATTRIBUTES, records=records) as writer:
         assert writer.pending_shards() == [1]
