@@ -77,8 +77,8 @@ def _fitted_on(job: Job) -> tuple[int, int]:
     """
     config = job.config
     if config.codec_from is not None and is_store(config.codec_from):
-        source = open_store(config.codec_from).attributes
-        return source["seed"], source["calibration_videos"]
+        source = open_store(config.codec_from).facts
+        return source.seed, source.calibration_videos
     return config.seed, config.calibration_videos if config.codec_from is not None or fits_codec(job) else 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pyarrow as pa
 
@@ -104,22 +105,14 @@ def open_writer(job: Job) -> StoreWriter:
     job.load_weights()
     with job.clock.stage("calibration"):
         codec = make_codec(job)
+    spec = replace(job.spec, codec=codec, head=job.backbone.read_head())
     try:
-        return create_store(
-            config.out,
-            layout=job.layout,
-            attributes=job.attributes,
-            records=job.records,
-            codec=codec,
-            head=job.backbone.read_head(),
-            overwrite=config.overwrite,
-            scope=_scope_of(job),
-        )
+        return create_store(config.out, spec, overwrite=config.overwrite, scope=_scope_of(job))
     except StoreExistsError:
         reader = Target.find(config).reader
         if reader is None:
             raise
-        return _resume(job, reader)
+        return resume_store(reader, job.spec, scope=_scope_of(job))
 
 
 def _go_on(job: Job, store: StoreReader) -> StoreWriter:
@@ -129,12 +122,8 @@ def _go_on(job: Job, store: StoreReader) -> StoreWriter:
     if config.append and len(job.records) > store.layout.num_rows:
         first = store.layout.num_rows // store.layout.rows_per_shard
         _require_room(job, job.limit_shards(range(first, job.layout.num_shards)))
-        append_rows(config.out, layout=job.layout, attributes=job.attributes, records=job.records)
-    return _resume(job, store)
-
-
-def _resume(job: Job, store: StoreReader) -> StoreWriter:
-    return resume_store(store, layout=job.layout, attributes=job.attributes, records=job.records, scope=_scope_of(job))
+        append_rows(config.out, job.spec)
+    return resume_store(store, job.spec, scope=_scope_of(job))
 
 
 def _scope_of(job: Job) -> Scope:

@@ -16,6 +16,7 @@ from ..store.layout import StoreLayout
 from ..store.manifest import ClassList
 from ..store.reader import StoreReader
 from ..store.records import VideoRecord
+from ..store.spec import StoreSpec
 from .config import ALLOWED_LOSS_SHARE, DEFAULT_FRAMES, ExtractConfig
 from .datasets import Listing, resolve_protocol
 from .decode.pool import DecodedVideo, DecoderPool, decode_records
@@ -68,6 +69,11 @@ class Job:
     report: ReportProgress
     missing: frozenset[str] = frozenset()
     """Paths that were not there when the videos were listed."""
+
+    @property
+    def spec(self) -> StoreSpec:
+        """What the store is made of; its codec and the tower's end come with the weights."""
+        return StoreSpec(layout=self.layout, attributes=self.attributes, records=self.records)
 
     @property
     def passes(self) -> list[int]:

@@ -56,7 +56,7 @@ class Target:
     @property
     def segment_s(self) -> float | None:
         """Seconds of the segments into which the store's videos are cut; None where they are whole."""
-        return None if self.reader is None else self.reader.attributes.get("segment_s")
+        return None if self.reader is None else self.reader.facts.segment_s
 
     @property
     def state(self) -> State:
