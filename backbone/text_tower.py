@@ -39,10 +39,10 @@ def load_store_text_tower(
     Raises:
         WeightsError: If the weights cannot be had, or are not those that the store was made with.
     """
-    backbone = store.attributes["backbone"]
+    backbone = store.facts.backbone
     return load_text_tower(
-        backbone["name"],
-        weights=weights or backbone["weights"],
+        backbone.name,
+        weights=weights or backbone.weights,
         device=device or torch.device("cpu"),
-        expected_sha256=backbone["weights_sha256"],
+        expected_sha256=backbone.weights_sha256,
     )

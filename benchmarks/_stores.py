@@ -9,6 +9,7 @@ from typing import Any
 from s4v.store.codec import Codec
 from s4v.store.layout import StoreLayout
 from s4v.store.records import VideoRecord, VideoResult
+from s4v.store.spec import StoreSpec
 from s4v.store.writer import RowTokens, StoreWriter, create_store
 
 
@@ -31,7 +32,8 @@ def begin_store(
         "resize": "224",
         "libraries": {},
     }
-    return create_store(path, layout=layout, attributes=attributes, records=records, codec=codec, head={}), records
+    spec = StoreSpec(layout=layout, attributes=attributes, records=records, codec=codec, head={})
+    return create_store(path, spec), records
 
 
 def write_rows(

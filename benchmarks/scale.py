@@ -96,10 +96,12 @@ def without_fsync() -> Any:
 def open_writer(path: Path, records: list[Any]) -> Any:
     """The store's writer."""
     from s4v.store.reader import open_store
+    from s4v.store.spec import StoreSpec
     from s4v.store.writer import resume_store
 
     store = open_store(path)
-    return resume_store(path, layout=store.layout, attributes=store.attributes, records=records)
+    spec = StoreSpec(layout=store.layout, attributes=store.attributes, records=records)
+    return resume_store(store, spec)
 
 
 class Stopwatch:

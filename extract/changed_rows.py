@@ -86,7 +86,7 @@ def record_sources(store: StoreReader, root: Path, rows: Sequence[int]) -> int:
         for row, path in zip(rows, paths, strict=True)
         if (known := facts[path]) is not None
     }
-    with StoreWriter(store.path, store.layout, store.codec, store.input_columns()) as writer:
+    with StoreWriter(store, store.input_columns()) as writer:
         writer.set_sources(sources)
         writer.consolidate()
     return len(sources)
@@ -125,7 +125,7 @@ def _read_markers(store: StoreReader, paths: Sequence[str]) -> Iterator[_Row]:
     for shard in find_markers(store.path):
         first = store.layout.shard_rows(shard).start
         with suppress(StoreDamagedError):
-            marker = read_marker(store.path, shard, store.attributes["codec"]["sha256"])
+            marker = read_marker(store.path, shard, store.facts.codec.sha256)
             for row, one in enumerate(marker.as_results() if marker else (), start=first):
                 if one.status == "ok" and row < len(paths):
                     yield row, paths[row], one.source_bytes, one.source_mtime_ns, one.source_hash

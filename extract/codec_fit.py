@@ -1,4 +1,4 @@
-"""Fit a store's codec on a sample of training frames, and say what it costs on frames it was not fitted on.
+"""The codec of a new store: taken over, the identity, or fitted on a sample of training frames.
 
 The sample is a pure function of the manifest and the seed: the same whatever the machine does meanwhile.
 """
@@ -17,12 +17,13 @@ import torch
 
 from ..backbone.vision_tower import Backbone
 from ..errors import ConfigError, NoGoodVideoError
-from ..store.codec import Codec, check_finite, fit_basis, fit_basis_of_few, fit_scale, round_mantissas
-from ..store.fidelity import FidelityMeter, LayerFidelity
+from ..store.codec import Codec, check_finite, fit_basis, fit_basis_of_few, fit_scale
 from ..store.layout import PatchDtype, StoreLayout
+from ..store.reader import open_store
 from ..store.records import VideoRecord
 from .batching import split_evenly
 from .decode.pool import DecodedVideo
+from .job import Job
 from .meter import ReportProgress
 
 _SAMPLE_FRAMES = 128
@@ -44,6 +45,41 @@ class FrameSample:
     """(n, H, W, 3) uint8."""
     video_ids: tuple[str, ...]
     """Of each frame."""
+
+
+def fits_codec(job: Job) -> bool:
+    """Whether a new store's codec is fitted on its own videos, not taken over and not the identity."""
+    is_identity = job.layout.patch_dtype != "int8" and job.layout.channels == job.layout.width
+    return job.config.codec_from is None and not is_identity
+
+
+def make_codec(job: Job) -> Codec:
+    """The codec of a new store: taken over, the identity, or fitted; the same whenever it is made."""
+    config, layout = job.config, job.layout
+    if config.codec_from is not None:
+        return open_store(config.codec_from).codec
+    if not fits_codec(job):
+        return Codec(dtype=config.dtype)
+    groups = group_for_calibration(job.records, config.seed)
+    num_candidates = len(groups[0]) or len(job.records)
+    num_videos = min(config.calibration_videos, num_candidates)
+    num_frames = frames_per_video(num_candidates, layout, config.calibration_videos)
+    decoded = (zip(group, job.decode(group, num_frames), strict=True) for group in groups)
+
+    def count(num_decoded: int) -> None:
+        stage = f"decoding for calibration: {num_videos} videos, {num_frames} frames of each"
+        job.report(stage, num_decoded, num_videos)
+
+    count(0)
+    return fit_codec(
+        config.dtype,
+        gather_sample(decoded, config.calibration_videos, count),
+        job.backbone,
+        layout.layers,
+        channels=layout.channels,
+        batch_size=config.batch_size,
+        report=job.report,
+    )
 
 
 def group_for_calibration(records: Sequence[VideoRecord], seed: int) -> list[list[VideoRecord]]:
@@ -155,7 +191,7 @@ def fit_codec(
             "another store was fitted with (--codec-from)."
         )
     num_passes = 2 if is_projected and dtype == "int8" else 1
-    tokens_of = _SampleTokens("calibrating the codec", sample, backbone, layers, batch_size, num_passes, report)
+    tokens_of = SampleTokens("calibrating the codec", sample, backbone, layers, batch_size, num_passes, report)
     # A trial's: the eigenvectors of ViT-E's covariances alone would take a CPU minutes.
     are_few = is_projected and tokens_of.is_kept and num_tokens < width
     moments = _Moments(len(layers), width, with_products=is_projected and not are_few, device=backbone.device)
@@ -186,49 +222,7 @@ def fit_codec(
     return Codec(dtype=dtype, mean=codec.mean, basis=basis, scale=fit_scale(absmax, projected.deviation))
 
 
-def measure_codec(
-    codec: Codec,
-    keep_bits: int | None,
-    sample: FrameSample,
-    backbone: Backbone,
-    layers: Sequence[int],
-    *,
-    batch_size: int,
-    report: ReportProgress = lambda *_: None,
-) -> list[LayerFidelity]:
-    """Code and decode a sample of frames, and compare them with the live tokens.
-
-    Args:
-        codec: Of the store, numpy arrays.
-        keep_bits: Mantissa bits that the store keeps of float16 codes; None keeps all.
-        sample: Frames that the codec was not fitted on, where there are any.
-        backbone: With weights.
-        layers: Blocks that are tapped.
-        batch_size: The most frames in one pass.
-        report: Told of frames that went through the backbone.
-
-    Returns:
-        One for each layer.
-    """
-    meters = [FidelityMeter(layer) for layer in layers]
-
-    def count_mean(tokens: list[torch.Tensor]) -> None:
-        for meter, values in zip(meters, tokens, strict=True):
-            meter.count_mean(values.float().cpu().numpy())
-
-    def compare(tokens: list[torch.Tensor]) -> None:
-        for place, (meter, values) in enumerate(zip(meters, tokens, strict=True)):
-            live = values.float().cpu().numpy()
-            codes = round_mantissas(codec.encode(live, place), keep_bits)
-            meter.compare(live, codec.decode(codes, place))
-
-    tokens_of = _SampleTokens("measuring the codec", sample, backbone, layers, batch_size, 2, report)
-    tokens_of.hand_to(count_mean)
-    tokens_of.hand_to(compare)
-    return [meter.summarise() for meter in meters]
-
-
-class _SampleTokens:
+class SampleTokens:
     """The patch tokens of a sample's frames, from the backbone as often as they are asked for.
 
     All tokens of a giant's layers would fill the memory; those of a sample of one batch are there anyway, and kept.

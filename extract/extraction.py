@@ -4,50 +4,35 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 
 import pyarrow as pa
 
-from ..errors import EnvironmentFailedError, NoGoodVideoError, StoreDamagedError
-from ..store.info import count_reasons, count_table
-from ..store.reader import is_store, open_store
+from ..errors import EnvironmentFailedError, StoreExistsError
+from ..store.append import append_rows
+from ..store.lease import Scope
+from ..store.reader import StoreReader
 from ..store.redone import note_redone
-from ..store.writer import StoreWriter, refuse_existing
+from ..store.texts import has_current_texts
+from ..store.writer import StoreWriter, create_store, refuse_existing, resume_store
+from .caption_texts import write_caption_texts
 from .changed_rows import find_changed_rows, warn_of_changed
+from .codec_fit import make_codec
+from .codec_report import write_codec_report
 from .config import ExtractConfig
 from .decode.pool import DecoderPool
-from .finishing import finish_store
+from .disk_space import require_space
 from .job import Job, set_up_job
 from .meter import Meter, ReportProgress, StageClock, write_stats
-from .opening import open_writer, undone_shards
 from .pipeline.dask_cluster import Unfinished, run_on_workers
 from .pipeline.stages import Pipeline
 from .repair import mend_store
 from .segments import list_rows_and_missing
+from .summary import ExtractSummary, refuse_damage, refuse_no_good_video, summarise_store
+from .target import Target
 
 _MANY_SHARDS = 1000
 """From so many on, joining their results takes long enough to be told."""
-
-
-@dataclass(frozen=True, slots=True)
-class ExtractSummary:
-    """What an extraction left behind."""
-
-    store: Path
-    videos: dict[str, int]
-    """Rows by status: ok, failed, pending."""
-    failed: list[dict[str, str]]
-    """video_id, path and reason of every failed row."""
-    seconds: float
-    files: dict[str, int]
-    """Files with a row of that status: a file's segments are rows of their own."""
-    pending: list[dict[str, str]]
-    """The same as `failed`, of rows that the machine kept from being done."""
-    pending_reasons: dict[str, int]
-    """How many of them, by the code of their reason."""
-    changed: list[str] = field(default_factory=list)
-    """video_id of every good row whose video was replaced since."""
 
 
 def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: None) -> ExtractSummary:
@@ -67,53 +52,111 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
     """
     start = time.perf_counter()
     clock = StageClock()
-    if not is_store(config.out):
+    target = Target.find(config)
+    if target.is_half_appended:
+        target = target.finish_append()
+    if not target.goes_on:
         refuse_existing(config.out, overwrite=config.overwrite)
     with DecoderPool(config.num_decoders) as pool:
         report("listing the videos", 0, 0)
-        listing = list_rows_and_missing(config, pool, report)
-        records = listing.records
+        listing = list_rows_and_missing(config, target, pool, report)
         report("building the backbone", 0, 0)
-        job = set_up_job(config, records, pool, clock, report, listing.missing)
-        changed = _find_changed(job) if job.goes_on else []
-        unmended = mend_store(job, changed) if config.repair and job.goes_on else []
+        job = set_up_job(config, target, listing, pool, clock, report)
+        changed = _find_changed(job)
+        unmended = mend_store(job, changed) if config.repair and target.goes_on else []
         with open_writer(job) as writer:
+            store = writer.store
             shards = [] if config.prepare else undone_shards(job, writer, changed if config.redo_changed else ())
-            before = _sources_of(config.out, changed)
+            before = _read_sources(store, changed)
             is_alone = config.num_workers is None and config.scheduler is None
-            meter, unfinished = (
-                _run_here(job, writer, shards) if is_alone else _run_on_workers(job, shards, writer.lease_nonce)
-            )
+            meter, unfinished = (_run_here if is_alone else _run_on_workers)(job, writer, shards)
             if job.layout.num_shards >= _MANY_SHARDS:
                 report("joining the manifest", 0, 0)
             table = writer.consolidate()
             with writer.hold_manifest():
                 note_redone(config.out, _count_redone(table, changed, before))
-        finish_store(job, table)
-    summary = _summarise(config.out, table, time.perf_counter() - start)
-    store = open_store(config.out)
+        write_codec_report(job, store, table)
+        write_caption_texts(job, store)
+    seconds = time.perf_counter() - start
     still_changed = find_changed_rows(store, config.root) if changed and config.redo_changed else changed
-    summary = replace(summary, changed=warn_of_changed(store, still_changed))
+    summary = summarise_store(config.out, table, seconds, warn_of_changed(store, still_changed))
     if meter.rows:  # a run that had nothing to do leaves the last one's figures
         write_stats(config.out, meter, summary.seconds)
     if unfinished is not None:
         raise EnvironmentFailedError(unfinished.message)
-    if unmended:
-        damaged = sorted({one.shard for one in unmended if one.shard is not None})
-        raise StoreDamagedError(
-            f"{config.out}: damage stays in shards {', '.join(map(str, damaged))}; all else is mended. Their damaged "
-            "rows were made of other videos than lie there now: bring those back, or take the new ones with "
-            "--redo-changed."
-        )
-    if summary.videos["ok"] == 0 and summary.videos["pending"] == 0:
-        reasons = "; ".join(sorted({row["reason"] for row in summary.failed})[:3])
-        num_files = summary.files["failed"]
-        rows = f"{len(records)} videos" if num_files == len(records) else f"{len(records)} rows of {num_files} files"
-        raise NoGoodVideoError(
-            f"not one of {rows} decodes. First reasons: {reasons}. {config.out} keeps every reason, nothing to train "
-            "on or to search: mend the files and run the same command with --retry-failed, or remove it."
-        )
+    refuse_damage(config.out, unmended)
+    refuse_no_good_video(summary, len(listing.records))
     return summary
+
+
+def open_writer(job: Job) -> StoreWriter:
+    """Go on with the store that is there, or calibrate and create one.
+
+    Raises:
+        S4vError: If the store is another command's, or the disk is too small; nothing was changed.
+    """
+    config = job.config
+    # Another process of the same command may have begun the store since.
+    target = job.target if job.target.goes_on else Target.find(config)
+    if target.reader is not None:
+        return _go_on(job, target.reader)
+    if not config.prepare:
+        _require_room(job, job.limit_shards(range(job.layout.num_shards)), replaces=True)
+    job.load_weights()
+    with job.clock.stage("calibration"):
+        codec = make_codec(job)
+    spec = replace(job.spec, codec=codec, head=job.backbone.read_head())
+    try:
+        return create_store(config.out, spec, overwrite=config.overwrite, scope=_scope_of(job))
+    except StoreExistsError:
+        reader = Target.find(config).reader
+        if reader is None:
+            raise
+        return resume_store(reader, job.spec, scope=_scope_of(job))
+
+
+def _go_on(job: Job, store: StoreReader) -> StoreWriter:
+    """Go on with a store, which gets the rows that are new."""
+    config = job.config
+    store.require_arrays()
+    if config.append and len(job.records) > store.layout.num_rows:
+        first = store.layout.num_rows // store.layout.rows_per_shard
+        _require_room(job, job.limit_shards(range(first, job.layout.num_shards)))
+        append_rows(config.out, job.spec)
+    return resume_store(store, job.spec, scope=_scope_of(job))
+
+
+def _scope_of(job: Job) -> Scope:
+    """What this run writes to: other parts may be under way beside it."""
+    return Scope.all() if job.part_bounds is None else Scope.shards(*job.part_bounds)
+
+
+def undone_shards(job: Job, writer: StoreWriter, changed: Sequence[int] = ()) -> list[int]:
+    """What this run has to do; there is room for it on the disk.
+
+    Args:
+        job: The extraction.
+        writer: Of its store.
+        changed: Rows to do anew because their videos were replaced.
+
+    Raises:
+        ConfigError: If there is not.
+    """
+    undone = {*writer.pending_shards(), *(writer.failed_shards() if job.config.retry_failed else ())}
+    undone |= {row // job.layout.rows_per_shard for row in changed}
+    shards = job.limit_shards(sorted(undone))
+    _require_room(job, shards)
+    if rows := [row for row in changed if row // job.layout.rows_per_shard in set(shards)]:
+        writer.set_pending(rows)
+    return shards
+
+
+def _require_room(job: Job, shards: Sequence[int], *, replaces: bool = False) -> None:
+    passes = job.passes
+    frames = sum(passes[row] for shard in shards for row in job.layout.shard_rows(shard))
+    has_texts = not replaces and has_current_texts(job.config.out)
+    num_captions = 0 if has_texts else sum(len(record.captions) for record in job.records)
+    require_space(job.layout, frames, job.config.out, num_captions=num_captions, replaces=replaces)
 
 
 def _run_here(job: Job, writer: StoreWriter, shards: Sequence[int]) -> tuple[Meter, None]:
@@ -126,7 +169,7 @@ def _run_here(job: Job, writer: StoreWriter, shards: Sequence[int]) -> tuple[Met
     return meter, None
 
 
-def _run_on_workers(job: Job, shards: Sequence[int], lease_nonce: str | None) -> tuple[Meter, Unfinished | None]:
+def _run_on_workers(job: Job, writer: StoreWriter, shards: Sequence[int]) -> tuple[Meter, Unfinished | None]:
     """Have shards done by Dask's workers; the seconds of all of them are counted together."""
     meter = job.start_meter(shards)
 
@@ -137,41 +180,25 @@ def _run_on_workers(job: Job, shards: Sequence[int], lease_nonce: str | None) ->
     if shards:
         job.report("extracting", 0, meter.total)
         job.backbone.free_weights()  # the device is the workers'
-        return meter, run_on_workers(job, shards, count, lease_nonce)
+        return meter, run_on_workers(job, shards, count, writer)
     return meter, None
 
 
 def _find_changed(job: Job) -> list[int]:
+    """Rows of the store that is there whose video was replaced since."""
+    if job.target.reader is None:
+        return []
     paths = [record.path for record in job.records] if job.config.repair else None
-    return find_changed_rows(open_store(job.config.out), job.config.root, paths=paths)
+    return find_changed_rows(job.target.reader, job.config.root, paths=paths)
 
 
-def _sources_of(path: Path, rows: Sequence[int]) -> list[str | None]:
+def _read_sources(store: StoreReader, rows: Sequence[int]) -> list[str | None]:
     if not rows:
         return []
-    return open_store(path).read_manifest(["source_hash"])["source_hash"].take(list(rows)).to_pylist()
+    return store.read_manifest(["source_hash"])["source_hash"].take(list(rows)).to_pylist()
 
 
 def _count_redone(table: pa.Table, rows: Sequence[int], before: Sequence[str | None]) -> int:
     """How many of some rows are made of another video than before."""
     after = table["source_hash"].take(list(rows)).to_pylist() if rows else []
     return sum(old != new for old, new in zip(before, after, strict=True))
-
-
-def _summarise(path: Path, table: pa.Table, seconds: float) -> ExtractSummary:
-    counts = count_table(table)
-    failed = _select(table, pa.compute.equal(table["status"], "failed"))
-    is_kept_off = pa.compute.and_(pa.compute.equal(table["status"], "pending"), pa.compute.is_valid(table["reason"]))
-    return ExtractSummary(
-        store=path,
-        videos=counts.rows,
-        failed=failed,
-        seconds=round(seconds, 3),
-        files=counts.files,
-        pending=_select(table, is_kept_off),
-        pending_reasons=count_reasons(table, "pending"),
-    )
-
-
-def _select(table: pa.Table, chosen: pa.ChunkedArray) -> list[dict[str, str]]:
-    return table.filter(chosen).select(["video_id", "path", "reason"]).to_pylist()

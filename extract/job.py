@@ -14,14 +14,16 @@ from ..device import find_device
 from ..files import hash_text
 from ..store.layout import StoreLayout
 from ..store.manifest import ClassList
-from ..store.reader import StoreReader, is_store, open_store
+from ..store.reader import StoreReader
 from ..store.records import VideoRecord
+from ..store.spec import StoreSpec
 from .config import ALLOWED_LOSS_SHARE, DEFAULT_FRAMES, ExtractConfig
-from .datasets import resolve_protocol
+from .datasets import Listing, resolve_protocol
 from .decode.pool import DecodedVideo, DecoderPool, decode_records
 from .decode.views import NUM_VIEWS
 from .meter import Meter, ReportProgress, StageClock
-from .plan import plan_layout
+from .store_layout import plan_layout
+from .target import Target
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +53,8 @@ class Job:
     """One run over a store; `set_up_job` makes one, or `join_job`, its backbone without weights as yet."""
 
     config: ExtractConfig
+    target: Target
+    """What there was when the run began."""
     records: Sequence[VideoRecord]
     num_frames: Sequence[int]
     """Cached frames of each row."""
@@ -67,9 +71,9 @@ class Job:
     """Paths that were not there when the videos were listed."""
 
     @property
-    def goes_on(self) -> bool:
-        """Whether there is a store to go on with."""
-        return is_store(self.config.out) and not self.config.overwrite
+    def spec(self) -> StoreSpec:
+        """What the store is made of; its codec and the tower's end come with the weights."""
+        return StoreSpec(layout=self.layout, attributes=self.attributes, records=self.records)
 
     @property
     def passes(self) -> list[int]:
@@ -136,17 +140,26 @@ class Job:
 
 def set_up_job(
     config: ExtractConfig,
-    records: Sequence[VideoRecord],
+    target: Target,
+    listing: Listing,
     pool: DecoderPool,
     clock: StageClock,
     report: ReportProgress = lambda *_: None,
-    missing: frozenset[str] = frozenset(),
 ) -> Job:
     """Build the backbone, without its weights, and work out the store's sizes.
+
+    Args:
+        config: The extraction.
+        target: What there is at its place: a store that is there keeps its number of rows in a shard.
+        listing: The rows, and the paths that were not on the disk.
+        pool: Decodes them.
+        clock: Counts seconds by stage.
+        report: Told about progress.
 
     Raises:
         S4vError: If model, device, data set or options do not fit together.
     """
+    records = listing.records
     num_frames = [config.frames_of(record.split) for record in records]
     num_views = [NUM_VIEWS[config.views_of(record.split)] for record in records]
     splits = {"", *DEFAULT_FRAMES, *(record.split for record in records)}
@@ -156,11 +169,12 @@ def set_up_job(
     with clock.stage("start"):
         backbone = _build_backbone(config)
         layout = plan_layout(config, backbone, len(records), max(num_frames), max(num_views))
-        if is_store(config.out) and not config.overwrite:
-            layout = replace(layout, rows_per_shard=open_store(config.out).layout.rows_per_shard)
+        if target.reader is not None:
+            layout = replace(layout, rows_per_shard=target.reader.layout.rows_per_shard)
         attributes = _describe(config, backbone, ClassList.of(records).names, pool.library_versions())
     return Job(
         config=config,
+        target=target,
         records=records,
         num_frames=num_frames,
         num_views=num_views,
@@ -170,7 +184,7 @@ def set_up_job(
         pool=pool,
         clock=clock,
         report=report,
-        missing=missing,
+        missing=listing.missing,
     )
 
 
@@ -190,6 +204,7 @@ def join_job(config: ExtractConfig, store: StoreReader, pool: DecoderPool, clock
         attributes = _describe(config, backbone, store.classes.names, pool.library_versions())
     return Job(
         config=config,
+        target=Target(config.out, store),
         records=RowsAtHand(sizes.num_rows),
         num_frames=RowsAtHand(sizes.num_rows),
         num_views=RowsAtHand(sizes.num_rows),

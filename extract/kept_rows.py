@@ -17,7 +17,7 @@ import pyarrow as pa
 from ..errors import StoreDamagedError
 from ..store import manifest
 from ..store.markers import read_marker
-from ..store.reader import open_store
+from ..store.reader import StoreReader
 from ..store.records import VideoRecord, VideoResult
 from ..store.writer import RowTokens
 from .config import ExtractConfig
@@ -61,6 +61,7 @@ class KeptRows:
     """The rows of a store that an extraction does not touch, shard by shard.
 
     Args:
+        store: The store.
         config: What is asked for: `retry_failed` and `redo_changed` decide.
         records: By row number.
         known: What the manifest has of shards without a done-marker, by their number, as far as somebody else has
@@ -69,13 +70,14 @@ class KeptRows:
 
     def __init__(
         self,
+        store: StoreReader,
         config: ExtractConfig,
         records: Mapping[int, VideoRecord] | Sequence[VideoRecord],
         known: Mapping[int, Sequence[VideoResult]] | None = None,
     ) -> None:
         self._config = config
         self._records = records
-        self._store = open_store(config.out)
+        self._store = store
         self._known = known
 
     def plan(self, shard: int) -> ShardPlan:
@@ -113,7 +115,7 @@ class KeptRows:
 
     def _read_marker(self, shard: int) -> list[VideoResult]:
         with suppress(StoreDamagedError):
-            marker = read_marker(self._store.path, shard, self._store.attributes["codec"]["sha256"])
+            marker = read_marker(self._store.path, shard, self._store.facts.codec.sha256)
             return [] if marker is None else marker.as_results()
         return []
 

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..backbone.vision_tower import Backbone, build_backbone, parse_layers
+from ..backbone.vision_tower import Backbone, build_backbone
 from ..device import find_device
-from ..errors import ConfigError, StoreMismatchError
-from ..files import describe_bytes
+from ..errors import ConfigError
 from ..store.layout import StoreLayout
-from ..store.reader import StoreReader, open_store
 from ..store.records import VideoRecord
 from ..store.texts import count_text_bytes
 from .config import ExtractConfig
 from .decode.pool import DecoderPool
 from .decode.views import NUM_VIEWS
+from .disk_space import free_bytes
 from .segments import list_rows
+from .store_layout import plan_layout
+from .target import Target
 
-_DEFAULT_INT8_CHANNELS = 256
 _READ_BYTES_PER_S = 500e6
 """What a cheap solid-state disk reads at random; the default where the user states none."""
 
@@ -63,60 +61,6 @@ class Plan:
     def fits(self) -> bool | None:
         """Whether the store fits on the disk; None where the free space is not known."""
         return None if self.free_bytes is None else self.total_bytes <= self.free_bytes
-
-
-def plan_layout(
-    config: ExtractConfig, backbone: Backbone, num_rows: int, num_frames: int, num_views: int
-) -> StoreLayout:
-    """The sizes of the store that an extraction makes.
-
-    Raises:
-        ConfigError: If `--channels` or `--layers` ask for what the backbone does not have.
-        StoreMismatchError: If the codec to be taken over does not fit.
-    """
-    info = backbone.info
-    channels = config.channels or (min(info.width, _DEFAULT_INT8_CHANNELS) if config.dtype == "int8" else info.width)
-    if config.codec_from is not None:
-        channels = _check_codec_source(config, backbone, open_store(config.codec_from))
-    if channels > info.width:
-        raise ConfigError(f"--channels {channels} is more than the {info.width} channels of {config.model}")
-    return StoreLayout(
-        num_rows=num_rows,
-        num_views=num_views,
-        num_frames=num_frames,
-        layers=parse_layers(config.layers, info.depth),
-        num_patches=info.num_patches,
-        width=info.width,
-        channels=channels,
-        embed_dim=info.embed_dim,
-        image_size=info.image_size,
-        patch_dtype=config.dtype,
-        keep_bits=config.keep_bits,
-        with_pixels=config.with_pixels,
-    )
-
-
-def _check_codec_source(config: ExtractConfig, backbone: Backbone, source: StoreReader) -> int:
-    """K of a store whose codec is to be taken.
-
-    Raises:
-        StoreMismatchError: If that codec was fitted on other tokens than this extraction makes; all differences listed.
-    """
-    info, theirs = asdict(backbone.info), source.attributes["backbone"]
-    wanted = {name: info[name] for name in ("architecture", "weights_sha256", "width", "image_size", "mean", "std")}
-    wanted |= {"layers": parse_layers(config.layers, backbone.info.depth), "dtype": config.dtype}
-    there = {**theirs, "layers": source.layout.layers, "dtype": source.layout.patch_dtype}
-    if config.channels is not None:
-        wanted["channels"], there["channels"] = config.channels, source.layout.channels
-    differences = [
-        f"{name} {there[name]} there, {value} here"
-        for name, value in wanted.items()
-        if (list(value) if isinstance(value, tuple) else value)
-        != (list(there[name]) if isinstance(there[name], tuple) else there[name])
-    ]
-    if differences:
-        raise StoreMismatchError(f"the codec of {source.path} (--codec-from) does not fit: {'; '.join(differences)}")
-    return source.layout.channels
 
 
 def plan_extraction(
@@ -166,7 +110,7 @@ def plan_extraction(
         videos=videos,
         frames=frames,
         bytes_by_array=sizes,
-        free_bytes=None if folder is None else _free_bytes(folder),
+        free_bytes=None if folder is None else free_bytes(folder),
         frames_per_second=frames_per_second,
         hours=hours,
         price=None if hours is None or price_per_hour is None else hours * price_per_hour,
@@ -230,7 +174,7 @@ def _read_rows(config: ExtractConfig) -> list[VideoRecord]:
     if config.segment_s is None:
         return config.read_records()
     with DecoderPool(config.num_decoders) as pool:
-        return list_rows(config, pool)
+        return list_rows(config, Target.find(config), pool)
 
 
 def probe_backbone(backbone: Backbone, layout: StoreLayout, batch_size: int, seconds: float = 20.0) -> float:
@@ -265,41 +209,3 @@ def probe_backbone(backbone: Backbone, layout: StoreLayout, batch_size: int, sec
         if larger > size and time.perf_counter() - start + 2 * took * larger / size <= seconds:
             size, took, passes = larger, took * larger / size, []
     return size * len(passes) / sum(passes) if passes else 1 / took
-
-
-def require_space(
-    layout: StoreLayout, frames: int, out: Path, *, num_captions: int = 0, replaces: bool = False
-) -> None:
-    """Refuse an extraction whose store cannot fit.
-
-    Args:
-        layout: Of the store.
-        frames: Cached frames that are still to be written, of all rows and views.
-        out: The store.
-        num_captions: Whose texts are still to be written.
-        replaces: Whether what stands there makes room first.
-
-    Raises:
-        ConfigError: With what is needed and what is free.
-    """
-    needed = frames * sum(layout.bytes_per_frame.values()) + count_text_bytes(num_captions, layout.embed_dim)
-    free, old = _free_bytes(out), _used_bytes(out) if replaces else 0
-    # Compressed patches need less, nobody knows how much.
-    if layout.keep_bits is None and needed > free + old:
-        there = f" and {describe_bytes(old)} in the store that would be replaced" if old else ""
-        kept = "Nothing was changed" if replaces else "What is finished is kept"
-        raise ConfigError(
-            f"{out} needs {describe_bytes(needed)} more and its disk has {describe_bytes(free)} free{there}. {kept}. "
-            "Take fewer --layers, --channels or --frames, another --out, or a part of the work (--limit)."
-        )
-
-
-def _used_bytes(path: Path) -> int:
-    """Of all files below a folder; 0 where there is none."""
-    return sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
-
-
-def _free_bytes(path: Path) -> int:
-    """Of the disk that a file would be on; its folders need not exist."""
-    existing = next(parent for parent in [path, *path.absolute().parents] if os.path.lexists(parent))
-    return shutil.disk_usage(existing).free

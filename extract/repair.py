@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from ..errors import StoreDamagedError
 from ..store import manifest
 from ..store.lease import Lease, Scope, hold_lease
 from ..store.names import refuse_links
 from ..store.reader import StoreReader, open_store
+from ..store.repair import repair_store
 from ..store.verify import Damage, verify_store
-from ..store.writer import repair_store
+from .codec_fit import make_codec
 from .job import Job
-from .opening import make_codec
 
 _log = logging.getLogger(__name__)
 
@@ -72,14 +73,10 @@ def _mend(
         with job.clock.stage("calibration"):
             codec = make_codec(job)
     repair_store(
-        store.path,
+        store,
         damage,
         lost_rows=lost,
-        layout=job.layout,
-        attributes={**job.attributes, "created": store.attributes["created"]},
-        records=job.records,
-        codec=codec,
-        head=job.backbone.read_head(),
+        spec=replace(job.spec, codec=codec, head=job.backbone.read_head()).filled_from(store),
         lease=lease,
     )
     _log.warning("%s: %d damages; doing %d rows anew", store.path, len(damage), sum(map(len, lost.values())))

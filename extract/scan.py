@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from ..files import write_atomic
 from .config import ExtractConfig
 from .decode.pool import DecoderPool, decode_records
 from .segments import list_rows_and_missing
+from .target import Target
 
 _SCHEMA = pa.schema(
     [
@@ -61,7 +61,7 @@ def scan_dataset(
     rows: list[dict[str, Any]] = []
     with DecoderPool(config.num_decoders) as pool:
         # Whatever store is at `out` plays no part.
-        listing = list_rows_and_missing(replace(config, overwrite=True), pool, report)
+        listing = list_rows_and_missing(config, Target(config.out), pool, report)
         records = listing.records
         videos = decode_records(pool, records, config, crop_px=_CROP_PX, missing=listing.missing)
         for record, video in zip(records, videos, strict=True):

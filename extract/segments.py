@@ -5,34 +5,46 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from ..errors import ConfigError, StoreDamagedError
-from ..store.append import finish_appending, order_records
-from ..store.reader import is_store, open_store
+from ..store.append import order_records
+from ..store.reader import StoreReader
 from ..store.records import VideoRecord
 from .config import ExtractConfig
 from .datasets import Listing
 from .decode.pool import DecodeRequest, DecoderPool
+from .target import Target
 
 Span = tuple[float | None, float | None]
 """Seconds of the file, from and to; None is its start or end."""
 
 
 def list_rows(
-    config: ExtractConfig, pool: DecoderPool, report: Callable[[str, int, int], None] = lambda *_: None
+    config: ExtractConfig,
+    target: Target,
+    pool: DecoderPool,
+    report: Callable[[str, int, int], None] = lambda *_: None,
 ) -> list[VideoRecord]:
     """The rows that an extraction makes: the records of `list_rows_and_missing`."""
-    return list_rows_and_missing(config, pool, report).records
+    return list_rows_and_missing(config, target, pool, report).records
 
 
 def list_rows_and_missing(
-    config: ExtractConfig, pool: DecoderPool, report: Callable[[str, int, int], None] = lambda *_: None
+    config: ExtractConfig,
+    target: Target,
+    pool: DecoderPool,
+    report: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Listing:
-    """The rows that an extraction makes, in the order of the store that is there, if one is.
+    """The rows that an extraction makes, in the order of the store that is there, if one is. Nothing is written.
 
     Where the store's videos are cut is read from the store; other videos are read once, for their lengths. Rows of the
     store keep its splits where the data set says none.
+
+    Args:
+        config: The extraction.
+        target: What there is at its place; a store that is half appended to plays no part.
+        pool: Reads the lengths of videos that are to be cut.
+        report: Told about progress.
 
     Returns:
         The rows, and the paths that were not on the disk.
@@ -41,15 +53,13 @@ def list_rows_and_missing(
         DatasetError: If the data set's files are not what a reader takes.
         ConfigError: If videos with captions are to be cut.
     """
-    goes_on = is_store(config.out) and not config.overwrite
-    if goes_on:
-        finish_appending(config.out)
-    listing = config.read_listing(_read_splits(config.out) if goes_on else None)
+    store = target.reader
+    listing = config.read_listing(None if store is None else _read_splits(store, target.segment_s))
     records = listing.records
     # A store that is cut in another way refuses these rows, and says why: no need to read the videos for that.
-    if config.segment_s is not None and not (goes_on and _segment_of(config.out) != config.segment_s):
-        records = _cut(records, config, _read_spans(config.out) if goes_on else {}, pool, report)
-    return Listing(order_records(config.out, records) if goes_on else records, listing.missing)
+    if config.segment_s is not None and (store is None or target.segment_s == config.segment_s):
+        records = _cut(records, config, {} if store is None else _read_spans(store), pool, report)
+    return Listing(records if store is None else order_records(store, records), listing.missing)
 
 
 def cut_span(span: Span, length_s: float | None, segment_s: float) -> list[Span]:
@@ -114,27 +124,23 @@ def _cut(
     return sorted(rows, key=lambda row: row.video_id.encode())
 
 
-def _segment_of(path: Path) -> float | None:
-    return open_store(path).attributes.get("segment_s")
-
-
-def _read_splits(path: Path) -> dict[str, str]:
+def _read_splits(store: StoreReader, segment_s: float | None) -> dict[str, str]:
     """The splits of a store's videos, by the id of the whole video."""
     try:
-        columns = open_store(path).input_columns()
+        columns = store.input_columns()
     except StoreDamagedError:
         return {}  # about to be repaired, or refused
     video_ids = columns["video_id"].to_pylist()
-    if _segment_of(path) is not None:
+    if segment_s is not None:
         video_ids = [video_id.rpartition("@")[0] for video_id in video_ids]
     return dict(zip(video_ids, columns["split"].to_pylist(), strict=True))
 
 
-def _read_spans(path: Path) -> dict[str, list[Span]]:
+def _read_spans(store: StoreReader) -> dict[str, list[Span]]:
     """The segments of a store's videos, by the id of the whole video."""
     spans: dict[str, list[Span]] = {}
     try:
-        columns = open_store(path).input_columns()
+        columns = store.input_columns()
     except StoreDamagedError:
         return {}  # about to be repaired, or refused
     for row in columns.select(["video_id", "start_s", "end_s"]).to_pylist():

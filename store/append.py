@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from ..errors import StoreDamagedError, StoreMismatchError
 from ..files import kill_point, sync_folder, write_json
@@ -20,7 +19,8 @@ from .markers import PARTS_NAME, marker_path, read_marker
 from .reader import StoreReader, open_store
 from .records import VideoRecord
 from .scratch import make_scratch, remove_dead_scratch
-from .writer import full_attributes, list_codec_differences, list_differences, write_skeleton
+from .skeleton import write_skeleton
+from .spec import StoreSpec, list_codec_differences, list_differences
 
 _TO_DO_NAME = "append.json"
 _PURPOSE = "extract --append"
@@ -30,9 +30,7 @@ _MOST_TO_DO_BYTES = 2**16
 _GROWING = ("layout.num_rows ", "classes.")
 
 
-def append_rows(
-    path: Path, *, layout: StoreLayout, attributes: Mapping[str, Any], records: Sequence[VideoRecord]
-) -> None:
+def append_rows(path: Path, spec: StoreSpec) -> None:
     """Give a store more rows, which are pending then.
 
     What the store will be is written beside it and renamed into it as `_append`; from that moment on the change takes
@@ -41,9 +39,8 @@ def append_rows(
 
     Args:
         path: The store.
-        layout: Its sizes with all rows, its own number of rows in a shard.
-        attributes: As for `create_store`.
-        records: The store's rows as they are, then the new ones.
+        spec: As for `resume_store`: sizes with all rows, the store's own number of rows in a shard; its records are
+            the store's rows as they are, then the new ones.
 
     Raises:
         StoreMismatchError: If anything but the number of rows and classes is another; all differences listed.
@@ -52,20 +49,19 @@ def append_rows(
     with _hold(path) as lease:
         store = open_store(path)
         store.require_arrays()
-        _require_same_rows(store, layout, attributes, records)
+        _require_same_rows(store, spec)
         remove_dead_scratch(path, APPEND_NAME)
-        kept = {**attributes, "created": store.attributes["created"]}
         with make_scratch(path, APPEND_NAME, _PURPOSE, lease=lease.nonce) as scratch:
-            prepared, version = scratch / APPEND_NAME, store.attributes["format_version"]
-            inputs = write_skeleton(prepared, layout, kept, records, store.codec, store.head, version)
+            prepared, version = scratch / APPEND_NAME, store.facts.format_version
+            inputs = write_skeleton(prepared, spec.filled_from(store), version)
             parts = {}
             for shard in store.finished_shards():
                 marker = store.read_marker(shard)
                 if marker is not None:
-                    parts[layout.shard_rows(shard).start] = marker.results
+                    parts[spec.layout.shard_rows(shard).start] = marker.results
             table = manifest.replace_results(manifest.pending_manifest(inputs), parts)
             manifest.write_table(prepared / manifest.MANIFEST_NAME, table)
-            write_json(prepared / _TO_DO_NAME, {"files": _name_changed_files(layout), "undone_shard": None})
+            write_json(prepared / _TO_DO_NAME, {"files": _name_changed_files(spec.layout), "undone_shard": None})
             kill_point("append prepared")
             lease.check()
             prepared.rename(path / APPEND_NAME)
@@ -73,18 +69,23 @@ def append_rows(
         _take_place(path, lease)
 
 
+def is_half_appended(path: Path) -> bool:
+    """Whether an `append_rows` was killed there, or is under way."""
+    return os.path.lexists(path / APPEND_NAME)
+
+
 def finish_appending(path: Path) -> None:
     """Complete an `append_rows` that was killed; without one, nothing."""
-    if os.path.lexists(path / APPEND_NAME):
+    if is_half_appended(path):
         with _hold(path) as lease:
-            if os.path.lexists(path / APPEND_NAME):  # nobody else completed it meanwhile
+            if is_half_appended(path):  # nobody else completed it meanwhile
                 _take_place(path, lease)
 
 
-def order_records(path: Path, records: Sequence[VideoRecord]) -> list[VideoRecord]:
+def order_records(store: StoreReader, records: Sequence[VideoRecord]) -> list[VideoRecord]:
     """Records in the order of a store's rows; those that are not in the store come last, as they came."""
     by_id = {record.video_id: record for record in records}
-    known = [by_id.pop(video_id) for video_id in _read_row_order(open_store(path), list(by_id)) if video_id in by_id]
+    known = [by_id.pop(video_id) for video_id in _read_row_order(store, list(by_id)) if video_id in by_id]
     return [*known, *by_id.values()]
 
 
@@ -101,7 +102,7 @@ def _read_row_order(store: StoreReader, video_ids: Sequence[str]) -> list[str]:
     for shard in range(store.layout.num_shards):
         span = store.layout.shard_rows(shard)
         with suppress(StoreDamagedError):
-            marker = read_marker(store.path, shard, store.attributes["codec"]["sha256"])
+            marker = read_marker(store.path, shard, store.facts.codec.sha256)
             if marker is not None:
                 rows[span.start : span.start + len(marker.results)] = marker.results["video_id"].to_pylist()
     placed = set(rows)
@@ -113,13 +114,11 @@ def _hold(path: Path) -> Lease:
     return hold_lease(path, Scope.all(), purpose=_PURPOSE, advice="wait for it before adding rows")
 
 
-def _require_same_rows(
-    store: StoreReader, layout: StoreLayout, attributes: Mapping[str, Any], records: Sequence[VideoRecord]
-) -> None:
-    wanted = full_attributes(attributes, layout, store.codec)
-    differences = [one for one in list_differences(store.attributes, wanted) if not one.startswith(_GROWING)]
-    differences += list_codec_differences(store, attributes)
-    known = records[: store.layout.num_rows]
+def _require_same_rows(store: StoreReader, spec: StoreSpec) -> None:
+    expected = spec.with_codec(store.codec).full_attributes()
+    differences = [one for one in list_differences(store.attributes, expected) if not one.startswith(_GROWING)]
+    differences += list_codec_differences(store, spec)
+    known = spec.records[: store.layout.num_rows]
     inputs = manifest.input_table(known, manifest.ClassList.of(known))
     old = store.input_columns()
     if not inputs.drop_columns("label").equals(old.drop_columns("label")):

@@ -78,7 +78,7 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
         not known), layers, frames, sampling, resize, classes, captions.
     """
     table = store.read_manifest(["path", "split", "status", "reason", "num_cached_frames", "num_views"])
-    attributes = store.attributes
+    attributes, facts = store.attributes, store.facts
     by_split: dict[str, dict[str, int]] = {}
     for split, status in zip(table["split"].to_pylist(), table["status"].to_pylist(), strict=True):
         counts = by_split.setdefault(split, {"ok": 0, "failed": 0, "pending": 0})
@@ -99,8 +99,8 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
             arrays[f"{TEXT_NAME}/{name}"] = {**array, "bytes": _folder_bytes(folder)}
     return {
         "store": str(store.path),
-        "format_version": attributes["format_version"],
-        "created": attributes["created"],
+        "format_version": facts.format_version,
+        "created": facts.created,
         "dataset": attributes["dataset"],
         "videos": totals.rows,
         "files": totals.files,
@@ -114,8 +114,8 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
         "backbone": attributes["backbone"],
         "layers": list(store.layout.layers),
         "frames": attributes["frames"],
-        "sampling": attributes["sampling"],
-        "resize": attributes["resize"],
+        "sampling": facts.sampling,
+        "resize": facts.resize,
         "codec": {
             **attributes["codec"],
             "channels": store.layout.channels,

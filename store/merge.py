@@ -24,9 +24,10 @@ from .markers import PARTS_NAME, marker_path
 from .reader import StoreReader, open_store
 from .records import VideoResult
 from .scratch import make_scratch, remove_dead_scratch
+from .spec import list_differences
 from .texts import list_text_files
 from .verify import Damage, check_shard, compare_hash
-from .writer import RowTokens, StoreWriter, list_differences, move_into_place, naming_what_is_refused
+from .writer import RowTokens, StoreWriter, move_into_place, naming_what_is_refused
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def merge_stores(
     target = open_store(out)
     video_ids = first.read_manifest(["video_id"])["video_id"]
     bad: list[str] = []
-    with StoreWriter(out, first.layout, first.codec, first.input_columns()) as writer:
+    with StoreWriter(target, first.input_columns()) as writer:
         pending = {*range(first.layout.num_shards)} - {*target.finished_shards()}
         known = {store.path: set(store.finished_shards()) for store in stores}
         shards = sorted({*pending, *set().union(*known.values())})
@@ -219,10 +220,10 @@ def _tell_changed_sources(stores: Sequence[StoreReader], merged: pa.Table) -> No
 
 def _require_same(first: StoreReader, other: StoreReader) -> None:
     differences = list_differences(first.attributes, other.attributes)
-    versions = [store.attributes["format_version"] for store in (first, other)]
+    versions = [store.facts.format_version for store in (first, other)]
     if versions[0] != versions[1]:
         differences.append(f"format {versions[0]} there, {versions[1]} here: finish each with the s4v that began it")
-    if first.attributes["codec"] != other.attributes["codec"]:
+    if first.facts.codec != other.facts.codec:
         differences.append("the codecs differ: fit one and share it with --prepare or --codec-from")
     if not first.input_columns().equals(other.input_columns()):
         differences.append("the videos differ")

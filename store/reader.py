@@ -24,6 +24,7 @@ from ._zarr import fill_value_of, open_array, read_small_array, require_metadata
 from .attributes import check_attributes, parse_layout
 from .checksums import APPEND_NAME, CHECKSUMS_NAME
 from .codec import Codec
+from .facts import StoreFacts
 from .layout import FORMAT_VERSION, ArraySpec
 from .markers import PARTS_NAME, Marker, find_markers, marker_path, read_joined, read_marker
 from .row_checks import check_captions, check_rows
@@ -62,27 +63,27 @@ class StoreReader:
         self.path = path
         self.attributes = check_attributes(path, attributes)
         self.layout = parse_layout(path, self.attributes["layout"])
-        self.classes = manifest.ClassList(tuple(self.attributes["classes"]["names"]))
+        self.facts = StoreFacts(self.attributes)
+        self.classes = manifest.ClassList(self.facts.class_names)
 
     @cached_property
     def codec(self) -> Codec:
         """How patches are coded, with numpy arrays."""
-        recorded = self.attributes["codec"]
-        if unknown := sorted(set(recorded["parts"]) - set(CODEC_PARTS)):
+        recorded = self.facts.codec
+        if unknown := sorted(set(recorded.parts) - set(CODEC_PARTS)):
             raise StoreMismatchError(
                 f"the codec of {self.path} has {', '.join(unknown)}; this s4v knows {', '.join(CODEC_PARTS)}. "
                 "Update s4v."
             )
         arrays = {
-            part: read_small_array(self.path, f"codec/{part}", self.codec_shape(part).__eq__)
-            for part in recorded["parts"]
+            part: read_small_array(self.path, f"codec/{part}", self.codec_shape(part).__eq__) for part in recorded.parts
         }
-        if ("scale" in arrays) != (recorded["dtype"] == "int8"):
+        if ("scale" in arrays) != (recorded.dtype == "int8"):
             raise StoreDamagedError(
-                f"{self.path} records a codec of {recorded['dtype']} with {', '.join(arrays)}. {_MEND}"
+                f"{self.path} records a codec of {recorded.dtype} with {', '.join(arrays)}. {_MEND}"
             )
-        codec = Codec(dtype=recorded["dtype"], **arrays)
-        if codec.sha256 != recorded["sha256"]:
+        codec = Codec(dtype=recorded.dtype, **arrays)
+        if codec.sha256 != recorded.sha256:
             raise StoreDamagedError(f"{self.path / 'codec'} is not the codec that the store was written with. {_MEND}")
         return codec
 
@@ -134,7 +135,7 @@ class StoreReader:
         for shard in self.finished_shards():
             if markers.get(shard) == joined.get(shard):
                 continue  # the manifest holds it
-            marker = read_marker(self.path, shard, self.attributes["codec"]["sha256"])
+            marker = read_marker(self.path, shard, self.facts.codec.sha256)
             if marker is not None:  # a retry may have undone it since
                 parts[self.layout.shard_rows(shard).start] = marker.results
         if not parts:
@@ -157,7 +158,7 @@ class StoreReader:
         if not os.path.lexists(path):
             return None
         names.require_file(self.path, f"{PARTS_NAME}/{path.name}")
-        marker = read_marker(self.path, shard, self.attributes["codec"]["sha256"])
+        marker = read_marker(self.path, shard, self.facts.codec.sha256)
         if marker is not None:
             # Fewer rows than the shard has, where rows were added since.
             num_rows = min(len(marker.results), len(self.layout.shard_rows(shard)))

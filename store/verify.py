@@ -126,7 +126,7 @@ def _check_small_arrays(store: StoreReader) -> Iterator[Damage]:
     except StoreDamagedError as error:
         yield Damage(where="head", what=str(error))
         heads = []
-    parts = [part for part in store.attributes["codec"]["parts"] if part in CODEC_PARTS]
+    parts = [part for part in store.facts.codec.parts if part in CODEC_PARTS]
     arrays = [(f"codec/{part}", store.codec_shape(part).__eq__) for part in parts]
     for name, is_possible in [*arrays, *((f"head/{name}", store.is_head_shape) for name in heads)]:
         try:

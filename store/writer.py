@@ -8,20 +8,19 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import tensorstore as ts
 
-from ..errors import S4vError, StoreDamagedError, StoreError, StoreExistsError, StoreMismatchError
-from ..files import hash_file, kill_point, sync_folder
+from ..errors import S4vError, StoreDamagedError, StoreExistsError, StoreMismatchError
+from ..files import kill_point, sync_folder
 from . import manifest
 from ._row_differences import list_video_differences
-from ._zarr import create_array, open_array, refused_write, write_group, write_small_array
+from ._zarr import open_array, refused_write
 from .checksums import (
     APPEND_NAME,
     CHECKSUMS_NAME,
@@ -30,12 +29,9 @@ from .checksums import (
     read_recorded_hashes,
     write_checksums,
 )
-from .codec import Codec
 from .fingerprint import fingerprint_shard
-from .layout import FORMAT_VERSION, StoreLayout
 from .lease import Lease, Scope, check_lease, hold_lease, lease_new_store
 from .markers import (
-    JOINED_NAME,
     PARTS_NAME,
     MarkerState,
     find_markers,
@@ -47,12 +43,14 @@ from .markers import (
     read_marker_state,
     write_joined,
 )
-from .reader import StoreReader, open_store
-from .records import VideoRecord, VideoResult
+from .reader import StoreReader, is_store, open_store
+from .records import VideoResult
+from .repair import REPAIR_STEM
 from .scratch import Scratch, make_scratch, remove_dead_files, remove_dead_scratch
+from .skeleton import write_skeleton
+from .spec import StoreSpec, list_codec_differences, list_differences
 from .swap import find_swaps, finish_swap, place_marker, publish_shard, shard_files, swap_shard
-from .texts import REMOVED_STEM, TEXT_NAME, has_current_texts, remove_texts
-from .verify import Damage
+from .texts import REMOVED_STEM, TEXT_NAME, has_current_texts
 
 __all__ = [
     "MarkerState",
@@ -61,18 +59,12 @@ __all__ = [
     "create_store",
     "is_undone",
     "read_marker_state",
-    "repair_store",
     "resume_store",
 ]
 
 _log = logging.getLogger(__name__)
 
-# May differ between two runs without making their stores differ: data, weights and a codec's source may lie elsewhere
-# by now. What they are is told by paths below the root, by the weights' hash and by the codec's.
-_VOLATILE_ATTRIBUTES = ("created", "format_version", "codec", "codec_from", "dataset.root", "backbone.weights")
-
 _SHARDS_STEM = "shards"
-_REPAIR_STEM = "repair"
 _BUSY_ADVICE = "wait for it, or choose another --out"
 
 
@@ -97,40 +89,47 @@ class StoreWriter:
     manager. Without a lease it takes one of the whole store. A worker of the process that has it takes none: it is told
     which shards are its own (`expect_markers`) and the lease's nonce, and has no table of all inputs.
 
+    Args:
+        store: The store as it is under the lease; its layout, codec and format are written on in.
+        inputs: The manifest's input columns; None in a worker.
+        path: Where the store really lies, if its own path leads there by a link.
+        is_worker: Whether another process has the lease.
+        lease: Of the store, held already.
+        lease_nonce: Of the lease that another process has.
+
     Raises:
         StoreBusyError: If another process writes there.
     """
 
     def __init__(
         self,
-        path: Path,
-        layout: StoreLayout,
-        codec: Codec,
+        store: StoreReader,
         inputs: pa.Table | None,
         *,
+        path: Path | None = None,
         is_worker: bool = False,
         lease: Lease | None = None,
         lease_nonce: str | None = None,
     ) -> None:
+        path = path or store.path
         with ExitStack() as opening:
             if not is_worker:
                 lease = lease or hold_lease(path, Scope.all(), purpose="extract", advice=_BUSY_ADVICE)
                 opening.callback(lease.close)
             self.lease_nonce = lease_nonce if lease is None else lease.nonce
-            self._open(path, layout, codec, inputs, lease)
+            self._open(store, path, inputs, lease)
             opening.pop_all()
 
-    def _open(
-        self, path: Path, layout: StoreLayout, codec: Codec, inputs: pa.Table | None, lease: Lease | None
-    ) -> None:
+    def _open(self, store: StoreReader, path: Path, inputs: pa.Table | None, lease: Lease | None) -> None:
         self.lease = lease
+        self.store = store
         self.path = path
-        self.layout = layout
-        self.codec = codec
-        self._codec_sha256 = codec.sha256
+        self.layout = store.layout
+        self.codec = store.codec
+        self._codec_sha256 = store.codec.sha256
         self._inputs = inputs
-        self._specs = layout.array_specs()
-        self._format_version = open_store(path).attributes["format_version"]
+        self._specs = store.layout.array_specs()
+        self._format_version = store.facts.format_version
         self._expected: dict[int, MarkerState | None] = {}
         self._manifest_lease: Lease | None = None
         self._scratch: Scratch | None = None
@@ -451,17 +450,7 @@ class StoreWriter:
         return parts, markers
 
 
-def create_store(
-    path: Path,
-    *,
-    layout: StoreLayout,
-    attributes: Mapping[str, Any],
-    records: Sequence[VideoRecord],
-    codec: Codec,
-    head: Mapping[str, np.ndarray],
-    overwrite: bool = False,
-    scope: Scope | None = None,
-) -> StoreWriter:
+def create_store(path: Path, spec: StoreSpec, *, overwrite: bool = False, scope: Scope | None = None) -> StoreWriter:
     """Create a store's skeleton: metadata, codec, head and a manifest of pending rows.
 
     The skeleton is built beside `path` and renamed, so that what stands at `path` is always a whole one. Of two
@@ -469,11 +458,7 @@ def create_store(
 
     Args:
         path: Where; its parent folders are created.
-        layout: Sizes of the arrays.
-        attributes: What to record in the group's `s4v` attribute beside format version, layout and codec.
-        records: Row v of every array is record v.
-        codec: How patches are coded, numpy arrays.
-        head: What stage two needs of the frozen tower's end, by name.
+        spec: What to make it of, codec and the tower's end included.
         overwrite: Replace a store that stands at `path`.
         scope: What the writer will write to; None is everything.
 
@@ -481,14 +466,14 @@ def create_store(
         StoreExistsError: If something stands at `path`: a store without `overwrite`, or anything else.
         StoreBusyError: If another process writes to the store that is to be replaced.
     """
-    path = path.resolve()  # what a link points to is replaced, not the link
+    named, path = path, path.resolve()  # what a link points to is replaced, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
     refuse_existing(path, overwrite=overwrite)
     remove_dead_scratch(path.parent, path.name)
     with ExitStack() as open_things, naming_what_is_refused(path):
         scratch = open_things.enter_context(make_scratch(path.parent, path.name, "extract"))
         fresh = scratch / path.name
-        inputs = write_skeleton(fresh, layout, attributes, records, codec, head)
+        inputs = write_skeleton(fresh, spec)
         # Under the skeleton's own lease from its first moment: nobody may replace it, or begin it, in between.
         lease = lease_new_store(fresh, scope or Scope.all(), purpose="extract")
         closing = open_things.enter_context(ExitStack())
@@ -497,8 +482,9 @@ def create_store(
             _move_away(path, scratch / "old")
         move_into_place(fresh, path)
         lease.moved_to(path)
+        store = open_store(named)
         closing.pop_all()
-        return StoreWriter(path, layout, codec, inputs, lease=lease)
+        return StoreWriter(store, inputs, path=path, lease=lease)
 
 
 def _move_away(path: Path, place: Path) -> None:
@@ -530,7 +516,7 @@ def move_into_place(fresh: Path, path: Path) -> None:
 
 def _remove_unfinished(path: Path, arrays: Sequence[str]) -> None:
     """What killed processes have left in a store that is all ours, and what the version before has left there."""
-    stems = [APPEND_NAME, REMOVED_STEM, _REPAIR_STEM]
+    stems = [APPEND_NAME, REMOVED_STEM, REPAIR_STEM]
     if has_current_texts(path):  # else they are what the next ones go on with
         stems.append(TEXT_NAME)
     for stem in stems:
@@ -544,98 +530,59 @@ def _remove_unfinished(path: Path, arrays: Sequence[str]) -> None:
             shutil.rmtree(path / name, ignore_errors=True)
 
 
-def write_skeleton(
-    partial: Path,
-    layout: StoreLayout,
-    attributes: Mapping[str, Any],
-    records: Sequence[VideoRecord],
-    codec: Codec,
-    head: Mapping[str, np.ndarray],
-    format_version: int = FORMAT_VERSION,
-) -> pa.Table:
-    """Everything of a store but its shards; returns the manifest's input columns."""
-    partial.mkdir()
-    for spec in layout.array_specs():
-        create_array(partial, spec)
-    _write_named(partial, "codec", codec.parts)
-    _write_named(partial, "head", head)
-    classes = manifest.ClassList(tuple(attributes["classes"]["names"]))
-    inputs = manifest.input_table(records, classes)
-    (partial / PARTS_NAME).mkdir()
-    manifest.write_table(partial / manifest.MANIFEST_NAME, manifest.pending_manifest(inputs))
-    manifest.write_table(partial / manifest.CAPTIONS_NAME, manifest.caption_table(records))
-    write_group(partial, {"s4v": {**full_attributes(attributes, layout, codec), "format_version": format_version}})
-    write_checksums(partial)
-    return inputs
-
-
-def resume_store(
-    path: Path,
-    *,
-    layout: StoreLayout,
-    attributes: Mapping[str, Any],
-    records: Sequence[VideoRecord],
-    scope: Scope | None = None,
-) -> StoreWriter:
+def resume_store(store: StoreReader, spec: StoreSpec, *, scope: Scope | None = None) -> StoreWriter:
     """Go on with a store that the same command began.
 
     Args:
-        path: The store.
-        layout: As for `create_store`.
-        attributes: As for `create_store`.
-        records: As for `create_store`.
+        store: The store; it is opened once more when nobody else can change it.
+        spec: As for `create_store`; the codec and the tower's end are the store's.
         scope: What the writer will write to; None is everything.
 
     Raises:
         StoreMismatchError: If the store was begun with other settings or other videos; all differences listed.
-        StoreNotFoundError: If `path` is not a store.
+        StoreNotFoundError: If it is no longer there.
         StoreBusyError: If another process writes there.
     """
-    open_store(path)
-    lease = hold_lease(path, scope or Scope.all(), purpose="extract", advice=_BUSY_ADVICE)
+    if not is_store(store.path):
+        open_store(store.path)  # which says so, before a lease is looked for
+    lease = hold_lease(store.path, scope or Scope.all(), purpose="extract", advice=_BUSY_ADVICE)
     try:
-        store = open_store(path)  # as it is now that nobody changes it
-        inputs = _require_same(store, layout, attributes, records)
-        codec = store.codec
+        store = open_store(store.path)
+        inputs = _require_same(store, spec)
     except BaseException:
         lease.close()
         raise
-    return StoreWriter(path, layout, codec, inputs, lease=lease)
+    return StoreWriter(store, inputs, lease=lease)
 
 
-def _require_same(
-    store: StoreReader, layout: StoreLayout, attributes: Mapping[str, Any], records: Sequence[VideoRecord]
-) -> pa.Table:
+def _require_same(store: StoreReader, spec: StoreSpec) -> pa.Table:
     """Refuse a store of other settings or videos; returns the manifest's input columns."""
-    path = store.path
-    inputs = manifest.input_table(records, manifest.ClassList(tuple(attributes["classes"]["names"])))
-    wanted = full_attributes(attributes, layout, store.codec)
-    root = attributes.get("dataset", {}).get("root")
-    differences = list_differences(store.attributes, wanted) + list_video_differences(store, inputs, root)
-    differences += list_codec_differences(store, attributes)
-    if not store.read_captions().equals(manifest.caption_table(records)):
+    inputs = spec.input_table()
+    expected = spec.with_codec(store.codec).full_attributes()
+    root = spec.attributes.get("dataset", {}).get("root")
+    differences = list_differences(store.attributes, expected) + list_video_differences(store, inputs, root)
+    differences += list_codec_differences(store, spec)
+    if not store.read_captions().equals(manifest.caption_table(spec.records)):
         differences.append("captions differ")
-    _refuse_differences(path, differences)
+    _refuse_differences(store.path, differences)
     return inputs
 
 
-def join_store(
-    store: StoreReader, *, layout: StoreLayout, attributes: Mapping[str, Any], lease_nonce: str | None = None
-) -> StoreWriter:
+def join_store(store: StoreReader, spec: StoreSpec, *, lease_nonce: str | None = None) -> StoreWriter:
     """Write some shards of a store that another process holds and hands out; neither manifest nor captions are read.
 
     Args:
         store: That store.
-        layout: As for `create_store`, as this process has it.
-        attributes: As for `create_store`, as this process has them: its own libraries, weights and precision.
+        spec: As for `resume_store`, as this process has it: its own libraries, weights and precision. Its records are
+            not looked at.
         lease_nonce: Of the lease under which that process hands out.
 
     Raises:
         StoreMismatchError: If this process would write other tokens than the store's; all differences listed.
     """
-    wanted = full_attributes(attributes, layout, store.codec)
-    _refuse_differences(store.path, list_differences(store.attributes, wanted))
-    return StoreWriter(store.path, layout, store.codec, None, is_worker=True, lease_nonce=lease_nonce)
+    expected = spec.with_codec(store.codec).full_attributes()
+    _refuse_differences(store.path, list_differences(store.attributes, expected))
+    return StoreWriter(store, None, is_worker=True, lease_nonce=lease_nonce)
 
 
 def _refuse_differences(path: Path, differences: Sequence[str]) -> None:
@@ -644,111 +591,6 @@ def _refuse_differences(path: Path, differences: Sequence[str]) -> None:
             f"{path} was begun with other settings: {'; '.join(differences)}. "
             "Run the command that began it, choose another --out, or replace the store with --overwrite."
         )
-
-
-def repair_store(
-    path: Path,
-    damage: Sequence[Damage],
-    *,
-    lost_rows: Mapping[int, Collection[int]],
-    layout: StoreLayout,
-    attributes: Mapping[str, Any],
-    records: Sequence[VideoRecord],
-    codec: Codec,
-    head: Mapping[str, np.ndarray],
-    lease: Lease,
-) -> None:
-    """Put damaged files of the whole store back as they were written, and mark damaged rows pending.
-
-    Args:
-        path: The store; its own metadata (`zarr.json`) must be whole.
-        damage: As `verify_store` found it.
-        lost_rows: By damaged shard: rows of it whose tokens are damaged. The others are kept as they are.
-        layout: As for `create_store`, all of it must be what the store was begun with: files that come out otherwise
-            are not replaced.
-        attributes: As for `create_store`.
-        records: As for `create_store`.
-        codec: As for `create_store`.
-        head: As for `create_store`.
-        lease: Of the whole store, held since the damage was looked for.
-
-    Raises:
-        LeaseLostError: If another process took over meanwhile.
-        StoreMismatchError: If the store was begun with other settings or has other rows; nothing was changed.
-        StoreDamagedError: If a file cannot be had back; nothing was changed.
-    """
-    store = open_store(path)
-    differences = list_differences(store.attributes, full_attributes(attributes, layout, codec))
-    if differences:
-        raise StoreMismatchError(
-            f"{path} was begun otherwise than this command says: {'; '.join(differences)}. Nothing was changed. Repair "
-            "it with the command that began it, without --append and without videos that are new."
-        )
-    # Texts are not put back: without them, the extraction writes them anew.
-    has_bad_texts = any(one.where.startswith(f"{TEXT_NAME}/") for one in damage)
-    whole_store = sorted({one.where for one in damage if one.shard is None and not one.where.startswith(TEXT_NAME)})
-    hashes = read_recorded_hashes(path)
-    remove_dead_scratch(path, _REPAIR_STEM)
-    # In the store, so that all of it is on one file system: a store may be a mount of its own.
-    with make_scratch(path, _REPAIR_STEM, "extract --repair", lease=lease.nonce) as scratch:
-        fresh, version = scratch / path.name, store.attributes["format_version"]
-        write_skeleton(fresh, layout, attributes, records, codec, head, version)
-        if CHECKSUMS_NAME in whole_store:  # nothing tells whether these are as they were: they are put back too
-            whole_store = sorted({*whole_store, *(n for n in read_recorded_hashes(fresh) if n != "zarr.json")})
-        for name in whole_store:
-            if not (fresh / name).is_file() or not _is_as_before(fresh / name, path / name, hashes.get(name)):
-                raise StoreDamagedError(
-                    f"{path / name} is damaged and this command does not give the same file. Nothing was changed. "
-                    "Run the command that began the store, or extract it anew (--overwrite)."
-                )
-        for name in whole_store:
-            lease.check()
-            if (path / name).is_dir():
-                shutil.rmtree(path / name)
-            (fresh / name).replace(path / name)
-            sync_folder((path / name).parent)
-            kill_point("file repaired")
-        for shard, rows in lost_rows.items():
-            lease.check()
-            _mark_damaged(path, layout, shard, rows, codec.sha256, version, scratch)
-        lease.check()
-        (path / PARTS_NAME / JOINED_NAME).unlink(missing_ok=True)
-        sync_folder(path / PARTS_NAME)
-        if has_bad_texts:
-            remove_texts(path, lease)
-        write_checksums(path)
-
-
-def _mark_damaged(
-    path: Path,
-    layout: StoreLayout,
-    shard: int,
-    rows: Collection[int],
-    codec_sha256: str,
-    format_version: int,
-    scratch: Path,
-) -> None:
-    """Have a shard's marker say that some of its rows are to be done anew; a marker that is damaged goes."""
-    for name in shard_files(layout.array_specs(), shard):
-        if (path / name).is_dir():  # in a file's place
-            shutil.rmtree(path / name)
-    target = marker_path(path, shard)
-    try:
-        marker = read_marker(path, shard, codec_sha256)
-    except StoreDamagedError:
-        marker = None
-    forget_parts(path)
-    if target.is_dir():
-        shutil.rmtree(target)
-    if marker is None:
-        target.unlink(missing_ok=True)  # its rows are told by the manifest, as far as they are in it
-        return
-    first = layout.shard_rows(shard).start
-    results = [
-        replace(result, status="pending", reason="damaged") if first + place in rows else result
-        for place, result in enumerate(marker.as_results())
-    ]
-    make_marker(scratch, shard, results, codec_sha256, marker.files or {}, format_version).replace(target)
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
@@ -763,62 +605,6 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
         raise StoreExistsError(f"{path} exists and is not a store. Nothing was written; choose another --out.")
     if not overwrite:
         raise StoreExistsError(f"{path} is a store already. Choose another --out, or replace it with --overwrite.")
-
-
-def full_attributes(attributes: Mapping[str, Any], layout: StoreLayout, codec: Codec) -> dict[str, Any]:
-    """The group's `s4v` attribute."""
-    sizes = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(layout).items()}
-    return {
-        "format_version": FORMAT_VERSION,
-        **attributes,
-        "layout": {**sizes, "pixel_offsets_unit": "frame"},
-        "codec": {"dtype": codec.dtype, "parts": sorted(codec.parts), "sha256": codec.sha256},
-    }
-
-
-def list_differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two stores' attributes, beside what may."""
-    differences = []
-    for key in sorted({*found, *wanted}):
-        old, new = found.get(key), wanted.get(key)
-        if old == new or prefix + key in _VOLATILE_ATTRIBUTES:
-            continue
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            differences += list_differences(old, new, f"{prefix}{key}.")
-        else:
-            differences.append(f"{prefix}{key} {_shorten(old)} there, {_shorten(new)} here")
-    return differences
-
-
-def list_codec_differences(store: StoreReader, attributes: Mapping[str, Any]) -> list[str]:
-    """Whether a command that names the source of its codec means the one that the store has.
-
-    Which path it names does not matter: the codec's hash decides, and where the source is no longer there, nothing.
-    """
-    found, wanted = store.attributes.get("codec_from"), attributes.get("codec_from")
-    if wanted is None:
-        return [] if found is None else [f"codec_from {_shorten(found)} there, None here"]
-    try:
-        source = open_store(wanted).attributes["codec"]["sha256"]
-    except StoreError:
-        return [] if found is not None else [f"codec_from None there, {_shorten(wanted)} here"]
-    return [] if source == store.attributes["codec"]["sha256"] else [f"the codec of {wanted} is not the one there"]
-
-
-def _shorten(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _is_as_before(fresh: Path, file: Path, recorded: str | None) -> bool:
-    """Whether a file that was written anew is the one that was there; its recorded hash may be what is damaged."""
-    if recorded is None or file.name == manifest.MANIFEST_NAME:  # which is joined from its parts again
-        return True
-    found = hash_file(fresh)
-    try:
-        return found == recorded or found == hash_file(file)
-    except OSError:
-        return False
 
 
 @contextmanager
@@ -839,9 +625,3 @@ def naming_what_is_refused(
     except (ValueError, OSError) as error:  # tensorstore raises ValueError for whatever the file system refuses
         check()
         raise refused_write(path, error, needed=needed) from error
-
-
-def _write_named(root: Path, group: str, arrays: Mapping[str, np.ndarray]) -> None:
-    write_group(root / group)
-    for name, values in arrays.items():
-        write_small_array(root, f"{group}/{name}", np.asarray(values, dtype=np.float32))

@@ -16,7 +16,7 @@ from typing import Any
 
 from ...errors import ConfigError, EnvironmentFailedError
 from ...files import hash_file
-from ...store.writer import is_undone, read_marker_state
+from ...store.writer import StoreWriter, is_undone, read_marker_state
 from ..config import ExtractConfig
 from ..job import Job
 from ..kept_rows import KeptRows
@@ -54,9 +54,7 @@ class Unfinished:
     """For an `EnvironmentFailedError`, when all else is in the manifest."""
 
 
-def run_on_workers(
-    job: Job, shards: Sequence[int], report: Report, lease_nonce: str | None = None
-) -> Unfinished | None:
+def run_on_workers(job: Job, shards: Sequence[int], report: Report, writer: StoreWriter) -> Unfinished | None:
     """Have shards done by a local cluster of processes, or by the workers of a scheduler.
 
     A worker that dies loses the shard in the making. What is left of its task is handed out again, each shard alone,
@@ -67,7 +65,7 @@ def run_on_workers(
         job: With `num_workers` or `scheduler`; the store exists.
         shards: To do, ascending; those that are done already are done anew.
         report: Told of finished shards, of each once.
-        lease_nonce: Of the lease that this process has on the store.
+        writer: Of the store, which holds its lease.
 
     Returns:
         The shards that were set aside; None where there is none.
@@ -80,7 +78,7 @@ def run_on_workers(
 
     try:
         with _connect(job.config) as client:
-            handing_out = _HandingOut(client, job, shards, report, lease_nonce)
+            handing_out = _HandingOut(client, job, shards, report, writer)
             error = handing_out.run()
     except (CancelledError, CommClosedError, TimeoutError) as lost:
         raise EnvironmentFailedError(
@@ -95,9 +93,7 @@ def run_on_workers(
 class _HandingOut:
     """The shards of one command on their way to workers and back."""
 
-    def __init__(
-        self, client: Any, job: Job, shards: Sequence[int], report: Report, lease_nonce: str | None = None
-    ) -> None:
+    def __init__(self, client: Any, job: Job, shards: Sequence[int], report: Report, writer: StoreWriter) -> None:
         # Workers may run in another folder.
         given = {name: getattr(job.config, name) for name in ("root", "out", "annotations", "codec_from")}
         self._config = replace(job.config, **{name: path.resolve() for name, path in given.items() if path is not None})
@@ -105,8 +101,8 @@ class _HandingOut:
         self._job = job
         self._run = uuid.uuid4().hex[:8]
         self._store_sha256 = hash_file(self._config.out / "zarr.json")
-        self._lease_nonce = lease_nonce
-        self._kept_rows = KeptRows(self._config, job.records)
+        self._lease_nonce = writer.lease_nonce
+        self._kept_rows = KeptRows(writer.store, self._config, job.records)
         self._markers = {shard: read_marker_state(self._config.out, shard) for shard in shards}
         self._report = report
         self._reported: set[int] = set()

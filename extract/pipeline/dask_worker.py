@@ -160,16 +160,9 @@ class WorkerJob:
             pool = opening.enter_context(DecoderPool(config.num_decoders))
             self._clock = StageClock()
             self._job = join_job(config, store, pool, self._clock)
-            self._writer = opening.enter_context(
-                join_store(
-                    store,
-                    layout=self._job.layout,
-                    attributes=self._job.attributes,
-                    lease_nonce=self._lease_nonce,
-                )
-            )
+            self._writer = opening.enter_context(join_store(store, self._job.spec, lease_nonce=self._lease_nonce))
             self._job.load_weights()
-            kept_rows = KeptRows(config, self._job.records, self._known)
+            kept_rows = KeptRows(store, config, self._job.records, self._known)
             self._pipeline = Pipeline(self._job, self._writer, kept_rows)
             self._open = opening.pop_all()
         return self

@@ -97,7 +97,7 @@ class Pipeline:
         self._layout = job.layout
         self._writer = writer
         self._coder = BatchCoder(job.backbone, writer.codec, job.layout)
-        self._kept_rows = kept_rows or KeptRows(job.config, job.records)
+        self._kept_rows = kept_rows or KeptRows(writer.store, job.config, job.records)
         self._num_ahead = batches_ahead(device)
         buffers = [
             BatchBuffers(device, job.config.batch_size, job.layout.image_size) for _ in range(self._num_ahead + 1)

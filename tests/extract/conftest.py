@@ -79,7 +79,8 @@ def hand_out() -> Callable[..., dict[int, HandedOut]]:
     """Shards of a store as a command hands them out, from the done-markers that they had then."""
 
     def run(config: ExtractConfig, markers: dict[int, MarkerState | None]) -> dict[int, HandedOut]:
-        records, layout = order_records(config.out, config.read_records()), open_store(config.out).layout
+        store = open_store(config.out)
+        records, layout = order_records(store, config.read_records()), store.layout
         return {
             shard: HandedOut(marker=marker, records=[records[row] for row in layout.shard_rows(shard)])
             for shard, marker in markers.items()

@@ -114,7 +114,7 @@ def test_rows_that_are_still_pending_are_no_damage(grown):
 def test_an_append_that_cannot_be_done_changes_nothing(grown, contents, make_video, monkeypatch, tmp_path):
     before = contents(grown.out)
     with monkeypatch.context() as patch:
-        patch.setattr("s4v.extract.plan._free_bytes", lambda _: 1000)
+        patch.setattr("s4v.extract.disk_space.free_bytes", lambda _: 1000)
         with pytest.raises(ConfigError, match="needs .* more and its disk has 1.0 kB free"):
             extract_dataset(replace(grown, append=True))
     assert contents(grown.out) == before

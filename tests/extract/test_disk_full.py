@@ -12,11 +12,11 @@ from s4v.store.verify import verify_store
 # The extraction refuses to start where it cannot fit: here it is not asked, so that the disk fills in the middle.
 EXTRACT = """
 import sys
-import s4v.extract.opening as opening
+import s4v.extract.extraction as extraction
 from s4v.cli import main
 if "--unasked" in sys.argv:
     sys.argv.remove("--unasked")
-    opening.require_space = lambda *_, **__: None
+    extraction.require_space = lambda *_, **__: None
 main()
 """
 

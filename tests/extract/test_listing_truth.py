@@ -30,6 +30,7 @@ from s4v.extract.decode.worker import decode
 from s4v.extract.extraction import extract_dataset
 from s4v.extract.scan import scan_dataset
 from s4v.extract.segments import list_rows
+from s4v.extract.target import Target
 from s4v.store.reader import open_store
 
 E_NFC, E_NFD = (unicodedata.normalize(form, "café.mp4") for form in ("NFC", "NFD"))
@@ -628,7 +629,7 @@ def add_videos(folder, numbers, video):
 
 def list_splits(config):
     nobody = SimpleNamespace(decode_ahead=lambda _: iter(()))  # no video's length is asked for
-    return {record.video_id: record.split for record in list_rows(config, nobody)}
+    return {record.video_id: record.split for record in list_rows(config, Target.find(config), nobody)}
 
 
 def read_splits(path):

@@ -21,8 +21,7 @@ from s4v.errors import (
     StoreExistsError,
     StoreMismatchError,
 )
-from s4v.extract import extraction, job
-from s4v.extract import plan as planning
+from s4v.extract import disk_space, extraction, job
 from s4v.extract.batching import batch_slots
 from s4v.extract.extraction import extract_dataset
 from s4v.extract.meter import Meter, StageClock
@@ -306,13 +305,13 @@ def test_a_store_is_not_replaced_by_one_that_does_not_fit(
     out = shutil.copytree(float_store, tmp_path / "old.zarr")
     before, size = contents(out), sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     config = make_config(video_folder, out, overwrite=True)
-    monkeypatch.setattr(planning, "_free_bytes", lambda _: 1000)
+    monkeypatch.setattr(disk_space, "free_bytes", lambda _: 1000)
     with pytest.raises(ConfigError, match=r"1\.0 kB free and .* MB in the store that would be replaced. Nothing was"):
         extract_dataset(replace(config, layers="all", frames={"": 60}))
     assert contents(out) == before
     needed = size * 1.2  # a failed video might be good by now
     monkeypatch.setattr(
-        planning, "_free_bytes", lambda path: needed if not list(path.glob("_parts/*")) else needed - size
+        disk_space, "free_bytes", lambda path: needed if not list(path.glob("_parts/*")) else needed - size
     )
     assert extract_dataset(config).videos["ok"] == 10, "with the old store's own room there is enough"
 

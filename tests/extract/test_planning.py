@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from s4v.backbone.vision_tower import FrameTokens, build_backbone
 from s4v.cli import app
 from s4v.errors import ConfigError
-from s4v.extract.plan import plan_extraction, probe_backbone, require_space
+from s4v.extract.disk_space import require_space
+from s4v.extract.plan import plan_extraction, probe_backbone
 from s4v.store.layout import StoreLayout
 
 VIT_E = StoreLayout(

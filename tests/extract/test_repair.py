@@ -51,7 +51,7 @@ def test_another_command_does_not_repair(damaged, video_folder, make_config, con
     with pytest.raises(StoreMismatchError, match="was begun otherwise than this command says: layout.layers"):
         extract_dataset(other)
     # Were the settings not to tell, the files would.
-    monkeypatch.setattr("s4v.store.writer.list_differences", lambda *_: [])
+    monkeypatch.setattr("s4v.store.repair.list_differences", lambda *_: [])
     with pytest.raises(StoreDamagedError, match=r"cls/zarr\.json is damaged and this command does not give the same"):
         extract_dataset(other)
     assert contents(damaged) == before

@@ -197,7 +197,7 @@ def test_verify_reads_bytes_and_says_what_is_gone(made):
 def test_rows_from_before_know_no_source_and_take_what_lies_there_when_told(made):
     rows = [row for row, one in enumerate(open_store(made.out).read_manifest(["status"]).to_pylist())]
     store = open_store(made.out)
-    with StoreWriter(made.out, store.layout, store.codec, store.input_columns()) as writer:
+    with StoreWriter(store, store.input_columns()) as writer:
         writer.set_sources(dict.fromkeys(rows, (None, None, None)))
         writer.consolidate()
     assert open_store(made.out).read_manifest(SOURCE)["source_hash"].null_count == 18

@@ -10,6 +10,7 @@ from s4v.store.codec import Codec
 from s4v.store.layout import StoreLayout
 from s4v.store.reader import open_store
 from s4v.store.records import VideoRecord, VideoResult
+from s4v.store.spec import StoreSpec
 from s4v.store.writer import RowTokens, create_store
 
 LAYOUT = StoreLayout(
@@ -27,7 +28,8 @@ def make_store(tmp_path):
         records = [VideoRecord(video_id=f"{i:02d}", path=f"{i:02d}", split="train") for i in range(40)]
         path = tmp_path / "many.zarr"
         codec = Codec(dtype="float16")
-        with create_store(path, layout=LAYOUT, attributes=ATTRIBUTES, records=records, codec=codec, head={}) as writer:
+        spec = StoreSpec(layout=LAYOUT, attributes=ATTRIBUTES, records=records, codec=codec, head={})
+        with create_store(path, spec) as writer:
             for shard in writer.pending_shards():
                 tokens, results = {}, []
                 for row in LAYOUT.shard_rows(shard):

@@ -23,6 +23,7 @@ from s4v.store.info import describe_store
 from s4v.store.layout import StoreLayout
 from s4v.store.reader import open_store
 from s4v.store.records import VideoRecord, VideoResult
+from s4v.store.spec import StoreSpec
 from s4v.store.verify import verify_store
 from s4v.store.writer import RowTokens, create_store, resume_store
 
@@ -53,6 +54,7 @@ ATTRIBUTES = {
     "resize": "256",
     "libraries": {},
 }
+SPEC = StoreSpec(layout=LAYOUT, attributes=ATTRIBUTES, records=RECORDS)
 MIB = 2**20
 
 
@@ -71,7 +73,8 @@ def whole_store(tmp_path_factory):
     path = tmp_path_factory.mktemp("hostile") / "whole.zarr"
     codec = Codec(dtype="int8", scale=np.ones((2, 8), np.float32))
     made = {"layout": LAYOUT, "attributes": ATTRIBUTES, "records": RECORDS, "codec": codec}
-    with create_store(path, **made, head={"eps": np.float32(1), "norm_weight": np.ones(8, np.float32)}) as writer:
+    made["head"] = {"eps": np.float32(1), "norm_weight": np.ones(8, np.float32)}
+    with create_store(path, StoreSpec(**made)) as writer:
         for shard in writer.pending_shards():
             rows = LAYOUT.shard_rows(shard)
             results = [
@@ -414,7 +417,7 @@ def test_a_store_that_is_a_link_opens(whole_store, tmp_path):
     (tmp_path / "link.zarr").symlink_to(whole_store)
     use(tmp_path / "link.zarr")
     assert verify_store(open_store(tmp_path / "link.zarr")) == []
-    resume_store(tmp_path / "link.zarr", layout=LAYOUT, attributes=ATTRIBUTES, records=RECORDS).close()
+    resume_store(open_store(tmp_path / "link.zarr"), SPEC).close()
 
 
 def test_hostile_names_in_the_recorded_hashes_are_damage(store_path, tmp_path):

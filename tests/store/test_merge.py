@@ -14,6 +14,7 @@ from s4v.store.layout import StoreLayout
 from s4v.store.merge import merge_stores
 from s4v.store.reader import open_store
 from s4v.store.records import VideoRecord, VideoResult
+from s4v.store.spec import StoreSpec
 from s4v.store.verify import verify_store
 from s4v.store.writer import RowTokens, create_store, resume_store
 
@@ -66,14 +67,9 @@ def make_part(tmp_path):
 
     def make(name, shards, failed=(), source_hash=None):
         path = tmp_path / name
-        with create_store(
-            path,
-            layout=LAYOUT,
-            attributes=ATTRIBUTES,
-            records=RECORDS,
-            codec=Codec(dtype="float16"),
-            head={"eps": np.float32(1)},
-        ) as writer:
+        codec, head = Codec(dtype="float16"), {"eps": np.float32(1)}
+        spec = StoreSpec(layout=LAYOUT, attributes=ATTRIBUTES, records=RECORDS, codec=codec, head=head)
+        with create_store(path, spec) as writer:
             for shard in shards:
                 rows = LAYOUT.shard_rows(shard)
                 good = {row: tokens_of(row) for row in rows if row not in failed}
@@ -190,5 +186,7 @@ def test_files_that_differ_between_machines_are_told(make_part, tmp_path, caplog
 def test_a_merged_store_goes_on(make_part, tmp_path):
     merge_stores([make_part("a", [0]), make_part("b", [2])], tmp_path / "out")
     records = [replace(record) for record in RECORDS]
-    with resume_store(tmp_path / "out", layout=LAYOUT, attributes=ATTRIBUTES, records=records) as writer:
+    with resume_store(
+        open_store(tmp_path / "out"), StoreSpec(layout=LAYOUT, attributes=ATTRIBUTES, records=records)
+    ) as writer:
         assert writer.pending_shards() == [1]

@@ -28,6 +28,7 @@ from s4v.store.layout import StoreLayout
 from s4v.store.markers import marker_path
 from s4v.store.reader import open_store
 from s4v.store.records import VideoRecord, VideoResult
+from s4v.store.spec import StoreSpec
 from s4v.store.writer import RowTokens, create_store, resume_store
 
 LAYOUT = StoreLayout(
@@ -58,6 +59,7 @@ ATTRIBUTES = {
     "resize": "256",
     "libraries": {},
 }
+SPEC = StoreSpec(layout=LAYOUT, attributes=ATTRIBUTES, records=RECORDS)
 
 
 def make_tokens(row, num_frames=4, num_views=2):
@@ -89,7 +91,8 @@ def create(path, **changes):
     values = dict(
         layout=LAYOUT, attributes=ATTRIBUTES, records=RECORDS, codec=Codec(dtype="float16"), head={"eps": np.array(1.0)}
     )
-    return create_store(path, **{**values, **changes})
+    overwrite = changes.pop("overwrite", False)
+    return create_store(path, StoreSpec(**{**values, **changes}), overwrite=overwrite)
 
 
 @pytest.fixture(autouse=True)
@@ -212,7 +215,7 @@ def test_the_index_of_a_shard_is_read_once_unless_the_shard_is_replaced(store_pa
     assert len(read) == len(set(read)) == 2
     file = next((store_path / "patches").glob("c.1.*"))
     file.unlink()
-    resumed = resume_store(store_path, layout=LAYOUT, attributes=ATTRIBUTES, records=RECORDS)
+    resumed = resume_store(open_store(store_path), SPEC)
     write_shard(resumed, 1)
     found = store.read_clips([2], [[1]], arrays=["patches"]).patches
     assert np.array_equal(found[0, 0], make_tokens(2).patches[0, 1])
@@ -461,11 +464,11 @@ def test_views_and_arrays_that_are_not_there_are_refused(store_path):
 def test_second_writer_is_refused(tmp_path):
     writer = create(tmp_path / "busy.zarr")
     with pytest.raises(StoreBusyError, match=r"another process is writing to .*busy\.zarr"):
-        resume_store(tmp_path / "busy.zarr", layout=LAYOUT, attributes=ATTRIBUTES, records=RECORDS)
+        resume_store(open_store(tmp_path / "busy.zarr"), SPEC)
     with pytest.raises(StoreBusyError, match="stop it before replacing its store"):
         create(tmp_path / "busy.zarr", overwrite=True)
     writer.close()
-    resume_store(tmp_path / "busy.zarr", layout=LAYOUT, attributes=ATTRIBUTES, records=RECORDS)
+    resume_store(open_store(tmp_path / "busy.zarr"), SPEC)
 
 
 def test_overwrite_replaces_what_a_link_points_to(store_path, tmp_path):
@@ -479,7 +482,7 @@ def test_overwrite_replaces_what_a_link_points_to(store_path, tmp_path):
 def test_kill_between_manifest_and_hashes_is_mended_by_the_next_run(store_path, monkeypatch):
     recorded = (store_path / "checksums.json").read_bytes()
     marker_path(store_path, 3).unlink()
-    writer = resume_store(store_path, layout=LAYOUT, attributes=ATTRIBUTES, records=RECORDS)
+    writer = resume_store(open_store(store_path), SPEC)
     write_shard(writer, 3, num_frames=2)
     write = manifest.write_table
 
@@ -502,13 +505,13 @@ def test_kill_between_manifest_and_hashes_is_mended_by_the_next_run(store_path, 
 def resume_store_outside(path):
     from s4v.store import writer
 
-    return writer.resume_store(path, layout=LAYOUT, attributes=ATTRIBUTES, records=RECORDS)
+    return writer.resume_store(open_store(path), SPEC)
 
 
 def test_changed_captions_are_a_difference(store_path):
     records = [replace(RECORDS[1], captions=("y",)) if i == 1 else record for i, record in enumerate(RECORDS)]
     with pytest.raises(StoreMismatchError, match="captions differ"):
-        resume_store(store_path, layout=LAYOUT, attributes=ATTRIBUTES, records=records)
+        resume_store(open_store(store_path), replace(SPEC, records=records))
 
 
 def test_numbers_as_class_names_keep_their_order():
@@ -541,7 +544,7 @@ def test_refused_write_names_the_shard_and_leaves_it_pending(tmp_path, monkeypat
 
 def test_finished_store_is_not_written_again(store_path):
     before = {p: p.stat().st_mtime_ns for p in store_path.rglob("*")}
-    with resume_store(store_path, layout=LAYOUT, attributes=ATTRIBUTES, records=RECORDS) as writer:
+    with resume_store(open_store(store_path), SPEC) as writer:
         writer.consolidate()
     assert {p: p.stat().st_mtime_ns for p in store_path.rglob("*")} == before
 
@@ -578,7 +581,7 @@ def test_resume_gives_the_store_that_an_undisturbed_run_gives(store_path, tmp_pa
     with create(path) as writer:
         for shard in (0, 5, 2):
             write_shard(writer, shard, num_frames=4 if shard % 2 else 3)
-    writer = resume_store(path, layout=LAYOUT, attributes={**ATTRIBUTES, "created": "later"}, records=RECORDS)
+    writer = resume_store(open_store(path), replace(SPEC, attributes={**ATTRIBUTES, "created": "later"}))
     assert writer.pending_shards() == [s for s in range(LAYOUT.num_shards) if s not in (0, 5, 2)]
     for shard in writer.pending_shards():
         write_shard(writer, shard, num_frames=4 if shard % 2 else 3)
@@ -607,7 +610,7 @@ def test_resume_with_other_settings_lists_all_differences(store_path):
     other = {**ATTRIBUTES, "backbone": {"name": "other", "width": 16}}
     records = [*RECORDS[:-1], VideoRecord(video_id="new.mp4", path="new.mp4", split="train", class_name="a")]
     with pytest.raises(StoreMismatchError) as caught:
-        resume_store(store_path, layout=LAYOUT, attributes=other, records=records)
+        resume_store(open_store(store_path), replace(SPEC, attributes=other, records=records))
     message = str(caught.value)
     assert "backbone.name toy there, other here" in message
     assert "backbone.width 8 there, 16 here" in message

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from s4v.backbone.text_tower import load_text_tower
 from s4v.errors import StoreDamagedError, StoreMismatchError, WeightsError
-from s4v.extract import finishing
+from s4v.extract import caption_texts
 from s4v.extract.extraction import extract_dataset
 from s4v.store import texts as texts_module
 from s4v.store.info import describe_store
@@ -239,7 +239,7 @@ def test_without_a_text_tower_the_frames_are_there_all_the_same(
     def lack(*_, **__):
         raise WeightsError("no text tower in this file")
 
-    monkeypatch.setattr(finishing, "load_text_tower", lack)
+    monkeypatch.setattr(caption_texts, "load_text_tower", lack)
     summary = extract_dataset(make_captioned_config(captioned_folder, tmp_path / "store.zarr"))
     assert summary.videos["ok"] == 12
     assert "its captions cannot train retrieval, for lack of a text tower: no text tower in this file" in caplog.text

@@ -106,7 +106,7 @@ def score_class_names(
     """
     if "{}" not in prompt:
         raise ConfigError(f"--prompt must hold {{}}, the place of a class's name; found {prompt!r}")
-    if store.attributes["backbone"]["weights"].startswith("random"):
+    if store.facts.backbone.has_random_weights:
         raise ConfigError("the backbone of this store has random weights")
     asked = classify_zero_shot(
         store, {name: [prompt.format(name)] for name in store.classes.names}, split=split, weights=weights

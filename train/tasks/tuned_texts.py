@@ -28,7 +28,7 @@ def load_tuned_text_tower(run: Run, store: StoreReader, *, device: torch.device 
     weights = run.path / TEXT_NAME
     if not weights.is_file():
         raise ConfigError(f"{run.path}: its checkpoint held no text tower, and no other one belongs to its videos")
-    name = store.attributes["backbone"]["name"]
+    name = store.facts.backbone.name
     return load_text_tower(name, weights=str(weights), device=device or torch.device("cpu"))
 
 

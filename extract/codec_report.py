@@ -1,0 +1,124 @@
+"""What a store's codec costs: a sample of frames that it was not fitted on is coded, decoded and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+import torch
+
+from ..backbone.vision_tower import Backbone
+from ..store.codec import Codec, round_mantissas
+from ..store.fidelity import FIDELITY_NAME, FidelityMeter, LayerFidelity, write_fidelity
+from ..store.reader import StoreReader, is_store, open_store
+from .codec_fit import (
+    FrameSample,
+    SampleTokens,
+    fits_codec,
+    frames_per_video,
+    gather_sample,
+    group_for_calibration,
+)
+from .job import Job
+from .meter import ReportProgress
+
+_MEASURED_VIDEOS = 16
+
+
+def write_codec_report(job: Job, store: StoreReader, table: pa.Table) -> None:
+    """Leave in the store what its codec costs, once it is complete, where the codec loses anything.
+
+    Args:
+        job: The extraction.
+        store: What it made.
+        table: The manifest as it is now.
+    """
+    if not _wants_measuring(job, table):
+        return
+    config = job.config
+    job.load_weights()
+    job.report("decoding to measure the codec", 0, 0)
+    with job.clock.stage("measuring"):
+        good = set(table.filter(pa.compute.equal(table["status"], "ok"))["video_id"].to_pylist())
+        seed, num_fitted = _fitted_on(job)
+        ordered = [
+            [record for record in group if record.video_id in good]
+            for group in group_for_calibration(job.records, seed)
+        ]
+        first = next(group for group in ordered if group)
+        unseen = [record for group in ordered for record in (group[num_fitted:] if group is first else group)]
+        chosen = (unseen or first)[:_MEASURED_VIDEOS]
+        num_frames = frames_per_video(len(chosen), job.layout)
+        sample = gather_sample([zip(chosen, job.decode(chosen, num_frames), strict=True)], len(chosen))
+        layers = measure_codec(
+            store.codec,
+            job.layout.keep_bits,
+            sample,
+            job.backbone,
+            job.layout.layers,
+            batch_size=config.batch_size,
+            report=job.report,
+        )
+    write_fidelity(store.path, layers, videos=len(set(sample.video_ids)), is_held_out=bool(unseen))
+
+
+def _wants_measuring(job: Job, table: pa.Table) -> bool:
+    """Whether the store is complete, its codec loses anything, and no one has said how much."""
+    statuses = set(table["status"].to_pylist())
+    is_exact = job.layout.patch_dtype == "float32" and job.layout.channels == job.layout.width
+    is_measured = (job.config.out / FIDELITY_NAME).exists()
+    return not is_exact and "ok" in statuses and "pending" not in statuses and not is_measured
+
+
+def _fitted_on(job: Job) -> tuple[int, int]:
+    """The seed of the order in which the codec's fit took videos, and how many; of another store's codec, that one's.
+
+    A source that is gone by now is taken to have been fitted as this run would.
+    """
+    config = job.config
+    if config.codec_from is not None and is_store(config.codec_from):
+        source = open_store(config.codec_from).facts
+        return source.seed, source.calibration_videos
+    return config.seed, config.calibration_videos if config.codec_from is not None or fits_codec(job) else 0
+
+
+def measure_codec(
+    codec: Codec,
+    keep_bits: int | None,
+    sample: FrameSample,
+    backbone: Backbone,
+    layers: Sequence[int],
+    *,
+    batch_size: int,
+    report: ReportProgress = lambda *_: None,
+) -> list[LayerFidelity]:
+    """Code and decode a sample of frames, and compare them with the live tokens.
+
+    Args:
+        codec: Of the store, numpy arrays.
+        keep_bits: Mantissa bits that the store keeps of float16 codes; None keeps all.
+        sample: Frames that the codec was not fitted on, where there are any.
+        backbone: With weights.
+        layers: Blocks that are tapped.
+        batch_size: The most frames in one pass.
+        report: Told of frames that went through the backbone.
+
+    Returns:
+        One for each layer.
+    """
+    meters = [FidelityMeter(layer) for layer in layers]
+
+    def count_mean(tokens: list[torch.Tensor]) -> None:
+        for meter, values in zip(meters, tokens, strict=True):
+            meter.count_mean(values.float().cpu().numpy())
+
+    def compare(tokens: list[torch.Tensor]) -> None:
+        for place, (meter, values) in enumerate(zip(meters, tokens, strict=True)):
+            live = values.float().cpu().numpy()
+            codes = round_mantissas(codec.encode(live, place), keep_bits)
+            meter.compare(live, codec.decode(codes, place))
+
+    tokens_of = SampleTokens("measuring the codec", sample, backbone, layers, batch_size, 2, report)
+    tokens_of.hand_to(count_mean)
+    tokens_of.hand_to(compare)
+    return [meter.summarise() for meter in meters]

@@ -1,0 +1,67 @@
+"""The sizes of the store that an extraction makes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from ..backbone.vision_tower import Backbone, parse_layers
+from ..errors import ConfigError, StoreMismatchError
+from ..store.layout import StoreLayout
+from ..store.reader import StoreReader, open_store
+from .config import ExtractConfig
+
+_DEFAULT_INT8_CHANNELS = 256
+
+
+def plan_layout(
+    config: ExtractConfig, backbone: Backbone, num_rows: int, num_frames: int, num_views: int
+) -> StoreLayout:
+    """The sizes of the store that an extraction makes.
+
+    Raises:
+        ConfigError: If `--channels` or `--layers` ask for what the backbone does not have.
+        StoreMismatchError: If the codec to be taken over does not fit.
+    """
+    info = backbone.info
+    channels = config.channels or (min(info.width, _DEFAULT_INT8_CHANNELS) if config.dtype == "int8" else info.width)
+    if config.codec_from is not None:
+        channels = _check_codec_source(config, backbone, open_store(config.codec_from))
+    if channels > info.width:
+        raise ConfigError(f"--channels {channels} is more than the {info.width} channels of {config.model}")
+    return StoreLayout(
+        num_rows=num_rows,
+        num_views=num_views,
+        num_frames=num_frames,
+        layers=parse_layers(config.layers, info.depth),
+        num_patches=info.num_patches,
+        width=info.width,
+        channels=channels,
+        embed_dim=info.embed_dim,
+        image_size=info.image_size,
+        patch_dtype=config.dtype,
+        keep_bits=config.keep_bits,
+        with_pixels=config.with_pixels,
+    )
+
+
+def _check_codec_source(config: ExtractConfig, backbone: Backbone, source: StoreReader) -> int:
+    """K of a store whose codec is to be taken.
+
+    Raises:
+        StoreMismatchError: If that codec was fitted on other tokens than this extraction makes; all differences listed.
+    """
+    info, theirs = asdict(backbone.info), source.attributes["backbone"]
+    wanted = {name: info[name] for name in ("architecture", "weights_sha256", "width", "image_size", "mean", "std")}
+    wanted |= {"layers": parse_layers(config.layers, backbone.info.depth), "dtype": config.dtype}
+    there = {**theirs, "layers": source.layout.layers, "dtype": source.layout.patch_dtype}
+    if config.channels is not None:
+        wanted["channels"], there["channels"] = config.channels, source.layout.channels
+    differences = [
+        f"{name} {there[name]} there, {value} here"
+        for name, value in wanted.items()
+        if (list(value) if isinstance(value, tuple) else value)
+        != (list(there[name]) if isinstance(there[name], tuple) else there[name])
+    ]
+    if differences:
+        raise StoreMismatchError(f"the codec of {source.path} (--codec-from) does not fit: {'; '.join(differences)}")
+    return source.layout.channels

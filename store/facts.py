@@ -1,0 +1,194 @@
+"""What a store says of itself, by name and type: a view of its attributes, in which nothing is looked up by a string.
+
+A fact is read when it is asked for. One that a store lacks, from before it was recorded, is an error only then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .attributes import Attributes
+from .layout import PatchDtype
+
+RANDOM_WEIGHTS = "random"
+"""How the weights of a backbone begin that was not trained: `random:SEED`."""
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetFacts:
+    """Which videos a store was made of. Each fact raises StoreDamagedError where the store lacks it."""
+
+    attributes: Attributes
+
+    @property
+    def name(self) -> str:
+        """Of the data set, or of the way in which its videos were listed."""
+        return self.attributes["name"]
+
+    @property
+    def protocol(self) -> str | None:
+        """How the data set is divided; None where there is one way alone."""
+        return self.attributes.get("protocol")
+
+    @property
+    def root(self) -> str | None:
+        """Folder below which the videos lay."""
+        return self.attributes["root"]
+
+
+@dataclass(frozen=True, slots=True)
+class BackboneFacts:
+    """The frozen tower that made a store's tokens. Each fact raises StoreDamagedError where the store lacks it."""
+
+    attributes: Attributes
+
+    @property
+    def name(self) -> str:
+        """As the user wrote it."""
+        return self.attributes["name"]
+
+    @property
+    def architecture(self) -> str:
+        """The name that its library has for it."""
+        return self.attributes["architecture"]
+
+    @property
+    def weights(self) -> str:
+        """`random:SEED`, a tag, or the file's path."""
+        return self.attributes["weights"]
+
+    @property
+    def has_random_weights(self) -> bool:
+        """Whether it was never trained."""
+        return self.weights.startswith(RANDOM_WEIGHTS)
+
+    @property
+    def weights_sha256(self) -> str:
+        """Of the weights' file; for random weights, of what they are drawn from."""
+        return self.attributes["weights_sha256"]
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.attributes["width"]
+
+    @property
+    def depth(self) -> int:
+        """Blocks."""
+        return self.attributes["depth"]
+
+    @property
+    def embed_dim(self) -> int:
+        """E."""
+        return self.attributes["embed_dim"]
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Pixels down and across."""
+        height, width = self.attributes["patch_size"]
+        return height, width
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across."""
+        down, across = self.attributes["grid"]
+        return down, across
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Pixels down and across: H, W."""
+        height, width = self.attributes["image_size"]
+        return height, width
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """Of each colour from 0 to 1, subtracted first."""
+        red, green, blue = self.attributes["mean"]
+        return red, green, blue
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """Of each colour, divided by."""
+        red, green, blue = self.attributes["std"]
+        return red, green, blue
+
+
+@dataclass(frozen=True, slots=True)
+class CodecFacts:
+    """The codec that a store records; every store has all of it."""
+
+    dtype: PatchDtype
+    """Of the codes."""
+    parts: tuple[str, ...]
+    """Names of the arrays that it has."""
+    sha256: str
+    """Of dtype and arrays: codes of stores that have the same may stand beside each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFacts:
+    """What a store says of itself. Each fact raises StoreDamagedError where the store lacks it."""
+
+    attributes: Attributes
+    """Its `s4v` attribute, checked."""
+
+    @property
+    def format_version(self) -> int:
+        """Of the store's format."""
+        return self.attributes["format_version"]
+
+    @property
+    def created(self) -> str:
+        """When its extraction began, in ISO 8601."""
+        return self.attributes["created"]
+
+    @property
+    def dataset(self) -> DatasetFacts:
+        """Which videos."""
+        return DatasetFacts(self.attributes["dataset"])
+
+    @property
+    def backbone(self) -> BackboneFacts:
+        """Which frozen tower."""
+        return BackboneFacts(self.attributes["backbone"])
+
+    @property
+    def codec(self) -> CodecFacts:
+        """How patches are coded."""
+        recorded = self.attributes["codec"]
+        return CodecFacts(recorded["dtype"], tuple(recorded["parts"]), recorded["sha256"])
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """By label."""
+        return tuple(self.attributes["classes"]["names"])
+
+    @property
+    def sampling(self) -> str:
+        """Which frames are cached, by the rule's name."""
+        return self.attributes["sampling"]
+
+    @property
+    def resize(self) -> str:
+        """How frames were resized before the crop, by the rule's name."""
+        return self.attributes["resize"]
+
+    @property
+    def segment_s(self) -> float | None:
+        """Seconds of the segments into which videos are cut; None where they are whole."""
+        return self.attributes.get("segment_s")
+
+    @property
+    def codec_from(self) -> str | None:
+        """The store whose codec was taken over; None where it was fitted here."""
+        return self.attributes.get("codec_from")
+
+    @property
+    def seed(self) -> int:
+        """Of whatever was drawn."""
+        return self.attributes["seed"]
+
+    @property
+    def calibration_videos(self) -> int:
+        """How many videos the codec was fitted on, at most."""
+        return self.attributes["calibration_videos"]

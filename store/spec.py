@@ -1,0 +1,100 @@
+"""What a command makes a store of, as one thing, and how that differs from a store that is there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ..errors import StoreError
+from . import manifest
+from .codec import Codec
+from .layout import FORMAT_VERSION, StoreLayout
+from .reader import StoreReader, open_store
+from .records import VideoRecord
+
+# May differ between two runs without making their stores differ: data, weights and a codec's source may lie elsewhere
+# by now. What they are is told by paths below the root, by the weights' hash and by the codec's.
+_VOLATILE_ATTRIBUTES = ("created", "format_version", "codec", "codec_from", "dataset.root", "backbone.weights")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreSpec:
+    """All that a store is made of before its first shard."""
+
+    layout: StoreLayout
+    """Sizes of the arrays."""
+    attributes: Mapping[str, Any]
+    """What to record in the group's `s4v` attribute beside format version, layout and codec."""
+    records: Sequence[VideoRecord]
+    """Row v of every array is record v."""
+    codec: Codec | None = None
+    """How patches are coded, numpy arrays; None means that of the store that is there."""
+    head: Mapping[str, np.ndarray] | None = None
+    """What stage two needs of the frozen tower's end, by name; None means that of the store that is there."""
+
+    def with_codec(self, codec: Codec) -> StoreSpec:
+        """The same with a codec."""
+        return replace(self, codec=codec)
+
+    def filled_from(self, store: StoreReader) -> StoreSpec:
+        """The same as a store was begun: of its date, and with its codec and tower's end where none are given."""
+        return replace(
+            self,
+            attributes={**self.attributes, "created": store.facts.created},
+            codec=store.codec if self.codec is None else self.codec,
+            head=store.head if self.head is None else self.head,
+        )
+
+    def full_attributes(self) -> dict[str, Any]:
+        """The group's `s4v` attribute; with a codec alone."""
+        assert self.codec is not None
+        sizes = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.layout).items()}
+        return {
+            "format_version": FORMAT_VERSION,
+            **self.attributes,
+            "layout": {**sizes, "pixel_offsets_unit": "frame"},
+            "codec": {"dtype": self.codec.dtype, "parts": sorted(self.codec.parts), "sha256": self.codec.sha256},
+        }
+
+    def input_table(self) -> pa.Table:
+        """The manifest's input columns of its records."""
+        classes = manifest.ClassList(tuple(self.attributes["classes"]["names"]))
+        return manifest.input_table(self.records, classes)
+
+
+def list_differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two stores' attributes, beside what may."""
+    differences = []
+    for key in sorted({*found, *wanted}):
+        old, new = found.get(key), wanted.get(key)
+        if old == new or prefix + key in _VOLATILE_ATTRIBUTES:
+            continue
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            differences += list_differences(old, new, f"{prefix}{key}.")
+        else:
+            differences.append(f"{prefix}{key} {_shorten(old)} there, {_shorten(new)} here")
+    return differences
+
+
+def list_codec_differences(store: StoreReader, spec: StoreSpec) -> list[str]:
+    """Whether a command that names the source of its codec means the one that the store has.
+
+    Which path it names does not matter: the codec's hash decides, and where the source is no longer there, nothing.
+    """
+    found, wanted = store.facts.codec_from, spec.attributes.get("codec_from")
+    if wanted is None:
+        return [] if found is None else [f"codec_from {_shorten(found)} there, None here"]
+    try:
+        source = open_store(wanted).facts.codec.sha256
+    except StoreError:
+        return [] if found is not None else [f"codec_from None there, {_shorten(wanted)} here"]
+    return [] if source == store.facts.codec.sha256 else [f"the codec of {wanted} is not the one there"]
+
+
+def _shorten(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
