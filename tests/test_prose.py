@@ -16,6 +16,7 @@ PLAIN = (
     "README.md",
     "CONTRIBUTING.md",
     "docs/commands.md",
+    "docs/decisions.md",
     "docs/glossary.md",
 )
 """Documents whose prose is held to `MAX_WORDS` a sentence."""
