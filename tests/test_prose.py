@@ -18,6 +18,7 @@ PLAIN = (
     "docs/commands.md",
     "docs/decisions.md",
     "docs/glossary.md",
+    "docs/retrieval.md",
     "docs/training.md",
 )
 """Documents whose prose is held to `MAX_WORDS` a sentence."""
