@@ -19,6 +19,7 @@ PLAIN = (
     "docs/decisions.md",
     "docs/glossary.md",
     "docs/retrieval.md",
+    "docs/store.md",
     "docs/training.md",
 )
 """Documents whose prose is held to `MAX_WORDS` a sentence."""
