@@ -12,23 +12,12 @@ from s4v.cli import app
 
 ROOT = Path(__file__).parents[1]
 MAX_WORDS = 25
-PLAIN = (
-    "README.md",
-    "CONTRIBUTING.md",
-    "docs/commands.md",
-    "docs/decisions.md",
-    "docs/glossary.md",
-    "docs/retrieval.md",
-    "docs/store.md",
-    "docs/training.md",
-)
-"""Documents whose prose is held to `MAX_WORDS` a sentence."""
-NAMING = (
+DOCUMENTS = (
     "README.md",
     "CONTRIBUTING.md",
     *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "architecture.md"),
 )
-"""Documents whose names of files, modules, commands and options must exist. CHANGELOG.md tells of names that went."""
+"""CHANGELOG.md is not one of them: it tells of names that went."""
 
 FENCE = re.compile(r"^```.*?^```[^\n]*$", re.MULTILINE | re.DOTALL)
 SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\.\.\.)[)\"*_]*\s+|(?<=[.!?][)\"*])[)\"*_]*\s+")
@@ -126,14 +115,14 @@ def list_files(name: str) -> list[Path]:
 
 
 def list_unknown_options(text: str) -> list[str]:
-    """Commands and options in the code blocks of a document that `s4v` does not have."""
+    """Commands and options in the code of a document that `s4v` does not have."""
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     options = {
         name: {o for p in command.params for o in [*p.opts, *p.secondary_opts]} for name, command in commands.items()
     }
     unknown = []
-    for block in FENCE.findall(text):
-        for line in block.splitlines():
+    for code in [*FENCE.findall(text), *re.findall(r"`(s4v [^`]+)`", FENCE.sub("", text))]:
+        for line in code.splitlines():
             call = re.match(r"(?:\$ |torchrun .* -m )?s4v ([a-z]+)(.*)", line.split(" #")[0])
             if call and call[1] not in options:
                 unknown.append(call[1])
@@ -144,7 +133,7 @@ def list_unknown_options(text: str) -> list[str]:
     return unknown
 
 
-@pytest.mark.parametrize("document", PLAIN)
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_sentences_are_short(document):
     sentences = list_sentences(read(document))
     assert sentences
@@ -152,7 +141,7 @@ def test_sentences_are_short(document):
     assert long == []
 
 
-@pytest.mark.parametrize("document", NAMING)
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_names_in_documents_exist(document):
     text = read(document)
     assert list_missing_names(text, (ROOT / document).parent) == []
@@ -189,3 +178,4 @@ def test_names_that_are_gone_are_found():
     there = "`store/reader.py`, `reader.py`, s4v.open_store, s4v.store.reader.StoreReader, [a](README.md#read-on)"
     assert list_missing_names(there, ROOT) == []
     assert list_unknown_options("```\ns4v nothing\ns4v info x --nothing --json\n```") == ["nothing", "--nothing"]
+    assert list_unknown_options("`s4v nothing`, `s4v info x --nothing`") == ["nothing", "--nothing"]
