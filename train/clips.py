@@ -263,7 +263,7 @@ def require_long_clips(data: LabelledRows, num_frames: int, store: StoreReader, 
 
 def warn_of_thinned_clips(data: LabelledRows, num_frames: int, store: StoreReader, *, only_first: bool = False) -> None:
     """Say that clips sampled as the reference samples them are not its clips once frames are left out."""
-    sampling = store.attributes["sampling"]
+    sampling = store.facts.sampling
     most = int(find_clip_lengths(data, only_first=only_first).max(initial=0))
     if str(sampling).startswith("reference-") and most > num_frames:
         _log.warning(
@@ -298,8 +298,10 @@ class ClipLoader:
         self._arrays = arrays
         self._layers = None if tuple(layers) == store.layout.layers else layers
         self._device = device
-        backbone = store.attributes["backbone"]
-        self._mean, self._std = (torch.tensor(backbone[name], device=device).view(3, 1, 1) for name in ("mean", "std"))
+        backbone = store.facts.backbone
+        self._mean, self._std = (
+            torch.tensor(values, device=device).view(3, 1, 1) for values in (backbone.mean, backbone.std)
+        )
         held = store.layout.pixel_offsets
         if missing := sorted(set(pixel_offsets) - set(held)):
             raise StoreMismatchError(

@@ -265,7 +265,7 @@ def require_matching_store(run: Run, store: StoreReader) -> None:
         for name in ("sampling", "resize")
         if there[name] not in (None, here[name])
     ]
-    patch_px = store.attributes["backbone"]["patch_size"][0]
+    patch_px = store.facts.backbone.patch_size[0]
     if patch_px != run.shape.patch_px:
         differences.append(f"patches: of {patch_px} px in the store, of {run.shape.patch_px} px in the run")
     if there["store"] is None:

@@ -114,7 +114,7 @@ def resolve_views(config: TrainConfig, num_views: np.ndarray, num_processes: int
 
 def find_preset(config: TrainConfig, store: StoreReader) -> str | None:
     """The preset that `auto` takes; None where the backbone, the data set or the layers are in no preset."""
-    dataset, beside = store.attributes["dataset"]["name"], describe_backbone(store)
+    dataset, beside = store.facts.dataset.name, describe_backbone(store)
     layers = set(config.layers or store.layout.layers)
     for preset in find_network(config.head).presets:
         if (preset.task, preset.dataset) == (config.task, dataset) and preset.is_beside(*beside):
@@ -143,11 +143,11 @@ def _require_fitting_preset(config: TrainConfig, kind: NetworkKind, store: Store
     if preset.task != config.task:
         raise ConfigError(f"--preset {config.preset} is not for --task {config.task}")
     if not preset.is_beside(*describe_backbone(store)):
-        backbone = store.attributes["backbone"]
+        backbone = store.facts.backbone
         raise StoreMismatchError(
             f"--preset {config.preset} is for a {preset.family.upper()} backbone of width {preset.width}, "
-            f"{preset.depth} blocks, patches of {preset.patch_px} px; {store.path} is of {backbone['architecture']}: "
-            f"width {backbone['width']}, {backbone['depth']} blocks, {backbone['patch_size'][0]} px. "
+            f"{preset.depth} blocks, patches of {preset.patch_px} px; {store.path} is of {backbone.architecture}: "
+            f"width {backbone.width}, {backbone.depth} blocks, {backbone.patch_size[0]} px. "
             "Use --preset auto."
         )
     if config.layers is None:

@@ -228,7 +228,6 @@ class NetworkKind(ABC):
 
     def describe_shape(self, store: StoreReader, outputs: Outputs, layers: tuple[int, ...], **own: Any) -> NetworkShape:
         """Its shape, with what every network takes from a store filled in."""
-        facts = store.attributes["backbone"]
         return self.shape(
             name=self.name,
             task=outputs.task,
@@ -236,7 +235,7 @@ class NetworkKind(ABC):
             layers=layers,
             width=store.layout.width,
             num_patches=store.layout.num_patches,
-            patch_px=facts["patch_size"][0],
+            patch_px=store.facts.backbone.patch_size[0],
             **own,
         )
 

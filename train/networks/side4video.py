@@ -375,7 +375,7 @@ class Side4Video(NetworkKind):
             raise ConfigError(f"--side-width must be a multiple of 64 (one attention head); found {side_width}")
         ends: dict[str, Any] = {}
         if outputs.embed_dim is not None:
-            last = store.attributes["backbone"]["depth"] - 1
+            last = store.facts.backbone.depth - 1
             if layers[-1] != last:
                 raise StoreMismatchError(
                     f"retrieval adds to the class token of the backbone's last block, {last}; --layers ends with "

@@ -103,15 +103,15 @@ def require_fitting_store(official: OfficialCheckpoint, store: StoreReader) -> l
     Raises:
         StoreMismatchError: With all differences.
     """
-    shape, backbone = official.shape, store.attributes["backbone"]
+    shape, backbone = official.shape, store.facts.backbone
     facts: dict[str, tuple[Any, Any]] = {
-        "width": (shape.width, backbone["width"]),
-        "patch size": (shape.patch_px, backbone["patch_size"][0]),
+        "width": (shape.width, backbone.width),
+        "patch size": (shape.patch_px, backbone.patch_size[0]),
         "patches of a frame": (shape.num_patches, store.layout.num_patches),
         "family of side blocks": (shape.family, side_family(store)),
     }
     if official.depth is not None:
-        facts["blocks of the backbone"] = (official.depth, backbone["depth"])
+        facts["blocks of the backbone"] = (official.depth, backbone.depth)
     if shape.task == "recognition":
         facts["classes"] = (shape.num_classes, len(store.classes.names))
     else:
@@ -120,10 +120,8 @@ def require_fitting_store(official: OfficialCheckpoint, store: StoreReader) -> l
     differences = [f"{name}: {ours} here, {theirs} there" for name, (ours, theirs) in facts.items() if ours != theirs]
     if missing := sorted(set(shape.layers) - set(store.layout.layers)):
         differences.append(f"layers {missing} are not in the store")
-    if shape.task == "retrieval" and shape.layers[-1] != backbone["depth"] - 1:
-        differences.append(
-            f"retrieval reads the last block, {backbone['depth'] - 1}; layers end with {shape.layers[-1]}"
-        )
+    if shape.task == "retrieval" and shape.layers[-1] != backbone.depth - 1:
+        differences.append(f"retrieval reads the last block, {backbone.depth - 1}; layers end with {shape.layers[-1]}")
     if not store.layout.with_pixels:
         differences.append("the stem reads pixels, and the store was extracted with --no-pixels")
     is_tuned = shape.task == "retrieval" and shape.family == "eva"

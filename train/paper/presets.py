@@ -126,5 +126,5 @@ def is_of_paper(store: StoreReader) -> bool:
 
 def describe_backbone(store: StoreReader) -> tuple[str, int, int, int]:
     """What a preset is beside: family, width, blocks and patches of a store's backbone."""
-    backbone = store.attributes["backbone"]
-    return side_family(store), backbone["width"], backbone["depth"], backbone["patch_size"][0]
+    backbone = store.facts.backbone
+    return side_family(store), backbone.width, backbone.depth, backbone.patch_size[0]

@@ -241,8 +241,8 @@ class Retrieval(Task):
         figures = {
             "run": str(run.path),
             "store": str(store.path),
-            "dataset": store.attributes["dataset"]["name"],
-            "protocol": store.attributes["dataset"].get("protocol"),
+            "dataset": store.facts.dataset.name,
+            "protocol": store.facts.dataset.protocol,
             "split": split,
             "is_backwards": options.is_backwards,
             "checkpoint": options.checkpoint,
