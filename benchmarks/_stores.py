@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from s4v.store.codec import Codec
+from s4v.store.codecs.contract import Codec
 from s4v.store.layout import StoreLayout
 from s4v.store.records import VideoRecord, VideoResult
 from s4v.store.spec import StoreSpec

@@ -23,7 +23,7 @@ from s4v.demo.pipeline import EXTRACTION
 from s4v.demo.world import ANNOTATIONS_NAME, WorldConfig, write_world
 from s4v.extract.config import ExtractConfig
 from s4v.extract.extraction import extract_dataset
-from s4v.store.codec import Codec, fit_scale
+from s4v.store.codecs.affine import AffineCodec, fit_scale
 from s4v.store.fidelity import LayerFidelity, measure_fidelity
 from s4v.store.info import describe_store
 from s4v.store.reader import open_store
@@ -54,7 +54,9 @@ def measure_giants() -> list[LayerFidelity]:
         fitted, fresh = tests.massive_tokens(2 * draw), tests.massive_tokens(2 * draw + 1)
         mean = fitted.mean(axis=0, keepdims=True)
         rest = fitted - mean
-        codec = Codec(dtype="int8", mean=mean, scale=fit_scale(np.abs(rest).max(axis=0)[None], rest.std(axis=0)[None]))
+        codec = AffineCodec(
+            dtype="int8", mean=mean, scale=fit_scale(np.abs(rest).max(axis=0)[None], rest.std(axis=0)[None])
+        )
         found.append(measure_fidelity(fresh, codec.decode(codec.encode(fresh, 0), 0), draw))
     return found
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from _report import check_bar, describe_machine, format_table, keep
 from _stores import begin_store, write_rows
 
-from s4v.store.codec import Codec
+from s4v.store.codecs.affine import AffineCodec
 from s4v.store.layout import StoreLayout
 from s4v.store.reader import StoreReader, open_store
 from s4v.store.writer import RowTokens
@@ -48,7 +48,7 @@ def write_store(path: Path, num_videos: int) -> None:
     )
     rng = np.random.default_rng(0)
     basis = np.stack([np.linalg.qr(rng.normal(size=(WIDTH, CHANNELS)))[0].T for _ in range(LAYERS)])
-    codec = Codec(
+    codec = AffineCodec(
         dtype="int8",
         mean=np.zeros((LAYERS, WIDTH), np.float32),
         basis=basis.astype(np.float32),

@@ -23,7 +23,7 @@ from _stores import begin_store, write_rows
 
 from s4v.store import manifest
 from s4v.store.checksums import write_checksums
-from s4v.store.codec import Codec
+from s4v.store.codecs.affine import AffineCodec
 from s4v.store.layout import StoreLayout
 from s4v.store.markers import marker_path
 from s4v.store.writer import RowTokens
@@ -37,7 +37,7 @@ import json, sys, time
 import numpy as np
 import s4v.store.reader
 from s4v.store.reader import open_store
-import s4v.store.codec, tensorstore, pyarrow.dataset, pyarrow.compute, pyarrow.parquet
+import s4v.store.codecs.affine, tensorstore, pyarrow.dataset, pyarrow.compute, pyarrow.parquet
 def peak_kb():  # not ru_maxrss, which a new process takes over from the one that started it
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 path, row = sys.argv[1], int(sys.argv[2])
@@ -65,7 +65,7 @@ def make_store(path: Path, num_videos: int) -> int:
         image_size=(224, 224),
         patch_dtype="int8",
     )
-    codec = Codec(dtype="int8", scale=np.ones((LAYERS, CHANNELS), np.float32))
+    codec = AffineCodec(dtype="int8", scale=np.ones((LAYERS, CHANNELS), np.float32))
     classes = [f"class-{number}" for number in range(400)]
     rng = np.random.default_rng(0)
     tokens = RowTokens(

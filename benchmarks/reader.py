@@ -23,7 +23,7 @@ import numpy as np
 from _report import RESULTS, check_bar, describe_machine, format_table, keep
 from _stores import begin_store, write_rows
 
-from s4v.store.codec import Codec
+from s4v.store.codecs.affine import AffineCodec
 from s4v.store.layout import StoreLayout
 from s4v.store.reader import count_threads, open_store
 from s4v.store.writer import RowTokens
@@ -59,7 +59,7 @@ def write_store(path: Path, num_videos: int) -> None:
         patch_dtype="int8",
         with_pixels=False,
     )
-    codec = Codec(dtype="int8", scale=np.ones((LAYERS, CHANNELS), np.float32))
+    codec = AffineCodec(dtype="int8", scale=np.ones((LAYERS, CHANNELS), np.float32))
 
     def make_tokens(row: int) -> RowTokens:
         return RowTokens(

@@ -36,7 +36,7 @@ from _report import describe_machine, format_table, keep
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from s4v.backbone.vision_tower import build_backbone
-from s4v.store.codec import Codec
+from s4v.store.codecs.affine import AffineCodec
 from s4v.train.allocator import keep_freed_memory
 from s4v.train.networks import parts
 from s4v.train.networks.side4video import SideNetwork
@@ -108,7 +108,7 @@ def make_batch(size: Size, num_clips: int, device: torch.device) -> tuple[Any, .
     num_layers, num_patches = len(size.layers), find_patches(size)
     channels = min(CHANNELS, size.width)
     basis = np.linalg.qr(np.random.default_rng(0).normal(size=(size.width, channels)))[0].T.astype(np.float32)
-    codec = Codec(
+    codec = AffineCodec(
         dtype="int8",
         mean=np.zeros((num_layers, size.width), np.float32),
         basis=np.repeat(basis[None], num_layers, axis=0),

@@ -17,8 +17,9 @@ import torch
 
 from ..backbone.vision_tower import Backbone
 from ..errors import ConfigError, NoGoodVideoError
-from ..store.codec import Codec, check_finite, fit_basis, fit_basis_of_few, fit_scale
-from ..store.layout import PatchDtype, StoreLayout
+from ..store.codecs.affine import AffineCodec, check_finite, fit_basis, fit_basis_of_few, fit_scale
+from ..store.codecs.contract import Codec
+from ..store.layout import DEFAULT_CODEC, PatchDtype, StoreLayout
 from ..store.reader import open_store
 from ..store.records import VideoRecord
 from .batching import split_evenly
@@ -49,8 +50,8 @@ class FrameSample:
 
 def fits_codec(job: Job) -> bool:
     """Whether a new store's codec is fitted on its own videos, not taken over and not the identity."""
-    is_identity = job.layout.patch_dtype != "int8" and job.layout.channels == job.layout.width
-    return job.config.codec_from is None and not is_identity
+    is_plain = job.layout.patch_dtype != "int8" and job.layout.channels == job.layout.width
+    return job.config.codec_from is None and not (is_plain and job.config.codec == DEFAULT_CODEC)
 
 
 def make_codec(job: Job) -> Codec:
@@ -59,7 +60,9 @@ def make_codec(job: Job) -> Codec:
     if config.codec_from is not None:
         return open_store(config.codec_from).codec
     if not fits_codec(job):
-        return Codec(dtype=config.dtype)
+        return AffineCodec(dtype=config.dtype)
+    if config.codec not in FITS:
+        raise ConfigError(f"--codec takes {', '.join(FITS)}; found {config.codec!r}")
     groups = group_for_calibration(job.records, config.seed)
     num_candidates = len(groups[0]) or len(job.records)
     num_videos = min(config.calibration_videos, num_candidates)
@@ -71,7 +74,7 @@ def make_codec(job: Job) -> Codec:
         job.report(stage, num_decoded, num_videos)
 
     count(0)
-    return fit_codec(
+    return FITS[config.codec](
         config.dtype,
         gather_sample(decoded, config.calibration_videos, count),
         job.backbone,
@@ -182,7 +185,7 @@ def fit_codec(
     width = backbone.info.width
     is_projected = channels < width
     if dtype != "int8" and not is_projected:
-        return Codec(dtype=dtype)
+        return AffineCodec(dtype=dtype)
     num_tokens = len(sample.pixels) * backbone.info.num_patches
     if is_projected and num_tokens <= channels:
         raise ConfigError(
@@ -199,7 +202,7 @@ def fit_codec(
     mean = moments.mean
     if not is_projected:
         absmax = np.maximum(moments.largest - mean, mean - moments.smallest)
-        return Codec(dtype=dtype, mean=mean.astype(np.float32), scale=fit_scale(absmax, moments.deviation))
+        return AffineCodec(dtype=dtype, mean=mean.astype(np.float32), scale=fit_scale(absmax, moments.deviation))
     bases: list[np.ndarray] = []
     for place in range(len(layers)):
         report("fitting the codec", place, len(layers))
@@ -210,16 +213,20 @@ def fit_codec(
             bases.append(fit_basis(moments.covariance(place), channels))
     report("fitting the codec", len(layers), len(layers))
     basis = np.stack(bases)
-    codec = Codec(dtype="float32", mean=mean.astype(np.float32), basis=basis)
+    codec = AffineCodec(dtype="float32", mean=mean.astype(np.float32), basis=basis)
     if dtype != "int8":
-        return Codec(dtype=dtype, mean=codec.mean, basis=codec.basis)
+        return AffineCodec(dtype=dtype, mean=codec.mean, basis=codec.basis)
     on_device = codec.map_parts(lambda array: torch.from_numpy(array).to(backbone.device))
     projected = _Moments(len(layers), channels, with_products=False, device=backbone.device)
     tokens_of.hand_to(
         lambda tokens: projected.add([on_device.encode(values, place) for place, values in enumerate(tokens)])
     )
     absmax = np.maximum(projected.largest, -projected.smallest)
-    return Codec(dtype=dtype, mean=codec.mean, basis=basis, scale=fit_scale(absmax, projected.deviation))
+    return AffineCodec(dtype=dtype, mean=codec.mean, basis=basis, scale=fit_scale(absmax, projected.deviation))
+
+
+FITS: dict[str, Callable[..., Codec]] = {AffineCodec.name: fit_codec}
+"""By a codec's name, what fits it: each takes what `fit_codec` takes. `SampleTokens` hands it the sample's tokens."""
 
 
 class SampleTokens:

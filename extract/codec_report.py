@@ -8,7 +8,8 @@ import pyarrow as pa
 import torch
 
 from ..backbone.vision_tower import Backbone
-from ..store.codec import Codec, round_mantissas
+from ..store.codecs.affine import round_mantissas
+from ..store.codecs.contract import Codec
 from ..store.fidelity import FIDELITY_NAME, FidelityMeter, LayerFidelity, write_fidelity
 from ..store.reader import StoreReader, is_store, open_store
 from .codec_fit import (

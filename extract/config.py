@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import ConfigError, EnvironmentFailedError
-from ..store.layout import PATCH_DTYPES, PatchDtype
+from ..store.layout import DEFAULT_CODEC, PATCH_DTYPES, PatchDtype
 from ..store.records import VideoRecord
 from .datasets import Listing, check_options, find_reader, read_listing, resolve_protocol
 from .decode.sampling import SAMPLINGS
@@ -60,6 +60,8 @@ class ExtractConfig:
     """Of the stored patch tokens."""
     channels: int | None = None
     """K, stored channels of a patch token; None takes at most 256 for int8 and all for floats."""
+    codec: str = DEFAULT_CODEC
+    """How patch tokens are coded, by a name in the table of store/codecs; beside `codec_from` that store's codec."""
     codec_from: Path | None = None
     """A store whose codec to take instead of fitting one."""
     keep_bits: int | None = None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..errors import StoreMismatchError
 from ..store.append import finish_appending, is_half_appended
 from ..store.info import count_statuses
 from ..store.reader import StoreReader, is_store, open_store
@@ -31,12 +32,19 @@ class Target:
 
         Raises:
             StoreError: If there is a store that cannot be opened.
+            StoreMismatchError: If it has another codec than was asked for.
         """
         if config.overwrite or not is_store(config.out):
             return cls(config.out)
         if is_half_appended(config.out):
             return cls(config.out, is_half_appended=True)
-        return cls(config.out, open_store(config.out))
+        reader = open_store(config.out)
+        found = reader.facts.codec.name
+        if config.codec_from is None and config.codec != found:
+            raise StoreMismatchError(
+                f"{config.out} was begun with --codec {found}; found {config.codec}. Give what it was begun with."
+            )
+        return cls(config.out, reader)
 
     def finish_append(self) -> Target:
         """Complete the `--append` that was killed here; returns the store with all of its rows.

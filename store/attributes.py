@@ -212,6 +212,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "resize": _TEXT,
     "codec": _OBJECT,
     "codec.dtype": _TEXT,
+    "codec.name": _TEXT,
     "codec.parts": _TEXTS,
     "codec.sha256": _TEXT,
     "codec_from": _TEXT_OR_NONE,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .attributes import Attributes
-from .layout import PatchDtype
+from .layout import DEFAULT_CODEC, PatchDtype
 
 RANDOM_WEIGHTS = "random"
 """How the weights of a backbone begin that was not trained: `random:SEED`."""
@@ -121,6 +121,8 @@ class CodecFacts:
     """Of the codes."""
     parts: tuple[str, ...]
     """Names of the arrays that it has."""
+    name: str
+    """Of the kind, in the table of store/codecs."""
     sha256: str
     """Of dtype and arrays: codes of stores that have the same may stand beside each other."""
 
@@ -156,7 +158,8 @@ class StoreFacts:
     def codec(self) -> CodecFacts:
         """How patches are coded."""
         recorded = self.attributes["codec"]
-        return CodecFacts(recorded["dtype"], tuple(recorded["parts"]), recorded["sha256"])
+        name = recorded.get("name", DEFAULT_CODEC)  # today's has none: stores stay what they were
+        return CodecFacts(recorded["dtype"], tuple(recorded["parts"]), name, recorded["sha256"])
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -28,6 +28,8 @@ STATS_NAME = "stats.json"
 """File of a store that says how long its last extraction took."""
 
 PatchDtype = Literal["int8", "float16", "float32"]
+DEFAULT_CODEC = "affine"
+"""Of a store that names no codec: all before there was a choice."""
 PATCH_DTYPES: tuple[PatchDtype, ...] = ("int8", "float16", "float32")
 
 _SHARD_BYTES = 512 * 2**20

@@ -291,7 +291,7 @@ def _skeleton_files(store: StoreReader) -> list[str]:
     """The names, relative to a store, of all that it has beside its rows: known ones, and no others."""
     arrays = [f"{spec.name}/zarr.json" for spec in store.layout.array_specs()]
     small = [
-        *((f"codec/{part}", store.codec_shape(part).__eq__) for part in sorted(store.codec.parts)),
+        *((f"codec/{part}", store.codec_shapes[part].__eq__) for part in sorted(store.codec.parts)),
         *((f"head/{name}", store.is_head_shape) for name in sorted(store.head)),  # read: their checksums are right
     ]
     files = ["zarr.json", manifest.CAPTIONS_NAME, *arrays, "codec/zarr.json", "head/zarr.json"]

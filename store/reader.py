@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -23,16 +23,14 @@ from ._shards import ClipsUnderWay, DamagedChunkError, ShardedArray, read_chunk_
 from ._zarr import fill_value_of, open_array, read_small_array, require_metadata
 from .attributes import check_attributes, parse_layout
 from .checksums import APPEND_NAME, CHECKSUMS_NAME
-from .codec import Codec
+from .codecs import CODECS
+from .codecs.contract import Codec
 from .facts import StoreFacts
 from .layout import FORMAT_VERSION, ArraySpec
 from .markers import PARTS_NAME, Marker, find_markers, marker_path, read_joined, read_marker
 from .row_checks import check_captions, check_rows
 
 _CLIP_ARRAYS = ("patches", "cls", "pixels")
-CODEC_PARTS = ("mean", "basis", "scale")
-"""Arrays that a codec may have."""
-
 _HEAD_AXES = 2
 _MOST_HEAD_ARRAYS = 64
 _ROWS_PER_BYTE = 1
@@ -69,28 +67,35 @@ class StoreReader:
     @cached_property
     def codec(self) -> Codec:
         """How patches are coded, with numpy arrays."""
-        recorded = self.facts.codec
-        if unknown := sorted(set(recorded.parts) - set(CODEC_PARTS)):
+        recorded, shapes = self.facts.codec, self.codec_shapes
+        if unknown := sorted(set(recorded.parts) - set(shapes)):
             raise StoreMismatchError(
-                f"the codec of {self.path} has {', '.join(unknown)}; this s4v knows {', '.join(CODEC_PARTS)}. "
-                "Update s4v."
+                f"the codec of {self.path} has {', '.join(unknown)}; this s4v knows {', '.join(shapes)}. Update s4v."
             )
-        arrays = {
-            part: read_small_array(self.path, f"codec/{part}", self.codec_shape(part).__eq__) for part in recorded.parts
-        }
-        if ("scale" in arrays) != (recorded.dtype == "int8"):
+        arrays = {part: read_small_array(self.path, f"codec/{part}", shapes[part].__eq__) for part in recorded.parts}
+        kind = CODECS[recorded.name]
+        if not kind.are_whole(recorded.dtype, arrays):
             raise StoreDamagedError(
                 f"{self.path} records a codec of {recorded.dtype} with {', '.join(arrays)}. {_MEND}"
             )
-        codec = Codec(dtype=recorded.dtype, **arrays)
+        codec = kind(dtype=recorded.dtype, **arrays)
         if codec.sha256 != recorded.sha256:
             raise StoreDamagedError(f"{self.path / 'codec'} is not the codec that the store was written with. {_MEND}")
         return codec
 
-    def codec_shape(self, part: str) -> tuple[int, ...]:
-        """The shape of an array of the codec, as the layout has it."""
-        layers, channels, width = len(self.layout.layers), self.layout.channels, self.layout.width
-        return {"mean": (layers, width), "basis": (layers, channels, width), "scale": (layers, channels)}[part]
+    @property
+    def codec_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of all arrays that its codec may have, as the layout has them.
+
+        Raises:
+            StoreMismatchError: If this s4v has no such codec.
+        """
+        name = self.facts.codec.name
+        if name not in CODECS:
+            raise StoreMismatchError(
+                f"{self.path} has a codec {ascii(name)[:80]}; this s4v knows {', '.join(CODECS)}. Update s4v."
+            )
+        return CODECS[name].part_shapes(self.layout)
 
     @cached_property
     def head(self) -> dict[str, np.ndarray]:

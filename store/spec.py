@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from ..errors import StoreError
 from . import manifest
-from .codec import Codec
-from .layout import FORMAT_VERSION, StoreLayout
+from .codecs.contract import Codec
+from .layout import DEFAULT_CODEC, FORMAT_VERSION, StoreLayout
 from .reader import StoreReader, open_store
 from .records import VideoRecord
 
@@ -57,7 +57,7 @@ class StoreSpec:
             "format_version": FORMAT_VERSION,
             **self.attributes,
             "layout": {**sizes, "pixel_offsets_unit": "frame"},
-            "codec": {"dtype": self.codec.dtype, "parts": sorted(self.codec.parts), "sha256": self.codec.sha256},
+            "codec": _describe_codec(self.codec),
         }
 
     def input_table(self) -> pa.Table:
@@ -98,3 +98,8 @@ def list_codec_differences(store: StoreReader, spec: StoreSpec) -> list[str]:
 def _shorten(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _describe_codec(codec: Codec) -> dict[str, Any]:
+    facts = {"dtype": codec.dtype, "parts": sorted(codec.parts), "sha256": codec.sha256}
+    return facts if codec.name == DEFAULT_CODEC else {**facts, "name": codec.name}

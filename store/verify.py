@@ -25,7 +25,7 @@ from .checksums import CHECKSUMS_NAME, read_recorded_hashes
 from .fingerprint import fingerprint_shard
 from .layout import ArraySpec
 from .markers import PARTS_NAME, Marker, find_markers, marker_path, read_joined
-from .reader import CODEC_PARTS, StoreReader
+from .reader import StoreReader
 from .row_checks import check_rows
 from .swap import find_swaps
 from .texts import TEXT_ARRAYS, TEXT_NAME, describe_text_array, name_text_shard
@@ -126,8 +126,9 @@ def _check_small_arrays(store: StoreReader) -> Iterator[Damage]:
     except StoreDamagedError as error:
         yield Damage(where="head", what=str(error))
         heads = []
-    parts = [part for part in store.facts.codec.parts if part in CODEC_PARTS]
-    arrays = [(f"codec/{part}", store.codec_shape(part).__eq__) for part in parts]
+    shapes = store.codec_shapes
+    parts = [part for part in store.facts.codec.parts if part in shapes]
+    arrays = [(f"codec/{part}", shapes[part].__eq__) for part in parts]
     for name, is_possible in [*arrays, *((f"head/{name}", store.is_head_shape) for name in heads)]:
         try:
             spec = describe_small_array(store.path, name, is_possible)

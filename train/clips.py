@@ -13,7 +13,7 @@ import pyarrow.compute
 import torch
 
 from ..errors import ConfigError, StoreMismatchError
-from ..store.codec import Codec
+from ..store.codecs.contract import Codec
 from ..store.reader import Clips, StoreReader
 from ..store.texts import TextReader, Texts
 from .networks.contract import Network

@@ -10,7 +10,8 @@ import torch
 
 from ...backbone.vision_tower import Backbone, FrameTokens
 from ...errors import EnvironmentFailedError
-from ...store.codec import Codec, check_finite, round_mantissas
+from ...store.codecs.affine import check_finite, round_mantissas
+from ...store.codecs.contract import Codec
 from ...store.layout import StoreLayout
 
 

@@ -28,7 +28,7 @@ from s4v.extract.meter import Meter, StageClock
 from s4v.extract.pipeline import stages as pipeline
 from s4v.extract.pipeline.batch_buffers import BatchBuffers
 from s4v.extract.pipeline.batch_encoder import BatchCoder
-from s4v.store.codec import Codec, round_mantissas
+from s4v.store.codecs.affine import AffineCodec, round_mantissas
 from s4v.store.fidelity import measure_fidelity
 from s4v.store.info import describe_store
 from s4v.store.layout import StoreLayout
@@ -260,12 +260,12 @@ def test_a_number_that_is_none_is_found_once_a_batch_and_named():
     for value in (float("nan"), float("inf")):
         patches = [torch.ones(3, 4, 8), torch.ones(3, 4, 8)]
         patches[1][1, 2, 3] = value
-        for codec in (Codec(dtype="int8", scale=scale), Codec(dtype="float32")):
+        for codec in (AffineCodec(dtype="int8", scale=scale), AffineCodec(dtype="float32")):
             is_finite, _, raise_for = code_tokens(patches, codec)
             assert not is_finite
             with pytest.raises(EnvironmentFailedError, match="block 5 produced NaN or infinity on b"):
                 raise_for()
-    is_finite, _, raise_for = code_tokens([torch.ones(3, 4, 8)] * 2, Codec(dtype="float32"))
+    is_finite, _, raise_for = code_tokens([torch.ones(3, 4, 8)] * 2, AffineCodec(dtype="float32"))
     assert is_finite
     with pytest.raises(EnvironmentFailedError, match="from a to b, and none when it ran on it again"):
         raise_for()
@@ -275,7 +275,7 @@ def test_rounding_to_few_bits_may_not_end_in_infinity():
     """Two bits: 57,344 is the largest, and from 61,440 on the next one up is none."""
     for reach, holds in ((61_000.0, True), (63_000.0, False)):
         patches = [torch.ones(3, 4, 8), torch.full((3, 4, 8), reach)]
-        is_finite, results, raise_for = code_tokens(patches, Codec(dtype="float16"), keep_bits=2)
+        is_finite, results, raise_for = code_tokens(patches, AffineCodec(dtype="float16"), keep_bits=2)
         assert is_finite == holds == bool(np.isfinite(results["patches"]).all())
     with pytest.raises(EnvironmentFailedError, match=r"block 5 .*65504.*--dtype float32"):
         raise_for()

@@ -6,7 +6,7 @@ import pytest
 
 from s4v.errors import StoreDamagedError
 from s4v.retrieve.index_writer import RowFacts, build_index
-from s4v.store.codec import Codec
+from s4v.store.codecs.affine import AffineCodec
 from s4v.store.layout import StoreLayout
 from s4v.store.reader import open_store
 from s4v.store.records import VideoRecord, VideoResult
@@ -27,7 +27,7 @@ def make_store(tmp_path):
     def make(times=True):
         records = [VideoRecord(video_id=f"{i:02d}", path=f"{i:02d}", split="train") for i in range(40)]
         path = tmp_path / "many.zarr"
-        codec = Codec(dtype="float16")
+        codec = AffineCodec(dtype="float16")
         spec = StoreSpec(layout=LAYOUT, attributes=ATTRIBUTES, records=records, codec=codec, head={})
         with create_store(path, spec) as writer:
             for shard in writer.pending_shards():

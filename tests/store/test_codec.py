@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from s4v.errors import ConfigError, EnvironmentFailedError
-from s4v.store.codec import Codec, check_finite, fit_basis, fit_scale, round_mantissas
+from s4v.store.codecs.affine import AffineCodec, check_finite, fit_basis, fit_scale, round_mantissas
 from s4v.store.fidelity import measure_fidelity
 
 TOKENS = hnp.arrays(np.float32, (3, 5, 8), elements=st.floats(-1000, 1000, width=32))
@@ -19,14 +19,14 @@ def scale_of(tokens):
 
 @given(tokens=TOKENS)
 def test_float32_codes_are_the_tokens(tokens):
-    codec = Codec(dtype="float32")
+    codec = AffineCodec(dtype="float32")
     assert np.array_equal(codec.decode(codec.encode(tokens, 0), 0), tokens)
 
 
 @given(tokens=TOKENS)
 def test_int8_error_is_at_most_half_a_step(tokens):
     scale = scale_of(tokens.reshape(-1, tokens.shape[-1]))
-    codec = Codec(dtype="int8", scale=scale)
+    codec = AffineCodec(dtype="int8", scale=scale)
     codes = codec.encode(tokens, 0)
     assert codes.dtype == np.int8
     assert codes.min() >= -127, "-128 is the fill value"
@@ -38,7 +38,7 @@ def test_projection_keeps_what_lies_in_its_basis():
     basis = np.linalg.qr(rng.normal(size=(8, 3)))[0].T.astype(np.float32)[None]
     mean = rng.normal(size=(1, 8)).astype(np.float32)
     inside = mean[0] + rng.normal(size=(4, 5, 3)).astype(np.float32) @ basis[0]
-    codec = Codec(dtype="float32", mean=mean, basis=basis)
+    codec = AffineCodec(dtype="float32", mean=mean, basis=basis)
     assert codec.encode(inside, 0).shape == (4, 5, 3)
     np.testing.assert_allclose(codec.decode(codec.encode(inside, 0), 0), inside, atol=1e-5)
 
@@ -47,7 +47,7 @@ def test_projection_keeps_what_lies_in_its_basis():
 def test_torch_and_numpy_give_the_same_codes(dtype):
     tokens = np.random.default_rng(1).normal(size=(4, 6, 8)).astype(np.float32)
     scale = scale_of(tokens.reshape(-1, tokens.shape[-1])) if dtype == "int8" else None
-    codec = Codec(dtype=dtype, scale=scale)
+    codec = AffineCodec(dtype=dtype, scale=scale)
     codes = codec.encode(tokens, 0)
     on_torch = codec.map_parts(torch.from_numpy)
     torch_codes = on_torch.encode(torch.from_numpy(tokens), 0)
@@ -57,7 +57,7 @@ def test_torch_and_numpy_give_the_same_codes(dtype):
 
 def test_constant_zero_channel_decodes_to_zero():
     scale = fit_scale(np.array([[0.0, 2.0]]), np.array([[0.0, 0.4]]))
-    codec = Codec(dtype="int8", scale=scale)
+    codec = AffineCodec(dtype="int8", scale=scale)
     tokens = np.array([[[0.0, -2.0]]], dtype=np.float32)
     found = codec.decode(codec.encode(tokens, 0), 0)
     assert found[0, 0, 0] == 0
@@ -67,25 +67,25 @@ def test_constant_zero_channel_decodes_to_zero():
 def test_hash_changes_with_every_part():
     scale = np.ones((2, 4), np.float32)
     codecs = [
-        Codec(dtype="float16"),
-        Codec(dtype="float32"),
-        Codec(dtype="int8", scale=scale),
-        Codec(dtype="int8", scale=scale * 2),
-        Codec(dtype="int8", scale=scale, mean=scale),
+        AffineCodec(dtype="float16"),
+        AffineCodec(dtype="float32"),
+        AffineCodec(dtype="int8", scale=scale),
+        AffineCodec(dtype="int8", scale=scale * 2),
+        AffineCodec(dtype="int8", scale=scale, mean=scale),
     ]
     assert len({codec.sha256 for codec in codecs}) == len(codecs)
-    assert Codec(dtype="int8", scale=scale.copy()).sha256 == codecs[2].sha256
+    assert AffineCodec(dtype="int8", scale=scale.copy()).sha256 == codecs[2].sha256
 
 
 def test_int8_without_scale_is_refused():
     with pytest.raises(ConfigError, match="int8 codes, and no others, have a scale"):
-        Codec(dtype="int8")
+        AffineCodec(dtype="int8")
 
 
 @pytest.mark.parametrize("array", [np.asarray, torch.tensor])
 def test_float16_overflow_names_the_block(array):
     tokens = array([[1.0, 70000.0]])
-    codes = Codec(dtype="float16").encode(tokens, 0)
+    codes = AffineCodec(dtype="float16").encode(tokens, 0)
     with pytest.raises(EnvironmentFailedError, match=r"block 17 reach 7e\+04, above float16's 65504"):
         check_finite(codes, tokens, 17)
 
@@ -113,14 +113,14 @@ def test_where_most_channels_stand_still_the_others_keep_their_steps():
 
 def test_a_code_that_overflows_where_its_token_does_not_is_told_so():
     tokens = np.full((1, 4), 4e4, dtype=np.float32)
-    codec = Codec(dtype="float16", basis=np.full((1, 1, 4), 0.5, dtype=np.float32))
+    codec = AffineCodec(dtype="float16", basis=np.full((1, 1, 4), 0.5, dtype=np.float32))
     with pytest.raises(EnvironmentFailedError, match=r"codes of backbone block 2 pass .* its tokens reach 4e\+04"):
         check_finite(codec.encode(tokens, 0), tokens, 2)
 
 
 def test_a_channel_that_stood_still_may_move_later():
     absmax = np.array([[4.0, 2.0, 1.0, 0.0]])
-    codec = Codec(dtype="int8", scale=fit_scale(absmax, absmax / 4))
+    codec = AffineCodec(dtype="int8", scale=fit_scale(absmax, absmax / 4))
     tokens = np.array([[[0.0, 0.0, 0.0, 0.01]]], dtype=np.float32)
     np.testing.assert_allclose(codec.decode(codec.encode(tokens, 0), 0), tokens, atol=1e-4)
 
@@ -138,7 +138,9 @@ def test_error_of_a_projection_is_the_variance_it_discards(seed, channels):
     tokens = random_tokens(seed)
     mean = tokens.mean(axis=0, dtype=np.float64)
     covariance = np.cov(tokens.T.astype(np.float64), bias=True)
-    codec = Codec(dtype="float32", mean=mean[None].astype(np.float32), basis=fit_basis(covariance, channels)[None])
+    codec = AffineCodec(
+        dtype="float32", mean=mean[None].astype(np.float32), basis=fit_basis(covariance, channels)[None]
+    )
     decoded = codec.decode(codec.encode(tokens, 0), 0)
     discarded = np.linalg.eigvalsh(covariance)[: 24 - channels].sum()
     found = ((decoded - tokens).astype(np.float64) ** 2).sum(axis=1).mean()
@@ -187,7 +189,7 @@ def massive_tokens(seed=0, num_tokens=4000, width=1024):
 def test_int8_keeps_massive_tokens_and_all_others(seed):
     fitted, fresh = massive_tokens(2 * seed), massive_tokens(2 * seed + 1)
     mean = fitted.mean(axis=0, keepdims=True)
-    codec = Codec(dtype="int8", mean=mean, scale=scale_of(fitted - mean))
+    codec = AffineCodec(dtype="int8", mean=mean, scale=scale_of(fitted - mean))
     found = measure_fidelity(fresh, codec.decode(codec.encode(fresh, 0), 0), 0)
     assert found.error_median < 0.03
     assert found.normed_error_worst < 0.05
@@ -197,7 +199,7 @@ def test_clipping_massive_tokens_is_what_absmax_avoids():
     tokens = massive_tokens()
     mean = tokens.mean(axis=0, keepdims=True)
     absmax = np.percentile(np.abs(tokens - mean), 99, axis=0)[None]
-    clipped = Codec(dtype="int8", mean=mean, scale=fit_scale(absmax, np.zeros_like(absmax)))
+    clipped = AffineCodec(dtype="int8", mean=mean, scale=fit_scale(absmax, np.zeros_like(absmax)))
     found = measure_fidelity(tokens, clipped.decode(clipped.encode(tokens, 0), 0), 0)
     assert found.normed_error_worst > 0.5
 

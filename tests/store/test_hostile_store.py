@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from s4v.errors import S4vError, StoreDamagedError
 from s4v.store import names
 from s4v.store.append import finish_appending
-from s4v.store.codec import Codec
+from s4v.store.codecs.affine import AffineCodec
 from s4v.store.info import describe_store
 from s4v.store.layout import StoreLayout
 from s4v.store.reader import open_store
@@ -71,7 +71,7 @@ def tokens_of(row):
 @pytest.fixture(scope="module")
 def whole_store(tmp_path_factory):
     path = tmp_path_factory.mktemp("hostile") / "whole.zarr"
-    codec = Codec(dtype="int8", scale=np.ones((2, 8), np.float32))
+    codec = AffineCodec(dtype="int8", scale=np.ones((2, 8), np.float32))
     made = {"layout": LAYOUT, "attributes": ATTRIBUTES, "records": RECORDS, "codec": codec}
     made["head"] = {"eps": np.float32(1), "norm_weight": np.ones(8, np.float32)}
     with create_store(path, StoreSpec(**made)) as writer:

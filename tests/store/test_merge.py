@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from s4v.errors import StoreDamagedError
-from s4v.store.codec import Codec
+from s4v.store.codecs.affine import AffineCodec
 from s4v.store.layout import StoreLayout
 from s4v.store.merge import merge_stores
 from s4v.store.reader import open_store
@@ -67,7 +67,7 @@ def make_part(tmp_path):
 
     def make(name, shards, failed=(), source_hash=None):
         path = tmp_path / name
-        codec, head = Codec(dtype="float16"), {"eps": np.float32(1)}
+        codec, head = AffineCodec(dtype="float16"), {"eps": np.float32(1)}
         spec = StoreSpec(layout=LAYOUT, attributes=ATTRIBUTES, records=RECORDS, codec=codec, head=head)
         with create_store(path, spec) as writer:
             for shard in shards:

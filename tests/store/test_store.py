@@ -22,7 +22,7 @@ from s4v.errors import (
     StoreNotFoundError,
 )
 from s4v.store import _shards, manifest
-from s4v.store.codec import Codec, round_mantissas
+from s4v.store.codecs.affine import AffineCodec, round_mantissas
 from s4v.store.info import describe_store
 from s4v.store.layout import StoreLayout
 from s4v.store.markers import marker_path
@@ -89,7 +89,11 @@ def result_of(row, num_frames=4):
 
 def create(path, **changes):
     values = dict(
-        layout=LAYOUT, attributes=ATTRIBUTES, records=RECORDS, codec=Codec(dtype="float16"), head={"eps": np.array(1.0)}
+        layout=LAYOUT,
+        attributes=ATTRIBUTES,
+        records=RECORDS,
+        codec=AffineCodec(dtype="float16"),
+        head={"eps": np.array(1.0)},
     )
     overwrite = changes.pop("overwrite", False)
     return create_store(path, StoreSpec(**{**values, **changes}), overwrite=overwrite)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from s4v.errors import StoreMismatchError
-from s4v.store.codec import Codec, fit_scale
+from s4v.store.codecs.affine import AffineCodec, fit_scale
 from s4v.train.networks import parts
 from s4v.train.networks.parts import Tap, shift_class_token, sum_shifted
 from s4v.train.networks.side4video import RetrievalSideNetwork, SideNetwork
@@ -88,7 +88,7 @@ def test_the_end_of_a_tower_with_another_eps_is_refused():
 def test_codes_give_what_their_decoded_tokens_give(network):
     pixels, patches, cls = clips()
     scale = fit_scale(patches.abs().amax(dim=(0, 1, 3)).numpy(), patches.std(dim=(0, 1, 3)).numpy())
-    from_store = Codec(dtype="int8", scale=scale)
+    from_store = AffineCodec(dtype="int8", scale=scale)
     codec = from_store.map_parts(torch.from_numpy)
     codes = torch.stack([codec.encode(patches[:, :, layer], layer) for layer in range(2)], dim=2)
     decoded = torch.stack([codec.decode(codes[:, :, layer], layer) for layer in range(2)], dim=2)
@@ -218,7 +218,9 @@ def projecting_codec(num_layers=2, width=24, channels=16, massive=300.0):
     mean[:, 5] = massive
     scale = generator.uniform(0.01, 0.03, size=(num_layers, channels))
     parts = {"mean": mean, "basis": basis, "scale": scale}
-    return Codec(dtype="int8", **{name: torch.from_numpy(part.astype(np.float32)) for name, part in parts.items()})
+    return AffineCodec(
+        dtype="int8", **{name: torch.from_numpy(part.astype(np.float32)) for name, part in parts.items()}
+    )
 
 
 @pytest.mark.parametrize("massive", [0.0, 300.0])
@@ -264,7 +266,7 @@ def test_layers_that_are_computed_again_change_nothing_but_memory(network):
 @pytest.mark.parametrize("again", [False, True])
 def test_what_is_made_again_is_what_would_have_been_kept(network, again, monkeypatch):
     """From S = 192 on blocks keep little; here narrow ones do too. Alone, and inside layers that are computed again."""
-    codec = Codec(
+    codec = AffineCodec(
         dtype="int8",
         basis=np.linalg.qr(np.random.default_rng(0).normal(size=(2, 24, 6)))[0].transpose(0, 2, 1).astype(np.float32),
         scale=np.full((2, 6), 0.05, np.float32),
@@ -296,7 +298,7 @@ def test_what_is_made_again_is_what_would_have_been_kept(network, again, monkeyp
 def test_of_codes_as_wide_as_tokens_only_the_codes_are_kept(network, dtype, monkeypatch):
     """Stores without a basis: no full-width float of a layer waits for the backward pass, and no bit is another."""
     scale = np.full((2, 24), 0.02, np.float32) if dtype == "int8" else None
-    codec = Codec(dtype=dtype, scale=scale).map_parts(torch.from_numpy)
+    codec = AffineCodec(dtype=dtype, scale=scale).map_parts(torch.from_numpy)
     pixels, patches, cls = clips()
     codes = torch.stack([codec.encode(patches[:, :, layer], layer) for layer in range(2)], dim=2)
     networks, wide = [network, copy.deepcopy(network)], []

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...errors import ConfigError
-from ...store.codec import Codec
+from ...store.codecs.contract import Codec
 from ...store.reader import StoreReader
 from .contract import Network, NetworkKind, NetworkShape, Outputs
 from .parts import HEAD_WIDTH, Tap, make_again

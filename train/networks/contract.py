@@ -19,7 +19,7 @@ from ...errors import ConfigError
 from ..recipe import Optimisation, ParameterGroup, Recipe
 
 if TYPE_CHECKING:
-    from ...store.codec import Codec
+    from ...store.codecs.contract import Codec
     from ...store.reader import StoreReader
     from ..clips import ClipBatch, ClipPlan
 

@@ -21,7 +21,7 @@ from torch.distributed.nn.functional import all_reduce as sum_over_processes
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from ...errors import StoreMismatchError
-from ...store.codec import Codec
+from ...store.codecs.contract import Codec
 
 HEAD_WIDTH = 64
 """Of one attention head."""
@@ -123,9 +123,10 @@ class Tap(nn.Module):
         variance over D, and the variance is a quadratic form of z: (|z|^2 - D (z.b)^2 + 2 z.q + |m'|^2) / D for
         orthonormal rows of B, b their means, m' = m - mean(m) and q = (B - b) m'.
         """
-        mean, basis, scale = codec.parts_of(layer, codes)
-        if basis is None:
+        affine = codec.as_affine(layer, codes)
+        if affine is None:
             return self._read_decoded(codes, codec, layer)
+        basis, mean, scale = affine.matrix, affine.offset, affine.scale
         weight = self.project.weight
         mean = basis.new_zeros(basis.shape[1]) if mean is None else mean
 
@@ -151,7 +152,7 @@ class Tap(nn.Module):
         return read * inverse_std + (self.project.weight @ self.norm.bias + self.project.bias)
 
     def _read_decoded(self, codes: torch.Tensor, codec: Codec, layer: int) -> torch.Tensor:
-        """Of codes without a basis, as wide as tokens: they are kept for the backward pass, the tokens are not."""
+        """Of codes that no map folds: they are kept for the backward pass, the tokens are not."""
         side_width = self.project.out_features
         if self.is_post_norm:
             return self.norm(

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from ...errors import ConfigError, StoreMismatchError
-from ...store.codec import Codec
+from ...store.codecs.contract import Codec
 from ...store.reader import StoreReader
 from ..choices import Family, Inputs, Similarity
 from ..paper.presets import PAPER_SIDE_WIDTHS, PRESETS, RETRIEVAL_SIDE_WIDTH, is_of_paper, side_family

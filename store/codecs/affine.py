@@ -9,16 +9,16 @@ tokens for all layers ever exists at once.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import array_api_compat
 import numpy as np
 from numcodecs import BitRound
 
-from ..errors import ConfigError, EnvironmentFailedError
-from .layout import PATCH_DTYPES, PatchDtype
+from ...errors import ConfigError, EnvironmentFailedError
+from ..layout import DEFAULT_CODEC, PatchDtype, StoreLayout
+from .contract import AffineMap, Codec
 
 # -128 is the fill value of int8 stores: a code never takes it.
 INT8_LIMIT = 127
@@ -31,13 +31,8 @@ _DEVIATIONS = 6.0
 _FLOAT16_MAX = 65504.0
 
 
-class Codec:
-    """How a store's patch tokens are coded.
-
-    Arrays may be numpy's or any other library's: they follow the tokens, at the price of a copy for each call where
-    they are elsewhere (see `map_parts`).
-
-    Not a dataclass: lightning-fabric walks into dataclasses among a module's arguments, and refuses frozen ones.
+class AffineCodec(Codec):
+    """A mean, a projection, and steps of int8; see above.
 
     Args:
         dtype: Type of the codes.
@@ -49,52 +44,48 @@ class Codec:
         ConfigError: If the dtype is unknown, or a scale comes with float codes, or none with int8.
     """
 
-    __slots__ = ("basis", "dtype", "mean", "scale")
+    __slots__ = ()
+
+    name = DEFAULT_CODEC
 
     def __init__(self, *, dtype: PatchDtype, mean: Any = None, basis: Any = None, scale: Any = None) -> None:
-        if dtype not in PATCH_DTYPES:
-            raise ConfigError(f"a codec's dtype is one of {', '.join(PATCH_DTYPES)}; found {dtype!r}")
+        super().__init__(dtype=dtype, mean=mean, basis=basis, scale=scale)
         if (dtype == "int8") != (scale is not None):
             raise ConfigError(f"int8 codes, and no others, have a scale; found dtype {dtype}, scale {scale}")
-        self.dtype = dtype
-        self.mean = mean
-        self.basis = basis
-        self.scale = scale
+
+    @classmethod
+    def part_shapes(cls, layout: StoreLayout) -> dict[str, tuple[int, ...]]:
+        """Of mean, basis and scale."""
+        layers, channels, width = len(layout.layers), layout.channels, layout.width
+        return {"mean": (layers, width), "basis": (layers, channels, width), "scale": (layers, channels)}
+
+    @classmethod
+    def are_whole(cls, dtype: str, parts: Mapping[str, Any]) -> bool:
+        """Int8 codes, and no others, have a scale."""
+        return ("scale" in parts) == (dtype == "int8")
 
     @property
-    def parts(self) -> dict[str, Any]:
-        """The arrays that this codec has, by name."""
-        named = {"mean": self.mean, "basis": self.basis, "scale": self.scale}
-        return {name: array for name, array in named.items() if array is not None}
+    def mean(self) -> Any:
+        """(L, D), or None."""
+        return self.parts.get("mean")
 
     @property
-    def sha256(self) -> str:
-        """Hash of dtype and arrays (numpy): two stores merge only when theirs agree."""
-        digest = hashlib.sha256(self.dtype.encode())
-        for name, array in sorted(self.parts.items()):
-            digest.update(f"{name}{array.shape}".encode())
-            digest.update(np.ascontiguousarray(array, dtype="<f4").tobytes())
-        return digest.hexdigest()
+    def basis(self) -> Any:
+        """(L, K, D), or None."""
+        return self.parts.get("basis")
 
-    def map_parts(self, convert: Callable[[Any], Any]) -> Codec:
-        """The same codec with each array converted, say to another library or device."""
-        return Codec(dtype=self.dtype, **{name: convert(array) for name, array in self.parts.items()})
+    @property
+    def scale(self) -> Any:
+        """(L, K), or None."""
+        return self.parts.get("scale")
 
     def encode(self, tokens: Any, layer: int) -> Any:
-        """Code the patch tokens of one layer.
-
-        Args:
-            tokens: (..., N, D) floats.
-            layer: Place of the layer on the axis L (not the backbone's block number).
-
-        Returns:
-            (..., N, K) of this codec's dtype. A float16 code may overflow to infinity: see `check_finite`.
-        """
+        """(..., N, D) -> (..., N, K), as above."""
         xp = array_api_compat.array_namespace(tokens)
         dtype = getattr(xp, self.dtype)
         if not self.parts:
             return xp.astype(tokens, dtype)
-        mean, basis, scale = self.parts_of(layer, tokens)
+        mean, basis, scale = self._parts_of(layer, tokens)
         values = xp.astype(tokens, xp.float32)
         if mean is not None:
             values = values - mean
@@ -105,17 +96,9 @@ class Codec:
         return xp.astype(values, dtype)
 
     def decode(self, codes: Any, layer: int) -> Any:
-        """Patch tokens of one layer from their codes.
-
-        Args:
-            codes: (..., N, K).
-            layer: Place of the layer on the axis L.
-
-        Returns:
-            (..., N, D) float32.
-        """
+        """(..., N, K) -> (..., N, D), as above."""
         xp = array_api_compat.array_namespace(codes)
-        mean, basis, scale = self.parts_of(layer, codes)
+        mean, basis, scale = self._parts_of(layer, codes)
         values = xp.astype(codes, xp.float32)
         if scale is not None:
             values = values * scale
@@ -125,7 +108,12 @@ class Codec:
             values = values + mean
         return values
 
-    def parts_of(self, layer: int, like: Any) -> tuple[Any, Any, Any]:
+    def as_affine(self, layer: int, like: Any) -> AffineMap | None:
+        """What it is; None without a projection, where codes are as wide as tokens."""
+        mean, basis, scale = self._parts_of(layer, like)
+        return None if basis is None else AffineMap(basis, mean, scale)
+
+    def _parts_of(self, layer: int, like: Any) -> tuple[Any, Any, Any]:
         """Mean, basis and scale of one layer, in the library and on the device of `like`; no copy if they are there."""
         xp = array_api_compat.array_namespace(like)
         device = array_api_compat.device(like)
