@@ -40,10 +40,10 @@ def describe_type(param, context):
     """What help shows for it: a word of typer's, which differs from one typer to another, or the choices."""
     if getattr(param, "is_flag", False):
         return "flag"
-    shown = param.get_help_record(context)[0].split()[-1]
-    shown = shown.replace("list[", "").replace("]>", ">")  # takes_many says so
+    shown = param.get_help_record(context)[0].split()[-1].lower().rstrip(".")
+    shown = shown.replace("<list[", "<").replace("]>", ">")  # `takes_many` says so
     words = {"<str>": "text", "<int>": "integer", "<float>": "float", "<path>": "path"}
-    return words.get(shown, shown.lower().rstrip("."))
+    return words.get(shown, shown)
 
 
 @pytest.mark.parametrize("command", json.loads(GOLDEN.read_text()))
