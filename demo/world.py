@@ -66,18 +66,32 @@ class WorldConfig:
     """How many videos there are, and how hard they are to tell apart."""
 
     num_train: int = 2400
+    """Training videos."""
     num_val: int = 240
+    """Held-out videos."""
     num_novel: int = 120
+    """Videos of combinations that training never shows."""
     seed: int = 0
+    """Of everything."""
     codec: str = "h264"
+    """h264 (mp4), vp9 (webm), mpeg4 (avi)."""
     num_pebbles: int = 1
-    """Grey distractors that drift about."""
+    """Distractors in each video.
+
+    Grey ones, that drift about.
+    """
     contrast: float = 0.4
-    """Of the ground's texture."""
+    """Of the grounds' textures."""
     shake_px: float = 0.3
-    """Standard deviation of the camera's place in each frame."""
+    """Of the camera, pixels.
+
+    Standard deviation of its place in each frame.
+    """
     noise: float = 2.0
-    """Standard deviation of each value of the picture, of 255."""
+    """Of the sensor, of 255.
+
+    Standard deviation of each value of the picture.
+    """
 
     def __post_init__(self) -> None:
         if self.codec not in FORMATS:

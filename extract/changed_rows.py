@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow.compute as pc
 
-from ..errors import StoreDamagedError
+from ..errors import DataNotFoundError, StoreDamagedError
 from ..store.markers import find_markers, read_marker
 from ..store.reader import StoreReader
 from ..store.writer import StoreWriter
@@ -22,6 +23,8 @@ _THREADS = 16
 """A network disk answers many questions at once, and each of them slowly."""
 
 _log = logging.getLogger(__name__)
+
+_MAX_LINES = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,3 +165,64 @@ def _read_if_there(path: Path) -> SourceFacts | None:
         return read_source(path)
     except OSError:
         return None
+
+
+def verify_sources(
+    store: StoreReader,
+    root: Path | None,
+    report: Callable[[str, int, int], None] = lambda *_: None,
+    *,
+    with_record: bool = False,
+) -> dict[str, Any]:
+    """Compare the good rows of a store with the videos that they were made of, by their bytes.
+
+    Args:
+        store: The store.
+        root: Folder of the videos; None takes the one that the extraction read.
+        report: Told about progress.
+        with_record: Note what lies there as the source of rows that know none.
+
+    Returns:
+        `changed`: ids of the rows whose video was replaced; `split`: files whose segments were made of two versions of
+        them; counts of rows that are the `same`, `gone`, `unknown` or were `recorded`; and the `root`.
+
+    Raises:
+        DataNotFoundError: If there is no such folder.
+    """
+    root = root or Path(store.attributes["dataset"]["root"])
+    if not root.is_dir():
+        raise DataNotFoundError(
+            f"the videos of {store.path} were in {root}: no such folder. Say where they are (--root)"
+        )
+    report("comparing videos", 0, 0)
+    sources = compare_sources(store, root)
+    recorded = record_sources(store, root, sources.unknown) if with_record and sources.unknown else 0
+    ids = store.input_columns()["video_id"].take(sources.changed).to_pylist() if sources.changed else []
+    return {
+        "root": str(root),
+        "same": len(sources.same),
+        "changed": ids,
+        "gone": len(sources.gone),
+        "unknown": len(sources.unknown) - recorded,
+        "recorded": recorded,
+        "split": sources.split,
+    }
+
+
+def render_sources(store: Path, facts: Mapping[str, Any]) -> list[str]:
+    """What `verify_sources` found, in lines."""
+    lines = [
+        f"{store}: of the good rows {facts['same']} are of the videos in {facts['root']}, {len(facts['changed'])} of "
+        f"others than lie there now, {facts['gone']} of videos that are not there, {facts['unknown']} know no source"
+    ]
+    lines += [f"  replaced: {video_id}" for video_id in facts["changed"][:_MAX_LINES]]
+    if len(facts["changed"]) > _MAX_LINES:
+        lines.append(f"  and {len(facts['changed']) - _MAX_LINES} more: see --json")
+    lines += [f"  made of two versions of one file: {path}" for path in facts["split"][:_MAX_LINES]]
+    if facts["changed"]:
+        lines.append("`s4v extract ... --redo-changed` does replaced rows anew; without it they keep what they have")
+    if facts["recorded"]:
+        lines.append(f"{facts['recorded']} rows know their source now")
+    elif facts["unknown"]:
+        lines.append("--record notes what lies there now as the source of rows that know none")
+    return lines

@@ -25,93 +25,147 @@ class ExtractConfig:
     """Everything that decides what a store holds, and how the machine at hand is used to make it."""
 
     model: str
-    """An alias (`vit-e`), or any open_clip ViT with a class token."""
+    """`vit-e`, `vit-e-plus`, `vit-l`, `vit-b16`, `vit-b32`, or any open_clip ViT.
+
+    Which must have a class token.
+    """
     dataset: str
-    """A data set's name, `folder`, `lists` or `table`."""
+    """A data set's name (`k400`, `ssv2`, ...), `folder`, `lists` or `table`."""
     out: Path
-    """Folder of the store."""
+    """The store to write. [store/DATASET.zarr]"""
     root: Path
-    """Folder below which the videos lie."""
+    """Folder below which the videos lie. [data/DATASET]"""
     annotations: Path | None = None
-    """File that lists the videos, or folder of the data set's annotation files; None looks below the root."""
+    """A table, a list, or the folder of the annotation files. [below the root]"""
     columns: dict[str, str] = field(default_factory=dict)
-    """For `table`: which column holds path, label, caption, split, id, start, end."""
+    """For table: ROLE=NAME; roles are path, label, caption, split, id, start, end. Repeatable."""
     protocol: str | None = None
-    """How the data set is divided, for those that papers divide in several ways; None takes its first."""
+    """split1 to split3, 1k-A-9k, ...: see s4v datasets. [the data set's first]
+
+    How the data set is divided, where papers divide it in several ways.
+    """
     splits: tuple[str, ...] | None = None
-    """Only these splits; None takes all."""
+    """Only this split. Repeatable.
+
+    None takes all.
+    """
     frames: dict[str, int] = field(default_factory=lambda: dict(DEFAULT_FRAMES))
-    """Cached frames by split; the key "" is for splits that are not named."""
+    """Cached frames: 8, or by split; a bare number is for the rest.
+
+    The key "" is for splits that are not named.
+    """
     with_classes: bool = True
-    """For `folder`: folders are classes; without, paths are ids and nothing else, as for an archive."""
+    """For folder: an archive, whose folders are no classes; paths are ids.
+
+    That is what False says: its option is `--no-classes`.
+    """
     segment_s: float | None = None
-    """Make each video so many rows of about so many seconds; None makes it one row."""
+    """Cut videos into rows of so many seconds, to search long ones. [one row]
+
+    All rows of a video are about as long.
+    """
     sampling: str = "uniform"
-    """Which frames, by name."""
+    """Which frames: uniform, reference-k400, reference-sth, reference-retrieval."""
     clips: dict[str, int] = field(default_factory=lambda: {"": 1})
-    """Evaluation clips by split, which share its cached frames evenly; the key "" is for splits that are not named."""
+    """Evaluation clips, which share the frames; by split: test=4,1.
+
+    They share them evenly. The key "" is for splits that are not named.
+    """
     resize: str = "256"
-    """How frames are resized before the crop, by name."""
+    """256: short side 256, crop 224. 256x320: that size. 224: the backbone's own."""
     views: dict[str, str] = field(default_factory=lambda: {"": "centre"})
-    """Crops and mirror images by split, by name; the key "" is for splits that are not named."""
+    """centre, flip (with its mirror image), three; by split: test=three,centre.
+
+    The key "" is for splits that are not named.
+    """
     layers: str = "paper"
-    """`paper`, `all`, or 0-based backbone blocks: `1,3,5`."""
+    """paper, all, or 0-based blocks: 1,3,5."""
     dtype: PatchDtype = "int8"
-    """Of the stored patch tokens."""
+    """Of stored patch tokens: int8, float16, float32."""
     channels: int | None = None
-    """K, stored channels of a patch token; None takes at most 256 for int8 and all for floats."""
+    """Stored channels of a token. [int8: at most 256; else all]
+
+    K of a patch token.
+    """
     codec: str = DEFAULT_CODEC
-    """How patch tokens are coded, by a name in the table of store/codecs; beside `codec_from` that store's codec."""
+    """How tokens are coded, by name. [that of --codec-from]
+
+    A name in the table of store/codecs.
+    """
     codec_from: Path | None = None
-    """A store whose codec to take instead of fitting one."""
+    """Take the codec of this store instead of fitting one."""
     keep_bits: int | None = None
-    """Mantissa bits, 1 to 9, to keep of float16 tokens, which are then compressed; None keeps all ten."""
+    """Mantissa bits (1 to 9) of float16 to keep, then compressed. [all, uncompressed]"""
     with_pixels: bool = True
-    """Store the frames too; the side network's pixel stem needs them."""
+    """Do not store frames.
+
+    That is what False says: its option is `--no-pixels`. The side network's pixel stem needs them.
+    """
     weights: str | None = None
-    """An open_clip tag, a local file, or `random`; None takes the alias's own tag."""
+    """An open_clip tag, a file, or random. [the model's own]"""
     device: str = "auto"
-    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
+    """auto, cpu, cuda, cuda:1, mps."""
     precision: Literal["fp32", "fp16", "bf16"] | None = None
-    """Of the backbone's arithmetic; None takes fp32 on a CPU and fp16 elsewhere."""
+    """fp32, fp16, bf16. [fp32 on a CPU, fp16 on a GPU]
+
+    Of the backbone's arithmetic.
+    """
     batch_size: int = 16
     """Frames in one pass through the backbone."""
     with_compile: bool = False
-    """Have `torch.compile` make the backbone's kernels."""
+    """torch.compile the backbone: minutes once."""
     num_decoders: int | None = None
-    """Decoder processes; None takes one for each core."""
+    """Decoder processes. [one for each core]"""
     decoder: Literal["auto", "decord", "pyav"] = "auto"
-    """`auto` tries decord, and PyAV after a decord error."""
+    """auto (decord, then PyAV), decord, pyav.
+
+    PyAV is tried after a decord error.
+    """
     decode_timeout_s: float = 60.0
-    """CPU seconds that decoding may take beyond the video's own length."""
+    """CPU seconds beyond a video's own length."""
     allow_loss: float = ALLOWED_LOSS_SHARE
-    """Share of the frames that a video announces and may lack; two frames may always be missing."""
+    """Share of its announced frames that a good video may lack; two may always be missing."""
     calibration_videos: int = 64
-    """Training videos whose tokens the codec is fitted on."""
+    """Training videos to fit the codec on."""
     seed: int = 0
-    """Of the split, the calibration sample and random weights."""
+    """Of split, calibration and random weights."""
     num_workers: int | None = None
-    """Processes of a local Dask cluster that share the shards; None works in this process."""
+    """Processes on this machine that share the work.
+
+    A local Dask cluster, whose workers take shards; None works in this process.
+    """
     scheduler: str | None = None
-    """Address of a Dask scheduler whose workers share the shards."""
+    """Dask scheduler whose workers share it: tcp://..."""
     prepare: bool = False
-    """Write the store's skeleton with its codec, and stop."""
+    """Write the empty store with its codec, and stop."""
     part: tuple[int, int] | None = None
-    """(i, n): only the i-th of n equal parts of all shards, i from 1."""
+    """I/N: only the I-th of N equal parts; then s4v merge.
+
+    Of all shards; i from 1.
+    """
     limit: int | None = None
-    """Work on the first so many pending rows this time (whole shards); None takes all."""
+    """Only the first N pending rows this time.
+
+    Whole shards; None takes all.
+    """
     retry_failed: bool = False
-    """Do shards with failed rows anew; what decodes by now is then in them."""
+    """Decode failed videos anew.
+
+    Their shards are done anew; what decodes by now is then in them.
+    """
     redo_changed: bool = False
-    """Do rows anew whose video was replaced since; without it they keep what they have."""
+    """Do rows anew whose video was replaced since.
+
+    Without it they keep what they have.
+    """
     brake: int = 50
     """Stop when so many videos in a row are lost to the machine."""
     repair: bool = False
-    """Verify the store at `out` first, and do anew what is damaged."""
+    """Verify the store first; do anew what is damaged."""
     append: bool = False
-    """Add videos that the store does not hold yet at its end."""
+    """Add videos that are new, at the store's end."""
     overwrite: bool = False
-    """Replace a store that stands at `out`."""
+    """Replace the store."""
 
     def __post_init__(self) -> None:
         _check_choice("--sampling", self.sampling, SAMPLINGS)

@@ -14,6 +14,7 @@ import torch
 from ..backbone.vision_tower import Backbone, build_backbone
 from ..device import find_device
 from ..errors import ConfigError
+from ..files import describe_bytes
 from ..store.layout import StoreLayout
 from ..store.records import VideoRecord
 from ..store.texts import count_text_bytes
@@ -209,3 +210,49 @@ def probe_backbone(backbone: Backbone, layout: StoreLayout, batch_size: int, sec
         if larger > size and time.perf_counter() - start + 2 * took * larger / size <= seconds:
             size, took, passes = larger, took * larger / size, []
     return size * len(passes) / sum(passes) if passes else 1 / took
+
+
+def render_plan(plan: Plan, epochs: int) -> list[str]:
+    """A plan in lines.
+
+    Args:
+        plan: The extraction.
+        epochs: That are meant to be trained: whether the cache pays depends on them.
+    """
+    tokens = plan.bytes_by_array["patches"] + plan.bytes_by_array["cls"]
+    pixels = plan.bytes_by_array.get("pixels")
+    with_pixels = "" if pixels is None else f", {describe_bytes(tokens + pixels)} with pixels"
+    free = "" if plan.free_bytes is None else f"; {describe_bytes(plan.free_bytes)} free there"
+    verdict = ": it does not fit" if plan.fits is False else ""
+    return [
+        f"{'videos':13} {plan.videos:,}, {plan.frames:,} cached frames",
+        *(f"  {name:11} {describe_bytes(size)}" for name, size in plan.bytes_by_array.items()),
+        f"{'tokens':13} {describe_bytes(tokens)} of patches and class tokens{with_pixels}",
+        f"{'in all':13} {describe_bytes(plan.total_bytes)}{free}{verdict}",
+        *_render_time(plan, epochs),
+    ]
+
+
+def _render_time(plan: Plan, epochs: int) -> list[str]:
+    if plan.hours is None:
+        return [f"{'time':13} not known: state --rate FRAMES_PER_SECOND, or measure it here with --probe"]
+    assert plan.forward_seconds_per_epoch is not None and plan.break_even_epochs is not None
+    price = "" if plan.price is None else f", {plan.price:,.2f} at that price"
+    read, forward = (_describe_hours(s / 3600) for s in (plan.read_seconds_per_epoch, plan.forward_seconds_per_epoch))
+    if plan.break_even_epochs == float("inf"):
+        verdict = "does not pay: reading its tokens takes longer than making them. Store fewer bytes"
+    else:
+        pays = "it pays" if plan.break_even_epochs < epochs else f"it does not pay for {epochs} epochs in one training"
+        verdict = f"breaks even after {plan.break_even_epochs:.1f} epochs: {pays}"
+    return [
+        f"{'time':13} {_describe_hours(plan.hours)} on one device at {plan.frames_per_second:,.1f} frames/s{price}",
+        f"{'each epoch':13} {read} of reading, or {forward} of running the backbone",
+        f"{'the cache':13} {verdict}",
+    ]
+
+
+def _describe_hours(hours: float) -> str:
+    """With the unit that suits it: `3.2 hours`, `4.0 minutes`, `0.5 seconds`."""
+    units = ((1.0, "hours"), (60.0, "minutes"), (3600.0, "seconds"))
+    factor, unit = next((one for one in units if hours * one[0] >= 1), units[-1])
+    return f"{hours * factor:,.1f} {unit}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..files import write_atomic
+from ..store.info import render_reasons
 from .config import ExtractConfig
 from .decode.pool import DecoderPool, decode_records
 from .segments import list_rows_and_missing
@@ -96,3 +97,17 @@ def scan_dataset(
         "reasons": dict(reasons.most_common()),
         **by_status,
     }
+
+
+def render_scan(summary: Mapping[str, Any], path: Path) -> list[str]:
+    """What `scan_dataset` found, in lines.
+
+    Args:
+        summary: What it returned.
+        path: The file that it wrote.
+    """
+    lines = [f"{path}: {summary['videos']['ok']} videos decode, {summary['videos']['failed']} do not"]
+    lines += [f"  {count} {code}" for code, count in summary["reasons"].items()]
+    if summary["pending"]:
+        lines.append(f"{len(summary['pending'])} could not be read now: the machine's trouble, not theirs")
+    return lines + render_reasons([*summary["pending"], *summary["failed"]], str(path))

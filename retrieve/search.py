@@ -11,7 +11,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -308,3 +308,14 @@ def search_store(
     _require_top(top)
     with Searcher(store, run=run, where=where, weights=weights, device=device) as searcher:
         return searcher.find_text(query, top)
+
+
+def render_answers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Answers to one query as a table, line by line: fields of `Answer` by name."""
+    lines = [f"{'rank':>4}  {'score':>7}  {'best frame':>10}  {'moment':>14}  path"]
+    for row in rows:
+        time_s = moment = "not known"
+        if row["time_s"] is not None:
+            time_s, moment = f"{row['time_s']:.2f} s", f"{row['start_s']:.1f} to {row['end_s']:.1f} s"
+        lines.append(f"{row['rank']:>4}  {row['score']:>7.4f}  {time_s:>10}  {moment:>14}  {row['path']}")
+    return lines

@@ -1,19 +1,24 @@
-"""What a store holds, as plain figures: rows, arrays, bytes."""
+"""What a store holds, as plain figures (rows, arrays, bytes), and those figures in lines."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 import pyarrow as pa
 
 from ..errors import StoreDamagedError
-from .fidelity import read_fidelity
+from ..files import describe_bytes
+from .fidelity import NOTABLE_LOSS, read_fidelity
 from .reader import StoreReader
 from .records import Status
 from .texts import TEXT_NAME, TextReader, has_current_texts
+
+_SHOWN_VIDEOS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,3 +144,112 @@ def _folder_bytes(folder: str) -> int:
             is_folder = entry.is_dir(follow_symlinks=False)  # a link to a folder above would never end
             total += _folder_bytes(entry.path) if is_folder else entry.stat(follow_symlinks=False).st_size
     return total
+
+
+def render_info(facts: Mapping[str, Any]) -> list[str]:
+    """What `describe_store` found, in lines."""
+    backbone = facts["backbone"]
+    lines = {
+        "store": f"{facts['store']} (format {facts['format_version']}, {facts['created']})",
+        "videos": _describe_counts(facts["videos"], facts["files"]),
+        "splits": "; ".join(
+            f"{name}: {sum(counts.values())} (frames {facts['frames'].get(name, facts['frames'].get(''))})"
+            for name, counts in sorted(facts["splits"].items())
+        ),
+        "failures": _describe_reasons(facts["failures"]) or "none",
+        "pending": _describe_reasons(facts["pending_reasons"]),
+        "classes": f"{facts['classes']}, captions {facts['captions']}",
+        "backbone": f"{backbone['name']} ({backbone['architecture']}), weights {backbone['weights']}, "
+        f"{backbone['precision']} on {backbone['device_type']}",
+        "layers": f"{','.join(map(str, facts['layers']))} of {backbone['depth']}, width {backbone['width']}",
+        "codec": _describe_codec(facts["codec"]),
+        "frames": f"{facts['cached_frames']} cached, {facts['sampling']} sampling, resize {facts['resize']}",
+        "a frame": ", ".join(f"{name} {describe_bytes(size)}" for name, size in facts["bytes_per_frame"].items()),
+        "on disk": describe_bytes(facts["bytes"]),
+    }
+    arrays = [
+        f"  {name:10} {array['dtype']:8} {tuple(array['shape'])}  {describe_bytes(array['bytes'])}"
+        for name, array in facts["arrays"].items()
+    ]
+    shown = [f"{name:9} {text}" for name, text in lines.items() if text or name != "pending"]
+    return [*shown, *arrays, *([] if facts["fidelity"] is None else _render_fidelity(facts["fidelity"]))]
+
+
+def describe_poor_layers(facts: Mapping[str, Any]) -> str | None:
+    """Name the layers that lost much by coding, in one line; None where none did."""
+    layers = [] if facts["fidelity"] is None else facts["fidelity"]["layers"]
+    poor = [one["layer"] for one in layers if 1 - one["variance_kept"] > NOTABLE_LOSS]
+    if not poor:
+        return None
+    return (
+        f"layers {','.join(map(str, poor))} lost more than {NOTABLE_LOSS:.0%} of their variance: "
+        "keep more --channels if accuracy suffers"
+    )
+
+
+def describe_rows(rows: Mapping[str, int], files: Mapping[str, int]) -> str:
+    """`55 rows of 23 files ok, 1 failed, 0 pending`; videos, where each is a row of its own."""
+    good = f"{describe_files(rows['ok'], files['ok'])} ok"
+    return ", ".join([good, *(f"{count} {status}" for status, count in rows.items() if status != "ok")])
+
+
+def describe_files(num_rows: int, num_files: int) -> str:
+    """`55 rows of 23 files`; `23 videos`, where each is a row of its own."""
+    return f"{num_rows} videos" if num_rows == num_files else f"{num_rows} rows of {num_files} files"
+
+
+def describe_unfinished(store: Path, rows: Mapping[str, int]) -> str | None:
+    """What a store lacks, in one line; None where it lacks nothing."""
+    total, parts = sum(rows.values()), []
+    if rows["pending"]:
+        parts.append(f"{rows['pending']} of {total} rows are pending: the same extract command finishes them")
+    if rows["failed"]:
+        parts.append(f"{rows['failed']} of {total} rows failed: see s4v info {store}")
+    return f"{store}: {'; '.join(parts)}" if parts else None
+
+
+def render_reasons(rows: Sequence[Mapping[str, str]], elsewhere: str) -> list[str]:
+    """The first videos with their reasons, in lines.
+
+    Args:
+        rows: video_id and reason of each.
+        elsewhere: Where the others are told.
+    """
+    lines = [f"  {row['video_id']}: {row['reason']}" for row in rows[:_SHOWN_VIDEOS]]
+    more = len(rows) - _SHOWN_VIDEOS
+    return [*lines, f"  and {more} more: see {elsewhere}"] if more > 0 else lines
+
+
+def _describe_counts(rows: Mapping[str, int], files: Mapping[str, int]) -> str:
+    """`10 ok, 1 failed, 0 pending`, and the files where rows are parts of them."""
+    counts = ", ".join(f"{count} {status}" for status, count in rows.items())
+    if rows == files:
+        return counts
+    return f"{counts} rows; files with such rows: {', '.join(f'{count} {status}' for status, count in files.items())}"
+
+
+def _describe_reasons(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {code}" for code, count in reasons.items())
+
+
+def _describe_codec(codec: Mapping[str, Any]) -> str:
+    bits = f", {codec['keep_bits']} mantissa bits" if codec["keep_bits"] else ""
+    return f"{codec['dtype']}{bits}, {codec['channels']} of {codec['width']} channels, sha256 {codec['sha256'][:12]}"
+
+
+def _render_fidelity(fidelity: Mapping[str, Any]) -> list[str]:
+    """What coding cost, layer by layer."""
+    kind = (
+        "that the codec was not fitted on"
+        if fidelity["is_held_out"]
+        else "that the codec was fitted on: there are no others"
+    )
+    heads = ("layer", "variance", "error: median", "worst", "normed: median", "worst", "cosine")
+    lines = [f"after decoding, on {fidelity['videos']} videos {kind}:", "  " + "  ".join(heads)]
+    for one in fidelity["layers"]:
+        errors = f"{one['error_median']:13.2%}  {one['error_worst']:5.1%}"
+        normed = f"{one['normed_error_median']:14.2%}  {one['normed_error_worst']:5.1%}"
+        lines.append(
+            f"  {one['layer']:5}  {one['variance_kept']:8.2%}  {errors}  {normed}  {one['cosine_median']:6.4f}"
+        )
+    return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,6 +29,8 @@ from .reader import StoreReader
 from .row_checks import check_rows
 from .swap import find_swaps
 from .texts import TEXT_ARRAYS, TEXT_NAME, describe_text_array, name_text_shard
+
+_SHOWN_DAMAGE = 50
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -317,3 +319,25 @@ def _check_manifest(store: StoreReader, parts: dict[range, pa.Table], mismatched
             what = f"rows {rows.start} to {rows.stop - 1} are not what the done-marker of shard {shard} says"
             found.append(Damage(where=manifest.MANIFEST_NAME, what=what, shard=shard))
     return found
+
+
+def render_damage(store: Path, damage: Sequence[Damage], rows: str | None) -> list[str]:
+    """What `verify_store` found, in lines.
+
+    Args:
+        store: The store.
+        damage: What it found.
+        rows: How many rows there are, in words; None where that is not known.
+    """
+    if not damage:
+        return [f"{store}: no damage{'' if rows is None else f'; {rows}'}"]
+    lines = [
+        f"{one.where}: {one.what}" + ("" if one.video_id is None else f" (video {one.video_id})")
+        for one in damage[:_SHOWN_DAMAGE]
+    ]
+    if len(damage) > _SHOWN_DAMAGE:
+        lines.append(f"and {len(damage) - _SHOWN_DAMAGE} more: see --json")
+    shards = sorted({one.shard for one in damage if one.shard is not None})
+    where = f"shards {', '.join(map(str, shards))}" if shards else "what belongs to the whole store"
+    count = f"{len(damage)} damage{'s' * (len(damage) != 1)}"
+    return [*lines, f"{store}: {count} in {where}. The command that wrote it mends it, with --repair."]

@@ -131,7 +131,6 @@ def find_offenders(name, tree):
 def test_no_function_is_too_long_and_no_signature_too_wide():
     measured = modules(*(set(PACKAGES) - {"demo"}))
     assert sum(len(functions(tree)) for tree in measured.values()) > 1000
-    del measured["cli.py"]
     assert [one for name, tree in measured.items() for one in find_offenders(name, tree)] == []
 
 

@@ -60,6 +60,7 @@ FLOORS = (
     ("extract", "train"),
     ("retrieve",),
     ("demo",),
+    ("commands",),
     ("cli", "__init__", "__main__"),
 )
 """What a module imports lies in its own folder, or lower. Folders of one floor do not know each other."""
@@ -159,7 +160,7 @@ def test_wheel_holds_the_package_and_nothing_else_and_works_elsewhere(tmp_path):
     files = {p.relative_to(site / "s4v").as_posix() for p in (site / "s4v").rglob("*") if p.is_file()}
     files = {name for name in files if "__pycache__" not in name}
     assert {name.split("/")[0] for name in files} == {
-        *("backbone", "demo", "extract", "retrieve", "store", "train"),
+        *("backbone", "commands", "demo", "extract", "retrieve", "store", "train"),
         "__init__.py",
         "__main__.py",
         "cli.py",

@@ -21,74 +21,130 @@ class TrainConfig:
     features: Path
     """The store."""
     out: Path
-    """Folder of the run; it must not exist, but to resume."""
+    """The run's folder. [runs/STORE-HEAD, runs/STORE-retrieval]
+
+    It must not exist, but to resume.
+    """
     task: str = "recognition"
-    """What is learnt: classes, or which text belongs to which video."""
+    """recognition (of classes) or retrieval (by captions)."""
     interaction: Similarity = "mean"
-    """How frames are compared with texts, of retrieval."""
+    """Retrieval: compare means, or words with frames, weighted (wti)."""
     head: str = "side4video"
-    """What to train, by name."""
+    """side4video; attentive or linear probe (linear is blind to order)."""
     preset: str = "auto"
-    """A name of train/paper/presets.py, `none`, or `auto`: by the store's backbone and data set. What is given wins."""
+    """The paper's size and recipe: auto, none, or such as b16-light-ssv2, e14-k400.
+
+    Names are those of train/paper/presets.py; `auto` goes by the store's backbone and data set. What is given wins.
+    """
     negatives: Negatives = "step"
-    """What a video is told apart from, of retrieval."""
+    """Retrieval: tell a video from the captions of its step, or from all."""
     init: Path | None = None
-    """A run whose side network to begin with, of either task; None begins with random weights."""
+    """A run whose side network to begin with.
+
+    Of either task; None begins with random weights.
+    """
     layers: tuple[int, ...] | None = None
-    """Backbone blocks to use; None takes the preset's, else all that the store holds."""
+    """Backbone blocks to use: 1,3,5. [preset, or all]
+
+    All that the store holds.
+    """
     side_width: int | None = None
-    """S; None takes the preset's, else the paper's for the store's backbone."""
+    """Width of the side network. [the paper's]
+
+    S; None takes the preset's, else the paper's for the store's backbone.
+    """
     inputs: Inputs = "all"
-    """What the side network sees: `tokens` leaves out its pixel stem, `pixels` makes every token zero."""
+    """What the side network sees: all, tokens, pixels.
+
+    `tokens` leaves out its pixel stem, `pixels` makes every token zero.
+    """
     frames: int | None = None
-    """T, frames of a clip; None takes those of a preset that was named, else 8, for retrieval 12, fewer where rows hold
-    fewer."""
+    """Frames of a clip. [8; retrieval 12; auto: or fewer]
+
+    T; None takes those of a preset that was named; else these, fewer where rows hold fewer.
+    """
     epochs: int | None = None
-    """None takes the preset's, else 30, for retrieval 5."""
+    """Passes over the training videos (or captions). [preset, or 30; retrieval 5]"""
     batch_size: int | None = None
-    """Clips in a step of one process; None takes the preset's, else 32. For retrieval, where a text's negatives are the
-    step's other videos, None shares 128 out among all processes."""
+    """Clips in a step of each process. [preset, or 32; retrieval 128 in all]
+
+    Of retrieval a text's negatives are the step's other videos, so all processes share the 128.
+    """
     views_per_video: int | None = None
-    """Different views of a video that stand side by side in a step; None takes the preset's where all training rows
-    hold as many, else 1."""
+    """Views of a video side by side in a step. [preset where rows hold them, or 1]
+
+    Different ones; None takes the preset's where all training rows hold as many.
+    """
     learning_rate: float | None = None
-    """Of AdamW, after the warm-up; None takes the preset's, else the reference's for the store's backbone: 1e-3 for B,
-    else 1e-4; for retrieval 1e-4."""
+    """[preset, or the reference's for the backbone]
+
+    Of AdamW, after the warm-up. The reference's is 1e-3 for B, else 1e-4; for retrieval 1e-4.
+    """
     warmup_epochs: float | None = None
-    """The rate rises from 0 over these, then falls as a cosine to 0; at most half of all epochs are used. None takes
-    the preset's, else 4, for retrieval a tenth of all."""
+    """The rate rises over these. [preset, or 4; retrieval a tenth]
+
+    From 0, then falls as a cosine to 0; at most half of all epochs are used.
+    """
     weight_decay: float | None = None
-    """On all parameters, as the reference has it; None takes the preset's, else 0.15. For retrieval on all but biases
-    and norms, 0.2."""
+    """[preset, or 0.15; retrieval 0.2]
+
+    On all parameters, as the reference has it; for retrieval on all but biases and norms.
+    """
     label_smoothing: float | None = None
-    """None takes the preset's, else 0.1."""
+    """In the cross-entropy. [preset, or 0.1]"""
     checkpoint_activations: bool = False
-    """Compute each layer of the side network again in the backward pass: less memory, a third more time."""
+    """Less memory, a third more time.
+
+    Each layer of the side network is computed again in the backward pass.
+    """
     with_compile: bool = False
-    """Have `torch.compile` make the head's kernels."""
+    """torch.compile the head."""
     precision: Precision | None = None
-    """Mixed precision of the step and of validation; None takes bf16 (or fp16) on a GPU that has it, fp32 elsewhere.
-    The run records what it came to."""
+    """fp32, fp16, bf16. [bf16 where a GPU has it]
+
+    Mixed precision of the step and of validation; None takes bf16, or fp16, on a GPU that has it, and fp32 elsewhere.
+    The run records what it came to.
+    """
     device: str = "auto"
-    """`auto`, `cpu`, `cuda`, `mps`."""
+    """auto, cpu, cuda, mps."""
     seed: int = 0
-    """Of initial weights, the order of clips and the frames they take."""
+    """Of weights, order and frames.
+
+    The order of clips, and the frames that they take.
+    """
     accumulate: int = 1
     """Batches in one step of the optimiser."""
     clip_norm: float | None = None
-    """The gradient's norm is cut down to this; None leaves it, as the reference does, but for retrieval takes 1."""
+    """Cut the gradient's norm down to this. [not at all; retrieval 1]
+
+    The reference does not cut it.
+    """
     validate_every: int = 1
-    """Epochs between validations; the last epoch is always validated."""
+    """Epochs between validations.
+
+    The last epoch is always validated.
+    """
     patience: int | None = None
-    """Stop after so many epochs without a better one; None trains them all."""
+    """Stop after so many epochs without a better one.
+
+    None trains them all.
+    """
     resume: bool = False
-    """Go on with the run in `out`, if one was begun there."""
+    """Go on with the run in --out where it was killed.
+
+    If one was begun there.
+    """
     checkpoint_minutes: float = 5.0
-    """How often the state is saved from which a killed run goes on; the end of each epoch beside."""
+    """Minutes between the states to resume from.
+
+    The end of each epoch leaves one beside.
+    """
     wandb: str | None = None
-    """Project of Weights & Biases to log to as well."""
+    """Log to this Weights & Biases project too."""
     train_split: str = "train"
+    """Split to learn from."""
     val_split: str = "val"
+    """Split to validate on after each epoch."""
     set: tuple[str, ...] = ()
     """Options of the network that have no name here, each `name=value`."""
 

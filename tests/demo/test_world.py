@@ -1,13 +1,11 @@
 import csv
 import hashlib
-import inspect
 import math
-from dataclasses import asdict, astuple
+from dataclasses import astuple
 
 import numpy as np
 import pytest
 
-from s4v import cli
 from s4v.demo.captions import agrees, describe_scene, list_vocabulary, word_caption
 from s4v.demo.renderer import paint_scene
 from s4v.demo.scenes import (
@@ -240,14 +238,6 @@ def test_every_class_is_shown_equally_often():
     videos = list(list_videos(WorldConfig(num_train=120, num_val=0, num_novel=0)))
     assert {(v.shape, v.motion) for v in videos} == {(shape, motion) for shape in SHAPES for motion in MOTIONS}
     assert len({v.seed for v in videos}) == 120
-
-
-def test_the_command_line_has_the_same_defaults():
-    """`s4v --help` must not import what a world needs, so they stand twice."""
-    there = {name: option.default for name, option in inspect.signature(cli.world).parameters.items()}
-    names = {"train": "num_train", "val": "num_val", "novel": "num_novel", "pebbles": "num_pebbles"}
-    names |= {"shake": "shake_px", "noise": "noise", "contrast": "contrast", "codec": "codec", "seed": "seed"}
-    assert {ours: there[theirs] for theirs, ours in names.items()} == asdict(WorldConfig())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,73 @@
+"""How the fields of an extraction are written on the command line, for all commands that take some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..extract.decode.sampling import parse_clips, parse_frames, parse_views
+from ._options import Spelling
+
+DATA_FIELDS = ("root", "annotations", "columns", "protocol", "with_classes")
+"""What says which videos there are, beside the data set's name."""
+
+DECODING_FIELDS = (
+    *("splits", "frames", "segment_s", "sampling", "clips", "resize", "views"),
+    *("num_decoders", "decoder", "decode_timeout_s", "allow_loss"),
+)
+"""What says which frames of them are decoded, and how."""
+
+
+def _parse_columns(pairs: list[str] | None) -> dict[str, str]:
+    columns = {}
+    for pair in pairs or []:
+        role, equals, name = pair.partition("=")
+        if not (role and equals and name):
+            raise ConfigError(f"--column takes ROLE=NAME, such as path=video_file; found {pair!r}")
+        columns[role] = name
+    return columns
+
+
+def _parse_splits(splits: list[str] | None) -> tuple[str, ...] | None:
+    return tuple(splits) if splits else None
+
+
+def _parse_part(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    part, slash, count = text.partition("/")
+    if not (slash and part.isdecimal() and count.isdecimal()):
+        raise ConfigError(f"--part takes I/N such as 2/8; found {text!r}")
+    return int(part), int(count)
+
+
+def _show_by_split(values: Mapping[str, Any]) -> str:
+    """`train=16,8` of `{"train": 16, "": 8}`."""
+    return ",".join(f"{split}={value}" if split else str(value) for split, value in values.items())
+
+
+SPELLINGS: Mapping[str, Spelling] = {
+    "root": Spelling(type=Path | None, default=None),
+    "out": Spelling(type=Path | None, default=None),
+    "columns": Spelling(option="column", type=list[str] | None, default=None, parse=_parse_columns),
+    "splits": Spelling(option="split", type=list[str] | None, parse=_parse_splits),
+    "frames": Spelling(type=str, show=_show_by_split, parse=parse_frames),
+    "clips": Spelling(type=str, show=_show_by_split, parse=parse_clips),
+    "views": Spelling(type=str, show=_show_by_split, parse=parse_views),
+    "part": Spelling(type=str | None, parse=_parse_part),
+    "with_classes": Spelling(option="no-classes"),
+    "with_pixels": Spelling(option="no-pixels"),
+    "with_compile": Spelling(option="compile"),
+    "segment_s": Spelling(option="segment"),
+    "decode_timeout_s": Spelling(option="decode-timeout"),
+    "num_decoders": Spelling(option="decoders"),
+    "num_workers": Spelling(option="workers"),
+}
+"""By field of ExtractConfig."""
+
+
+def spellings_of(*names: str) -> dict[str, Spelling]:
+    """Those of some fields; of others the config's own name and type do."""
+    return {name: SPELLINGS[name] for name in names if name in SPELLINGS}

@@ -1,0 +1,56 @@
+"""`s4v compare`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..terminal import print_lines
+from ..train.config import TrainConfig
+from ._options import Options, Spelling, takes_options
+from .front import Json, run_command, say
+
+
+@takes_options(
+    TrainConfig,
+    only=("features", "out", "frames", "epochs", "batch_size", "learning_rate", "device"),
+    spellings={
+        "out": Spelling(type=Path | None, default=None, help="Folder of all its runs. [runs/compare-STORE]"),
+        "frames": Spelling(help="Frames of a clip. [8]"),
+        "epochs": Spelling(help="As for train."),
+        "batch_size": Spelling(help="As for train."),
+        "learning_rate": Spelling(help="As for train, the same for all."),
+    },
+)
+def compare(
+    options: Options,
+    methods: Annotated[
+        str, typer.Option(help="Of side4video, linear, attentive, zero-shot.")
+    ] = "side4video,attentive,linear,zero-shot",
+    seeds: Annotated[int, typer.Option(help="Trainings of each.")] = 1,
+    prompt: Annotated[str, typer.Option(help="Of zero-shot; {} is a class's name.")] = "a video of {}",
+    weights: Annotated[str | None, typer.Option(help="Of zero-shot: the backbone's. [as recorded]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train the side network and its baselines from one store, and put them into one table."""
+    with run_command("compare", as_json) as result:
+        from ..store.reader import open_store
+
+        values = options.parse()
+        features = values["features"]
+        open_store(features)
+        from ..train.allocator import keep_freed_memory
+        from ..train.compare import compare_methods, render_table
+
+        keep_freed_memory()
+        values["out"] = values["out"] or Path("runs") / f"compare-{features.name.removesuffix('.zarr')}"
+        base = TrainConfig(**values)
+        chosen = [name.strip() for name in methods.split(",")]
+        untrained = {"prompt": prompt, "weights": weights}
+        lines = compare_methods(base, methods=chosen, seeds=seeds, untrained=untrained, say=say)
+        result.update(out=str(base.out), methods=[asdict(line) for line in lines])
+        if not as_json:
+            print_lines(*render_table(lines))

@@ -1,0 +1,58 @@
+"""`s4v train`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..terminal import print_lines
+from ..train.config import TrainConfig
+from ._options import Options, Spelling, takes_options
+from .front import Json, run_command, say
+
+
+@takes_options(
+    TrainConfig,
+    leave_out=("set",),
+    spellings={
+        "out": Spelling(type=Path | None, default=None),
+        "with_compile": Spelling(option="compile"),
+    },
+)
+def train(options: Options, as_json: Json = False) -> None:
+    """Train a side network (or a baseline) from a store alone: no backbone, no video."""
+    # Of several processes under torchrun the first one speaks.
+    is_first = os.environ.get("RANK", "0") == "0"
+    if not is_first:
+        logging.getLogger("s4v").setLevel(logging.ERROR)
+    with run_command("train", as_json and is_first) as result:
+        values = options.parse()
+        out = values["out"]
+        config = TrainConfig(**{**values, "out": out or Path()})
+        from ..store.reader import open_store
+
+        open_store(config.features)  # a wrong path is told before the loop is imported
+        from ..train.allocator import keep_freed_memory
+        from ..train.loop import default_run_path, train_run
+        from ..train.tasks import find_task
+
+        keep_freed_memory()
+        stem = config.task if config.task == "retrieval" else config.head
+        path = out or default_run_path(config.features, stem, resume=config.resume)
+        task = find_task(config.task)
+
+        def report(metrics: dict[str, Any], epochs: int) -> None:
+            wait = f"{metrics['data_wait_share']:.1%} waiting for data"
+            shares = task.describe_shares(metrics)
+            say(f"epoch {metrics['epoch']}/{epochs}: loss {metrics['train_loss']:.4f}, {shares}, {wait}")
+
+        summary = train_run(replace(config, out=path), report)
+        result.update(summary)
+        if is_first and not as_json:
+            counts = summary["videos"]
+            videos = f"({counts['train']} training videos, {counts['val']} validation videos)"
+            shares = task.describe_shares(summary["last"])
+            print_lines(f"{summary['run']}: {shares} after {summary['epochs']} epochs {videos}")

@@ -1,0 +1,48 @@
+"""What is known of a data set, and what of it a folder holds, in lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_SHOWN_PATHS = 20
+
+
+def render_facts(facts: Mapping[str, Any]) -> list[str]:
+    """The facts of one data set: fields of `DatasetFacts` by name."""
+    first, *others = facts["layout"]
+    lines = [
+        f"{facts['name']}: {facts['title']}",
+        f"source     {facts['source']}",
+        f"layout     {first}",
+        *(f"           {line}" for line in others),
+        *(
+            f"expected   {protocol + ': ' if protocol else ''}{_describe_counts(counts)}"
+            for protocol, counts in facts["counts"].items()
+        ),
+    ]
+    if facts["num_classes"]:
+        lines.append(f"classes    {facts['num_classes']}")
+    if facts["protocols"]:
+        lines.append(f"protocols  {', '.join(facts['protocols'])} (--protocol; the first is the default)")
+    return [*lines, f"clips      {facts['clip_settings']}"]
+
+
+def render_check(check: Mapping[str, Any]) -> list[str]:
+    """What `check_folder` found."""
+    lines = [f"{check['dataset']} in {check['root']}" + (f", {check['protocol']}" if check["protocol"] else "")]
+    for split, counts in check["splits"].items():
+        expected = "" if counts["expected"] is None else f", {counts['expected']} expected"
+        lines.append(f"{split:8} {counts['listed']} listed{expected}, {counts['missing']} not on the disk")
+    if check["expected_classes"]:
+        lines.append(f"classes  {check['classes']} found, {check['expected_classes']} expected")
+    if check["unlisted"]:
+        lines.append(f"{check['unlisted']} videos below the root are in no row")
+    lines += [f"  missing: {path}" for path in check["missing"][:_SHOWN_PATHS]]
+    if len(check["missing"]) > _SHOWN_PATHS:
+        lines.append(f"  and {len(check['missing']) - _SHOWN_PATHS} more: --json lists them all")
+    return lines
+
+
+def _describe_counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{split} {count}" for split, count in counts.items())

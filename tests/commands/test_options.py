@@ -1,0 +1,55 @@
+"""What users have typed into scripts: the names, types and defaults of all options stay."""
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+
+from s4v.cli import app
+
+GOLDEN = Path(__file__).parents[1] / "data/cli_options.json"
+"""Made by `describe_commands` of s4v before its options came from config classes."""
+
+
+def describe_commands():
+    """Options by command and name: what decides how a command line is read."""
+    group = typer.main.get_command(app)
+    context = typer.Context(group)
+    commands = {}
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        commands[name] = {param.opts[0]: describe(param, typer.Context(command)) for param in command.params}
+    return commands
+
+
+def describe(param, context):
+    return {
+        "kind": param.param_type_name,
+        "names": param.opts,
+        "secondary_names": param.secondary_opts,
+        "type": describe_type(param, context),
+        "default": str(param.default) if isinstance(param.default, Path) else param.default,
+        "is_required": param.required,
+        "is_hidden": getattr(param, "hidden", False),
+        "takes_many": param.multiple or param.nargs != 1,
+    }
+
+
+def describe_type(param, context):
+    """What help shows for it: a word of typer's, which differs from one typer to another, or the choices."""
+    if getattr(param, "is_flag", False):
+        return "flag"
+    shown = param.get_help_record(context)[0].split()[-1].lower().rstrip(".")
+    shown = shown.replace("<list[", "<").replace("]>", ">")  # `takes_many` says so
+    words = {"<str>": "text", "<int>": "integer", "<float>": "float", "<path>": "path"}
+    return words.get(shown, shown)
+
+
+@pytest.mark.parametrize("command", json.loads(GOLDEN.read_text()))
+def test_options_are_read_as_ever(command):
+    assert describe_commands()[command] == json.loads(GOLDEN.read_text())[command]
+
+
+def test_no_command_has_gone_or_come():
+    assert list(describe_commands()) == list(json.loads(GOLDEN.read_text()))
