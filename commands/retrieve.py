@@ -15,6 +15,7 @@ from ._searched_store import find_newest_retrieval_run, open_searched_store, req
 from .front import Checkpoint, Json, run_command, say
 
 if TYPE_CHECKING:
+    from ..retrieve.search import Answer, Searcher
     from ..store.reader import StoreReader
 
 
@@ -42,8 +43,7 @@ def retrieve(
 ) -> None:
     """Search a store's videos by text, or by a video."""
     with run_command("retrieve", as_json) as result:
-        if sum(option is not None for option in (query, queries, like)) != 1:
-            raise ConfigError("retrieve wants one of --query TEXT, --queries FILE and --like VIDEO")
+        _require_one_question(query, queries, like)
         run = run or (find_newest_retrieval_run() if features is None else None)
         require_run_of(checkpoint, run)
         store = open_searched_store(run, features)
@@ -65,19 +65,12 @@ def retrieve(
                 report=report,
             ) as searcher,
         ):
-            if like is not None:
-                found = {f"like {like}": searcher.find_like(like, top)}
-            else:
-                texts = _read_queries(queries) if queries is not None else [query or ""]
-                found = {text: searcher.find_text(text, top) for text in texts}
+            found = _find(searcher, query, queries, like, top)
         answers = {text: [asdict(answer) for answer in one] for text, one in found.items()}
         left_out = {text: searcher.left_out[text] for text in answers if searcher.left_out.get(text)}
         result.update(_tell_store(store, run, searcher.text_tower_seconds), left_out=left_out)
-        if queries is not None:
-            result.update(queries=[{"query": text, "answers": one} for text, one in answers.items()])
-        else:
-            result.update(query=query, like=like, answers=next(iter(answers.values())))
-        if like is None and store.attributes["backbone"]["weights"].startswith("random"):
+        result.update(_name_answers(answers, query, queries, like))
+        if like is None and store.facts.backbone.has_random_weights:
             say("the backbone of this store has random weights: its ranking says nothing about the videos")
         if page is not None:
             from ..retrieve.gallery import write_gallery
@@ -87,6 +80,30 @@ def retrieve(
         if not as_json:
             for text, one in answers.items():
                 print_lines(*([text] if queries is not None else []), *render_answers(one))
+
+
+def _require_one_question(*options: object) -> None:
+    if sum(option is not None for option in options) != 1:
+        raise ConfigError("retrieve wants one of --query TEXT, --queries FILE and --like VIDEO")
+
+
+def _find(
+    searcher: Searcher, query: str | None, queries: Path | None, like: str | None, top: int
+) -> dict[str, list[Answer]]:
+    """Answers by what was asked."""
+    if like is not None:
+        return {f"like {like}": searcher.find_like(like, top)}
+    texts = _read_queries(queries) if queries is not None else [query or ""]
+    return {text: searcher.find_text(text, top) for text in texts}
+
+
+def _name_answers(
+    answers: dict[str, list[dict[str, Any]]], query: str | None, queries: Path | None, like: str | None
+) -> dict[str, Any]:
+    """For `--json`: of a file of queries a list, else the one."""
+    if queries is not None:
+        return {"queries": [{"query": text, "answers": one} for text, one in answers.items()]}
+    return {"query": query, "like": like, "answers": next(iter(answers.values()))}
 
 
 def _tell_store(store: StoreReader, run: Path | None, seconds: float | None) -> dict[str, Any]:

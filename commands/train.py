@@ -16,10 +16,10 @@ from .front import Json, run_command, say
 
 @takes_options(
     TrainConfig,
-    leave_out=("set",),
     spellings={
         "out": Spelling(type=Path | None, default=None),
         "with_compile": Spelling(option="compile"),
+        "set": Spelling(type=list[str] | None, default=None, parse=lambda words: tuple(words or ())),
     },
 )
 def train(options: Options, as_json: Json = False) -> None:
@@ -31,17 +31,16 @@ def train(options: Options, as_json: Json = False) -> None:
     with run_command("train", as_json and is_first) as result:
         values = options.parse()
         out = values["out"]
-        config = TrainConfig(**{**values, "out": out or Path()})
         from ..store.reader import open_store
 
-        open_store(config.features)  # a wrong path is told before the loop is imported
+        open_store(values["features"])  # a wrong path is told before torch is imported, as checks of a network do
+        config = TrainConfig(**{**values, "out": out or Path()})
         from ..train.allocator import keep_freed_memory
         from ..train.loop import default_run_path, train_run
         from ..train.tasks import find_task
 
         keep_freed_memory()
-        stem = config.task if config.task == "retrieval" else config.head
-        path = out or default_run_path(config.features, stem, resume=config.resume)
+        path = out or default_run_path(config.features, config.stem, resume=config.resume)
         task = find_task(config.task)
 
         def report(metrics: dict[str, Any], epochs: int) -> None:

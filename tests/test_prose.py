@@ -116,7 +116,9 @@ def list_files(name: str) -> list[Path]:
 
 def list_unknown_options(text: str) -> list[str]:
     """Commands and options in the code of a document that `s4v` does not have."""
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    group = typer.main.get_command(app)
+    context = typer.Context(group)
+    commands = {name: group.get_command(context, name) for name in group.list_commands(context)}
     options = {
         name: {o for p in command.params for o in [*p.opts, *p.secondary_opts]} for name, command in commands.items()
     }

@@ -146,7 +146,7 @@ class TrainConfig:
     val_split: str = "val"
     """Split to validate on after each epoch."""
     set: tuple[str, ...] = ()
-    """Options of the network that have no name here, each `name=value`."""
+    """An option of the network that has no name here: NAME=VALUE. Repeatable."""
 
     def __post_init__(self) -> None:
         at_least_one = {
@@ -184,6 +184,12 @@ class TrainConfig:
             raise ConfigError(f"--label-smoothing must lie in [0, 1); found {self.label_smoothing:g}")
         if self.precision is not None:
             _check_choice("--precision", self.precision, Precision)
+
+    @property
+    def stem(self) -> str:
+        """What a run is named after where it has no name: its network, or a task that is not the usual one."""
+        usual = type(self).__dataclass_fields__["task"].default
+        return self.head if self.task == usual else self.task
 
     @property
     def network_options(self) -> dict[str, Any]:

@@ -11,6 +11,9 @@ from s4v.cli import app
 GOLDEN = Path(__file__).parents[1] / "data/cli_options.json"
 """Made by `describe_commands` of s4v before its options came from config classes."""
 
+NEW = {"extract": ("--codec",), "train": ("--set",)}
+"""Options that have come since, by command."""
+
 
 def describe_commands():
     """Options by command and name: what decides how a command line is read."""
@@ -48,7 +51,9 @@ def describe_type(param, context):
 
 @pytest.mark.parametrize("command", json.loads(GOLDEN.read_text()))
 def test_options_are_read_as_ever(command):
-    assert describe_commands()[command] == json.loads(GOLDEN.read_text())[command]
+    found, golden = describe_commands()[command], json.loads(GOLDEN.read_text())[command]
+    assert {name: one for name, one in found.items() if name not in NEW.get(command, ())} == golden
+    assert set(NEW.get(command, ())) <= set(found)
 
 
 def test_no_command_has_gone_or_come():
