@@ -1,11 +1,11 @@
 """Shards of whole videos through four stages, each of which runs while the next one is at work.
 
     decode     decoder processes: the frames of the rows that are done, resized and cropped; others are kept
-      |          2n + 2 videos ahead of n decoders (decoding.py)
+      |          2n + 2 videos ahead of n decoders (decode/pool.py)
     forward    the backbone, on batches across the videos of a shard
       |          one batch at a time
     encode     codes by the store's codec, on the same device; then put where they belong in the shard
-      |          beside a GPU one more batch is under way there meanwhile, with its copies (buffers.py)
+      |          beside a GPU one more batch is under way there meanwhile, with its copies (batch_buffers.py)
       |          one finished shard
     write      a thread: the shard of every array, then its done-marker
 
