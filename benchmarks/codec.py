@@ -3,7 +3,7 @@
     python benchmarks/codec.py [--folder runs/benchmark-codec]
 
 tiny-clip's tokens of the small world, all channels kept, as an extraction measures them; and tokens made up as giant
-ViTs have them, those of tests/store/test_codec.py, over twenty draws.
+ViTs have them, those of tests/store/test_affine.py, over twenty draws.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from s4v.store.info import describe_store
 from s4v.store.reader import open_store
 
 DRAWS = 20
-_TESTS = Path(__file__).parents[1] / "tests" / "store" / "test_codec.py"
+_TESTS = Path(__file__).parents[1] / "tests" / "store" / "test_affine.py"
 
 
 def measure_world(folder: Path) -> list[dict[str, Any]]:

@@ -107,7 +107,8 @@ class VideoIndex:
         to the product of vectors of length 1 (the first was measured when the index was built), and E 2^-24 for adding
         up, here and there. A hundredth more is for lengths that are not quite 1 and for errors of second order. So the
         last one's score is at least last - 2^-11 |last| - constant, and a video that reaches this has a rough score r
-        with r + 2^-11 |r| + constant no smaller. `tests/retrieve/test_index.py` holds it against vectors at the limit.
+        with r + 2^-11 |r| + constant no smaller. tests/retrieve/test_index_reader.py holds it against vectors at the
+        limit.
         """
         away = float(np.linalg.norm(query.astype(np.float64) - near.astype(np.float64)))
         constant = 1.01 * (self.facts.rounding + away + 2 * len(query) * _SINGLE) + _HALF_STEP

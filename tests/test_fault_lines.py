@@ -132,7 +132,7 @@ FAULT_LINES = {
     },
     "B8": {"extract/test_sources.py": ["test_readers_never_see_damage_while_rows_are_retried"]},
     "B9": {
-        "extract/test_cluster.py": [
+        "extract/test_dask_cluster.py": [
             "test_a_shard_that_kills_its_workers_is_set_aside_and_the_rest_goes_on",
         ]
     },
@@ -173,7 +173,7 @@ FAULT_LINES = {
     "C6": {"test_texts_are_texts.py": []},
     "D": {
         "retrieve/test_index_scale.py": ["test_row_tables_are_taken_once_and_sliced_for_each_shard"],
-        "extract/test_cluster.py": ["test_a_worker_walks_no_root_and_reads_no_table_of_all_rows"],
+        "extract/test_dask_cluster.py": ["test_a_worker_walks_no_root_and_reads_no_table_of_all_rows"],
         "store/test_markers.py": [
             "test_a_consolidation_reads_the_markers_that_changed_and_no_others",
             "test_retried_shards_do_not_rewrite_the_list_of_hashes",

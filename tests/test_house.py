@@ -148,3 +148,103 @@ def test_no_function_is_too_long_and_no_signature_too_wide():
 )
 def test_the_rule_tells_what_breaks_it(source, is_offender):
     assert bool(list(find_offenders("store/toy.py", ast.parse(source)))) == is_offender
+
+
+COVERED_BY = {
+    "store/_row_differences.py": "extract/test_repair.py",
+    "store/_shards.py": "store/test_reader.py",
+    "store/_zarr.py": "store/test_reader.py",
+    "store/append.py": "extract/test_append.py",
+    "store/repair.py": "extract/test_repair.py",
+    "store/attributes.py": "store/test_hostile_store.py",
+    "store/checksums.py": "store/test_verify.py",
+    "store/codecs/contract.py": "contract/test_codecs.py",
+    "store/fidelity.py": "store/test_affine.py",
+    "store/fingerprint.py": "store/test_markers.py",
+    "store/info.py": "test_messages.py",
+    "store/manifest.py": "store/test_reader.py",
+    "store/names.py": "store/test_hostile_store.py",
+    "store/records.py": "store/test_reader.py",
+    "store/redone.py": "extract/test_sources.py",
+    "store/row_checks.py": "store/test_hostile_store.py",
+    "store/skeleton.py": "store/test_writer.py",
+    "store/spec.py": "store/test_writer.py",
+    "store/swap.py": "extract/test_kill.py",
+    "extract/batching.py": "extract/test_stages.py",
+    "extract/caption_texts.py": "store/test_texts.py",
+    "extract/changed_rows.py": "extract/test_sources.py",
+    "extract/codec_fit.py": "extract/test_stages.py",
+    "extract/codec_report.py": "extract/test_stages.py",
+    "extract/config.py": "commands/test_options.py",
+    "extract/disk_space.py": "extract/test_plan.py",
+    "extract/extraction.py": "extract/test_stages.py",
+    "extract/job.py": "extract/test_stages.py",
+    "extract/kept_rows.py": "extract/test_repair.py",
+    "extract/meter.py": "extract/test_stages.py",
+    "extract/store_layout.py": "extract/test_plan.py",
+    "extract/summary.py": "test_messages.py",
+    "extract/datasets/_clips.py": "extract/test_datasets_ucf_hmdb.py",
+    "extract/datasets/_files.py": "extract/test_listing_truth.py",
+    "extract/datasets/_names.py": "extract/test_annotation_names.py",
+    "extract/datasets/_rows.py": "extract/test_datasets_lists.py",
+    "extract/datasets/_splits.py": "extract/test_listing_truth.py",
+    "extract/datasets/contract.py": "contract/test_datasets.py",
+    "extract/datasets/folder.py": "extract/test_datasets.py",
+    "extract/datasets/hmdb51.py": "extract/test_datasets_ucf_hmdb.py",
+    "extract/datasets/kinetics.py": "extract/test_datasets_kinetics.py",
+    "extract/datasets/lists.py": "extract/test_datasets_lists.py",
+    "extract/datasets/msrvtt.py": "extract/test_datasets_captions.py",
+    "extract/datasets/msvd.py": "extract/test_datasets_captions.py",
+    "extract/datasets/report.py": "extract/test_datasets_check.py",
+    "extract/datasets/something.py": "extract/test_datasets_something.py",
+    "extract/datasets/table.py": "extract/test_datasets.py",
+    "extract/datasets/ucf101.py": "extract/test_datasets_ucf_hmdb.py",
+    "extract/datasets/vatex.py": "extract/test_datasets_captions.py",
+    "extract/decode/containers.py": "extract/test_decoding_truth.py",
+    "extract/decode/first_bytes.py": "extract/test_decoding_truth.py",
+    "extract/decode/matroska.py": "extract/test_decoding_truth.py",
+    "extract/decode/orientation.py": "extract/test_decoding_truth.py",
+    "extract/decode/timeline.py": "extract/test_decoding_truth.py",
+    "extract/decode/trouble.py": "extract/test_decoder_limits.py",
+    "extract/decode/video_file.py": "extract/test_decoding_truth.py",
+    "extract/decode/worker.py": "extract/test_pool.py",
+    "extract/pipeline/batch_buffers.py": "extract/test_stages.py",
+    "extract/pipeline/batch_encoder.py": "extract/test_stages.py",
+    "extract/pipeline/dask_worker.py": "extract/test_dask_cluster.py",
+    "train/choices.py": "commands/test_options.py",
+    "train/config.py": "contract/test_networks.py",
+    "train/logs.py": "train/test_resume.py",
+    "train/networks/attentive_probe.py": "train/test_loop.py",
+    "train/networks/contract.py": "contract/test_networks.py",
+    "train/networks/linear_probe.py": "contract/test_networks.py",
+    "train/networks/zero_shot.py": "retrieve/test_zero_shot.py",
+    "train/networks/parts.py": "train/test_side4video.py",
+    "train/paper/checkpoint_names.py": "train/test_parity.py",
+    "train/recipe.py": "train/test_loop.py",
+    "train/resume_state.py": "train/test_resume.py",
+    "train/run_folder.py": "train/test_loop.py",
+    "train/scorer.py": "train/test_evaluate.py",
+    "train/settings.py": "train/test_presets.py",
+    "train/tasks/contract.py": "contract/test_tasks.py",
+    "train/tasks/recognition.py": "train/test_evaluate.py",
+    "train/tasks/recognition_metrics.py": "train/test_evaluate.py",
+    "train/tasks/recognition_page.py": "train/test_evaluate.py",
+    "train/tasks/tuned_texts.py": "train/test_import_checkpoint.py",
+    "retrieve/export.py": "retrieve/test_index_reader.py",
+    "retrieve/index_writer.py": "retrieve/test_index_reader.py",
+}
+"""Modules without a test file of their name, and the one that goes through them."""
+
+
+def test_every_module_has_tests_of_its_name_or_a_line_that_says_which():
+    tests = {(path.parent.name, path.stem) for path in (ROOT / "tests").rglob("test_*.py")}
+    own = [
+        file.relative_to(ROOT).as_posix()
+        for folder in ("store", "extract", "train", "retrieve")
+        for file in (ROOT / folder).rglob("*.py")
+        if file.stem != "__init__"
+    ]
+    without = {name for name in own if (name.split("/")[0], f"test_{Path(name).stem.lstrip('_')}") not in tests}
+    assert without - set(COVERED_BY) == set(), "a test file of its name, or a line here"
+    assert set(COVERED_BY) - without == set(), "it has one now"
+    assert [test for test in COVERED_BY.values() if not (ROOT / "tests" / test).is_file()] == []

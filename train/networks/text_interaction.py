@@ -3,7 +3,7 @@
 Source:
     Weighted token-wise interaction and channel decorrelation: Wang et al., "Disentangled Representation Learning for
     Text-Video Retrieval", https://arxiv.org/abs/2203.07111; as in HJYao00/Side4Video at 5d72352,
-    Retrieval/eva_clip/eva_modeling.py. Equal to it: tests/train/test_interaction.py.
+    Retrieval/eva_clip/eva_modeling.py. Equal to it: tests/train/test_text_interaction.py.
 """
 
 from __future__ import annotations
