@@ -1,6 +1,7 @@
 """The package as it is installed: names, boundaries, the wheel."""
 
 import ast
+import functools
 import importlib
 import shutil
 import subprocess
@@ -66,6 +67,7 @@ FLOORS = (
 """What a module imports lies in its own folder, or lower. Folders of one floor do not know each other."""
 
 
+@functools.cache
 def modules():
     """All modules of the package, by their paths from its root."""
     folders = {name for floor in FLOORS for name in floor}
@@ -122,10 +124,19 @@ def test_no_private_module_or_name_is_imported_across_folders():
     assert wrong == []
 
 
+def run_by(parts, target):
+    """What Python runs for an import: the module, and the packages around it that are not around who imports it."""
+    yield target
+    for depth in range(1, len(target)):
+        package = (*target[:depth], "__init__")
+        if parts[:depth] != target[:depth] and package in modules():
+            yield package
+
+
 def test_no_imports_go_round():
     """Not even inside functions."""
     arrows = {
-        parts: {target for target, _ in imports_of(parts, file) if target != parts}
+        parts: {one for target, _ in imports_of(parts, file) for one in run_by(parts, target) if one != parts}
         for parts, file in modules().items()
         if parts != ("__init__",)
     }

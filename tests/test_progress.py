@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from s4v.backbone.vision_tower import Backbone
 from s4v.cli import app
 from s4v.extract.codec_fit import frames_per_video
-from s4v.store import codec
+from s4v.store.codecs import affine as codec
 from s4v.store.layout import StoreLayout
 from s4v.store.reader import open_store
 

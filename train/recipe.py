@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +42,28 @@ class Recipe:
         if self.warmup_share is not None:
             values["warmup_epochs"] = self.warmup_share * (epochs or self.epochs)
         return values
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A network and a recipe of a paper, beside one backbone, for one data set; options that are given win over it."""
+
+    name: str
+    task: str
+    dataset: str
+    family: str
+    """Of the backbone: which of the reference's side blocks stand beside it."""
+    width: int
+    depth: int
+    patch_px: int
+    layers: tuple[int, ...]
+    recipe: Recipe
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the network, by name."""
+
+    def is_beside(self, family: str, width: int, depth: int, patch_px: int) -> bool:
+        """Whether its backbone is of these sizes."""
+        return (family, width, depth, patch_px) == (self.family, self.width, self.depth, self.patch_px)
 
 
 @dataclass(frozen=True, slots=True)

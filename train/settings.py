@@ -11,9 +11,9 @@ from ..errors import ConfigError, StoreMismatchError
 from ..store.reader import StoreReader
 from .config import TrainConfig
 from .networks import NETWORKS, find_network
-from .networks.contract import NetworkKind, NetworkShape, Preset, name_all
+from .networks.contract import NetworkKind, NetworkShape, name_all
 from .paper.presets import describe_backbone
-from .recipe import Optimisation, Recipe
+from .recipe import Optimisation, Preset, Recipe
 from .tasks import find_task
 
 

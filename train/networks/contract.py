@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_type_hints
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ...errors import ConfigError
-from ..recipe import Optimisation, ParameterGroup, Recipe
+from ..recipe import Optimisation, ParameterGroup, Preset, Recipe
 
 if TYPE_CHECKING:
     from ...store.codecs.contract import Codec
@@ -55,28 +55,6 @@ class NetworkShape:
     def compares_words(self) -> bool:
         """Whether a text is compared with a video word by word, and not as a whole."""
         return False
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A network and a recipe of a paper, beside one backbone, for one data set; options that are given win over it."""
-
-    name: str
-    task: str
-    dataset: str
-    family: str
-    """Of the backbone: see `side_family`."""
-    width: int
-    depth: int
-    patch_px: int
-    layers: tuple[int, ...]
-    recipe: Recipe
-    sizes: Mapping[str, Any] = field(default_factory=dict)
-    """Options of the network, by name."""
-
-    def is_beside(self, family: str, width: int, depth: int, patch_px: int) -> bool:
-        """Whether its backbone is of these sizes."""
-        return (family, width, depth, patch_px) == (self.family, self.width, self.depth, self.patch_px)
 
 
 @dataclass(frozen=True)

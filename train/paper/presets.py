@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from ...backbone.facts import read_side_family
 from ...store.reader import StoreReader
 from ..choices import Family
-from ..networks.contract import Preset
-from ..recipe import Recipe
+from ..recipe import Preset, Recipe
 
 
 @dataclass(frozen=True, slots=True)
