@@ -234,14 +234,14 @@ class BeatingFile:
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         try:
             has_lock = _lock(self._handle, path)
-            told = {
+            record = {
                 "beat": f"{self._count:012d}",
                 **facts,
                 "owner": _describe_self(command),
                 "has_lock": has_lock,
                 "device": os.fstat(self._handle).st_dev,
             }
-            self.content = json.dumps(told, ensure_ascii=True).encode() + b"\n"
+            self.content = json.dumps(record, ensure_ascii=True).encode() + b"\n"
             os.write(self._handle, self.content)
             os.fsync(self._handle)
         except BaseException:

@@ -146,9 +146,9 @@ def run_demo(
             with _timed(seconds, f"train {name}"):
                 train_run(config, _epoch_reporter(say, name))
             with _timed(seconds, "evaluate"):
-                told = _evaluate(run_path)
-            answers.setdefault(name, told)
-            top1[name].append(Share(sum(label == answer for label, answer in told), len(told)).value)
+                pairs = _evaluate(run_path)
+            answers.setdefault(name, pairs)
+            top1[name].append(Share(sum(label == answer for label, answer in pairs), len(pairs)).value)
 
     side_run = out / "runs" / "side-network-0"
     with _timed(seconds, "evaluate"):
@@ -181,12 +181,12 @@ def run_demo(
     labels, forwards = zip(*answers["side network"], strict=True)
     result: dict[str, Any] = {
         "methods": {
-            name: {"top1_by_seed": top1[name], **describe_shares(judge_answers(*zip(*told, strict=True)))}
-            for name, told in answers.items()
+            name: {"top1_by_seed": top1[name], **describe_shares(judge_answers(*zip(*pairs, strict=True)))}
+            for name, pairs in answers.items()
         },
         "reversal": judge_reversal(labels, forwards, [answer for _, answer in backwards]).describe(),
         "zero_shot_frames": zero_shot_frames,
-        "novel": {name: describe_shares(judge_answers(*zip(*told, strict=True))) for name, told in novel.items()},
+        "novel": {name: describe_shares(judge_answers(*zip(*pairs, strict=True))) for name, pairs in novel.items()},
         "retrieval": retrieval,
         "chance": 1 / len(store.classes.names),
         "videos": videos,
@@ -225,8 +225,8 @@ def _evaluate(run_path: Path, *, split: str = "val", is_backwards: bool = False)
     # The last checkpoint, not the best: that one was chosen on these very videos.
     evaluate_run(run_path, split=split, checkpoint="last", is_backwards=is_backwards)
     name = f"{split}_backwards" if is_backwards else split
-    told = read_table(run_path / f"predictions_{name}.parquet", ["class_name", "predicted"])
-    return list(zip(told["class_name"].to_pylist(), told["predicted"].to_pylist(), strict=True))
+    predictions = read_table(run_path / f"predictions_{name}.parquet", ["class_name", "predicted"])
+    return list(zip(predictions["class_name"].to_pylist(), predictions["predicted"].to_pylist(), strict=True))
 
 
 def _ask_frozen_model(store: StoreReader, split: str = "val") -> tuple[Answers, float]:

@@ -169,16 +169,16 @@ def _describe_novel(result: dict[str, Any]) -> list[str]:
 def _describe_retrieval(retrieval: dict[str, Any], num_val: int) -> list[str]:
     rows = []
     for name, meaning in (("trained", "the side network"), ("frozen", "tiny-clip alone, frames averaged")):
-        told = retrieval[name]
-        there, back = told["text_to_video"], told["video_to_text"]
+        measured = retrieval[name]
+        there, back = measured["text_to_video"], measured["video_to_text"]
         rows.append(
             [
                 f"{name}: {meaning}",
                 *(f"{there[k]:.1%}" for k in ("r1", "r5", "r10")),
                 f"{there['median_rank']:.0f}",
                 f"{back['r1']:.1%}",
-                _percent(told["reversed"]),
-                _percent(told["motion"]),
+                _percent(measured["reversed"]),
+                _percent(measured["motion"]),
             ]
         )
     header = ["", "R@1", "R@5", "R@10", "median rank", "video to text R@1", "or its reversal", "of 12 motions"]

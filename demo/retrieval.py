@@ -60,10 +60,10 @@ def judge_motions(videos: np.ndarray, labels: list[str], texts: Mapping[str, np.
         labels: Shape and motion of each.
         texts: By shape (motions, E), L2-normalised, in the order of `MOTIONS`.
     """
-    told, motions = [split_label(label) for label in labels], list(MOTIONS)
-    scores = [texts[shape] @ video for (shape, _), video in zip(told, videos, strict=True)]
-    own = [motions.index(motion) for _, motion in told]
-    paired = [motions.index(REVERSED[motion]) for _, motion in told]
+    parts, motions = [split_label(label) for label in labels], list(MOTIONS)
+    scores = [texts[shape] @ video for (shape, _), video in zip(parts, videos, strict=True)]
+    own = [motions.index(motion) for _, motion in parts]
+    paired = [motions.index(REVERSED[motion]) for _, motion in parts]
     return {
         "reversed": Share(sum(bool(s[o] > s[p]) for s, o, p in zip(scores, own, paired, strict=True)), len(own)),
         "motion": Share(sum(int(s.argmax()) == o for s, o in zip(scores, own, strict=True)), len(own)),

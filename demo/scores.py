@@ -53,13 +53,13 @@ def judge_answers(labels: Sequence[str], answers: Sequence[str]) -> dict[str, Sh
         both, shape, motion, pair (the motion or its reversal), and direction: of the answers that name the right
         pair, those that name the right one of its two.
     """
-    told = [(*split_label(label), *split_label(answer)) for label, answer in zip(labels, answers, strict=True)]
-    in_pair = [(motion, said) for _, motion, _, said in told if _PAIR_OF[motion] == _PAIR_OF[said]]
+    parts = [(*split_label(label), *split_label(answer)) for label, answer in zip(labels, answers, strict=True)]
+    in_pair = [(motion, said) for _, motion, _, said in parts if _PAIR_OF[motion] == _PAIR_OF[said]]
     return {
-        "both": Share(sum(s == t and m == n for s, m, t, n in told), len(told)),
-        "shape": Share(sum(s == t for s, _, t, _ in told), len(told)),
-        "motion": Share(sum(m == n for _, m, _, n in told), len(told)),
-        "pair": Share(len(in_pair), len(told)),
+        "both": Share(sum(s == t and m == n for s, m, t, n in parts), len(parts)),
+        "shape": Share(sum(s == t for s, _, t, _ in parts), len(parts)),
+        "motion": Share(sum(m == n for _, m, _, n in parts), len(parts)),
+        "pair": Share(len(in_pair), len(parts)),
         "direction": Share(sum(motion == said for motion, said in in_pair), len(in_pair)),
     }
 

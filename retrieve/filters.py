@@ -107,8 +107,8 @@ def _is_constant(node: ast.expr) -> bool:
 
 
 def _refuse(where: str) -> ConfigError:
-    told = where if len(where) <= 200 else f"{where[:200]}..."
-    return ConfigError(f"--where takes conditions such as \"split = 'val' and duration_s < 30\"; found {told!r}")
+    shown = where if len(where) <= 200 else f"{where[:200]}..."
+    return ConfigError(f"--where takes conditions such as \"split = 'val' and duration_s < 30\"; found {shown!r}")
 
 
 def _evaluate(node: ast.expr, table: pa.Table) -> pa.ChunkedArray:

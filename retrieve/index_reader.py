@@ -210,8 +210,8 @@ def open_index(
 
 def _warn_of_memory(index: VideoIndex) -> None:
     with suppress(OSError, LookupError):  # elsewhere than on Linux
-        told = Path("/proc/meminfo").read_text().split("MemAvailable:")[1]
-        scanned, free = index.facts.videos * index.facts.width * 2, 1024 * int(told.split()[0])
+        available = Path("/proc/meminfo").read_text().split("MemAvailable:")[1]
+        scanned, free = index.facts.videos * index.facts.width * 2, 1024 * int(available.split()[0])
         if scanned > free:
             _log.warning(
                 "%s: each query scans %s, and %s of memory are free, so each reads the disk. At this size export the "

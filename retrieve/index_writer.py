@@ -286,16 +286,16 @@ def _join_views(videos: np.ndarray) -> np.ndarray:
 def _is_index(path: Path) -> bool:
     """Whether a folder is an index, of this version of s4v or of another one."""
     try:
-        told: Any = read_json(path / _FACTS_NAME)
+        facts: Any = read_json(path / _FACTS_NAME)
     except (OSError, ValueError):
         return False
-    return isinstance(told, dict) and {"format_version", "fingerprint"} <= told.keys()
+    return isinstance(facts, dict) and {"format_version", "fingerprint"} <= facts.keys()
 
 
 def read_facts(path: Path) -> IndexFacts | None:
     """What an index says of itself; None where there is none that this version reads."""
     try:
-        told: Any = read_json(path / _FACTS_NAME)
-        return IndexFacts(**told) if told.get("format_version") == FORMAT_VERSION else None
+        facts: Any = read_json(path / _FACTS_NAME)
+        return IndexFacts(**facts) if facts.get("format_version") == FORMAT_VERSION else None
     except (OSError, ValueError, TypeError, AttributeError):
         return None

@@ -60,10 +60,10 @@ class TrainedFrames:
         if not find_task(self.run.shape.task).embeds_frames:
             raise ConfigError(f"{run} knows classes: a search wants a run of `s4v train --task retrieval`")
         self._checkpoint = checkpoint
-        told = self.run.path / f"{checkpoint}.json"
-        if not told.is_file():
+        metadata = self.run.path / f"{checkpoint}.json"
+        if not metadata.is_file():
             raise RunNotFoundError(f"{run} has no checkpoint {checkpoint!r} yet: wait for its first epoch")
-        self.sha256: str = read_json(told)["sha256"]
+        self.sha256: str = read_json(metadata)["sha256"]
         self._device = device or torch.device("cpu")
         self._scorer: Scorer | None = None
 

@@ -90,12 +90,12 @@ class Scope:
 
 def _read_scope(facts: dict[str, Any]) -> Scope:
     """The scope of somebody's lease; one that is not understood is everything."""
-    told = facts.get("scope")
-    if isinstance(told, dict):
-        first, stop = told.get("first"), told.get("stop")
-        if told.get("kind") == "manifest":
+    scope = facts.get("scope")
+    if isinstance(scope, dict):
+        first, stop = scope.get("first"), scope.get("stop")
+        if scope.get("kind") == "manifest":
             return Scope.manifest()
-        if told.get("kind") == "shards" and isinstance(first, int) and isinstance(stop, int):
+        if scope.get("kind") == "shards" and isinstance(first, int) and isinstance(stop, int):
             return Scope.shards(first, stop)
     return Scope.all()
 

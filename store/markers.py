@@ -117,8 +117,8 @@ def make_marker(
         The file, durable.
     """
     table = result_table(results)
-    told = json.dumps(dict(sorted(files.items()))).encode()
-    table = table.replace_schema_metadata({_CODEC_KEY: codec_sha256.encode(), _FILES_KEY: told})
+    hashes = json.dumps(dict(sorted(files.items()))).encode()
+    table = table.replace_schema_metadata({_CODEC_KEY: codec_sha256.encode(), _FILES_KEY: hashes})
     if format_version == 1:
         path = folder / f"{shard:06d}{_PARQUET}"
         write_durable(path, lambda file: pq.write_table(table, file, write_page_checksum=True))

@@ -312,9 +312,9 @@ def _check_manifest(store: StoreReader, parts: dict[range, pa.Table], mismatched
         newer = {s for s, state in there.items() if joined and joined.get(s) != state and state[1] > written_ns}
         parts = {rows: part for rows, part in parts.items() if rows.start // store.layout.rows_per_shard not in newer}
     for rows, part in parts.items():
-        told: Any = table.slice(rows.start, len(part)).select(manifest.RESULT_SCHEMA.names)
-        is_pending = "pending" in told["status"].to_pylist()  # not consolidated since
-        if not is_pending and told.to_pylist() != part.select(manifest.RESULT_SCHEMA.names).to_pylist():
+        results: Any = table.slice(rows.start, len(part)).select(manifest.RESULT_SCHEMA.names)
+        is_pending = "pending" in results["status"].to_pylist()  # not consolidated since
+        if not is_pending and results.to_pylist() != part.select(manifest.RESULT_SCHEMA.names).to_pylist():
             shard = rows.start // store.layout.rows_per_shard
             what = f"rows {rows.start} to {rows.stop - 1} are not what the done-marker of shard {shard} says"
             found.append(Damage(where=manifest.MANIFEST_NAME, what=what, shard=shard))

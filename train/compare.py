@@ -100,7 +100,7 @@ def compare_methods(
 
 
 def _train_and_evaluate(base: TrainConfig, method: str, seeds: int, say: Callable[[str], None]) -> Compared:
-    told, parameters, epochs, seconds = [], 0, 0, []
+    evaluations, parameters, epochs, seconds = [], 0, 0, []
     for seed in range(seeds):
         out = base.out / f"{method}-{seed}"
         own = {"inputs": "all", "side_width": None} if method != list_methods()[0] else {}
@@ -110,9 +110,9 @@ def _train_and_evaluate(base: TrainConfig, method: str, seeds: int, say: Callabl
         trained = train_run(config)
         parameters, epochs = trained["parameters"], trained["epochs"]
         seconds.append(trained["seconds"])
-        told.append(evaluate_run(out, split=base.val_split, checkpoint="last", device=find_device(base.device)))
-    top1 = [one["top1"] for one in told]
-    videos = told[0]["videos"]
+        evaluations.append(evaluate_run(out, split=base.val_split, checkpoint="last", device=find_device(base.device)))
+    top1 = [one["top1"] for one in evaluations]
+    videos = evaluations[0]["videos"]
     return Compared(
         method=method,
         reads=NETWORKS[method].reads,
@@ -122,8 +122,8 @@ def _train_and_evaluate(base: TrainConfig, method: str, seeds: int, say: Callabl
         top1=float(np.mean(top1)),
         interval=find_interval(float(np.mean(top1)), videos),
         deviation=float(np.std(top1, ddof=1)) if seeds > 1 else None,
-        top5=float(np.mean([one["top5"] for one in told])) if "top5" in told[0] else None,
-        mean_class_accuracy=float(np.mean([one["mean_class_accuracy"] for one in told])),
+        top5=float(np.mean([one["top5"] for one in evaluations])) if "top5" in evaluations[0] else None,
+        mean_class_accuracy=float(np.mean([one["mean_class_accuracy"] for one in evaluations])),
         seconds=float(np.mean(seconds)),
     )
 

@@ -61,9 +61,9 @@ def save_state(
         tensors |= {f"optimizer.{number}.{name}": torch.as_tensor(v).cpu().clone() for name, v in values.items()}
     if position.losses:
         tensors["losses"] = torch.stack(position.losses).cpu()
-    told = {f.name: getattr(position, f.name) for f in fields(position) if f.name != "losses"}
-    told["precision"] = dict(precision)
-    write_atomic(path, lambda temporary: save_file(tensors, temporary, {"position": json.dumps(told)}))
+    metadata = {f.name: getattr(position, f.name) for f in fields(position) if f.name != "losses"}
+    metadata["precision"] = dict(precision)
+    write_atomic(path, lambda temporary: save_file(tensors, temporary, {"position": json.dumps(metadata)}))
 
 
 def load_state(path: Path, head: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Position, dict[str, Any]]:
@@ -77,7 +77,7 @@ def load_state(path: Path, head: torch.nn.Module, optimizer: torch.optim.Optimiz
     """
     try:
         with safe_open(path, framework="pt") as file:
-            told = json.loads(file.metadata()["position"])
+            metadata = json.loads(file.metadata()["position"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
         head.load_state_dict({n.removeprefix("head."): t for n, t in tensors.items() if n.startswith("head.")})
     except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
@@ -92,5 +92,5 @@ def load_state(path: Path, head: torch.nn.Module, optimizer: torch.optim.Optimiz
             moments.setdefault(int(number), {})[part] = tensor
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     losses = list(tensors["losses"].unbind()) if "losses" in tensors else []
-    precision = told.pop("precision")
-    return Position(**told, losses=losses), precision
+    precision = metadata.pop("precision")
+    return Position(**metadata, losses=losses), precision

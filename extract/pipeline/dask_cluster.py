@@ -313,10 +313,10 @@ class _TasksUnderWay:
         client.subscribe_topic(STARTED_TOPIC, self._note)
 
     def _note(self, event: tuple[float, dict[str, Any]]) -> None:
-        told = event[1]
-        if told["key"] in self._tasks:  # not of another command's
-            self._begun[told["key"]] += 1
-            self._running[told["key"]] = time.monotonic(), told["worker"]
+        task = event[1]
+        if task["key"] in self._tasks:  # not of another command's
+            self._begun[task["key"]] += 1
+            self._running[task["key"]] = time.monotonic(), task["worker"]
 
     def add(self, key: Any, shards: Sequence[int]) -> None:
         """Look out for a task that is about to be handed out."""

@@ -218,12 +218,12 @@ def _warn_of_unseen_classes(store: StoreReader, training: LabelledRows, validati
     unseen = sorted(set(range(len(names))) - set(training.labels.tolist()))
     if not unseen:
         return
-    told = ", ".join(repr(names[label]) for label in unseen[:_MOST_NAMED])
+    shown = ", ".join(repr(names[label]) for label in unseen[:_MOST_NAMED])
     _log.warning(
         "%d of %d classes have no good training video and cannot be learnt: %s%s. %d validation videos are of them.",
         len(unseen),
         len(names),
-        told,
+        shown,
         ", ..." if len(unseen) > _MOST_NAMED else "",
         int(np.isin(validation.labels, unseen).sum()),
     )
