@@ -36,7 +36,7 @@ def export_vectors(store: StoreReader, index: VideoIndex, folder: Path) -> int:
     captions: dict[str, str] = {}
     for caption in store.read_captions().to_pylist():
         captions.setdefault(caption["video_id"], caption["text"])
-    summary = pa.table(
+    metadata = pa.table(
         {
             "image_path": table["path"],
             "caption": [captions.get(video_id) for video_id in table["video_id"].to_pylist()],
@@ -48,5 +48,5 @@ def export_vectors(store: StoreReader, index: VideoIndex, folder: Path) -> int:
     for number, first in enumerate(range(0, len(rows), _VIDEOS_PER_FILE)):
         vectors = index.read_vectors(slice(first, first + _VIDEOS_PER_FILE))
         np.save(folder / "img_emb" / f"img_emb_{number}.npy", vectors)
-        write_table(folder / "metadata" / f"metadata_{number}.parquet", summary.slice(first, len(vectors)))
+        write_table(folder / "metadata" / f"metadata_{number}.parquet", metadata.slice(first, len(vectors)))
     return len(rows)
