@@ -14,7 +14,7 @@ from .front import Json, run_command, say
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for videos, store, runs and report.")] = Path("runs/demo"),
     seeds: Annotated[int, typer.Option(help="Train each kind this often, for error bars.")] = 1,
-    full: Annotated[bool, typer.Option("--full", help="Tokens only and zero-shot, too.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Pixels only, tokens only and zero-shot, too.")] = False,
     as_json: Json = False,
 ) -> None:
     """Try the whole pipeline on generated videos, without any download; writes a report."""

@@ -83,6 +83,7 @@ def write_report(
         *(
             draw_share(_mean(methods[name]["top1_by_seed"]), f"{name}: {_MEANINGS[name]}")
             for name in ("side network", "pixels only", "linear probe")
+            if name in methods
         ),
         draw_share(result["chance"], "chance"),
         "</div>",
