@@ -128,9 +128,9 @@ def write_report(
         f"<p>The store takes {result['store_bytes'] / 1e6:.1f} MB: "
         + ", ".join(f"{name} {size / 1e3:.1f} kB" for name, size in store.layout.bytes_per_frame.items())
         + " a frame.</p>",
-        "<p class='note'>How far the side network is above pixels alone is what the tokens are worth here; how far "
-        "above the probe, what time is worth. Neither says anything about accuracy on real videos: see "
-        "docs/world.md.</p>",
+        "<p class='note'>How far the side network is above the probe is what time is worth here; how far above pixels "
+        "alone (<code>--full</code>), what the tokens are worth. Neither says anything about accuracy on real videos: "
+        "see docs/world.md.</p>",
         f"<p class='note'>{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}.</p>",
     ]
     write_page(path, "s4v demo", sections)
