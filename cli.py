@@ -6,7 +6,7 @@ import ast
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -61,9 +61,21 @@ app = typer.Typer(
 )
 
 
+def _tell_version(is_asked: bool) -> None:
+    if is_asked:
+        from . import __version__
+
+        typer.echo(f"s4v {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _open_door() -> None:
-    """Typer makes a group of an app that has a callback."""
+def _open_door(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Typer makes a group of an app that has a callback; its docstring is not shown, for the app has a help."""
 
 
 def main() -> None:

@@ -20,9 +20,9 @@ from .front import Json, run_command, say
     spellings={
         "out": Spelling(type=Path | None, default=None, help="Folder of all its runs. [runs/compare-STORE]"),
         "frames": Spelling(help="Frames of a clip. [8]"),
-        "epochs": Spelling(help="As for train."),
-        "batch_size": Spelling(help="As for train."),
-        "learning_rate": Spelling(help="As for train, the same for all."),
+        "epochs": Spelling(help="Of each training. [the side network's preset, else 30]"),
+        "batch_size": Spelling(help="Clips in a step. [the side network's preset, else 32]"),
+        "learning_rate": Spelling(help="The same for all. [each one's own]"),
     },
 )
 def compare(

@@ -25,7 +25,7 @@ class ExtractConfig:
     """Everything that decides what a store holds, and how the machine at hand is used to make it."""
 
     model: str
-    """`vit-e`, `vit-e-plus`, `vit-l`, `vit-b16`, `vit-b32`, or any open_clip ViT.
+    """`vit-e`, `vit-e-plus`, `vit-l`, `vit-b16`, `vit-b32`, `tiny-clip`, or any open_clip ViT.
 
     Which must have a class token.
     """

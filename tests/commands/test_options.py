@@ -58,3 +58,12 @@ def test_options_are_read_as_ever(command):
 
 def test_no_command_has_gone_or_come():
     assert list(describe_commands()) == list(json.loads(GOLDEN.read_text()))
+
+
+def test_the_version_is_told():
+    from typer.testing import CliRunner
+
+    import s4v
+
+    result = CliRunner().invoke(app, ["--version"], catch_exceptions=False)
+    assert result.exit_code == 0 and result.stdout == f"s4v {s4v.__version__}\n"
