@@ -58,16 +58,7 @@ class OpenClipTextTower(TextTower):
 
     @torch.inference_mode()
     def encode_words(self, texts: list[str], num_words: int, *, is_cut_known: bool = False) -> Texts:
-        """Embed texts word by word; each is cut at `num_words`, start and end among them.
-
-        Args:
-            texts: Any number.
-            num_words: M.
-            is_cut_known: Whether the caller has said what is cut off (`find_cut`); else a warning does.
-
-        Returns:
-            Tokens (n, num_words, E), the final norm's output times the projection, zero where there is no word;
-            mask; embeddings (n, E), those of the end token.
+        """As the contract says.
 
         Raises:
             BackboneError: If the tower is not one of open_clip's own that ends a text with its highest token, as CLIP

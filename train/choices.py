@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+from ..backbone.facts import Family
+
+__all__ = ["Family", "Inputs", "Negatives", "Precision", "Similarity"]
+
 Inputs = Literal["all", "tokens", "pixels"]
 """What a side network sees."""
-
-Family = Literal["clip", "eva"]
-"""Which of the reference's side blocks: the one that it puts beside CLIP, or the one beside EVA."""
 
 Similarity = Literal["mean", "wti"]
 """How a video and a text are compared: by their means, or word by word (train/networks/text_interaction.py)."""
