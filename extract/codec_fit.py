@@ -62,7 +62,10 @@ def make_codec(job: Job) -> Codec:
     if not fits_codec(job):
         return AffineCodec(dtype=config.dtype)
     if config.codec not in FITS:
-        raise ConfigError(f"--codec takes {', '.join(FITS)}; found {config.codec!r}")
+        raise ConfigError(
+            f"nothing fits a codec {config.codec!r}; those that can be fitted are {', '.join(FITS)}. Take one of them, "
+            "or the codec of a store that has it (--codec-from)."
+        )
     groups = group_for_calibration(job.records, config.seed)
     num_candidates = len(groups[0]) or len(job.records)
     num_videos = min(config.calibration_videos, num_candidates)

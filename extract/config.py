@@ -168,6 +168,11 @@ class ExtractConfig:
     """Replace the store."""
 
     def __post_init__(self) -> None:
+        if self.codec != DEFAULT_CODEC:
+            from ..store.codecs import CODECS  # a fifth of a second, for those who ask for another one
+
+            if self.codec not in CODECS:
+                raise ConfigError(f"--codec takes {', '.join(CODECS)}; found {self.codec!r}")
         _check_choice("--sampling", self.sampling, SAMPLINGS)
         SAMPLINGS[self.sampling](1, 1, max(self.clips.values(), default=1))  # refuses clips that it does not have
         _check_choice("--resize", self.resize, RESIZES)

@@ -108,8 +108,17 @@ def test_a_codec_that_is_gone_is_named(toy, video_folder, make_config, tmp_path,
     monkeypatch.delitem(CODECS, "root")
     with pytest.raises(StoreMismatchError, match="has a codec 'root'; this s4v knows affine. Update s4v."):
         _ = open_store(path).codec
-    with pytest.raises(ConfigError, match="--codec takes affine, root; found 'cube'"):
-        extract_dataset(make_config(video_folder, tmp_path / "cube.zarr", codec="cube", num_decoders=1))
+    with pytest.raises(ConfigError, match="--codec takes affine; found 'cube'"):
+        make_config(video_folder, tmp_path / "cube.zarr", codec="cube")
+
+
+def test_a_codec_that_nothing_fits_is_told(toy, video_folder, make_config, tmp_path, monkeypatch):
+    monkeypatch.delitem(codec_fit.FITS, "root")
+    config = make_config(video_folder, tmp_path / "root.zarr", codec="root", num_decoders=1, limit=1)
+    with pytest.raises(
+        ConfigError, match="nothing fits a codec 'root'; those that can be fitted are affine.*--codec-f"
+    ):
+        extract_dataset(config)
 
 
 def test_todays_codec_leaves_no_name_in_a_store(int8_store):

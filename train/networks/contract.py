@@ -232,7 +232,7 @@ class NetworkKind(ABC):
         for name, text in others.items():
             if name not in known or name in given:
                 own = ", ".join(sorted(set(known) - set(given))) or "none"
-                raise ConfigError(f"--set {name}: --head {self.name} has no such option; it has {own}")
+                raise ConfigError(f"--set {name}: --head {self.name} has no such option; it has {own}. Leave it out.")
             values[name] = _parse_value(f"--set {name}", text, get_type_hints(self.options)[name])
         return self.options(**values)
 
