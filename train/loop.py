@@ -17,11 +17,13 @@ import torch.distributed as dist
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision
 from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from lightning_fabric.strategies import DDPStrategy
 
 from ..device import DEVICES, find_auto_device
 from ..errors import ConfigError, EnvironmentFailedError
 from ..files import write_json
 from ..store.reader import StoreReader, open_store
+from .batches import StepShares, keep_recorded_batches, warn_of_other_step
 from .clips import (
     ClipBatch,
     ClipLoader,
@@ -36,6 +38,7 @@ from .config import TrainConfig
 from .logs import make_loggers, require_wandb
 from .networks import find_network
 from .networks.contract import Network
+from .networks.norms import NormGroups, average_statistics, count_in_groups
 from .recipe import learning_rate_at, make_optimizer, set_learning_rate
 from .resume_state import STATE_NAME, Position, load_state, save_state
 from .run_folder import (
@@ -45,13 +48,14 @@ from .run_folder import (
     begin_with,
     create_run,
     cut_metrics,
+    open_run,
     plan_run,
     refuse_existing_run,
     require_same_run,
     save_checkpoint,
 )
 from .scorer import Scorer, Team, explain_full_device
-from .settings import find_optimisation, plan_network, resolve_preset, resolve_views
+from .settings import find_optimisation, find_recipe, plan_network, resolve_preset, resolve_views
 from .tasks import find_task
 from .tasks.contract import Task
 
@@ -114,12 +118,16 @@ def _train_run(config: TrainConfig, report: ReportEpoch) -> dict[str, Any]:
     config = replace(config, precision=precision)  # type: ignore[arg-type]
     store = open_store(config.features)
     is_auto = config.preset == "auto"
-    config = resolve_preset(config, store, num_processes=num_processes)
+    given, config = config, resolve_preset(config, store, num_processes=num_processes)
+    if can_resume:
+        config = keep_recorded_batches(given, config, open_run(config.out).config, num_processes)
+    shares = StepShares.of_config(config, num_processes)
     shape = plan_network(config, store)
     kind, task = find_network(config.head), find_task(config.task)(config, store)
     config = replace(config, views_per_video=resolve_views(config, task.training.num_views, num_processes))
     frames = _resolve_frames(config, store, task, is_told=is_auto and config.preset != "none")
     assert config.batch_size is not None
+    warn_of_other_step(given, config, find_recipe(config, store), shares)
     task.check_step(config.batch_size * num_processes)
     kind.check_step(min(config.batch_size, len(task.training) // num_processes) * num_processes)
     # Before anything is written: it may not fit.
@@ -190,6 +198,7 @@ class _Training:
             self._module.checkpoints_activations = True
         if config.with_compile:
             self._module.compile()
+        self._norms = _count_norms(network, StepShares.of_config(config, fabric.world_size))
         optimizer = make_optimizer(network.parameter_groups(), config, self._optimisation)
         self._head, self._optimizer = fabric.setup(network, optimizer)
         self._codec = codec_for(store, layers, fabric.device) if "patches" in network.arrays else None
@@ -332,6 +341,8 @@ class _Training:
         """One step of the optimiser on `accumulate` batches; the mean loss of all processes, ()."""
         losses = []
         for place in range(accumulate):
+            if self._norms is not None:
+                self._norms.batch, self._norms.num_batches = place, accumulate
             start = time.perf_counter()
             batch = next(batches)
             self._wait_s += time.perf_counter() - start
@@ -349,6 +360,8 @@ class _Training:
             )
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        if self._norms is not None and self._fabric.world_size > 1:
+            average_statistics(self._module)
         mean = torch.stack(losses).mean()
         self._own_losses.append(mean.clone())
         if self._fabric.world_size > 1:
@@ -417,6 +430,21 @@ class _Training:
         )
 
 
+def _count_norms(network: Network, shares: StepShares) -> NormGroups | None:
+    """Make batch norms count the clips that they are to; None where they count all of a batch."""
+    if shares.norm_clips is None:
+        return None
+    processes, span = None, shares.processes_per_norm
+    # Every process makes all groups, in the same order.
+    for first in range(0, shares.processes, span) if span > 1 else ():
+        members = range(first, first + span)
+        group = dist.new_group(list(members))
+        processes = group if dist.get_rank() in members else processes
+    groups = NormGroups(shares.norm_clips, processes)
+    count_in_groups(network, groups)
+    return groups
+
+
 class _InputsAsTheyAre(MixedPrecision):
     """Mixed precision that leaves inputs alone: Fabric's makes a half-precision copy of every token and pixel.
 
@@ -465,7 +493,8 @@ def _make_fabric(config: TrainConfig, device_type: str) -> Fabric:
             accelerator=device_type,
             devices=num_local if is_spread else 1,
             num_nodes=num_nodes if is_spread else 1,
-            strategy="ddp" if is_spread else "auto",
+            # Running statistics are the same everywhere: none are sent around before each batch.
+            strategy=DDPStrategy(broadcast_buffers=False) if is_spread else "auto",
             plugins=plugins,
         )
         fabric.launch()

@@ -118,12 +118,16 @@ def test_patience_waits_for_validations(int8_store, tmp_path):
     assert train_run(config_for(int8_store, tmp_path / "run", **slow))["epochs"] == 6, "3 is the first, 6 no better"
 
 
-def test_other_rows_or_processes_are_refused(undisturbed, int8_store, tmp_path):
+def test_other_rows_or_another_step_are_refused(undisturbed, int8_store, tmp_path):
     out = shutil.copytree(undisturbed[0], tmp_path / "run")
     config = json.loads((out / "config.json").read_text())
     config["train"] |= {"processes": 2, "training_rows": "9 of sha256 0"}
     (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RunExistsError, match="processes 2 there, 1 here; training_rows 9 of sha256 0 there, 8 of sha"):
+    with pytest.raises(RunExistsError, match="other settings: training_rows 9 of sha256 0 there, 8 of sha"):
+        train_run(config_for(int8_store, out, resume=True))
+    config["train"] |= {"batch_size": 3, "processes": 3}
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunExistsError, match="batch_size 3 there, 2 here; processes 3 there, 1 here; training_rows"):
         train_run(config_for(int8_store, out, resume=True))
 
 

@@ -11,7 +11,7 @@ from ...errors import ConfigError
 from ...store.codecs.contract import Codec
 from ...store.reader import StoreReader
 from .contract import Network, NetworkKind, NetworkShape, Outputs
-from .parts import BatchNorm
+from .norms import BatchNorm
 
 
 class LinearProbe(Network):

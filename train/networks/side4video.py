@@ -30,9 +30,9 @@ from ..choices import Family, Inputs, Similarity
 from ..paper.presets import PAPER_SIDE_WIDTHS, PRESETS, RETRIEVAL_SIDE_WIDTH, is_of_paper, side_family
 from ..recipe import ParameterGroup
 from .contract import FrameNetwork, Network, NetworkKind, NetworkShape, Outputs
+from .norms import BatchNorm, recomputing
 from .parts import (
     HEAD_WIDTH,
-    BatchNorm,
     FrameAttention,
     Mlp,
     PixelStem,
@@ -41,7 +41,6 @@ from .parts import (
     TowerEnd,
     normalise_channels,
     normalise_tokens,
-    recomputing,
 )
 from .text_interaction import MeanInteraction, WeightedTokenInteraction
 
