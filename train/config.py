@@ -149,6 +149,11 @@ class TrainConfig:
 
     The end of each epoch leaves one beside.
     """
+    log_every: int | None = None
+    """Steps between lines about loss, speed and memory. [by the clock: 10 s]
+
+    They go to steps.jsonl, TensorBoard and wandb.
+    """
     wandb: str | None = None
     """Log to this Weights & Biases project too."""
     train_split: str = "train"
@@ -164,6 +169,7 @@ class TrainConfig:
             "--epochs": self.epochs,
             "--batch-size": self.batch_size,
             "--norm-clips": self.norm_clips,
+            "--log-every": self.log_every,
             "--views-per-video": self.views_per_video,
             "--side-width": self.side_width,
             "--accumulate": self.accumulate,

@@ -22,6 +22,7 @@ from lightning_fabric.strategies import DDPStrategy
 from ..device import DEVICES, find_auto_device
 from ..errors import ConfigError, EnvironmentFailedError
 from ..files import write_json
+from ..progress import Report
 from ..store.reader import StoreReader, open_store
 from .batches import StepShares, keep_recorded_batches, warn_of_other_step
 from .clips import (
@@ -35,7 +36,7 @@ from .clips import (
     warn_of_thinned_clips,
 )
 from .config import TrainConfig
-from .logs import make_loggers, require_wandb
+from .logs import Logger, make_loggers, require_wandb
 from .networks import find_network
 from .networks.contract import Network
 from .networks.norms import NormGroups, average_statistics, count_in_groups
@@ -56,6 +57,7 @@ from .run_folder import (
 )
 from .scorer import Scorer, Team, explain_full_device
 from .settings import find_optimisation, find_recipe, plan_network, resolve_preset, resolve_views
+from .step_log import StepLog, cut_steps, find_gradient_norm
 from .tasks import find_task
 from .tasks.contract import Task
 
@@ -82,7 +84,13 @@ def default_run_path(features: Path, head: str, *, resume: bool = False, folder:
     raise AssertionError
 
 
-def train_run(config: TrainConfig, report: ReportEpoch = lambda *_: None) -> dict[str, Any]:
+def train_run(
+    config: TrainConfig,
+    report: ReportEpoch = lambda *_: None,
+    *,
+    progress: Report = lambda *_: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
     """Train a head on a store and leave a run's folder.
 
     Under `torchrun` every process takes clips of its own in each step; the first one writes.
@@ -90,6 +98,8 @@ def train_run(config: TrainConfig, report: ReportEpoch = lambda *_: None) -> dic
     Args:
         config: What to train, and how.
         report: Told about each epoch.
+        progress: Told after each step.
+        say: Told once how a step's clips are shared out.
 
     Returns:
         run, preset, epochs, best (metrics of the best epoch), last, parameters, seconds, data_wait_share.
@@ -104,10 +114,12 @@ def train_run(config: TrainConfig, report: ReportEpoch = lambda *_: None) -> dic
     with explain_full_device(
         "train with --checkpoint-activations, or with a smaller --batch-size and more of --accumulate"
     ):
-        return _train_run(config, report)
+        return _train_run(config, report, progress, say)
 
 
-def _train_run(config: TrainConfig, report: ReportEpoch) -> dict[str, Any]:
+def _train_run(
+    config: TrainConfig, report: ReportEpoch, progress: Report, say: Callable[[str], None]
+) -> dict[str, Any]:
     is_first = int(os.environ.get("RANK", "0")) == 0
     can_resume = config.resume and (config.out / CONFIG_NAME).is_file()
     if is_first and not can_resume:
@@ -127,7 +139,9 @@ def _train_run(config: TrainConfig, report: ReportEpoch) -> dict[str, Any]:
     config = replace(config, views_per_video=resolve_views(config, task.training.num_views, num_processes))
     frames = _resolve_frames(config, store, task, is_told=is_auto and config.preset != "none")
     assert config.batch_size is not None
+    say(shares.describe())
     warn_of_other_step(given, config, find_recipe(config, store), shares)
+    _warn_of_no_validation(store, task, config)
     task.check_step(config.batch_size * num_processes)
     kind.check_step(min(config.batch_size, len(task.training) // num_processes) * num_processes)
     # Before anything is written: it may not fit.
@@ -151,7 +165,17 @@ def _train_run(config: TrainConfig, report: ReportEpoch) -> dict[str, Any]:
     if fabric.is_global_zero:
         require_same_run(run, config) if can_resume else create_run(run)
     fabric.barrier()
-    return _Training(config, run, store, task, network, fabric).fit(report)
+    return _Training(config, run, store, task, network, fabric).fit(report, progress)
+
+
+def _warn_of_no_validation(store: StoreReader, task: Task, config: TrainConfig) -> None:
+    if not len(task.validation):
+        _log.warning(
+            "%s has no good video with what this task is measured by in split %r: no epoch is measured, and the last "
+            "one counts as the best. Name another split with --val-split, or extract one.",
+            store.path,
+            config.val_split,
+        )
 
 
 def _resolve_frames(config: TrainConfig, store: StoreReader, task: Task, *, is_told: bool) -> int:
@@ -207,19 +231,19 @@ class _Training:
         self._own_losses: list[torch.Tensor] = []  # of this process, since all were last found finite
         self._saved_at = time.monotonic()
         self._began = time.perf_counter()
-        self._wait_s = 0.0
         self._wait_share = 0.0
+        self._log: StepLog | None = None  # of the first process
 
     @property
     def _state_path(self) -> Path:
         return self._run.path / STATE_NAME
 
-    def fit(self, report: ReportEpoch) -> dict[str, Any]:
+    def fit(self, report: ReportEpoch, progress: Report) -> dict[str, Any]:
         start = time.perf_counter()
         if self._config.resume:
             self._go_on()
         self._began = start - self._position.seconds
-        loggers = make_loggers(self._run, self._config, self._position.epoch) if self._fabric.is_global_zero else []
+        loggers = self._begin_logs(progress) if self._fabric.is_global_zero else []
         num_epochs, patience = self._config.epochs, self._config.patience
         assert num_epochs is not None
         while (epoch := self._position.epoch) < num_epochs and not self._is_out_of_patience(patience):
@@ -231,7 +255,7 @@ class _Training:
             if self._fabric.is_global_zero:
                 append_metrics(self._run, metrics)
                 for log in loggers:
-                    log(metrics)
+                    log.log_epoch(metrics)
                 save_checkpoint(self._run, "last", self._module, metrics)
                 if is_best:
                     save_checkpoint(self._run, "best", self._module, metrics)
@@ -259,8 +283,24 @@ class _Training:
             "last": self._position.metrics,
             "parameters": sum(p.numel() for p in self._module.parameters()),
             "seconds": round(self._position.seconds, 3),
-            "data_wait_share": round(self._wait_s / seconds, 4),
+            "data_wait_share": round(self._loader.waiting.seconds / seconds, 4),
         }
+
+    def _begin_logs(self, progress: Report) -> list[Logger]:
+        position, config = self._position, self._config
+        loggers = make_loggers(self._run, config, position.epoch, position.steps)
+        num_steps, _ = self._count_steps(self._plan_epoch(position.epoch))
+        assert config.epochs is not None
+        self._log = StepLog(
+            self._run,
+            every=config.log_every,
+            total=num_steps * config.epochs,
+            device=self._fabric.device,
+            waiting=self._loader.waiting,
+            loggers=[one.log_step for one in loggers],
+            progress=progress,
+        )
+        return loggers
 
     def _go_on(self) -> None:
         """Be where the run was when its state was last saved; at the start, if it never was."""
@@ -268,6 +308,7 @@ class _Training:
             self._load_state()
         if self._fabric.is_global_zero:
             cut_metrics(self._run, self._position.epoch)
+            cut_steps(self._run, self._position.steps)
 
     def _load_state(self) -> None:
         self._position, precision = load_state(self._state_path, self._module, self._optimizer.optimizer)
@@ -307,12 +348,8 @@ class _Training:
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         config, position = self._config, self._position
-        plans = self._task.plan_epoch(
-            epoch, num_frames=self._run.frames, rank=self._fabric.global_rank, num_ranks=self._fabric.world_size
-        )
-        # Like clips that do not fill a batch, batches that do not fill a step are left out of an epoch.
-        accumulate = min(config.accumulate, len(plans))
-        num_steps = len(plans) // accumulate
+        plans = self._plan_epoch(epoch)
+        num_steps, accumulate = self._count_steps(plans)
 
         def rate_at(step: int) -> float:
             # The middle of the step: at its end, the last step of a run would have a rate of zero.
@@ -320,12 +357,23 @@ class _Training:
 
         self._head.train()
         batches = self._loader.load(plans[position.step_in_epoch * accumulate : num_steps * accumulate])
-        began, waited = time.perf_counter(), self._wait_s
+        waiting, log = self._loader.waiting, self._log
+        began, waited = time.perf_counter(), waiting.seconds
+        if log is not None:
+            log.begin_epoch()
         for step in range(position.step_in_epoch, num_steps):
             set_learning_rate(self._optimizer, rate_at(step))
-            position.losses.append(self._step(batches, accumulate))
+            is_told = log is not None and log.is_due(position.steps + 1)
+            loss, gradient_norm = self._step(batches, accumulate, with_norm=is_told)
+            position.losses.append(loss)
             position.steps += 1
             position.step_in_epoch = step + 1
+            if log is not None:
+                clips = sum(len(plan.rows) for plan in plans[step * accumulate : (step + 1) * accumulate])
+                log.add(loss, clips * self._fabric.world_size, position.steps)
+                if gradient_norm is not None:
+                    at = epoch + (step + 1) / num_steps
+                    log.tell(position.steps, epoch=at, learning_rate=rate_at(step), gradient_norm=gradient_norm)
             if step % _CHECK_EVERY == _CHECK_EVERY - 1 or step + 1 == num_steps:
                 self._require_finite(epoch, plans, accumulate)
             is_due = time.monotonic() - self._saved_at >= 60 * config.checkpoint_minutes
@@ -334,18 +382,36 @@ class _Training:
                 self._require_finite_weights(epoch)
                 self._save_state()
         train_loss = float(torch.stack(position.losses).mean())
-        self._wait_share = (self._wait_s - waited) / (time.perf_counter() - began)
+        self._wait_share = (waiting.seconds - waited) / (time.perf_counter() - began)
         return {"train_loss": train_loss, "learning_rate": rate_at(num_steps - 1)}
 
-    def _step(self, batches: Iterator[ClipBatch], accumulate: int) -> torch.Tensor:
-        """One step of the optimiser on `accumulate` batches; the mean loss of all processes, ()."""
+    def _plan_epoch(self, epoch: int) -> list[ClipPlan]:
+        """Batches of this process."""
+        return self._task.plan_epoch(
+            epoch, num_frames=self._run.frames, rank=self._fabric.global_rank, num_ranks=self._fabric.world_size
+        )
+
+    def _count_steps(self, plans: Sequence[ClipPlan]) -> tuple[int, int]:
+        """Steps of an epoch, and batches of a step.
+
+        Like clips that do not fill a batch, batches that do not fill a step are left out of an epoch.
+        """
+        accumulate = min(self._config.accumulate, len(plans))
+        return len(plans) // accumulate, accumulate
+
+    def _step(
+        self, batches: Iterator[ClipBatch], accumulate: int, *, with_norm: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One step of the optimiser on `accumulate` batches.
+
+        Returns:
+            The mean loss of all processes, (), and if asked for the gradient's norm, ().
+        """
         losses = []
         for place in range(accumulate):
             if self._norms is not None:
                 self._norms.batch, self._norms.num_batches = place, accumulate
-            start = time.perf_counter()
             batch = next(batches)
-            self._wait_s += time.perf_counter() - start
             with self._fabric.no_backward_sync(self._head, enabled=place + 1 < accumulate):
                 output = self._head(*self._module.inputs(batch), self._codec)
                 loss = self._task.compute_loss(self._module, output, batch, self._gather)
@@ -353,6 +419,7 @@ class _Training:
                     loss = loss + own
                 self._fabric.backward(loss / accumulate)
             losses.append(loss.detach())
+        gradient_norm = self._find_gradient_norm() if with_norm else None
         if self._config.clip_norm is not None:
             # What is not finite is told by the loss and the weights; under fp16 such a step is left out, not an error.
             self._fabric.clip_gradients(
@@ -368,7 +435,12 @@ class _Training:
             # Not Fabric's, which waits for all processes first: this one is only queued on a GPU.
             dist.all_reduce(mean)
             mean /= self._fabric.world_size
-        return mean
+        return mean, gradient_norm
+
+    def _find_gradient_norm(self) -> torch.Tensor:
+        """() of what the last backward pass left; under fp16 that is scaled."""
+        scaler = getattr(self._fabric.strategy.precision, "scaler", None)
+        return find_gradient_norm(list(self._module.parameters())) / (1 if scaler is None else scaler.get_scale())
 
     def _gather(self, values: torch.Tensor) -> torch.Tensor:
         """(B, ...) of this process to those of all, (B of all, ...), in the order of the processes."""

@@ -72,6 +72,7 @@ _INCIDENTAL = (
     "device",
     "resume",
     "checkpoint_minutes",
+    "log_every",
     "checkpoint_activations",
     "with_compile",
     "wandb",

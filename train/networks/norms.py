@@ -138,18 +138,23 @@ class BatchNorm(nn.BatchNorm2d):
             self.num_batches_tracked += 1
         if is_shared:
             return self._normalise_shared(x, None if groups is None else groups.processes)
-        parts = [x] if groups is None else groups.split(x)
-        momenta = [_MOMENTUM] if groups is None else groups.list_momenta(len(parts))
-        normalised = [self._normalise(part, momentum) for part, momentum in zip(parts, momenta, strict=True)]
-        return normalised[0] if len(normalised) == 1 else torch.cat(normalised)
+        return self._normalise([x] if groups is None else groups.split(x))
 
-    def _normalise(self, x: torch.Tensor, momentum: float) -> torch.Tensor:
-        """One group, of this process alone."""
-        statistics = (self.running_mean, self.running_var)
-        if _is_recomputing:
-            assert self.running_mean is not None and self.running_var is not None
-            statistics, momentum = (self.running_mean.clone(), self.running_var.clone()), 0.0
-        return F.batch_norm(x, *statistics, self.weight, self.bias, True, momentum, self.eps)
+    def _normalise(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Groups of this process alone."""
+        assert self.running_mean is not None and self.running_var is not None
+        momenta = [_MOMENTUM] if self.groups is None else self.groups.list_momenta(len(parts))
+        statistics, normalised = (self.running_mean, self.running_var), []
+        for part, momentum in zip(parts, momenta, strict=True):
+            if _is_recomputing or len(parts) > 1:
+                # Autograd keeps them with each group, and would find them changed by the next.
+                statistics = (statistics[0].clone(), statistics[1].clone())
+            normalised.append(F.batch_norm(part, *statistics, self.weight, self.bias, True, momentum, self.eps))
+        if not _is_recomputing and len(parts) > 1:
+            with torch.no_grad():
+                self.running_mean.copy_(statistics[0])
+                self.running_var.copy_(statistics[1])
+        return normalised[0] if len(normalised) == 1 else torch.cat(normalised)
 
     def _normalise_shared(self, x: torch.Tensor, processes: Any) -> torch.Tensor:
         """One group, of this and other processes: one exchange here, and one in the backward pass."""

@@ -161,9 +161,9 @@ class Task(ABC):
 
     @classmethod
     def describe_shares(cls, metrics: Mapping[str, Any]) -> str:
-        """Its shares among metrics, `val_` before them or not: `val_top1 85.0%, val_top5 98.1%`."""
+        """Its shares among metrics, `val_` before them or not: `val_top1 85.0%, val_top5 98.1%`; "" of none."""
         names = [name for name in metrics if name.removeprefix("val_") in cls.shown_figures]
-        return ", ".join(f"{name} {metrics[name]:.1%}" for name in names) or "no validation videos"
+        return ", ".join(f"{name} {metrics[name]:.1%}" for name in names)
 
     @classmethod
     @abstractmethod
