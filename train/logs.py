@@ -1,4 +1,4 @@
-"""Where figures of epochs and steps go beside the run's JSON lines: TensorBoard always, Weights & Biases where asked for."""
+"""Where figures of epochs and steps go beside JSON lines: TensorBoard always, Weights & Biases where asked for."""
 
 from __future__ import annotations
 

@@ -205,19 +205,21 @@ def test_a_run_that_wandb_refuses_is_told_and_goes_on_with_resume(wandb, int8_st
     config = config_for(int8_store, tmp_path / "run", wandb="project")
     with pytest.raises(EnvironmentFailedError, match=r"No API key configured.*WANDB_MODE=offline.*--resume"):
         train_run(config)
-    wandb.init = lambda **_: SimpleNamespace(log=lambda metrics, step: None)
+    wandb.init = lambda **_: SimpleNamespace(log=lambda metrics: None, define_metric=lambda *_, **__: None)
     assert train_run(replace(config, resume=True))["epochs"] == config.epochs
 
 
 def test_a_run_that_goes_on_is_the_same_one_in_wandb(wandb, int8_store, tmp_path, monkeypatch):
-    begun, logged = [], []
+    begun, logged, axes = [], [], {}
 
     def init(**options):
         begun.append((options["id"], options["resume"], options["name"]))
-        return SimpleNamespace(log=lambda metrics, step: logged.append(step))
+        return SimpleNamespace(
+            log=logged.append, define_metric=lambda name, step_metric: axes.update({name: step_metric})
+        )
 
     wandb.init = init
-    config = config_for(int8_store, tmp_path / "run", wandb="project")
+    config = config_for(int8_store, tmp_path / "run", wandb="project", log_every=1)
     with monkeypatch.context() as patch:
         patch.setattr(tasks, "accuracy_figures", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -227,7 +229,10 @@ def test_a_run_that_goes_on_is_the_same_one_in_wandb(wandb, int8_store, tmp_path
     (first, how, name), again, other = begun
     assert (first, how, name) == again and how == "allow" and name == "run"
     assert other[0] != first and len(first) == 32
-    assert logged == [1, 2, 1, 2]
+    assert [one["epoch"] for one in logged if "epoch" in one] == [1, 2, 1, 2]
+    steps = [one["step/step"] for one in logged if "epoch" not in one]
+    assert steps == [1, 2, 3, 4, *range(4, 9), *range(1, 9)], "the fourth was in no state, and is trained again"
+    assert axes == {"*": "epoch", "step/*": "step/step"}
 
 
 def test_the_run_that_another_began_with_may_go_once_it_has_a_state(
