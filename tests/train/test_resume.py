@@ -254,7 +254,7 @@ def test_the_run_that_another_began_with_may_go_once_it_has_a_state(
 
 def test_two_processes_train_as_one_does_on_their_joined_batches(trained_by_two, int8_store, tmp_path):
     lines = (trained_by_two / "said").read_text().strip().splitlines()
-    assert len(lines) == 4, "one process speaks, once in each training"
+    assert len(lines) == 6, "one process speaks, once in each training"
     assert json.loads(lines[0])["steps"] == 4
     train_run(config_for(int8_store, tmp_path / "one", batch_size=4))
     one, two = (read_metrics(open_run(path)) for path in (tmp_path / "one", trained_by_two / "plain"))
@@ -275,6 +275,45 @@ def test_two_processes_have_the_statistics_and_gradients_of_one(trained_by_two, 
     for name in compared:
         largest = one[name].abs().max()
         assert (one[name] - two[name]).abs().max() <= 1e-3 * largest + 1e-6, name
+
+
+def test_two_processes_count_the_norms_of_one(trained_by_two, int8_store, tmp_path):
+    """Norms of two clips: one process's, or half of the batch of one."""
+    still = dict(learning_rate=1e-12, norm_clips=2)
+    train_run(config_for(int8_store, tmp_path / "one", batch_size=4, **still))
+    folders = {"one": tmp_path / "one", "two": trained_by_two / "groups"}
+    train_run(config_for(int8_store, tmp_path / "batches", batch_size=2, accumulate=2, **still))
+    folders["batches"] = tmp_path / "batches"
+    train_run(config_for(int8_store, tmp_path / "all", batch_size=4, learning_rate=1e-12))
+    states = {name: load_file(folder / "state.safetensors") for name, folder in folders.items()}
+    for name, expected in states["one"].items():
+        if name.endswith(("running_mean", "running_var", "exp_avg", "num_batches_tracked")):
+            for other in ("two", "batches"):
+                difference = (expected - states[other][name]).abs().max()
+                assert difference <= 1e-3 * expected.abs().max() + 1e-6, (name, other)
+    of_all = load_file(tmp_path / "all/state.safetensors")
+    name = "head.norm.running_var"
+    assert (of_all[name] - states["one"][name]).abs().max() > 1e-3 * of_all[name].abs().max(), "another network"
+
+
+def test_a_run_of_two_processes_goes_on_in_one(trained_by_two, int8_store, tmp_path, caplog):
+    """Whose norms each counted the clips of both; then one process has all of them."""
+    out = shutil.copytree(trained_by_two / "stopped", tmp_path / "run")
+    still = dict(learning_rate=1e-12, norm_clips=2)
+    before = json.loads((out / "config.json").read_text())["train"]
+    assert (before["batch_size"], before["processes"]) == (1, 2)
+    config = config_for(int8_store, out, batch_size=1, resume=True, **still)
+    assert train_run(config)["steps"] == NUM_STEPS
+    train_run(config_for(int8_store, tmp_path / "one", batch_size=2, **still))
+    states = [load_file(folder / "state.safetensors") for folder in (out, tmp_path / "one")]
+    for name, expected in states[1].items():
+        if name.endswith(("running_mean", "running_var", "exp_avg", "num_batches_tracked")):
+            assert (expected - states[0][name]).abs().max() <= 1e-3 * expected.abs().max() + 1e-6, name
+    ours, theirs = (read_metrics(open_run(folder)) for folder in (out, tmp_path / "one"))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+    with pytest.raises(RunExistsError, match="norm_clips 2 there, 1 here"):
+        train_run(replace(config, norm_clips=1))
 
 
 def kill_in_training(process, state, changes, pause=0.0):
