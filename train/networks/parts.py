@@ -48,6 +48,18 @@ TOWER_END = {
 """Names in a store's `head`, by those of `TowerEnd`."""
 
 
+class Classifier(nn.Linear):
+    """A linear layer to class scores, in the precision of its weights whatever the rest is computed in.
+
+    Scores of 16 bits tie where those of float32 do not: of 400 classes, top-1 moves by a tenth of a point.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., width) -> (..., classes)."""
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
 class TowerEnd(nn.Module):
     """The end of a backbone's tower: its final norm and the projection to the space that it shares with texts."""
 

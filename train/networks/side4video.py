@@ -33,6 +33,7 @@ from .contract import FrameNetwork, Network, NetworkKind, NetworkShape, Outputs
 from .parts import (
     HEAD_WIDTH,
     BatchNorm,
+    Classifier,
     FrameAttention,
     Mlp,
     PixelStem,
@@ -202,7 +203,7 @@ class SideNetwork(SideLadder):
         super().__init__(**sizes)
         side_width = sizes["side_width"]
         self.norm = None if self.is_post_norm else BatchNorm(side_width)
-        self.classifier = nn.Linear(side_width, num_classes)
+        self.classifier = Classifier(side_width, num_classes)
         self.draw_position()
 
     def forward(
