@@ -151,5 +151,5 @@ class Stack:
     def _own_scaler(self) -> Iterator[None]:
         """Fabric has one gradient scaler: this stack's, for the time."""
         if self._scaler is not None:
-            self._fabric.strategy.precision.scaler = self._scaler  # type: ignore[union-attr]
+            self._fabric.strategy.precision.scaler = self._scaler  # type: ignore[attr-defined]
         yield
