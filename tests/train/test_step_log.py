@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ import torch
 from s4v.commands.train import describe_outcome
 from s4v.train.config import TrainConfig
 from s4v.train.loop import train_run
-from s4v.train.run_folder import open_run
 from s4v.train.step_log import StepLog, cut_steps, describe_step, find_gradient_norm, read_steps
 from s4v.train.tasks import recognition as tasks
 from s4v.train.transfer import WaitMeter
@@ -30,10 +28,10 @@ class Clock:
         return self.now
 
 
-def make_log(tmp_path, clock, **options):
+def make_log(tmp_path, clock, loggers=(), **options):
     meter = WaitMeter()
     log = StepLog(
-        SimpleNamespace(path=tmp_path),
+        {tmp_path: loggers},
         total=100,
         device=torch.device("cpu"),
         waiting=meter,
@@ -43,8 +41,9 @@ def make_log(tmp_path, clock, **options):
     return log, meter
 
 
-def tell(log, step):
-    log.tell(step, epoch=0.5, learning_rate=0.01, gradient_norm=torch.tensor(2.0))
+def tell(log, step, *paths):
+    rates, norms = dict.fromkeys(paths, 0.01), {path: torch.tensor(2.0) for path in paths}
+    log.tell(step, epoch=0.5, learning_rates=rates, gradient_norms=norms)
 
 
 def test_the_numbers_are_those_since_they_were_last_told(tmp_path):
@@ -53,14 +52,14 @@ def test_the_numbers_are_those_since_they_were_last_told(tmp_path):
     for step, loss in enumerate([1.0, 2.0, 6.0], start=1):
         clock.now += 2
         meter.add(0.5)
-        log.add(torch.tensor(loss), 4, step)
-    tell(log, 3)
+        log.add({tmp_path: torch.tensor(loss)}, 4, step)
+    tell(log, 3, tmp_path)
     clock.now += 100
     log.begin_epoch()  # a validation was no training
     clock.now += 3
-    log.add(torch.tensor(5.0), 4, 4)
-    tell(log, 4)
-    first, second = read_steps(SimpleNamespace(path=tmp_path))
+    log.add({tmp_path: torch.tensor(5.0)}, 4, 4)
+    tell(log, 4, tmp_path)
+    first, second = read_steps(tmp_path)
     assert seen == [first, second]
     assert first["loss"] == 3.0 and first["clips_per_s"] == 2.0 and first["data_wait_share"] == 0.25
     assert first["seconds_left"] == 97 * 2 and first["gradient_norm"] == 2.0 and first["memory_bytes"] > 10**6
@@ -74,8 +73,8 @@ def test_steps_are_told_by_the_clock_or_by_their_number(tmp_path):
     assert not log.is_due(1), "a short run is quiet"
     clock.now = 10.0
     assert log.is_due(2)
-    log.add(torch.tensor(1.0), 4, 2)
-    tell(log, 2)
+    log.add({tmp_path: torch.tensor(1.0)}, 4, 2)
+    tell(log, 2, tmp_path)
     assert not log.is_due(3)
     by_number, _ = make_log(tmp_path, clock, every=3)
     assert [step for step in range(1, 10) if by_number.is_due(step)] == [3, 6, 9]
@@ -103,7 +102,7 @@ def told(int8_store, tmp_path_factory):
 
 def test_a_run_tells_of_its_steps_and_learns_what_it_learns_untold(told, assert_same_run, int8_store, tmp_path):
     out, progress = told
-    steps = read_steps(open_run(out))
+    steps = read_steps(out)
     assert [one["step"] for one in steps] == list(range(1, 9)) and [one["epoch"] for one in steps][3::4] == [1.0, 2.0]
     assert all(
         one["gradient_norm"] > 0 and one["clips_per_s"] > 0 and 0 <= one["data_wait_share"] <= 1 for one in steps
@@ -134,29 +133,30 @@ def test_steps_that_are_trained_again_are_told_once(told, int8_store, tmp_path, 
         patch.setattr(tasks, "classification_loss", stop)
         with pytest.raises(KeyboardInterrupt):
             train_run(config)
-    run = open_run(tmp_path / "run")
+    run = tmp_path / "run"
     assert [one["step"] for one in read_steps(run)] == list(range(1, 7)), "of which two are in no state"
-    with (run.path / "steps.jsonl").open("a") as file:
+    with (run / "steps.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')  # cut off by a kill
     train_run(replace(config, resume=True, log_every=2))
     steps = read_steps(run)
     assert [one["step"] for one in steps] == [1, 2, 3, 4, 6, 8]
     same = ("step", "epoch", "learning_rate", "gradient_norm")
-    whole = {one["step"]: one for one in read_steps(open_run(told[0]))}
+    whole = {one["step"]: one for one in read_steps(told[0])}
     assert [[one[name] for name in same] for one in steps] == [
         [whole[one["step"]][name] for name in same] for one in steps
     ]
 
 
 def test_a_run_from_before_has_no_steps(tmp_path):
-    run = SimpleNamespace(path=tmp_path)
-    cut_steps(run, 0)
-    assert read_steps(run) == [] and not list(tmp_path.iterdir())
+    cut_steps(tmp_path, 0)
+    assert read_steps(tmp_path) == [] and not list(tmp_path.iterdir())
 
 
 def test_memory_that_nobody_counts_is_not_told():
     facts = dict(loss=1.0, learning_rate=1e-3, gradient_norm=0.5, clips_per_s=12.0, data_wait_share=0.031)
-    assert describe_step({**facts, "memory_bytes": None}) == "loss 1, rate 0.001, gradient 0.5, 12 clips/s, 3% waiting"
+    facts["memory_bytes"] = None
+    assert describe_step([facts]) == "loss 1, rate 0.001, gradient 0.5, 12 clips/s, 3% waiting"
+    assert describe_step([facts, {**facts, "loss": 0.5}]) == "2 heads, loss 0.5 to 1, 12 clips/s, 3% waiting"
 
 
 @pytest.mark.parametrize(
