@@ -151,7 +151,11 @@ class SideLadder(Network):
         for layer in range(len(self.taps)):
             if self.checkpoints_activations and self.training:
                 x = recompute_in_backward(
-                    self._climb_one, x, layer, patches, cls, codec, use_reentrant=False, context_fn=recomputing
+                    self._climb_one,
+                    *(x, layer, patches, cls, codec),
+                    use_reentrant=False,
+                    preserve_rng_state=False,  # nothing is drawn, and asking a GPU for its state holds it up
+                    context_fn=recomputing,
                 )
             else:
                 x = self._climb_one(x, layer, patches, cls, codec)
