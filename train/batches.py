@@ -175,14 +175,13 @@ def warn_of_other_step(given: TrainConfig, resolved: TrainConfig, recipe: Recipe
     """Say that a preset's rate is not that of so many clips: it is never scaled in silence, nor left so."""
     if recipe.step_clips in (None, shares.clips) or given.learning_rate is not None:
         return
-    hint = f"--preset {resolved.preset} takes {recipe.step_clips}" if given.preset != resolved.preset else "Leave out"
-    hint += "" if given.preset != resolved.preset else f" --batch-size for {recipe.step_clips}"
+    whose, hint = "", ""
+    if resolved.preset != "none":
+        whose = f" of {resolved.preset}"
+        what = f"--preset {resolved.preset}" if given.preset != resolved.preset else "Without --batch-size it"
+        hint = f" {what} takes {recipe.step_clips} (--accumulate N makes N batches of them)."
     _log.warning(
-        "a step has %d clips; the learning rate of %s, %g, is of steps of %d and is not scaled. %s (--accumulate N "
-        "makes N batches of them), --learning-rate sets another.",
-        shares.clips,
-        resolved.preset,
-        resolved.learning_rate,
-        recipe.step_clips,
-        hint,
+        "a step has %d clips; the learning rate%s, %g, is of steps of %d and is not scaled.%s --learning-rate sets "
+        "another.",
+        *(shares.clips, whose, resolved.learning_rate, recipe.step_clips, hint),
     )

@@ -175,7 +175,8 @@ class Retrieval(Task):
         choices = None
         if self._config.negatives == "all":
             choices = self._compare_with_all(network, frames, found.similarities.diagonal(), identities)
-        loss = contrastive_loss(found.similarities, self._logit_scale.to(output.device), is_same, choices)
+        self._logit_scale = self._logit_scale.to(output.device)  # once: a copy holds up the host
+        loss = contrastive_loss(found.similarities, self._logit_scale, is_same, choices)
         return loss + _DECORRELATION * found.decorrelation
 
     def _compare_with_all(
