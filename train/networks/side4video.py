@@ -167,7 +167,8 @@ class SideLadder(Network):
         tap, tokens = self.taps[layer], patches[:, :, layer]
         assert isinstance(tap, Tap)
         read = tap(tokens.to(cls.dtype)) if codec is None else tap.read_codes(tokens, codec, layer)
-        return self.blocks[layer](0.5 * x + 0.5 * read, tap(cls[:, :, layer]), self.position)
+        mean = (x + read).mul_(0.5)
+        return self.blocks[layer](mean, tap(cls[:, :, layer]), self.position)
 
     def begin_with(self, other: Network) -> None:
         """Begin where another side network ended, whatever its task: stem, taps, blocks, norm, positions of patches.
