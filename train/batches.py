@@ -144,14 +144,11 @@ def _refuse_norms(shares: StepShares, is_of_preset: bool, preset: str | None) ->
     )
 
 
-def keep_recorded_batches(
-    given: TrainConfig, resolved: TrainConfig, recorded: Mapping[str, Any], num_processes: int
-) -> TrainConfig:
-    """Options with which a run goes on as it was begun: its step is shared out anew among other processes.
+def keep_recorded_batches(given: TrainConfig, recorded: Mapping[str, Any], num_processes: int) -> StepShares:
+    """The step with which a run goes on: the one that it was begun with, shared out anew among other processes.
 
     Args:
-        given: Options as given.
-        resolved: What they come to for a new run.
+        given: Options as given; `batch_size` may be what each process had.
         recorded: Options of the run that goes on.
         num_processes: That go on with it.
 
@@ -168,7 +165,7 @@ def keep_recorded_batches(
     shares = StepShares(num_processes, given.accumulate, batch_size, norm_clips)
     if not shares.is_possible:
         raise ConfigError(_refuse_norms(shares, given.norm_clips is None, "this run"))
-    return replace(resolved, batch_size=batch_size, norm_clips=norm_clips)
+    return shares
 
 
 def warn_of_other_step(given: TrainConfig, resolved: TrainConfig, recipe: Recipe, shares: StepShares) -> None:

@@ -212,10 +212,13 @@ def _prepare(configs: Sequence[TrainConfig], state_path: Path, say: Callable[[st
 
 def _resolve(config: TrainConfig, store: StoreReader, num_processes: int, *, can_resume: bool) -> TrainConfig:
     """What the options come to; the step of a run that goes on is the one that it began with."""
-    resolved = resolve_preset(config, store, num_processes=num_processes)
     if not can_resume:
-        return resolved
-    return keep_recorded_batches(config, resolved, open_run(config.out).config, num_processes)
+        return resolve_preset(config, store, num_processes=num_processes)
+    shares = keep_recorded_batches(config, open_run(config.out).config, num_processes)
+    resolved = resolve_preset(
+        replace(config, batch_size=shares.batch_size, norm_clips=None), store, num_processes=num_processes
+    )
+    return replace(resolved, norm_clips=shares.norm_clips)
 
 
 def _warn_of_no_validation(store: StoreReader, task: Task, config: TrainConfig) -> None:

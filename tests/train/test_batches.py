@@ -104,8 +104,7 @@ def test_clips_of_a_norm_are_at_least_one():
 def test_a_run_goes_on_with_its_own_step_under_another_number_of_processes(processes, accumulate):
     recorded = {"batch_size": 64, "processes": 2, "accumulate": 2, "norm_clips": 32}
     given = config(accumulate=accumulate, batch_size=64)
-    kept = keep_recorded_batches(given, replace(given, batch_size=7), recorded, processes)
-    shares = StepShares.of_config(kept, processes)
+    shares = keep_recorded_batches(given, recorded, processes)
     assert (shares.clips, shares.norm_clips) == (256, 32)
     assert shares.learns_as(StepShares.of_run(recorded))
 
@@ -113,21 +112,19 @@ def test_a_run_goes_on_with_its_own_step_under_another_number_of_processes(proce
 def test_a_run_from_before_keeps_its_norms():
     recorded = {"batch_size": 16, "processes": 2, "accumulate": 1}
     given = config(preset="b16-k400")
-    resolved = replace(given, batch_size=256, norm_clips=32)
-    assert StepShares.of_config(keep_recorded_batches(given, resolved, recorded, 2), 2) == StepShares(2, 1, 16, None)
-    alone = StepShares.of_config(keep_recorded_batches(given, resolved, recorded, 1), 1)
+    assert keep_recorded_batches(given, recorded, 2) == StepShares(2, 1, 16, None)
+    alone = keep_recorded_batches(given, recorded, 1)
     assert alone == StepShares(1, 1, 32, None) and alone.learns_as(StepShares.of_run(recorded))
-    twice = keep_recorded_batches(replace(given, accumulate=2), resolved, recorded, 1)
-    assert not StepShares.of_config(twice, 1).learns_as(StepShares.of_run(recorded)), "its norms would count half"
+    twice = keep_recorded_batches(replace(given, accumulate=2), recorded, 1)
+    assert not twice.learns_as(StepShares.of_run(recorded)), "its norms would count half"
 
 
 def test_a_run_does_not_go_on_with_another_step_or_where_it_cannot_be_shared_out():
     recorded = {"batch_size": 64, "processes": 2, "accumulate": 2, "norm_clips": 32}
     given = config(batch_size=32, accumulate=2)
-    kept = StepShares.of_config(keep_recorded_batches(given, given, recorded, 2), 2)
-    assert not kept.learns_as(StepShares.of_run(recorded))
+    assert not keep_recorded_batches(given, recorded, 2).learns_as(StepShares.of_run(recorded))
     with pytest.raises(ConfigError, match="a step of 256 clips cannot be shared out evenly among 3 processes"):
-        keep_recorded_batches(config(), config(), recorded, 3)
+        keep_recorded_batches(config(), recorded, 3)
 
 
 def test_a_rate_that_is_not_of_this_step_is_told(caplog):
