@@ -120,7 +120,7 @@ class WeightedTokenInteraction(nn.Module):
 def _correlate(
     first: torch.Tensor, second: torch.Tensor, shares: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """(n, E) each and (n,) -> (E, E): products of standardised channels, weighted and summed; a mask leaves rows out."""
+    """(n, E) each and (n,) -> (E, E): products of standardised channels, weighted, summed; a mask leaves rows out."""
     first, second = (_standardise(x, mask) for x in (first, second))
     return (first * shares[:, None]).T @ second
 
