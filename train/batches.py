@@ -73,20 +73,23 @@ class StepShares:
         )
         return self.clips == other.clips and same_norms
 
-    def describe(self) -> str:
-        """`256 clips a step: 8 processes of 32; batch norms count 32`."""
+    def describe(self, available: int | None = None, *, has_norms: bool = True) -> str:
+        """`256 clips a step: 8 processes of 32; batch norms count 32`.
+
+        Args:
+            available: Clips of an epoch; None knows nothing of them.
+            has_norms: Whether the network has batch norms.
+        """
         parts = [f"{self.processes} processes" if self.processes > 1 else ""]
         parts += [f"{self.accumulate} batches" if self.accumulate > 1 else ""]
         shares = " of ".join(part for part in parts if part)
-        counted = self.norm_clips or self.batch_size * self.processes
-        return (
-            f"{self.clips} clips a step"
-            + (f": {shares} of {self.batch_size}" if shares else "")
-            + (
-                f"; batch norms count {counted}"
-                + (f", of {self.processes_per_norm} processes" * self.crosses_processes)
-            )
-        )
+        text = f"{self.clips} clips a step" + (f": {shares} of {self.batch_size}" if shares else "")
+        if available is not None and available < self.clips:
+            text += f", of which an epoch has {available}"
+        if has_norms:
+            text += f"; batch norms count {self.norm_clips or self.batch_size * self.processes}"
+            text += f", of {self.processes_per_norm} processes" if self.crosses_processes else ""
+        return text
 
     @property
     def crosses_processes(self) -> bool:
@@ -168,9 +171,9 @@ def keep_recorded_batches(given: TrainConfig, recorded: Mapping[str, Any], num_p
     return shares
 
 
-def warn_of_other_step(given: TrainConfig, resolved: TrainConfig, recipe: Recipe, shares: StepShares) -> None:
-    """Say that a preset's rate is not that of so many clips: it is never scaled in silence, nor left so."""
-    if recipe.step_clips in (None, shares.clips) or given.learning_rate is not None:
+def warn_of_other_step(given: TrainConfig, resolved: TrainConfig, recipe: Recipe, clips: int) -> None:
+    """Say that a preset's rate is not that of a step of so many clips: it is never scaled in silence, nor left so."""
+    if recipe.step_clips in (None, clips) or given.learning_rate is not None:
         return
     whose, hint = "", ""
     if resolved.preset != "none":
@@ -180,5 +183,5 @@ def warn_of_other_step(given: TrainConfig, resolved: TrainConfig, recipe: Recipe
     _log.warning(
         "a step has %d clips; the learning rate%s, %g, is of steps of %d and is not scaled.%s --learning-rate sets "
         "another.",
-        *(shares.clips, whose, resolved.learning_rate, recipe.step_clips, hint),
+        *(clips, whose, resolved.learning_rate, recipe.step_clips, hint),
     )

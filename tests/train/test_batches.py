@@ -8,6 +8,7 @@ import pytest
 from s4v.errors import ConfigError
 from s4v.train.batches import StepShares, keep_recorded_batches, resolve_batches, warn_of_other_step
 from s4v.train.config import TrainConfig
+from s4v.train.loop import train_run
 from s4v.train.paper.presets import PRESETS, RETRIEVAL_RECIPE
 from s4v.train.recipe import Recipe
 
@@ -50,6 +51,8 @@ def test_more_processes_than_the_references_count_a_norm_together():
     shares = share("b16-k400", 16)
     assert (shares.batch_size, shares.norm_clips, shares.processes_per_norm) == (16, 32, 2)
     assert shares.describe() == "256 clips a step: 16 processes of 16; batch norms count 32, of 2 processes"
+    assert shares.describe(100, has_norms=False) == "256 clips a step: 16 processes of 16, of which an epoch has 100"
+    assert share("b16-k400", accumulate=8).describe(256) == "256 clips a step: 8 batches of 32; batch norms count 32"
 
 
 @pytest.mark.parametrize("processes", [1, 8])
@@ -135,7 +138,7 @@ def test_a_rate_that_is_not_of_this_step_is_told(caplog):
         values = resolve_batches(given, recipe, "b16-k400", 1)
         resolved = replace(given, preset="b16-k400", learning_rate=given.learning_rate or 1e-3, **values)
         caplog.clear()
-        warn_of_other_step(given, resolved, recipe, StepShares.of_config(resolved, 1))
+        warn_of_other_step(given, resolved, recipe, StepShares.of_config(resolved, 1).clips)
         return caplog.text
 
     assert "a step has 32 clips; the learning rate of b16-k400, 0.001, is of steps of 256 and is not scaled" in told()
@@ -143,3 +146,14 @@ def test_a_rate_that_is_not_of_this_step_is_told(caplog):
     assert "a step has 64 clips" in told(preset="b16-k400", batch_size=64)
     assert told(preset="b16-k400") == told(learning_rate=1e-4) == ""
     assert told(preset="b16-k400", batch_size=32, accumulate=8) == "", "the same step by hand"
+
+
+def test_what_a_step_is_made_of_is_said_before_it_begins(int8_store, tmp_path):
+    said = []
+    options = dict(features=int8_store, epochs=1, device="cpu", batch_size=4)
+    train_run(TrainConfig(**options, out=tmp_path / "side", side_width=64, norm_clips=2), say=said.append)
+    train_run(TrainConfig(**options, out=tmp_path / "probe", head="attentive", accumulate=3), say=said.append)
+    assert said == ["4 clips a step; batch norms count 2", "12 clips a step: 3 batches of 4, of which an epoch has 8"]
+    with pytest.raises(ConfigError, match="--norm-clips has no effect on --head attentive, which has no batch norm"):
+        train_run(TrainConfig(**options, out=tmp_path / "no", head="attentive", norm_clips=2))
+    assert not (tmp_path / "no").exists()
