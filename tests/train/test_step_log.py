@@ -144,9 +144,7 @@ def test_steps_that_are_trained_again_are_told_once(told, int8_store, tmp_path, 
     steps = read_steps(run)
     assert [one["step"] for one in steps] == [1, 2, 3, 4, 6, 8]
     board = EventAccumulator(str(run / "steps")).Reload()
-    assert [event.step for event in board.Scalars("gradient_norm")] == [1, 2, 3, 4, 6, 8], (
-        "TensorBoard hides the others"
-    )
+    assert [event.step for event in board.Scalars("gradient_norm")] == [1, 2, 3, 4, 6, 8], "others are hidden"
     same = ("step", "epoch", "learning_rate", "gradient_norm")
     whole = {one["step"]: one for one in read_steps(told[0])}
     assert [[one[name] for name in same] for one in steps] == [
