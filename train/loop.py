@@ -36,7 +36,7 @@ from .config import TrainConfig
 from .logs import make_loggers, require_wandb
 from .networks import find_network
 from .networks.contract import Network
-from .recipe import learning_rate_at, make_optimizer, set_learning_rate
+from .recipe import OPTIMIZERS, find_biases, learning_rate_at, make_optimizer, set_learning_rate
 from .resume_state import STATE_NAME, Position, load_state, save_state
 from .run_folder import (
     CONFIG_NAME,
@@ -45,13 +45,14 @@ from .run_folder import (
     begin_with,
     create_run,
     cut_metrics,
+    open_run,
     plan_run,
     refuse_existing_run,
     require_same_run,
     save_checkpoint,
 )
 from .scorer import Scorer, Team, explain_full_device
-from .settings import find_optimisation, plan_network, resolve_preset, resolve_views
+from .settings import find_optimisation, plan_network, resolve_preset, resolve_views, take_recorded
 from .tasks import find_task
 from .tasks.contract import Task
 
@@ -114,8 +115,11 @@ def _train_run(config: TrainConfig, report: ReportEpoch) -> dict[str, Any]:
     config = replace(config, precision=precision)  # type: ignore[arg-type]
     store = open_store(config.features)
     is_auto = config.preset == "auto"
+    begun = open_run(config.out) if can_resume else None
+    if begun is not None:
+        config = take_recorded(config, begun)
     config = resolve_preset(config, store, num_processes=num_processes)
-    shape = plan_network(config, store)
+    shape = plan_network(config, store, None if begun is None else begun.shape)
     kind, task = find_network(config.head), find_task(config.task)(config, store)
     config = replace(config, views_per_video=resolve_views(config, task.training.num_views, num_processes))
     frames = _resolve_frames(config, store, task, is_told=is_auto and config.preset != "none")
@@ -141,7 +145,7 @@ def _train_run(config: TrainConfig, report: ReportEpoch) -> dict[str, Any]:
     )
     fabric.barrier()  # no process looks at what the first one is about to write
     if fabric.is_global_zero:
-        require_same_run(run, config) if can_resume else create_run(run)
+        require_same_run(run, config, task.of_old_runs) if can_resume else create_run(run)
     fabric.barrier()
     return _Training(config, run, store, task, network, fabric).fit(report)
 
@@ -190,7 +194,9 @@ class _Training:
             self._module.checkpoints_activations = True
         if config.with_compile:
             self._module.compile()
-        optimizer = make_optimizer(network.parameter_groups(), config, self._optimisation)
+        optimizer = make_optimizer(network.parameter_groups(), config, self._optimisation, find_biases(network))
+        assert config.optimizer is not None
+        self._rate_place = OPTIMIZERS[config.optimizer].rate_place
         self._head, self._optimizer = fabric.setup(network, optimizer)
         self._codec = codec_for(store, layers, fabric.device) if "patches" in network.arrays else None
         self._loader = ClipLoader.for_network(network, store, layers=layers, device=fabric.device, with_texts=True)
@@ -306,8 +312,7 @@ class _Training:
         num_steps = len(plans) // accumulate
 
         def rate_at(step: int) -> float:
-            # The middle of the step: at its end, the last step of a run would have a rate of zero.
-            return learning_rate_at(epoch + (step + 0.5) / num_steps, config, self._optimisation.schedule)
+            return learning_rate_at(epoch + (step + self._rate_place) / num_steps, config, self._optimisation.schedule)
 
         self._head.train()
         batches = self._loader.load(plans[position.step_in_epoch * accumulate : num_steps * accumulate])

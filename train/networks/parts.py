@@ -32,6 +32,9 @@ _LEAN_FROM_WIDTH = 192
 # Of running statistics: torch's own default, with which the reference trains.
 _MOMENTUM = 0.1
 
+# Of linear layers in the reference's retrieval beside CLIP.
+_LINEAR_STD = 0.02
+
 # The reference's initialisation counts 12 blocks whatever the depth.
 _INIT_DEPTH = 12
 
@@ -109,8 +112,6 @@ class Tap(nn.Module):
         self.is_post_norm = is_post_norm
         self.norm = nn.LayerNorm(side_width if is_post_norm else width)
         self.project = nn.Linear(width, side_width)
-        if not is_post_norm:  # beside EVA the reference leaves PyTorch's defaults, in taps as in blocks
-            nn.init.normal_(self.project.weight, std=(2 * side_width) ** -0.5)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., S)."""
@@ -208,6 +209,12 @@ class TemporalConv(nn.Module):
         for parameter in (self.weight, self.bias):  # PyTorch's default for a depthwise kernel of 3
             nn.init.uniform_(parameter, -(3**-0.5), 3**-0.5)
 
+    def draw_weights(self) -> None:
+        """Initialise as the reference's retrieval does beside CLIP; biases keep PyTorch's default there."""
+        nn.init.normal_(self.expand.weight, std=_LINEAR_STD)
+        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+        nn.init.normal_(self.project.weight, std=_LINEAR_STD)
+
     def forward(self, x: torch.Tensor, norm: nn.Module | None = None) -> torch.Tensor:
         """(B, T, N, S) -> (B, T, N, S); with a batch norm, of what that makes of it."""
 
@@ -277,6 +284,12 @@ class Mlp(nn.Sequential):
         width = x.shape[-1]
         x = widen(x) if norm is None else make_again(lambda x: widen(normalise_tokens(norm, x)), x, side_width=width)
         return make_again(lambda x: narrow(gelu(x)), x, side_width=width)
+
+
+def draw_linear(layer: nn.Linear) -> None:
+    """Initialise a linear layer as the reference's retrieval does beside CLIP."""
+    nn.init.normal_(layer.weight, std=_LINEAR_STD)
+    nn.init.zeros_(layer.bias)
 
 
 def make_again(function: Callable[..., torch.Tensor], *inputs: torch.Tensor, side_width: int) -> torch.Tensor:

@@ -195,6 +195,7 @@ def _read_shape(
         embed_dim=len(ours["end.project.weight"]) if is_retrieval else None,
         norm_eps=_FINAL_NORM_EPS[family] if is_retrieval else None,
         has_projection_bias=is_retrieval and "end.project.bias" in ours,
+        normalises_frames=not is_retrieval,  # of recognition what its runs record
     )
 
 
