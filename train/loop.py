@@ -367,6 +367,9 @@ class _Training:
         if self._fabric.world_size == 1:
             return values
         gathered: torch.Tensor = self._fabric.all_gather(values, sync_grads=True)  # type: ignore[assignment]
+        if gathered.requires_grad:
+            # torch hands a gradient's memory over as it lies, and takes it for contiguous where it is not.
+            gathered.register_hook(torch.Tensor.contiguous)
         return gathered.flatten(0, 1)
 
     def _validate(self, epoch: int) -> dict[str, float]:
