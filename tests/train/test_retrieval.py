@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from s4v.cli import app
-from s4v.errors import ConfigError, EnvironmentFailedError, StoreMismatchError
+from s4v.errors import ConfigError, EnvironmentFailedError, RunExistsError, StoreMismatchError
 from s4v.store.manifest import read_table
 from s4v.store.reader import open_store
 from s4v.store.texts import TextReader
@@ -17,10 +18,13 @@ from s4v.train.config import TrainConfig
 from s4v.train.evaluate import evaluate_run
 from s4v.train.loop import train_run
 from s4v.train.networks import find_network
+from s4v.train.networks.side4video import Side4Video
+from s4v.train.networks.text_interaction import contrastive_loss
+from s4v.train.paper.presets import PRESETS
 from s4v.train.recipe import find_biases, learning_rate_at, make_optimizer
 from s4v.train.run_folder import find_newest_run, open_run, read_metrics
 from s4v.train.scorer import Scorer
-from s4v.train.settings import find_optimisation, plan_network
+from s4v.train.settings import find_optimisation, plan_network, resolve_preset
 from s4v.train.tasks import retrieval
 from s4v.train.tasks.retrieval import (
     Retrieval,
@@ -234,6 +238,106 @@ def test_a_rate_that_is_far_too_high_is_told_in_one_line(interaction, captioned_
     config = config_for(captioned_store, tmp_path / "run", learning_rate=1e30, interaction=interaction, epochs=1)
     with pytest.raises(EnvironmentFailedError, match="became NaN or infinite in epoch 1.*Lower --learning-rate"):
         train_run(config)
+
+
+# What retrieval did before it was the reference's.
+BEFORE = dict(
+    interaction="wti",
+    optimizer="adamw",
+    undecayed="vectors",
+    set=("normalises_frames=true", "decorrelation=0.001", "trains_end=false", "trains_logit_scale=false"),
+)
+
+
+def test_a_killed_run_from_before_goes_on_as_it_was_begun(captioned_store, tmp_path, monkeypatch, assert_same_run):
+    """Its folder tells none of the options that are younger than it. What it was begun with goes on with it."""
+    train_run(config_for(captioned_store, tmp_path / "whole", **BEFORE))
+    seen, loss = [], retrieval.contrastive_loss
+
+    def stop(*arguments):
+        seen.append(None)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+        return loss(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(retrieval, "contrastive_loss", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_run(config_for(captioned_store, tmp_path / "run", **BEFORE))
+    saved = json.loads((tmp_path / "run/config.json").read_text())
+    saved["train"]["set"] = []
+    for place, names in (
+        ("train", ("optimizer", "undecayed")),
+        ("head", ("normalises_frames", "decorrelation", "trains_end", "trains_logit_scale")),
+    ):
+        for name in names:
+            del saved[place][name]
+    (tmp_path / "run/config.json").write_text(json.dumps(saved))
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    train_run(config_for(captioned_store, tmp_path / "run", interaction="wti", resume=True))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert evaluate_run(tmp_path / "run")["text_to_video"] == evaluate_run(tmp_path / "whole")["text_to_video"]
+    for against in (dict(optimizer="uncorrected-adam"), dict(undecayed="biases"), dict(interaction="mean")):
+        ((name, value),) = against.items()
+        with pytest.raises(RunExistsError, match=f"was begun with other settings: .*{name} .* there, {value} here"):
+            train_run(config_for(captioned_store, tmp_path / "other", resume=True, **against))
+    with pytest.raises(RunExistsError, match="begun with other settings: .*'trains_end': True"):
+        train_run(config_for(captioned_store, tmp_path / "other", resume=True, set=("trains_end=true",)))
+
+
+def test_a_presets_interaction_is_taken_where_none_is_given(captioned_store, tmp_path, monkeypatch):
+    """The tiny store as if its backbone were a paper's."""
+    (paper,) = (preset for preset in PRESETS if preset.name == "b16-msrvtt")
+    tiny = replace(paper, depth=6, layers=tuple(range(6)), sizes={**paper.sizes, "side_width": 64})
+    monkeypatch.setattr(Side4Video, "presets", (tiny,))
+    monkeypatch.setattr(type(tiny), "is_beside", lambda *_: True)
+    store = open_store(captioned_store)
+    for given, expected in (
+        ({}, "wti"),
+        ({"interaction": "mean"}, "mean"),
+        ({"negatives": "all"}, "mean"),
+        ({"preset": "none"}, "mean"),
+    ):
+        config = resolve_preset(config_for(captioned_store, None, **{"preset": "b16-msrvtt", **given}), store)
+        assert config.interaction == expected, given
+        assert (config.optimizer, config.undecayed, config.clip_norm) == ("uncorrected-adam", "biases", 1.0)
+        shape = plan_network(config, store)
+        assert (shape.normalises_frames, shape.decorrelation) == (False, 0.0)
+        assert shape.trains_end and shape.trains_logit_scale
+    given = resolve_preset(config_for(captioned_store, None, optimizer="adamw", undecayed="nothing"), store)
+    assert (given.optimizer, given.undecayed) == ("adamw", "nothing")
+    with pytest.raises(ConfigError, match="--negatives all compares means"):
+        config_for(captioned_store, None, preset="b16-msrvtt", negatives="all", interaction="wti")
+
+
+def test_the_references_negatives_count_pairs_that_are_right_too(captioned_store):
+    """By brute force: every other pair of the step."""
+    store = open_store(captioned_store)
+    task, head = Retrieval(config_for(captioned_store, None, negatives="reference"), store), build(store)
+    chosen = task.training.labels[[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
+    texts = TextReader(store).read(chosen)
+    batch = ClipBatch(None, None, None, torch.from_numpy(chosen), hand_over_texts(texts, CPU))
+    frames = torch.randn(12, 3, store.layout.embed_dim, generator=torch.Generator().manual_seed(0))
+    found = task.compute_loss(head, frames, batch, lambda values: values)
+    similarities = head.interaction(batch.texts, frames).similarities
+    torch.testing.assert_close(found, contrastive_loss(similarities, head.logit_scale))
+    usual = Retrieval(config_for(captioned_store, None), store).compute_loss(head, frames, batch, lambda values: values)
+    assert usual < found
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(set=("decorrelation=0.001",)), "--set decorrelation has no effect on means"),
+        (dict(set=("decorrelation=-1",), interaction="wti"), "--set decorrelation takes a number from 0 up; found -1"),
+        (dict(set=("trains_end=false",), task="recognition"), "--set trains_end has no effect but on --task retrieval"),
+        (dict(optimizer="sgd"), "--optimizer takes adamw, uncorrected-adam; found 'sgd'"),
+        (dict(undecayed="norms"), "--undecayed takes nothing, biases, vectors; found 'norms'"),
+    ],
+)
+def test_options_of_the_recipe_are_checked(captioned_store, options, message):
+    with pytest.raises(ConfigError, match=message):
+        plan_network(config_for(captioned_store, None, **options), open_store(captioned_store))
 
 
 def test_a_store_without_texts_leaves_no_run_behind(captioned_store, tmp_path):
