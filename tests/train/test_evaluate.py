@@ -53,6 +53,7 @@ def test_processes_share_the_clips_of_an_evaluation(trained_by_two, tmp_path, na
     runs = {processes: shutil.copytree(trained_by_two / name, tmp_path / str(processes)) for processes in (1, 2)}
     said = {}
     for processes, run in runs.items():
+        # Without the dashes torchrun takes --run for a beginning of its own --run-path.
         command = [sys.executable, "-m", *TORCHRUN[: 6 * (processes > 1)], "s4v", "eval", "--run", str(run), "--json"]
         done = subprocess.run([*command, "--split", "train", "--device", "cpu"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -35,20 +35,30 @@ class Interaction:
 
     similarities: torch.Tensor
     """(A, B) from -1 to 1, texts by videos."""
-    decorrelation: torch.Tensor
-    """() the channel decorrelation loss of the pairs on the diagonal; zero where A and B differ, and of means."""
+    loss: torch.Tensor
+    """() beside the contrastive one, weighted: of pairs on the diagonal; zero where A and B differ, and of means."""
 
 
 class MeanInteraction(nn.Module):
-    """Cosine of the mean of a video's normalised frames and a text."""
+    """Cosine of the mean of a video's frames and a text.
+
+    Args:
+        normalises_frames: Whether frames are normalised before the mean, so that each counts the same; the reference's
+            are not.
+    """
 
     text_arrays = ("embedding",)
     """What it reads of a text."""
 
+    def __init__(self, *, normalises_frames: bool = True) -> None:
+        super().__init__()
+        self.normalises_frames = normalises_frames
+
     def forward(self, texts: TextBatch, frames: torch.Tensor) -> Interaction:
         """Compare (A) texts with (B) videos by their frames (B, T, E), not normalised."""
         assert texts.embedding is not None
-        videos = F.normalize(F.normalize(frames, dim=-1).mean(dim=1), dim=-1)
+        frames = F.normalize(frames, dim=-1) if self.normalises_frames else frames
+        videos = F.normalize(frames.mean(dim=1), dim=-1)
         similarities = F.normalize(texts.embedding, dim=-1) @ videos.T
         return Interaction(similarities, similarities.new_zeros(()))
 
@@ -58,17 +68,21 @@ class WeightedTokenInteraction(nn.Module):
 
     Args:
         width: E.
-        on_diagonal: Weight of how far channels of a pair are from agreeing.
-        off_diagonal: Weight of how far different channels are from being uncorrelated; the reference's 0.
+        decorrelation: Weight of the channel decorrelation loss; of 0 it is not computed.
+        on_diagonal: In that loss, weight of how far channels of a pair are from agreeing.
+        off_diagonal: Of how far different channels are from being uncorrelated; the reference's 0.
     """
 
     text_arrays = ("tokens", "mask")
     """What it reads of a text."""
 
-    def __init__(self, width: int, *, on_diagonal: float = 0.11, off_diagonal: float = 0.0) -> None:
+    def __init__(
+        self, width: int, *, decorrelation: float = 0.0, on_diagonal: float = 0.11, off_diagonal: float = 0.0
+    ) -> None:
         super().__init__()
         self.text_weight = _make_weighting(width)
         self.frame_weight = _make_weighting(width)
+        self.decorrelation = decorrelation
         self.on_diagonal = on_diagonal
         self.off_diagonal = off_diagonal
 
@@ -85,13 +99,13 @@ class WeightedTokenInteraction(nn.Module):
         of_frames, best_words = cosines.max(dim=2)  # (A, B, T)
         similarities = torch.einsum("abm,am->ab", of_words, word_shares)
         similarities = (similarities + torch.einsum("abt,bt->ab", of_frames, frame_shares)) / 2
-        if len(words) != len(frames):
+        if not self.decorrelation or len(words) != len(frames):
             return Interaction(similarities, similarities.new_zeros(()))
         own = torch.arange(len(words), device=words.device)
         loss = self._decorrelate(
             words, mask, frames, word_shares, frame_shares, best_frames[own, own], best_words[own, own]
         )
-        return Interaction(similarities, loss)
+        return Interaction(similarities, self.decorrelation * loss)
 
     def _decorrelate(
         self,
