@@ -45,6 +45,8 @@ TRAININGS = {
     "attentive": {"head": "attentive", "side_width": None},
     "retrieval": {"task": "retrieval"},
     "words": {"task": "retrieval", "interaction": "wti"},
+    "decorrelated": {"task": "retrieval", "interaction": "wti", "set": ("decorrelation=0.001",)},
+    "the reference's": {"task": "retrieval", "negatives": "reference", "optimizer": "uncorrected-adam"},
     "all captions": {"task": "retrieval", "negatives": "all"},
 }
 

@@ -81,3 +81,12 @@ def test_words_that_are_all_the_same_are_no_accident():
     (found.similarities.sum() + found.loss).backward()
     assert torch.isfinite(found.loss)
     assert all(bool(torch.isfinite(parameter.grad).all()) for parameter in module.parameters())
+
+
+def test_a_trained_scale_has_a_gradient_where_captions_are_left_out():
+    similarities, scale = torch.tensor([[0.5, 0.1], [0.2, 0.4]]), torch.tensor(1.0, requires_grad=True)
+    choices = torch.tensor([[0.5, -torch.inf, 0.2], [0.4, 0.3, -torch.inf]])
+    loss = contrastive_loss(similarities, scale, None, choices)
+    without = [contrastive_loss(similarities, scale.detach() + step, None, choices) for step in (1e-2, -1e-2)]
+    loss.backward()
+    torch.testing.assert_close(scale.grad, (without[0] - without[1]) / 2e-2, rtol=1e-2, atol=1e-4)

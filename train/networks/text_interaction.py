@@ -178,4 +178,7 @@ def contrastive_loss(
     by_text = F.cross_entropy(logits, own)
     if texts_of_videos is None:
         return (by_text + F.cross_entropy(logits.T, own)) / 2
-    return (by_text + F.cross_entropy(scale * texts_of_videos, torch.zeros_like(own))) / 2
+    # Infinity times the gradient of the scale is not a number: what is left out is scaled as nothing.
+    left_out = texts_of_videos.isneginf()
+    choices = (scale * texts_of_videos.masked_fill(left_out, 0.0)).masked_fill(left_out, -torch.inf)
+    return (by_text + F.cross_entropy(choices, torch.zeros_like(own))) / 2
