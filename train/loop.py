@@ -18,7 +18,7 @@ import torch.distributed as dist
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import TorchElasticEnvironment
 
-from ..errors import EnvironmentFailedError
+from ..errors import ConfigError, EnvironmentFailedError
 from ..files import write_json
 from ..progress import Report
 from ..store.reader import StoreReader, open_store
@@ -39,7 +39,7 @@ from .heads import Head, Stack
 from .logs import Logger, make_loggers, require_wandb
 from .networks import find_network
 from .networks.contract import Network, NetworkKind, NetworkShape
-from .networks.norms import count_in_groups
+from .networks.norms import count_in_groups, has_norms
 from .recipe import OPTIMIZERS, find_biases, learning_rate_at, make_optimizer
 from .resume_state import STATE_NAME, Position, load_state, save_state
 from .run_folder import (
@@ -189,15 +189,17 @@ def _prepare(configs: Sequence[TrainConfig], state_path: Path, say: Callable[[st
     config = configs[0]
     frames = _resolve_frames(config, store, task, is_told=is_auto and config.preset != "none")
     assert config.batch_size is not None
-    shares = StepShares.of_config(config, num_processes)
-    say(shares.describe())
-    warn_of_other_step(given, config, find_recipe(config, store), shares)
+    shares, available = StepShares.of_config(config, num_processes), len(task.training) * num_views
+    warn_of_other_step(given, config, find_recipe(config, store), min(shares.clips, available))
     _warn_of_no_validation(store, task, config)
     task.check_step(config.batch_size * num_processes)
     kind.check_step(min(config.batch_size, len(task.training) // num_processes) * num_processes)
     # Before anything is written: it may not fit.
     is_begun = all(can_resume) and state_path.is_file()
     networks = [_build(config, kind, shape, store, task, is_begun=is_begun) for config in configs]
+    if given.norm_clips is not None and not has_norms(networks[0]):
+        raise ConfigError(f"--norm-clips has no effect on --head {config.head}, which has no batch norm: leave it out")
+    say(shares.describe(available, has_norms=has_norms(networks[0])))
     fabric = make_fabric(config, device_type)
     runs = [
         plan_run(config, frames, shape, store, task.training.rows, num_processes=num_processes, device_type=device_type)
@@ -216,8 +218,10 @@ def _resolve(config: TrainConfig, store: StoreReader, num_processes: int, begun:
     """What the options come to; of a run that goes on, what is left open is what it began with."""
     if begun is None:
         return resolve_preset(config, store, num_processes=num_processes)
-    resolved = resolve_preset(take_recorded(config, begun), store, num_processes=num_processes)
-    return keep_recorded_batches(config, resolved, begun.config, num_processes)
+    shares = keep_recorded_batches(config, begun.config, num_processes)
+    config = replace(take_recorded(config, begun), batch_size=shares.batch_size, norm_clips=None)
+    resolved = resolve_preset(config, store, num_processes=num_processes)
+    return replace(resolved, norm_clips=shares.norm_clips)
 
 
 def _warn_of_no_validation(store: StoreReader, task: Task, config: TrainConfig) -> None:
