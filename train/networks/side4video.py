@@ -34,6 +34,7 @@ from .contract import FrameNetwork, Network, NetworkKind, NetworkShape, Outputs
 from .parts import (
     HEAD_WIDTH,
     BatchNorm,
+    Classifier,
     FrameAttention,
     Mlp,
     PixelStem,
@@ -168,7 +169,8 @@ class SideLadder(Network):
         tap, tokens = self.taps[layer], patches[:, :, layer]
         assert isinstance(tap, Tap)
         read = tap(tokens.to(cls.dtype)) if codec is None else tap.read_codes(tokens, codec, layer)
-        return self.blocks[layer](0.5 * x + 0.5 * read, tap(cls[:, :, layer]), self.position)
+        mean = (x + read).mul_(0.5)
+        return self.blocks[layer](mean, tap(cls[:, :, layer]), self.position)
 
     def begin_with(self, other: Network) -> None:
         """Begin where another side network ended, whatever its task: stem, taps, blocks, norm, positions of patches.
@@ -207,7 +209,7 @@ class SideNetwork(SideLadder):
         super().__init__(**sizes)
         side_width = sizes["side_width"]
         self.norm = None if self.is_post_norm else BatchNorm(side_width)
-        self.classifier = nn.Linear(side_width, num_classes)
+        self.classifier = Classifier(side_width, num_classes)
         self.draw_position()
 
     def forward(

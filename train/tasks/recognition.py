@@ -239,13 +239,14 @@ def _relabel(data: LabelledRows, store: StoreReader, run: Run) -> LabelledRows:
 
 def _prediction_table(result: Evaluation, store: StoreReader, run: Run) -> pa.Table:
     ids = store.read_manifest(["video_id"])["video_id"].take(result.rows)
-    names = np.asarray(run.classes)
+    names, answers = np.asarray(run.classes), result.predictions
     return pa.table(
         {
             "video_id": ids,
             "class_name": names[result.labels],
-            "predicted": names[result.predictions],
-            "probability": result.probabilities.max(axis=1),
-            "is_correct": result.predictions == result.labels,
+            "predicted": names[answers],
+            "probability": np.take_along_axis(result.probabilities, answers[:, None], axis=1)[:, 0],
+            "is_correct": answers == result.labels,
+            "probabilities": pa.FixedSizeListArray.from_arrays(result.probabilities.ravel(), len(names)),
         }
     )

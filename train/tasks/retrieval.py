@@ -35,6 +35,7 @@ from ..recipe import Optimisation, Recipe, cosine_under_warmup
 from ..run_folder import Run, open_store_of_run
 from ..scorer import Scorer, explain_full_device
 from .contract import EvaluationOptions, Gather, Task, refuse, require_rows, require_split
+from .ranks import find_answers
 from .retrieval_metrics import measure_retrieval, rank_videos
 
 if TYPE_CHECKING:
@@ -415,7 +416,7 @@ def _rank_table(result: RetrievalEvaluation, store: StoreReader) -> pa.Table:
     """One row a caption: its text, its video, that video's rank and the video that was found first."""
     captions = store.read_captions().take(result.captions)
     ids = store.read_manifest(["video_id"])["video_id"].take(result.rows)
-    best = result.scores.argmax(axis=1)
+    best = find_answers(result.scores, result.video_of_text)
     return pa.table(
         {
             **{name: captions[name] for name in ("caption_id", "text", "video_id")},
