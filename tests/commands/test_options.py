@@ -11,7 +11,7 @@ from s4v.cli import app
 GOLDEN = Path(__file__).parents[1] / "data/cli_options.json"
 """Made by `describe_commands` of s4v before its options came from config classes."""
 
-NEW = {"extract": ("--codec",), "train": ("--optimizer", "--set", "--undecayed")}
+NEW = {"extract": ("--codec",), "train": ("--set", "--norm-clips", "--log-every", "--optimizer", "--undecayed")}
 """Options that have come since, by command."""
 
 LEFT_OPEN = {"train": {"--interaction": "mean"}}

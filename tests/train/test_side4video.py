@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from s4v.errors import StoreMismatchError
 from s4v.store.codecs.affine import AffineCodec, fit_scale
 from s4v.train.networks import parts
+from s4v.train.networks.norms import BatchNorm
 from s4v.train.networks.parts import Tap, convolve_time, shift_class_token, sum_shifted
 from s4v.train.networks.side4video import RetrievalSideNetwork, SideNetwork
 
@@ -296,7 +297,7 @@ def test_of_codes_as_wide_as_tokens_only_the_codes_are_kept(network, dtype, monk
 
 def test_batch_norm_of_vectors_is_torchs():
     torch.manual_seed(0)
-    ours, theirs = parts.BatchNorm(5, affine=False), torch.nn.BatchNorm1d(5, affine=False)
+    ours, theirs = BatchNorm(5, affine=False), torch.nn.BatchNorm1d(5, affine=False)
     x = torch.randn(7, 5)
     assert torch.equal(ours(x), theirs(x))
     assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), theirs.buffers(), strict=True))

@@ -11,7 +11,8 @@ from ...errors import ConfigError
 from ...store.codecs.contract import Codec
 from ...store.reader import StoreReader
 from .contract import Network, NetworkKind, NetworkShape, Outputs
-from .parts import BatchNorm, Classifier
+from .norms import BatchNorm
+from .parts import Classifier
 
 
 class LinearProbe(Network):

@@ -9,20 +9,18 @@ Source:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.nn.functional import all_reduce as sum_over_processes
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from ...errors import StoreMismatchError
 from ...store.codecs.contract import Codec
+from .norms import BatchNorm, recomputing
 
 HEAD_WIDTH = 64
 """Of one attention head."""
@@ -30,18 +28,11 @@ HEAD_WIDTH = 64
 # In narrower networks what comes before a product costs as much as the product: S = 64 took a fifth longer.
 _LEAN_FROM_WIDTH = 192
 
-# Of running statistics: torch's own default, with which the reference trains.
-_MOMENTUM = 0.1
-
 # Of linear layers in the reference's retrieval beside CLIP.
 _LINEAR_STD = 0.02
 
 # The reference's initialisation counts 12 blocks whatever the depth.
 _INIT_DEPTH = 12
-
-# Set while a backward pass computes a layer again: batch norms have counted that batch already.
-_is_recomputing = False
-
 
 TOWER_END = {
     "norm.weight": "norm_weight",
@@ -182,41 +173,6 @@ class Tap(nn.Module):
         return make_again(lambda codes: self(codec.decode(codes, layer)), codes, side_width=side_width)
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """Batch norm over the clips of all processes that train together; of one process it is torch's own.
-
-    torch's SyncBatchNorm refuses tensors on a CPU.
-    """
-
-    def _check_input_dim(self, x: torch.Tensor) -> None:
-        """Any number of axes: all but the second are counted."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, S, T, N) -> (B, S, T, N), or (B, S) -> (B, S)."""
-        is_shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if not self.training or not (is_shared or _is_recomputing):
-            return super().forward(x)
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
-        if not is_shared:
-            unused = (self.running_mean.clone(), self.running_var.clone())
-            return F.batch_norm(x, *unused, self.weight, self.bias, True, 0.0, self.eps)
-        values, axes = x.float(), tuple(axis for axis in range(x.ndim) if axis != 1)
-        along = (-1, *(1,) * (x.ndim - 2))
-        count = values.numel() // values.shape[1] * dist.get_world_size()  # every process has as many clips
-        mean = sum_over_processes(values.sum(axes)) / count
-        centred = values - mean.view(along)
-        variance = sum_over_processes(centred.square().sum(axes)) / count
-        if not _is_recomputing:
-            with torch.no_grad():
-                self.num_batches_tracked += 1
-                self.running_mean.lerp_(mean, _MOMENTUM)
-                self.running_var.lerp_(variance * count / (count - 1), _MOMENTUM)
-        scale = (variance + self.eps).rsqrt()
-        if self.weight is None:
-            return (centred * scale.view(along)).to(x.dtype)
-        return (centred * (self.weight * scale).view(along) + self.bias.view(along)).to(x.dtype)
-
-
 class TemporalConv(nn.Module):
     """1x1x1, depthwise 3x1x1 over time, 1x1x1, with nothing in between."""
 
@@ -324,21 +280,6 @@ def make_again(function: Callable[..., Any], *inputs: torch.Tensor, side_width: 
     return recompute_in_backward(
         function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=recomputing
     )
-
-
-def recomputing() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For a checkpoint's `context_fn`: batch norms do not count a batch again while it is computed again."""
-
-    @contextmanager
-    def again() -> Iterator[None]:
-        global _is_recomputing
-        before, _is_recomputing = _is_recomputing, True
-        try:
-            yield
-        finally:
-            _is_recomputing = before
-
-    return nullcontext(), again()
 
 
 def normalise_tokens(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -31,9 +31,9 @@ from ..choices import Family, Inputs, Similarity
 from ..paper.presets import PAPER_SIDE_WIDTHS, PRESETS, RETRIEVAL_SIDE_WIDTH, is_of_paper, side_family
 from ..recipe import ParameterGroup
 from .contract import FrameNetwork, Network, NetworkKind, NetworkShape, Outputs
+from .norms import BatchNorm, recomputing
 from .parts import (
     HEAD_WIDTH,
-    BatchNorm,
     Classifier,
     FrameAttention,
     Mlp,
@@ -44,7 +44,6 @@ from .parts import (
     draw_linear,
     normalise_channels,
     normalise_tokens,
-    recomputing,
 )
 from .text_interaction import MeanInteraction, WeightedTokenInteraction
 
@@ -157,7 +156,11 @@ class SideLadder(Network):
         for layer in range(len(self.taps)):
             if self.checkpoints_activations and self.training:
                 x = recompute_in_backward(
-                    self._climb_one, x, layer, patches, cls, codec, use_reentrant=False, context_fn=recomputing
+                    self._climb_one,
+                    *(x, layer, patches, cls, codec),
+                    use_reentrant=False,
+                    preserve_rng_state=False,  # nothing is drawn, and asking a GPU for its state holds it up
+                    context_fn=recomputing,
                 )
             else:
                 x = self._climb_one(x, layer, patches, cls, codec)
