@@ -229,7 +229,7 @@ class _Training:
         self._task = task
         self._fabric = fabric
         self._state_path = state_path
-        self._stacks = [self._make_stack(head) for head in heads]
+        self._stacks = self._make_stacks(find_network(config.head))
         network, layers = heads[0].network, heads[0].run.shape.layers
         self._layers = layers
         self._codec = codec_for(store, layers, fabric.device) if "patches" in network.arrays else None
@@ -239,14 +239,23 @@ class _Training:
         self._wait_s = 0.0
         self._wait_share = 0.0
 
-    def _make_stack(self, head: Head) -> Stack:
-        network = head.network
-        if head.config.checkpoint_activations:
-            network.checkpoints_activations = True
-        if head.config.with_compile:
-            network.compile()
-        optimizer = make_optimizer(network.parameter_groups(), head.config, self._optimisation)
-        return Stack([head], network, optimizer, self._fabric)
+    def _make_stacks(self, kind: NetworkKind) -> list[Stack]:
+        """One of all heads where their kind has it, else one of each."""
+        heads, config = self._heads, self._config
+        for head in heads:
+            head.network.checkpoints_activations |= config.checkpoint_activations
+        together = kind.stack([head.network for head in heads]) if len(heads) > 1 else None
+        members = [[head] for head in heads] if together is None else [heads]
+        stacks = []
+        for own in members:
+            module = own[0].network if together is None else together
+            if config.with_compile:
+                module.compile()
+            optimizers = [
+                make_optimizer(head.network.parameter_groups(), head.config, self._optimisation) for head in own
+            ]
+            stacks.append(Stack(own, module, optimizers, self._fabric))
+        return stacks
 
     @property
     def _active(self) -> list[Head]:
@@ -453,13 +462,14 @@ class _Training:
         return gathered.flatten(0, 1)
 
     def _validate(self, epoch: int) -> dict[Head, dict[str, float]]:
-        """Every process scores its share of the clips, in the precision of training."""
-        if not len(self._task.validation):
-            return {head: {} for head in self._active}
+        """Every process scores its share of the clips, in the precision of training; they are read once."""
+        heads = self._active
+        if not heads or not len(self._task.validation):
+            return {head: {} for head in heads}
         figures = {}
-        for head in self._active:
+        for head, scorer in zip(heads, self._make_scorer(heads[0]).share([h.network for h in heads]), strict=True):
             try:
-                figures[head] = self._task.validate(self._make_scorer(head))
+                figures[head] = self._task.validate(scorer)
             except EnvironmentFailedError:
                 self._stop(head, "a validation score", epoch, f"at or before step {head.position.steps}")
         return figures

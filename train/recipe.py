@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -130,9 +130,9 @@ def make_optimizer(
     )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group of parameters its share of a rate."""
-    for group in optimizer.param_groups:
+def set_learning_rate(groups: Iterable[dict[str, Any]], rate: float) -> None:
+    """Give every one of an optimiser's groups of parameters its share of a rate."""
+    for group in groups:
         group["lr"] = rate * group.get("rate_share", 1.0)
 
 

@@ -135,6 +135,22 @@ class FrameNetwork(Network):
     """Compares `TextBatch` (A) with frames (B, T, E); see train/networks/text_interaction.py."""
 
 
+class NetworkStack(nn.Module):
+    """Several networks of one shape as one module, for heads that learn from the same batches."""
+
+    def inputs(self, batch: ClipBatch) -> tuple[Any, ...]:
+        """What `forward` takes of a batch, before the codec: what each of the networks takes."""
+        raise NotImplementedError
+
+    def forward(self, *inputs: Any) -> Sequence[Any]:
+        """The output of each network, in their order.
+
+        On a CPU it is, as its gradients are, what the network gives alone, to the bit. No network's output depends on
+        the parameters of another.
+        """
+        raise NotImplementedError
+
+
 class NetworkKind(ABC):
     """What `--head NAME` trains, before there is one: facts, options, and how it fits a store."""
 
@@ -195,6 +211,14 @@ class NetworkKind(ABC):
     def build(self, shape: Any) -> Network:
         """A freshly initialised network of that shape; seed torch before for the same weights."""
         raise NotImplementedError(f"{self.name} is nothing that is trained")
+
+    def stack(self, networks: Sequence[Any]) -> NetworkStack | None:
+        """Networks of one shape, freshly built, as one module: they learn from the same batches in one step.
+
+        They may share what is no parameter and is the same in all, such as a norm's statistics. None, the default, has
+        them learn one after another from each batch.
+        """
+        return None
 
     def score(self, store: StoreReader, split: str, **options: Any) -> tuple[np.ndarray, np.ndarray]:
         """Of a kind that is not trained: scores (n, classes) of a split's good, labelled rows, and their labels (n,).
