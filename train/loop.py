@@ -118,7 +118,8 @@ def train_heads(
     A head whose loss or weights are not finite stops alone, as does one that gets no better for its patience.
 
     Args:
-        configs: One for each head; see `OWN_OF_A_HEAD`. The order of clips is that of the first one.
+        configs: One for each head. They differ in what `OWN_OF_A_HEAD` lists alone; of seeds that differ, `order_seed`
+            says which orders the clips.
         state_path: The file that holds what all of them go on from.
         report: Told about each epoch.
 
@@ -126,13 +127,13 @@ def train_heads(
         Of each head what `train_run` returns, and `stopped`: why it stopped alone, else None.
 
     Raises:
-        ValueError: If the configurations differ in anything else.
-        EnvironmentFailedError: If no head is left.
+        ValueError: If the configurations differ in anything else, or their clips would be ordered differently.
         StoreMismatchError, RunExistsError: As `train_run`.
     """
     shared = {name: getattr(configs[0], name) for name in TrainConfig.__dataclass_fields__ if name not in OWN_OF_A_HEAD}
-    if any(getattr(config, name) != value for config in configs for name, value in shared.items()):
-        raise ValueError(f"heads of one training differ in {', '.join(OWN_OF_A_HEAD)} alone")
+    is_shared = all(getattr(config, name) == value for config in configs for name, value in shared.items())
+    if not is_shared or len({config.seed_of_order for config in configs}) > 1:
+        raise ValueError(f"heads of one training differ in {', '.join(OWN_OF_A_HEAD)} alone, and share an order_seed")
     with _explain_full_device():
         return _prepare(configs, state_path).fit(report)
 
@@ -288,8 +289,6 @@ class _Training:
             if self._fabric.is_global_zero:
                 report([{**one, **wait} for one in kept], num_epochs)
             self._fabric.barrier()
-        if all(head.stopped is not None for head in self._heads):
-            raise EnvironmentFailedError(f"no head is left: {self._heads[0].stopped}")
         seconds = time.perf_counter() - start
         summaries = [self._summarise(head, seconds) for head in self._heads]
         if self._fabric.is_global_zero:

@@ -16,7 +16,7 @@ import torch
 
 from ...errors import ConfigError, StoreMismatchError
 from ...store.reader import StoreReader
-from ..clips import ClipBatch, ClipPlan, LabelledRows, plan_training_epoch
+from ..clips import ClipBatch, ClipPlan, LabelledRows, hold_out_rows, plan_training_epoch
 from ..networks.contract import Network, Outputs
 from ..recipe import Optimisation, Recipe
 from ..run_folder import Run
@@ -119,11 +119,25 @@ class Task(ABC):
             num_frames=num_frames,
             batch_size=config.batch_size,
             views_per_video=config.views_per_video or 1,
-            seed=config.seed,
+            seed=config.seed_of_order,
             epoch=epoch,
             rank=rank,
             num_ranks=num_ranks,
         )
+
+    def find_rows(
+        self, find: Callable[[StoreReader, str], LabelledRows], *, by_class: bool
+    ) -> tuple[LabelledRows, LabelledRows]:
+        """Those to train on and those to validate on: two splits, or two parts of the training split.
+
+        Args:
+            find: The rows of a split.
+            by_class: Whether every class gives its share of what is held out.
+        """
+        config, training = self._config, find(self._store, self._config.train_split)
+        if config.hold_out is None or not len(training):
+            return training, find(self._store, config.val_split)
+        return hold_out_rows(training, self._store, config.hold_out, seed=config.seed_of_order, by_class=by_class)
 
     def begin(self, network: Network) -> None:
         """Called once before the first step, with the network as it will be trained. By default nothing."""

@@ -52,8 +52,7 @@ class Recognition(Task):
 
     def __init__(self, config: TrainConfig, store: StoreReader) -> None:
         super().__init__(config, store)
-        self.training = find_labelled_rows(store, config.train_split)
-        self.validation = find_labelled_rows(store, config.val_split)
+        self.training, self.validation = self.find_rows(find_labelled_rows, by_class=True)
         require_rows(store, self.training, config, labels="labels", kind="labelled")
         if len(set(self.training.labels.tolist())) < 2:
             raise StoreMismatchError(

@@ -109,8 +109,7 @@ class Retrieval(Task):
 
     def __init__(self, config: TrainConfig, store: StoreReader) -> None:
         super().__init__(config, store)
-        self.training = find_captioned_rows(store, config.train_split)
-        self.validation = find_captioned_rows(store, config.val_split)
+        self.training, self.validation = self.find_rows(find_captioned_rows, by_class=False)
         require_rows(store, self.training, config, labels="captions", kind="captioned")
         if len(set(self.training.rows.tolist())) < 2:
             raise StoreMismatchError(
