@@ -119,7 +119,9 @@ def sweep_heads(
     store = open_store(base.features)
     share = base.hold_out if base.hold_out is not None else HELD_OUT_SHARE
     base = replace(base, order_seed=seeds[0], hold_out=share, resume=True)
-    combinations = list(itertools.product(learning_rates or [None], weight_decays or [None], seeds))
+    rates: Sequence[float | None] = learning_rates or [None]
+    decays: Sequence[float | None] = weight_decays or [None]
+    combinations = list(itertools.product(rates, decays, seeds))
     configs = [
         replace(base, learning_rate=rate, weight_decay=decay, seed=seed, out=base.out / "heads" / f"{place:03d}")
         for place, (rate, decay, seed) in enumerate(combinations)

@@ -44,7 +44,7 @@ JOURNEY = {
 }
 """Command lines in their order, by what they are about; each is given `--json`."""
 
-NOT_RUN = {"demo": "it takes minutes: tests/demo"}
+NOT_RUN = {"demo": "it takes minutes: tests/demo", "sweep": "it came later: tests/train/test_sweep.py"}
 
 
 def describe(value):

@@ -174,6 +174,11 @@ class NetworkKind(ABC):
     optimisation: ClassVar[Mapping[str, Optimisation]] = {}
     """By task: what it wants otherwise than the task (schedule, moments, what decays)."""
 
+    tried_rates: ClassVar[Sequence[float]] = ()
+    """What `s4v compare` chooses its learning rate from, on held-out training videos; none takes its recipe's."""
+    tried_decays: ClassVar[Sequence[float]] = ()
+    """The same of weight decay."""
+
     def find_recipe(self, task: str, width: int) -> Recipe | None:
         """How it is trained without a preset, beside a backbone of a width; None takes the task's own recipe."""
         return None

@@ -92,6 +92,8 @@ class Linear(NetworkKind):
     name = "linear"
     tasks = ("recognition",)
     reads = "class tokens of the last layer, averaged: blind to order"
+    tried_rates = (1e-3, 3e-3, 1e-2, 3e-2)
+    tried_decays = (0.0, 0.15)
 
     def check_step(self, num_clips: int) -> None:
         """Of one clip its norm has no statistics."""

@@ -18,6 +18,7 @@ from ...errors import ConfigError, StoreMismatchError
 from ...store.reader import StoreReader
 from ..clips import ClipBatch, ClipPlan, LabelledRows, hold_out_rows, plan_training_epoch
 from ..networks.contract import Network, Outputs
+from ..paired import Answers
 from ..recipe import Optimisation, Recipe
 from ..run_folder import Run
 from ..scorer import Scorer
@@ -172,6 +173,16 @@ class Task(ABC):
             ConfigError: If the run was imported without a store and none is named.
             EnvironmentFailedError: If a score is not finite, or the device is too small.
         """
+
+    @classmethod
+    def read_answers(cls, run: Path, name: str) -> Answers | None:
+        """Which answers of a run were right, as `evaluate_run` left them; None of a task without such.
+
+        Args:
+            run: The run's folder.
+            name: `EvaluationOptions.file_stem`.
+        """
+        return None
 
     @classmethod
     def describe_shares(cls, metrics: Mapping[str, Any]) -> str:

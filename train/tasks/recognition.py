@@ -15,7 +15,7 @@ import torch
 
 from ...errors import EnvironmentFailedError, StoreMismatchError
 from ...files import write_json
-from ...store.manifest import write_table
+from ...store.manifest import read_table, write_table
 from ...store.reader import StoreReader
 from ..clips import (
     DEFAULT_CLIP_FRAMES,
@@ -28,6 +28,7 @@ from ..clips import (
     warn_of_thinned_clips,
 )
 from ..networks.contract import Network, Outputs
+from ..paired import Answers
 from ..recipe import Recipe, classification_loss, reference_learning_rate
 from ..run_folder import Run, open_store_of_run
 from ..scorer import Scorer, explain_full_device
@@ -142,6 +143,12 @@ class Recognition(Task):
 
             write_results(run, store, result, figures, name)
         return figures
+
+    @classmethod
+    def read_answers(cls, run: Path, name: str) -> Answers:
+        """Of every video."""
+        table = read_table(run / f"predictions_{name}.parquet")
+        return Answers("top1", tuple(table["video_id"].to_pylist()), table["is_correct"].to_numpy().astype(np.float64))
 
     @classmethod
     def render(cls, run: Path, figures: Mapping[str, Any]) -> list[str]:
