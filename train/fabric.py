@@ -6,13 +6,17 @@ import os
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision
 from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from lightning_fabric.strategies import DDPStrategy
 
 from ..device import DEVICES, find_auto_device
 from ..errors import ConfigError
+from .batches import StepShares
 from .config import TrainConfig
+from .networks.norms import NormGroups
 
 
 class _InputsAsTheyAre(MixedPrecision):
@@ -49,6 +53,19 @@ def resolve_device(config: TrainConfig) -> tuple[str, str]:
     return device_type, precision
 
 
+def make_norm_groups(shares: StepShares) -> NormGroups | None:
+    """What batch norms count together, where that is not all of a batch; every process makes it at the same time."""
+    if shares.norm_clips is None:
+        return None
+    processes = None
+    if shares.crosses_processes:
+        for first in range(0, shares.processes, shares.processes_per_norm):
+            members = list(range(first, first + shares.processes_per_norm))
+            group = dist.new_group(members)  # every process makes all of them, in the same order
+            processes = group if dist.get_rank() in members else processes
+    return NormGroups(shares.norm_clips, processes)
+
+
 def make_fabric(config: TrainConfig, device_type: str) -> Fabric:
     """All processes of a training, one without `torchrun`.
 
@@ -68,7 +85,8 @@ def make_fabric(config: TrainConfig, device_type: str) -> Fabric:
             accelerator=device_type,
             devices=num_local if is_spread else 1,
             num_nodes=num_nodes if is_spread else 1,
-            strategy="ddp" if is_spread else "auto",
+            # Running statistics are the same everywhere: none are sent around before each batch.
+            strategy=DDPStrategy(broadcast_buffers=False) if is_spread else "auto",
             plugins=plugins,
         )
         fabric.launch()

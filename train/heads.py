@@ -14,9 +14,11 @@ from ..store.codecs.contract import Codec
 from .clips import ClipBatch
 from .config import TrainConfig
 from .networks.contract import Network, NetworkStack
+from .networks.norms import average_statistics
 from .recipe import Schedule, learning_rate_at, set_learning_rate
 from .resume_state import Position, StackState
 from .run_folder import Run
+from .step_log import find_gradient_norm
 
 ComputeLoss = Callable[[Network, Any, ClipBatch], torch.Tensor]
 """The loss () of what a network said of a batch."""
@@ -141,6 +143,15 @@ class Stack:
             counted = [loss if head in self.active else 0 * loss for head, loss in losses.items()]
             self._fabric.backward(sum(counted[1:], counted[0]) / num_batches)
         return [losses[head].detach() for head in self.active]
+
+    def find_gradient_norms(self) -> list[torch.Tensor]:
+        """The norm () of what each active head's backward pass left; nothing is changed."""
+        scale = 1.0 if self._scaler is None else self._scaler.get_scale()
+        return [find_gradient_norm(list(head.network.parameters())) / scale for head in self.active]
+
+    def average_statistics(self) -> None:
+        """Make its batch norms' statistics the same in all processes."""
+        average_statistics(self._module)
 
     def step(self, clip_norm: float | None) -> None:
         """Move the weights along the gradients that were added up, each head's cut down to a norm."""

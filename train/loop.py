@@ -20,7 +20,9 @@ from lightning_fabric.plugins.environments import TorchElasticEnvironment
 
 from ..errors import EnvironmentFailedError
 from ..files import write_json
+from ..progress import Report
 from ..store.reader import StoreReader, open_store
+from .batches import StepShares, keep_recorded_batches, warn_of_other_step
 from .clips import (
     ClipBatch,
     ClipLoader,
@@ -32,11 +34,12 @@ from .clips import (
     warn_of_thinned_clips,
 )
 from .config import TrainConfig
-from .fabric import make_fabric, resolve_device
+from .fabric import make_fabric, make_norm_groups, resolve_device
 from .heads import Head, Stack
 from .logs import Logger, make_loggers, require_wandb
 from .networks import find_network
 from .networks.contract import Network, NetworkKind, NetworkShape
+from .networks.norms import count_in_groups
 from .recipe import learning_rate_at, make_optimizer
 from .resume_state import STATE_NAME, Position, load_state, save_state
 from .run_folder import (
@@ -45,13 +48,15 @@ from .run_folder import (
     begin_with,
     create_run,
     cut_metrics,
+    open_run,
     plan_run,
     refuse_existing_run,
     require_same_run,
     save_checkpoint,
 )
 from .scorer import Scorer, Team, explain_full_device
-from .settings import find_optimisation, plan_network, resolve_preset, resolve_views
+from .settings import find_optimisation, find_recipe, plan_network, resolve_preset, resolve_views
+from .step_log import StepLog, cut_steps
 from .tasks import find_task
 from .tasks.contract import Task
 
@@ -84,7 +89,13 @@ def default_run_path(features: Path, head: str, *, resume: bool = False, folder:
     raise AssertionError
 
 
-def train_run(config: TrainConfig, report: ReportEpoch = lambda *_: None) -> dict[str, Any]:
+def train_run(
+    config: TrainConfig,
+    report: ReportEpoch = lambda *_: None,
+    *,
+    progress: Report = lambda *_: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
     """Train a head on a store and leave a run's folder.
 
     Under `torchrun` every process takes clips of its own in each step; the first one writes.
@@ -92,6 +103,8 @@ def train_run(config: TrainConfig, report: ReportEpoch = lambda *_: None) -> dic
     Args:
         config: What to train, and how.
         report: Told about each epoch.
+        progress: Told after each step.
+        say: Told once how a step's clips are shared out.
 
     Returns:
         run, preset, epochs, best (metrics of the best epoch), last, parameters, seconds, data_wait_share.
@@ -104,14 +117,19 @@ def train_run(config: TrainConfig, report: ReportEpoch = lambda *_: None) -> dic
             does not suffice.
     """
     with _explain_full_device():
-        training = _prepare([config], config.out / STATE_NAME)
-        (summary,) = training.fit(lambda metrics, num_epochs: report(metrics[0], num_epochs))
+        training = _prepare([config], config.out / STATE_NAME, say)
+        (summary,) = training.fit(lambda metrics, num_epochs: report(metrics[0], num_epochs), progress)
     del summary["stopped"]
     return summary
 
 
 def train_heads(
-    configs: Sequence[TrainConfig], state_path: Path, report: ReportHeads = lambda *_: None
+    configs: Sequence[TrainConfig],
+    state_path: Path,
+    report: ReportHeads = lambda *_: None,
+    *,
+    progress: Report = lambda *_: None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
     """Train several heads on the batches of one read of the store, each into a run's folder of its own.
 
@@ -122,6 +140,8 @@ def train_heads(
             says which orders the clips.
         state_path: The file that holds what all of them go on from.
         report: Told about each epoch.
+        progress: Told after each step.
+        say: Told once how a step's clips are shared out.
 
     Returns:
         Of each head what `train_run` returns, and `stopped`: why it stopped alone, else None.
@@ -135,7 +155,7 @@ def train_heads(
     if not is_shared or len({config.seed_of_order for config in configs}) > 1:
         raise ValueError(f"heads of one training differ in {', '.join(OWN_OF_A_HEAD)} alone, and share an order_seed")
     with _explain_full_device():
-        return _prepare(configs, state_path).fit(report)
+        return _prepare(configs, state_path, say).fit(report, progress)
 
 
 def _explain_full_device() -> AbstractContextManager[None]:
@@ -144,7 +164,7 @@ def _explain_full_device() -> AbstractContextManager[None]:
     )
 
 
-def _prepare(configs: Sequence[TrainConfig], state_path: Path) -> _Training:
+def _prepare(configs: Sequence[TrainConfig], state_path: Path, say: Callable[[str], None]) -> _Training:
     """Resolve what the options leave open, build all networks, and make their runs' folders."""
     is_first = int(os.environ.get("RANK", "0")) == 0
     can_resume = [config.resume and (config.out / CONFIG_NAME).is_file() for config in configs]
@@ -156,9 +176,10 @@ def _prepare(configs: Sequence[TrainConfig], state_path: Path) -> _Training:
     device_type, precision = resolve_device(configs[0])
     store = open_store(configs[0].features)
     is_auto = configs[0].preset == "auto"
+    given = configs[0]
     configs = [
-        resolve_preset(replace(config, precision=precision), store, num_processes=num_processes)  # type: ignore[arg-type]
-        for config in configs
+        _resolve(replace(config, precision=precision), store, num_processes, can_resume=can)  # type: ignore[arg-type]
+        for config, can in zip(configs, can_resume, strict=True)
     ]
     shape = plan_network(configs[0], store)
     kind, task = find_network(configs[0].head), find_task(configs[0].task)(configs[0], store)
@@ -167,6 +188,10 @@ def _prepare(configs: Sequence[TrainConfig], state_path: Path) -> _Training:
     config = configs[0]
     frames = _resolve_frames(config, store, task, is_told=is_auto and config.preset != "none")
     assert config.batch_size is not None
+    shares = StepShares.of_config(config, num_processes)
+    say(shares.describe())
+    warn_of_other_step(given, config, find_recipe(config, store), shares)
+    _warn_of_no_validation(store, task, config)
     task.check_step(config.batch_size * num_processes)
     kind.check_step(min(config.batch_size, len(task.training) // num_processes) * num_processes)
     # Before anything is written: it may not fit.
@@ -184,6 +209,24 @@ def _prepare(configs: Sequence[TrainConfig], state_path: Path) -> _Training:
     fabric.barrier()
     heads = [Head(*parts) for parts in zip(configs, runs, networks, strict=True)]
     return _Training(heads, store, task, fabric, state_path)
+
+
+def _resolve(config: TrainConfig, store: StoreReader, num_processes: int, *, can_resume: bool) -> TrainConfig:
+    """What the options come to; the step of a run that goes on is the one that it began with."""
+    resolved = resolve_preset(config, store, num_processes=num_processes)
+    if not can_resume:
+        return resolved
+    return keep_recorded_batches(config, resolved, open_run(config.out).config, num_processes)
+
+
+def _warn_of_no_validation(store: StoreReader, task: Task, config: TrainConfig) -> None:
+    if not len(task.validation):
+        _log.warning(
+            "%s has no good video with what this task is measured by in split %r: no epoch is measured, and the last "
+            "one counts as the best. Name another split with --val-split, or extract one.",
+            store.path,
+            config.val_split,
+        )
 
 
 def _build(
@@ -230,6 +273,7 @@ class _Training:
         self._task = task
         self._fabric = fabric
         self._state_path = state_path
+        self._norms = make_norm_groups(StepShares.of_config(config, fabric.world_size))
         self._stacks = self._make_stacks(find_network(config.head))
         network, layers = heads[0].network, heads[0].run.shape.layers
         self._layers = layers
@@ -237,14 +281,16 @@ class _Training:
         self._loader = ClipLoader.for_network(network, store, layers=layers, device=fabric.device, with_texts=True)
         self._saved_at = time.monotonic()
         self._began = time.perf_counter()
-        self._wait_s = 0.0
         self._wait_share = 0.0
+        self._log: StepLog | None = None  # of the first process
 
     def _make_stacks(self, kind: NetworkKind) -> list[Stack]:
         """One of all heads where their kind has it, else one of each."""
         heads, config = self._heads, self._config
         for head in heads:
             head.network.checkpoints_activations |= config.checkpoint_activations
+            if self._norms is not None:
+                count_in_groups(head.network, self._norms)
         together = kind.stack([head.network for head in heads]) if len(heads) > 1 else None
         members = [[head] for head in heads] if together is None else [heads]
         stacks = []
@@ -269,12 +315,12 @@ class _Training:
         heads = self._active or sorted(self._heads, key=lambda head: head.position.steps)
         return heads[-1].position
 
-    def fit(self, report: ReportHeads) -> list[dict[str, Any]]:
+    def fit(self, report: ReportHeads, progress: Report) -> list[dict[str, Any]]:
         start = time.perf_counter()
         if self._config.resume:
             self._go_on()
         self._began = start - self._position.seconds
-        loggers = self._make_loggers()
+        loggers = self._begin_logs(progress) if self._fabric.is_global_zero else {}
         num_epochs = self._config.epochs
         assert num_epochs is not None
         while (epoch := self._position.epoch) < num_epochs and self._active:
@@ -296,10 +342,23 @@ class _Training:
                 write_json(head.run.path / "stats.json", summary)
         return summaries
 
-    def _make_loggers(self) -> dict[Head, list[Logger]]:
-        if not self._fabric.is_global_zero:
-            return {}
-        return {head: make_loggers(head.run, head.config, head.position.epoch) for head in self._active}
+    def _begin_logs(self, progress: Report) -> dict[Head, list[Logger]]:
+        """Of each head; what is told of steps goes there too."""
+        config, position = self._config, self._position
+        loggers = {
+            head: make_loggers(head.run, head.config, head.position.epoch, head.position.steps) for head in self._active
+        }
+        num_steps, _ = self._count_steps(self._plan_epoch(position.epoch))
+        assert config.epochs is not None
+        self._log = StepLog(
+            {head.run.path: [logger.log_step for logger in own] for head, own in loggers.items()},
+            every=config.log_every,
+            total=num_steps * config.epochs,
+            device=self._fabric.device,
+            waiting=self._loader.waiting,
+            progress=progress,
+        )
+        return loggers
 
     def _keep_epoch(self, metrics: list[dict[str, Any]], loggers: Mapping[Head, list[Logger]]) -> list[dict[str, Any]]:
         """Write what each active head came to, then where all of them stand; the metrics as every process has them."""
@@ -308,8 +367,8 @@ class _Training:
             is_best = head.note_epoch(own, self._task.figure)
             if self._fabric.is_global_zero:
                 append_metrics(head.run, own)
-                for log in loggers[head]:
-                    log(own)
+                for logger in loggers[head]:
+                    logger.log_epoch(own)
                 save_checkpoint(head.run, "last", head.network, own)
                 if is_best:
                     save_checkpoint(head.run, "best", head.network, own)
@@ -345,7 +404,7 @@ class _Training:
             "last": position.metrics,
             "parameters": sum(p.numel() for p in head.network.parameters()),
             "seconds": round(position.seconds, 3),
-            "data_wait_share": round(self._wait_s / seconds, 4),
+            "data_wait_share": round(self._loader.waiting.seconds / seconds, 4),
             "stopped": head.stopped,
         }
 
@@ -356,6 +415,7 @@ class _Training:
         if self._fabric.is_global_zero:
             for head in self._heads:
                 cut_metrics(head.run, head.position.epoch)
+                cut_steps(head.run.path, head.position.steps)
 
     def _load_state(self) -> None:
         states = load_state(self._state_path, [stack.describe_state() for stack in self._stacks])
@@ -375,32 +435,31 @@ class _Training:
 
     def _train_epoch(self, epoch: int) -> dict[Head, dict[str, Any]]:
         config, step_in_epoch = self._config, self._position.step_in_epoch
-        plans = self._task.plan_epoch(
-            epoch,
-            num_frames=self._heads[0].run.frames,
-            rank=self._fabric.global_rank,
-            num_ranks=self._fabric.world_size,
-        )
-        # Like clips that do not fill a batch, batches that do not fill a step are left out of an epoch.
-        accumulate = min(config.accumulate, len(plans))
-        num_steps = len(plans) // accumulate
+        plans = self._plan_epoch(epoch)
+        num_steps, accumulate = self._count_steps(plans)
         # The middle of the step: at its end, the last step of a run would have a rate of zero.
         middles = [epoch + (step + 0.5) / num_steps for step in range(num_steps)]
         for stack in self._stacks:
             stack.train()
         batches = self._loader.load(plans[step_in_epoch * accumulate : num_steps * accumulate])
-        began, waited = time.perf_counter(), self._wait_s
+        waiting = self._loader.waiting
+        began, waited = time.perf_counter(), waiting.seconds
+        if self._log is not None:
+            self._log.begin_epoch()
         for step in range(step_in_epoch, num_steps):
-            self._step(batches, accumulate, middles[step])
+            is_told = self._log is not None and self._log.is_due(self._position.steps + 1)
+            norms = self._step(batches, accumulate, middles[step], with_norms=is_told)
             for head in self._active:
                 head.position.steps += 1
                 head.position.step_in_epoch = step + 1
+            clips = sum(len(plan.rows) for plan in plans[step * accumulate : (step + 1) * accumulate])
+            self._tell_step(clips * self._fabric.world_size, epoch + (step + 1) / num_steps, middles[step], norms)
             if step % _CHECK_EVERY == _CHECK_EVERY - 1 or step + 1 == num_steps:
                 self._require_finite(epoch, plans, accumulate)
             is_due = time.monotonic() - self._saved_at >= 60 * config.checkpoint_minutes
             if is_due and step + 1 < num_steps and self._fabric.is_global_zero:
                 self._save_if_finite(epoch, plans, accumulate)
-        self._wait_share = (self._wait_s - waited) / (time.perf_counter() - began)
+        self._wait_share = (waiting.seconds - waited) / (time.perf_counter() - began)
         return {
             head: {
                 "epoch": epoch + 1,
@@ -409,6 +468,35 @@ class _Training:
             }
             for head in self._active
         }
+
+    def _plan_epoch(self, epoch: int) -> list[ClipPlan]:
+        """Batches of this process."""
+        return self._task.plan_epoch(
+            epoch,
+            num_frames=self._heads[0].run.frames,
+            rank=self._fabric.global_rank,
+            num_ranks=self._fabric.world_size,
+        )
+
+    def _count_steps(self, plans: Sequence[ClipPlan]) -> tuple[int, int]:
+        """Steps of an epoch, and batches of a step.
+
+        Like clips that do not fill a batch, batches that do not fill a step are left out of an epoch.
+        """
+        accumulate = min(self._config.accumulate, len(plans))
+        return len(plans) // accumulate, accumulate
+
+    def _tell_step(self, clips: int, epoch: float, middle: float, norms: Mapping[Head, torch.Tensor]) -> None:
+        """Note a step of so many clips, and tell of it where gradients' norms were asked for."""
+        if self._log is None:
+            return
+        step, heads = self._position.steps, self._active
+        self._log.add({head.run.path: head.position.losses[-1] for head in heads}, clips, step)
+        if norms:
+            schedule = self._optimisation.schedule
+            rates = {head.run.path: learning_rate_at(middle, head.config, schedule) for head in heads}
+            gradients = {head.run.path: norms[head] for head in heads}
+            self._log.tell(step, epoch=epoch, learning_rates=rates, gradient_norms=gradients)
 
     def _save_if_finite(self, epoch: int, plans: Sequence[ClipPlan], accumulate: int) -> None:
         """Save the state between epochs; one that is not finite ends a training of one head, and is never saved."""
@@ -419,23 +507,34 @@ class _Training:
         if all(head.find_bad_loss() is None and head.has_finite_weights() for head in self._active):
             self._save_state()
 
-    def _step(self, batches: Iterator[ClipBatch], accumulate: int, epoch: float) -> None:
-        """One step of all heads on `accumulate` batches; notes their mean losses of all processes."""
+    def _step(
+        self, batches: Iterator[ClipBatch], accumulate: int, epoch: float, *, with_norms: bool
+    ) -> dict[Head, torch.Tensor]:
+        """One step of all heads on `accumulate` batches; notes their mean losses of all processes.
+
+        Returns:
+            The norm () of each head's gradient before it is cut; none unless they were asked for.
+        """
         stacks = [stack for stack in self._stacks if stack.active]
         losses: dict[Head, list[torch.Tensor]] = {head: [] for head in self._active}
         for place in range(accumulate):
-            start = time.perf_counter()
+            if self._norms is not None:
+                self._norms.batch, self._norms.num_batches = place, accumulate
             batch = next(batches)
-            self._wait_s += time.perf_counter() - start
             for stack in stacks:
                 found = stack.learn(
                     batch, self._codec, self._compute_loss, num_batches=accumulate, is_last=place + 1 == accumulate
                 )
                 for head, loss in zip(stack.active, found, strict=True):
                     losses[head].append(loss)
+        norms: dict[Head, torch.Tensor] = {}
         for stack in stacks:
+            if with_norms:
+                norms |= zip(stack.active, stack.find_gradient_norms(), strict=True)
             stack.set_rates(epoch, self._optimisation.schedule)
             stack.step(self._config.clip_norm)
+            if self._norms is not None and self._fabric.world_size > 1:
+                stack.average_statistics()
         own = torch.stack([torch.stack(found).mean() for found in losses.values()])
         mean = own.clone()
         if self._fabric.world_size > 1:
@@ -445,6 +544,7 @@ class _Training:
         for head, ours, all_of_them in zip(losses, own, mean, strict=True):
             head.own_losses.append(ours)
             head.position.losses.append(all_of_them)
+        return norms
 
     def _compute_loss(self, network: Network, output: Any, batch: ClipBatch) -> torch.Tensor:
         """The task's loss and the network's own, ()."""

@@ -29,6 +29,11 @@ class Team:
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     """The precision of the pass: what the head was trained in."""
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
     def take(self, plans: Sequence[ClipPlan]) -> list[ClipPlan]:
         """This process's share of the batches; they are as large as those of one process, so scores are the same."""
         return list(plans[self.rank :: self.size])
@@ -43,6 +48,19 @@ class Team:
 
 
 ALONE = Team()
+
+
+@contextmanager
+def join_team() -> Iterator[Team]:
+    """The processes that torchrun started, for as long as the context is open; without it this one alone."""
+    if not dist.is_torchelastic_launched():
+        yield ALONE
+        return
+    dist.init_process_group("gloo")  # on any device: what they tell each other lies on the host
+    try:
+        yield Team(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +105,9 @@ class Scorer:
         checkpoint: str = "best",
         device: torch.device | None = None,
         is_backwards: bool = False,
+        team: Team = ALONE,
     ) -> Scorer:
-        """With a run's checkpoint, as it was trained; on the CPU unless a device is named."""
+        """With a run's checkpoint, in the precision of its training; on the CPU unless a device is named."""
         device = device or torch.device("cpu")
         return cls(
             load_checkpoint(run, checkpoint).to(device),
@@ -97,7 +116,7 @@ class Scorer:
             num_frames=run.frames,
             batch_size=run.config["batch_size"],
             device=device,
-            team=Team(autocast=autocast_as_trained(run, device)),
+            team=replace(team, autocast=autocast_as_trained(run, device)),
             is_backwards=is_backwards,
         )
 
@@ -135,7 +154,7 @@ class Scorer:
         loader = ClipLoader.for_network(reader, self.store, layers=self.layers, device=self.device)
         if self.is_backwards:
             plans = [reader.reverse_plan(plan) for plan in plans]
-        parts: list[list[np.ndarray]] = [[] for _ in networks]
+        parts: list[list[torch.Tensor]] = [[] for _ in networks]
         with ExitStack() as folding:
             for network in networks:
                 network.eval()
@@ -145,10 +164,12 @@ class Scorer:
                 for network, own in zip(networks, parts, strict=True):
                     with self.team.autocast():
                         output = network(*network.inputs(seen), codec)
-                    own.append(finish(output.float()).cpu().numpy())
+                    own.append(_fetch(finish(output.float())))
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
         for network, was_training in zip(networks, were_training, strict=True):
             network.train(was_training)
-        return [np.concatenate(self.team.gather(own)) for own in parts]
+        return [np.concatenate(self.team.gather([part.numpy() for part in own])) for own in parts]
 
 
 @dataclass(slots=True)
@@ -175,6 +196,11 @@ class SharedAnswers:
             raise ValueError("networks that are scored together must ask for the same clips in the same order")
         self._waiting[question][place] = np.empty(0)  # nobody asks for it again
         return answers
+
+
+def _fetch(output: torch.Tensor) -> torch.Tensor:
+    """On its way to the host: of a CUDA GPU nobody waits for it, or the next batch would be queued too late."""
+    return output.to("cpu", non_blocking=output.device.type == "cuda")
 
 
 def autocast_as_trained(run: Run, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:

@@ -13,7 +13,7 @@ GOLDEN = Path(__file__).parents[1] / "data/cli_options.json"
 
 NEW = {
     "extract": ("--codec",),
-    "train": ("--set", "--order-seed", "--hold-out"),
+    "train": ("--set", "--norm-clips", "--log-every", "--order-seed", "--hold-out"),
     "compare": ("--run", "--split", "--checkpoint"),
 }
 """Options that have come since, by command."""

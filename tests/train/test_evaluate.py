@@ -1,7 +1,11 @@
 """What an evaluation makes of clips, crops and scores, each by hand."""
 
+import json
 import logging
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -27,6 +31,7 @@ from s4v.train.tasks.recognition_page import write_results
 from s4v.train.tasks.retrieval import embed_clips
 
 CPU = torch.device("cpu")
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
 
 
 def config_for(store, out, **changes):
@@ -41,6 +46,21 @@ def several(video_folder, make_config, tmp_path_factory):
     options = dict(frames={"train": 6, "": 8}, clips={"": 2}, views={"val": "three"}, sampling="reference-sth")
     extract_dataset(make_config(video_folder, out, **options))
     return out
+
+
+@pytest.mark.parametrize("name", ["plain", "retrieval"])
+def test_processes_share_the_clips_of_an_evaluation(trained_by_two, tmp_path, name):
+    runs = {processes: shutil.copytree(trained_by_two / name, tmp_path / str(processes)) for processes in (1, 2)}
+    said = {}
+    for processes, run in runs.items():
+        command = [sys.executable, "-m", *TORCHRUN[: 5 * (processes > 1)], "s4v", "eval", "--run", str(run), "--json"]
+        done = subprocess.run([*command, "--split", "train", "--device", "cpu"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        (line,) = done.stdout.strip().splitlines()
+        said[processes] = {k: v for k, v in json.loads(line).items() if k not in ("run", "seconds")}
+    assert said[1] == said[2], "one process speaks, and its figures are those of all clips"
+    for path in runs[1].glob("*_train.parquet"):
+        assert read_table(path).equals(read_table(runs[2] / path.name))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from ...errors import ConfigError
 from ...store.codecs.contract import Codec
 from ...store.reader import StoreReader
 from .contract import Network, NetworkKind, NetworkShape, NetworkStack, Outputs
-from .parts import BatchNorm, Classifier
+from .norms import BatchNorm
+from .parts import Classifier
 
 if TYPE_CHECKING:
     from ..clips import ClipBatch

@@ -116,6 +116,7 @@ class Recognition(Task):
                 checkpoint=options.checkpoint,
                 device=options.device,
                 is_backwards=options.is_backwards,
+                team=options.team,
             )
             result = evaluate_classes(scorer, data, num_clips=options.num_clips)
         per_class = describe_classes(result, run.classes)
@@ -135,6 +136,8 @@ class Recognition(Task):
             "classes": list(run.classes),
             "confusion": result.confusion().tolist(),
         }
+        if not options.team.is_first:
+            return figures
         name = options.file_stem
         write_json(run.path / f"eval_{name}.json", figures)
         write_table(run.path / f"predictions_{name}.parquet", _prediction_table(result, store, run))

@@ -232,6 +232,7 @@ class Retrieval(Task):
                 checkpoint=options.checkpoint,
                 device=options.device,
                 is_backwards=options.is_backwards,
+                team=options.team,
             )
             result = evaluate_texts(scorer, data, texts)
         lost = _count_captions(store, split) - len(data)
@@ -255,6 +256,8 @@ class Retrieval(Task):
         }
         if options.with_dual_softmax:
             figures["dual_softmax"] = result.describe(with_dual_softmax=True)
+        if not options.team.is_first:
+            return figures
         write_json(run.path / f"eval_{options.file_stem}.json", figures)
         write_table(run.path / f"ranks_{options.file_stem}.parquet", _rank_table(result, store))
         return figures
