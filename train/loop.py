@@ -181,8 +181,10 @@ def _prepare(configs: Sequence[TrainConfig], state_path: Path, say: Callable[[st
         _resolve(replace(config, precision=precision), store, num_processes, can_resume=can)  # type: ignore[arg-type]
         for config, can in zip(configs, can_resume, strict=True)
     ]
-    shape = plan_network(configs[0], store)
     kind, task = find_network(configs[0].head), find_task(configs[0].task)(configs[0], store)
+    shape = plan_network(configs[0], store)
+    if can_resume[0] and type(shape) is type(begun := open_run(configs[0].out).shape):
+        shape = kind.go_on_with(shape, begun)
     num_views = resolve_views(configs[0], task.training.num_views, num_processes)
     configs = [replace(config, views_per_video=num_views) for config in configs]
     config = configs[0]

@@ -37,7 +37,12 @@ LINEAR = dict(head="linear")
 
 @pytest.mark.parametrize(
     "options",
-    [SIDE, dict(head="attentive", clip_norm=0.5), dict(LINEAR, clip_norm=0.1), dict(LINEAR, precision="bf16")],
+    [
+        SIDE,
+        dict(head="attentive", clip_norm=0.5),
+        dict(LINEAR, clip_norm=0.1, set=("penalty=0.01",)),
+        dict(LINEAR, precision="bf16"),
+    ],
     ids=["side4video", "attentive", "linear", "linear-bf16"],
 )
 def test_heads_of_one_read_are_what_they_are_alone(assert_same_run, options, int8_store, tmp_path):

@@ -209,6 +209,14 @@ class NetworkKind(ABC):
             StoreMismatchError: If the store lacks what it reads.
         """
 
+    def go_on_with(self, planned: Any, begun: Any) -> NetworkShape:
+        """The shape that a run goes on with, of what is planned now and what it began with.
+
+        They differ where s4v has come to plan otherwise; what a user asks for otherwise is refused later. By default
+        what is planned.
+        """
+        return planned
+
     def find_differences(self, shape: Any, store: StoreReader) -> list[str]:
         """What an imported network was built for and a store's backbone is not, in words. By default nothing."""
         return []
