@@ -348,7 +348,9 @@ class _Training:
         """Of each head; what is told of steps goes there too."""
         config, position = self._config, self._position
         loggers = {
-            head: make_loggers(head.run, head.config, head.position.epoch, head.position.steps) for head in self._active
+            # TensorBoard has a thread and files for each head: of several, metrics.jsonl has all of it.
+            head: make_loggers(head.run, config, position.epoch, position.steps) if len(self._heads) == 1 else []
+            for head in self._active
         }
         num_steps, _ = self._count_steps(self._plan_epoch(position.epoch))
         assert config.epochs is not None
@@ -371,7 +373,10 @@ class _Training:
                 append_metrics(head.run, own)
                 for logger in loggers[head]:
                     logger.log_epoch(own)
-                save_checkpoint(head.run, "last", head.network, own)
+                # The state holds the weights of several heads: their files are written when there is no other epoch.
+                is_last = own["epoch"] == head.config.epochs or head.is_done(self._task.figure)
+                if is_last or len(self._heads) == 1:
+                    save_checkpoint(head.run, "last", head.network, own)
                 if is_best:
                     save_checkpoint(head.run, "best", head.network, own)
         self._note_seconds()
@@ -614,7 +619,7 @@ class _Training:
 
     def _stop(self, head: Head, what: str, epoch: int, where: str) -> None:
         """Let a head that diverged learn no more; one that is alone ends the training."""
-        kept = head.run.path / "last.safetensors"
+        kept = head.run.path / f"{'last' if len(self._heads) == 1 else 'best'}.safetensors"
         hint = f"{kept} is the last good checkpoint." if kept.exists() else "No epoch was finished."
         message = f"{what} became NaN or infinite in epoch {epoch + 1}, {where}. Lower --learning-rate. {hint}"
         if len(self._heads) == 1:

@@ -113,7 +113,7 @@ def sweep_heads(
         if values is not None and len(set(values)) != max(1, len(values)):
             raise ConfigError(f"{option} takes one or several different values; found {list(values)}")
     if base.wandb is not None:
-        raise ConfigError("--wandb has no effect on a sweep: its heads are logged to TensorBoard alone")
+        raise ConfigError("--wandb has no effect on a sweep: its heads leave metrics.jsonl alone")
     if heads_per_read is not None and heads_per_read < 1:
         raise ConfigError(f"--heads-per-read must be at least 1; found {heads_per_read}")
     store = open_store(base.features)
