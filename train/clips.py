@@ -14,6 +14,7 @@ import pyarrow.compute
 import torch
 
 from ..errors import ConfigError, StoreMismatchError
+from ..files import hash_text
 from ..store.codecs.contract import Codec
 from ..store.reader import Clips, StoreReader
 from ..store.texts import TextReader, Texts
@@ -99,6 +100,16 @@ class LabelledRows:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def take(self, places: np.ndarray) -> LabelledRows:
+        """Some of them."""
+        return LabelledRows(
+            self.rows[places],
+            self.labels[places],
+            self.num_cached_frames[places],
+            self.num_views[places],
+            [self.eval_clips[place] for place in places],
+        )
+
 
 def find_labelled_rows(store: StoreReader, split: str) -> LabelledRows:
     """The rows of a split that decoded and have a label; none is no error here."""
@@ -139,6 +150,39 @@ def find_captioned_rows(store: StoreReader, split: str) -> LabelledRows:
         table["num_views"].take(rows).to_numpy().astype(np.int64),
         table["eval_clips"].take(rows).to_pylist(),
     )
+
+
+def hold_out_rows(
+    data: LabelledRows, store: StoreReader, share: float, *, seed: int, by_class: bool
+) -> tuple[LabelledRows, LabelledRows]:
+    """Split rows into those to train on and a share that is held out; segments of one video stay together.
+
+    A pure function of the videos' names and the seed: in the order of their hashes, class after class, every so-manieth
+    video is held out.
+
+    Args:
+        data: Which rows.
+        store: Theirs.
+        share: Of the videos; at least one is held out.
+        seed: Which of them.
+        by_class: Whether labels are classes, of which each gives its share.
+
+    Raises:
+        StoreMismatchError: If there are fewer than two videos.
+    """
+    table = store.read_manifest(["path", "source_id"])
+    paths, sources = (table[name].take(data.rows).to_pylist() for name in ("path", "source_id"))
+    names = [source if source is not None else path for path, source in zip(paths, sources, strict=True)]
+    first = {name: place for place, name in reversed(list(enumerate(names)))}
+    if len(first) < 2:
+        raise StoreMismatchError(f"{store.path} has one good training video: nothing of it can be held out")
+    label = {name: int(data.labels[place]) if by_class else 0 for name, place in first.items()}
+    order = sorted(first, key=lambda name: (label[name], hash_text(f"{seed}:{name}")))
+    steps = np.floor(np.arange(len(order) + 1) * share + 0.5 + 1e-9)
+    places = np.flatnonzero(np.diff(steps)) if steps[-1] else np.array([len(order) // 2])
+    held = {order[place] for place in places}
+    is_held = np.array([name in held for name in names])
+    return data.take(np.flatnonzero(~is_held)), data.take(np.flatnonzero(is_held))
 
 
 def resolve_clip_frames(

@@ -44,7 +44,7 @@ def plan_network(config: TrainConfig, store: StoreReader, begun: NetworkShape | 
         return shape
     own = {one.name for one in fields(kind.options)} & {one.name for one in fields(shape)}
     kept = own - {*config.network_options, *others}
-    return replace(shape, **{name: getattr(begun, name) for name in kept})
+    return kind.go_on_with(replace(shape, **{name: getattr(begun, name) for name in kept}), begun)
 
 
 def take_recorded(config: TrainConfig, begun: Run) -> TrainConfig:

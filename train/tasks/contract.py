@@ -16,8 +16,9 @@ import torch
 
 from ...errors import ConfigError, StoreMismatchError
 from ...store.reader import StoreReader
-from ..clips import ClipBatch, ClipPlan, LabelledRows, plan_training_epoch
+from ..clips import ClipBatch, ClipPlan, LabelledRows, hold_out_rows, plan_training_epoch
 from ..networks.contract import Network, Outputs
+from ..paired import Answers
 from ..recipe import Optimisation, Recipe
 from ..run_folder import Run
 from ..scorer import ALONE, Scorer, Team
@@ -128,11 +129,25 @@ class Task(ABC):
             num_frames=num_frames,
             batch_size=config.batch_size,
             views_per_video=config.views_per_video or 1,
-            seed=config.seed,
+            seed=config.seed_of_order,
             epoch=epoch,
             rank=rank,
             num_ranks=num_ranks,
         )
+
+    def find_rows(
+        self, find: Callable[[StoreReader, str], LabelledRows], *, by_class: bool
+    ) -> tuple[LabelledRows, LabelledRows]:
+        """Those to train on and those to validate on: two splits, or two parts of the training split.
+
+        Args:
+            find: The rows of a split.
+            by_class: Whether every class gives its share of what is held out.
+        """
+        config, training = self._config, find(self._store, self._config.train_split)
+        if config.hold_out is None or not len(training):
+            return training, find(self._store, config.val_split)
+        return hold_out_rows(training, self._store, config.hold_out, seed=config.seed_of_order, by_class=by_class)
 
     def begin(self, network: Network) -> None:
         """Called once before the first step, with the network as it will be trained. By default nothing."""
@@ -167,6 +182,16 @@ class Task(ABC):
             ConfigError: If the run was imported without a store and none is named.
             EnvironmentFailedError: If a score is not finite, or the device is too small.
         """
+
+    @classmethod
+    def read_answers(cls, run: Path, name: str) -> Answers | None:
+        """Which answers of a run were right, as `evaluate_run` left them; None of a task without such.
+
+        Args:
+            run: The run's folder.
+            name: `EvaluationOptions.file_stem`.
+        """
+        return None
 
     @classmethod
     def describe_shares(cls, metrics: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from ...errors import EnvironmentFailedError, StoreMismatchError
 from ...files import write_json
-from ...store.manifest import write_table
+from ...store.manifest import read_table, write_table
 from ...store.reader import StoreReader
 from ..clips import (
     DEFAULT_CLIP_FRAMES,
@@ -28,6 +28,7 @@ from ..clips import (
     warn_of_thinned_clips,
 )
 from ..networks.contract import Network, Outputs
+from ..paired import Answers
 from ..recipe import Recipe, classification_loss, reference_learning_rate
 from ..run_folder import Run, open_store_of_run
 from ..scorer import Scorer, explain_full_device
@@ -52,8 +53,7 @@ class Recognition(Task):
 
     def __init__(self, config: TrainConfig, store: StoreReader) -> None:
         super().__init__(config, store)
-        self.training = find_labelled_rows(store, config.train_split)
-        self.validation = find_labelled_rows(store, config.val_split)
+        self.training, self.validation = self.find_rows(find_labelled_rows, by_class=True)
         require_rows(store, self.training, config, labels="labels", kind="labelled")
         if len(set(self.training.labels.tolist())) < 2:
             raise StoreMismatchError(
@@ -146,6 +146,12 @@ class Recognition(Task):
 
             write_results(run, store, result, figures, name)
         return figures
+
+    @classmethod
+    def read_answers(cls, run: Path, name: str) -> Answers:
+        """Of every video."""
+        table = read_table(run / f"predictions_{name}.parquet")
+        return Answers("top1", tuple(table["video_id"].to_pylist()), table["is_correct"].to_numpy().astype(np.float64))
 
     @classmethod
     def render(cls, run: Path, figures: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 
 from ...errors import EnvironmentFailedError, StoreMismatchError
 from ...files import write_json
-from ...store.manifest import write_table
+from ...store.manifest import read_table, write_table
 from ...store.reader import StoreReader
 from ...store.texts import TextReader, Texts
 from ..clips import (
@@ -30,6 +30,7 @@ from ..clips import (
 )
 from ..networks.contract import FrameNetwork, Outputs
 from ..networks.text_interaction import Interaction, MeanInteraction, TextBatch, contrastive_loss
+from ..paired import Answers
 from ..paper.presets import RETRIEVAL_RECIPE
 from ..recipe import Optimisation, Recipe, cosine_under_warmup
 from ..run_folder import Run, open_store_of_run
@@ -107,8 +108,7 @@ class Retrieval(Task):
 
     def __init__(self, config: TrainConfig, store: StoreReader) -> None:
         super().__init__(config, store)
-        self.training = find_captioned_rows(store, config.train_split)
-        self.validation = find_captioned_rows(store, config.val_split)
+        self.training, self.validation = self.find_rows(find_captioned_rows, by_class=False)
         require_rows(store, self.training, config, labels="captions", kind="captioned")
         if len(set(self.training.rows.tolist())) < 2:
             raise StoreMismatchError(
@@ -270,6 +270,12 @@ class Retrieval(Task):
         write_json(run.path / f"eval_{options.file_stem}.json", figures)
         write_table(run.path / f"ranks_{options.file_stem}.parquet", _rank_table(result, store))
         return figures
+
+    @classmethod
+    def read_answers(cls, run: Path, name: str) -> Answers:
+        """Of every caption that looks for its video."""
+        table = read_table(run / f"ranks_{name}.parquet")
+        return Answers("r1", tuple(table["video_id"].to_pylist()), (table["rank"].to_numpy() == 1).astype(float))
 
     @classmethod
     def render(cls, run: Path, figures: Mapping[str, Any]) -> list[str]:
