@@ -25,7 +25,11 @@ def extract(options: Options, strict: Strict = False, as_json: Json = False) -> 
         with show_progress("extract", LOADING) as report:
             config = ExtractConfig(**values)
             from ..extract.extraction import extract_dataset
+            from ..extract.recipe import describe_recipe
+            from ..extract.target import Target
 
+            if recipe := describe_recipe(config, Target.find(config)):
+                say(f"s4v extract: {recipe}")
             summary = extract_dataset(config, report)
         result.update(store=str(summary.store), videos=summary.videos, files=summary.files, failed=summary.failed)
         result.update(pending_reasons=summary.pending_reasons, changed=summary.changed)

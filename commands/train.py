@@ -6,12 +6,15 @@ import logging
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..terminal import print_lines
 from ..train.config import TrainConfig
 from ._options import Options, Spelling, takes_options
 from .front import Json, run_command, say
+
+if TYPE_CHECKING:
+    from ..store.reader import StoreReader
 
 
 @takes_options(
@@ -33,7 +36,9 @@ def train(options: Options, as_json: Json = False) -> None:
         out = values["out"]
         from ..store.reader import open_store
 
-        open_store(values["features"])  # a wrong path is told before torch is imported, as checks of a network do
+        store = open_store(values["features"])  # a wrong path is told before torch is imported
+        if not options.is_typed("task"):
+            values["task"] = _choose_task(store, values["task"], is_told=is_first)
         config = TrainConfig(**{**values, "out": out or Path()})
         from ..train.allocator import keep_freed_memory
         from ..train.loop import default_run_path, train_run
@@ -55,3 +60,13 @@ def train(options: Options, as_json: Json = False) -> None:
             videos = f"({counts['train']} training videos, {counts['val']} validation videos)"
             shares = task.describe_shares(summary["last"])
             print_lines(f"{summary['run']}: {shares} after {summary['epochs']} epochs {videos}")
+
+
+def _choose_task(store: StoreReader, usual: str, *, is_told: bool) -> str:
+    """The task that a store was made for, where nobody names one; another one than usual is told."""
+    from ..train.tasks import choose_task
+
+    task = choose_task(store)
+    if task != usual and is_told:
+        say(f"s4v train: {store.path} is made for {task}: training for that (--task)")
+    return task

@@ -26,6 +26,7 @@ from .job import Job, set_up_job
 from .meter import Meter, ReportProgress, StageClock, write_stats
 from .pipeline.dask_cluster import Unfinished, run_on_workers
 from .pipeline.stages import Pipeline
+from .recipe import settle_recipe
 from .repair import mend_store
 from .segments import list_rows_and_missing
 from .summary import ExtractSummary, refuse_damage, refuse_no_good_video, summarise_store
@@ -55,6 +56,7 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
     target = Target.find(config)
     if target.is_half_appended:
         target = target.finish_append()
+    config = settle_recipe(config, target)
     if not target.goes_on:
         refuse_existing(config.out, overwrite=config.overwrite)
     with DecoderPool(config.num_decoders) as pool:

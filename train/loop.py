@@ -30,6 +30,7 @@ from .clips import (
     find_clip_lengths,
     require_long_clips,
     resolve_clip_frames,
+    warn_of_short_splits,
     warn_of_thinned_clips,
 )
 from .config import TrainConfig
@@ -49,6 +50,7 @@ from .run_folder import (
     refuse_existing_run,
     require_same_run,
     save_checkpoint,
+    validates_every_clip,
 )
 from .scorer import Scorer, Team, explain_full_device
 from .settings import find_optimisation, plan_network, resolve_preset, resolve_views
@@ -117,8 +119,11 @@ def _train_run(config: TrainConfig, report: ReportEpoch) -> dict[str, Any]:
     config = resolve_preset(config, store, num_processes=num_processes)
     shape = plan_network(config, store)
     kind, task = find_network(config.head), find_task(config.task)(config, store)
+    if can_resume and validates_every_clip(config.out):
+        task.validation = task.find_rows(store, config.val_split)
     config = replace(config, views_per_video=resolve_views(config, task.training.num_views, num_processes))
     frames = _resolve_frames(config, store, task, is_told=is_auto and config.preset != "none")
+    warn_of_short_splits(store, frames, {config.train_split, config.val_split}, task.find_rows)
     assert config.batch_size is not None
     task.check_step(config.batch_size * num_processes)
     kind.check_step(min(config.batch_size, len(task.training) // num_processes) * num_processes)

@@ -75,6 +75,7 @@ _INCIDENTAL = (
     "with_compile",
     "wandb",
     "device_type",
+    "validation",
 )
 
 
@@ -97,9 +98,15 @@ def plan_run(
         "frames": frames,
         "processes": num_processes,
         "device_type": device_type,
+        "validation": "one clip of the centre view",
         "training_rows": f"{len(rows)} of sha256 {hash_text(','.join(map(str, rows.tolist())))[:16]}",
     }
     return Run(config.out, resolved, shape, store.classes.names, describe_source(store))
+
+
+def validates_every_clip(path: Path) -> bool:
+    """Whether a run was begun when a validation looked at all clips and views of a video: it goes on like that."""
+    return "validation" not in open_run(path).config
 
 
 def create_run(run: Run) -> None:

@@ -20,7 +20,7 @@ from . import folder, hmdb51, kinetics, lists, msrvtt, msvd, something, table, u
 from ._files import DatasetFiles, VideoTree, ending_of, is_video_name
 from ._names import check_text, compose, fold_split, is_inside
 from ._splits import settle_splits
-from .contract import DatasetFacts, DatasetReader, ReadOptions
+from .contract import PLAIN_RECIPE, DatasetFacts, DatasetReader, ExtractionRecipe, ReadOptions
 from .folder import read_folder
 from .lists import read_lists
 from .table import COLUMN_ROLES
@@ -28,9 +28,11 @@ from .table import COLUMN_ROLES
 __all__ = [
     "COLUMN_ROLES",
     "FACTS",
+    "PLAIN_RECIPE",
     "READERS",
     "DatasetFacts",
     "DatasetReader",
+    "ExtractionRecipe",
     "Listing",
     "ReadOptions",
     "check_dataset_name",

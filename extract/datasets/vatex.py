@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...errors import DatasetError
 from ...store.records import VideoRecord
-from ._clips import RETRIEVAL_CLIPS
+from ._clips import RETRIEVAL_CLIPS, make_retrieval_recipe
 from ._files import DatasetFiles, split_clip_name
 from ._names import check_name
 from ._rows import MalformedRows, read_json, read_json_list, read_lines, shorten, text_of, texts_of
@@ -96,5 +96,6 @@ READER = DatasetReader(
         counts={"official": {"train": 25_991, "val": 3000, "test": 6000}},
         protocols=("official", "hgr"),
         clip_settings=RETRIEVAL_CLIPS,
+        recipe=make_retrieval_recipe("vatex"),
     ),
 )

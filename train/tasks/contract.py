@@ -16,7 +16,7 @@ import torch
 
 from ...errors import ConfigError, StoreMismatchError
 from ...store.reader import StoreReader
-from ..clips import ClipBatch, ClipPlan, LabelledRows, plan_training_epoch
+from ..clips import ClipBatch, ClipPlan, LabelledRows, find_labelled_rows, plan_training_epoch
 from ..networks.contract import Network, Outputs
 from ..recipe import Optimisation, Recipe
 from ..run_folder import Run
@@ -77,10 +77,21 @@ class Task(ABC):
     optimisation: ClassVar[Optimisation] = Optimisation()
     training: LabelledRows
     validation: LabelledRows
+    """Each with the clips and views that a validation looks at, which may be fewer than an evaluation's."""
 
     def __init__(self, config: TrainConfig, store: StoreReader) -> None:
         self._config = config
         self._store = store
+
+    @classmethod
+    def fits(cls, store: StoreReader) -> bool:
+        """Whether a store looks as if it were made for this task: then it is taken where nobody names one."""
+        return False
+
+    @classmethod
+    def find_rows(cls, store: StoreReader, split: str) -> LabelledRows:
+        """The rows of a split that a run of this task can be evaluated on, with all their clips; none is no error."""
+        return find_labelled_rows(store, split)
 
     @classmethod
     @abstractmethod
