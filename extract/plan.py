@@ -262,7 +262,8 @@ def render_plan(plan: Plan, epochs: int) -> list[str]:
 def _render_split(name: str, split: SplitPlan) -> str:
     """Views beyond the first are for tests, but in training: their share is told apart."""
     views = f" x {split.views} views" if split.views > 1 else ""
-    return f"  {name:11} {split.videos:,} x {split.frames_per_video} frames{views}: {split.share:.1%} of the frames and bytes"
+    frames = f"{split.videos:,} x {split.frames_per_video} frames{views}"
+    return f"  {name:11} {frames}: {split.share:.1%} of the frames and bytes"
 
 
 def _render_time(plan: Plan, epochs: int) -> list[str]:
