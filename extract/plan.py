@@ -22,6 +22,7 @@ from .config import ExtractConfig
 from .decode.pool import DecoderPool
 from .decode.views import NUM_VIEWS
 from .disk_space import free_bytes
+from .recipe import settle_recipe
 from .segments import list_rows
 from .store_layout import plan_layout
 from .target import Target
@@ -172,6 +173,7 @@ def plan_command(
     """
     if videos is not None and config.segment_s is not None:
         raise ConfigError("--segment needs the videos' lengths: name a --dataset, or count the segments in --videos")
+    config = settle_recipe(config, Target(config.out))
     records = [] if videos is not None else _read_rows(config)
     splits = {"train": videos} if videos is not None else Counter(record.split for record in records)
     backbone = build_backbone(

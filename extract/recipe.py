@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from .config import RECIPE_FIELDS, ExtractConfig
+from .datasets import find_protocol
 from .datasets.report import list_cached
 from .target import Target
 
@@ -27,8 +28,14 @@ def settle_recipe(config: ExtractConfig, target: Target) -> ExtractConfig:
     """
     if target.is_half_appended:
         return config
-    source: Any = config.recipe if target.reader is None else target.reader.facts
-    return replace(config, **{name: getattr(source, name) for name in RECIPE_FIELDS if getattr(config, name) is None})
+    if target.reader is None:
+        source: Any = config.recipe
+        protocol = config.protocol or find_protocol(config.dataset, config.root, config.annotations)
+    else:
+        source = target.reader.facts
+        protocol = config.protocol or source.dataset.protocol
+    values = {name: getattr(source, name) for name in RECIPE_FIELDS if getattr(config, name) is None}
+    return replace(config, protocol=protocol, **values)
 
 
 def describe_recipe(config: ExtractConfig, target: Target) -> str | None:
@@ -38,13 +45,14 @@ def describe_recipe(config: ExtractConfig, target: Target) -> str | None:
         config: As it was asked for.
         target: What stands at its place.
     """
-    settled = settle_recipe(config, target).recipe
+    chosen = settle_recipe(config, target)
+    settled, protocol = chosen.recipe, f", protocol {chosen.protocol}" if chosen.protocol else ""
     if target.reader is not None:
-        whose = f"as {config.out} was begun"
+        whose = f"as {config.out} was begun{protocol}"
     elif settled.name is None or target.is_half_appended:
         return None
     else:
         given = [f"--{name.replace('_', '-')}" for name in RECIPE_FIELDS if getattr(config, name) is not None]
-        whose = f"the recipe of {config.dataset} ({settled.told_as})"
+        whose = f"the recipe of {config.dataset}{protocol} ({settled.told_as})"
         whose += f", with {', '.join(given)} as given" if given else ""
     return f"{whose}: {'; '.join(list_cached(asdict(settled)))}"

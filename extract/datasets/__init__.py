@@ -39,6 +39,7 @@ __all__ = [
     "check_folder",
     "check_options",
     "default_paths",
+    "find_protocol",
     "find_reader",
     "frame_rate",
     "read_dataset",
@@ -155,6 +156,13 @@ def resolve_protocol(name: str, protocol: str | None) -> str | None:
         choices = f"takes {', '.join(known)} for {name}" if known else f"has no effect on --dataset {name}"
         raise ConfigError(f"--protocol {choices}; found {protocol!r}")
     return protocol
+
+
+def find_protocol(name: str, root: Path, annotations: Path | None = None) -> str | None:
+    """The protocol of a new store where nobody names one: the recipe's where its files are there, else the first."""
+    reader = find_reader(name)
+    found = reader.find_protocol(_locate(reader, root, annotations)) if reader.find_protocol is not None else None
+    return found or resolve_protocol(name, None)
 
 
 def frame_rate(name: str) -> float | None:

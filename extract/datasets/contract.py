@@ -95,6 +95,8 @@ class DatasetReader:
     """Of a public data set; None for a form of files, which needs a root."""
     read_folder: Callable[[DatasetFiles], list[VideoRecord]] | None = None
     """How videos of a public data set in folders by class are read without annotations; None takes the plain way."""
+    find_protocol: Callable[[DatasetFiles], str | None] | None = None
+    """The protocol of a recipe whose annotation files are there; None, or None of it, takes the first one."""
     may_be_mirrored: bool = True
     """Whether a mirror image still shows the video's class or captions: not where they tell left from right."""
     takes_annotations: bool = True

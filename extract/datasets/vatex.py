@@ -36,6 +36,12 @@ def read_vatex(files: DatasetFiles, options: ReadOptions) -> list[VideoRecord] |
     return records
 
 
+def _find_protocol(files: DatasetFiles) -> str | None:
+    """Side4Video's, where its lists lie."""
+    has_lists = files.list_annotations("vatex_data.json") and files.list_annotations(*_LISTS.values())
+    return "hgr" if has_lists else None
+
+
 def _read_official(files: DatasetFiles, malformed: MalformedRows) -> list[VideoRecord]:
     found = {split: file for split, pattern in _OFFICIAL.items() if (file := files.find_annotation(pattern))}
     if not found:
@@ -83,6 +89,7 @@ def _as_record(files: DatasetFiles, clip: str, split: str, captions: tuple[str, 
 READER = DatasetReader(
     name="vatex",
     read=read_vatex,
+    find_protocol=_find_protocol,
     facts=DatasetFacts(
         name="vatex",
         title="VATEX",

@@ -123,7 +123,9 @@ def write_msvd(root: Path, need: Callable[[str], None]) -> None:
     names = {number: f"-4wsuPCj{number:03d}_5_15" for number, *_ in rows}
     for split in ("train", "val", "test"):
         _write(root, {f"{split}_list.txt": "".join(f"{names[n]}\n" for n, of, _ in rows if of == split)})
-    captions = {name: [["a", "cat", "eats", str(number)], ["the", "cat", str(number)]] for number, name in names.items()}
+    captions = {
+        name: [["a", "cat", "eats", str(number)], ["the", "cat", str(number)]] for number, name in names.items()
+    }
     _write(root, {"raw-captions.pkl": pickle.dumps(captions)})
     for name in names.values():
         need(f"YouTubeClips/{name}.avi")
@@ -154,7 +156,9 @@ MINIATURES: dict[str, Write] = {
 
 
 @pytest.fixture(scope="session")
-def sample_videos(tmp_path_factory: pytest.TempPathFactory, make_video: Callable[..., Path]) -> Callable[[str, int], Path]:
+def sample_videos(
+    tmp_path_factory: pytest.TempPathFactory, make_video: Callable[..., Path]
+) -> Callable[[str, int], Path]:
     """A video of each length and ending, or a folder of frames for the ending "/", made when it is first asked for."""
     folder = tmp_path_factory.mktemp("samples")
 

@@ -33,7 +33,7 @@ PLACEHOLDERS = {"I/N": "2/8"}
 REPLACED = {
     "--model vit-e": "--model tiny-clip",
     "--model vit-b16": "--model tiny-clip",
-    "--query \"text\"": "--query \"a ring moves left\"",
+    '--query "text"': '--query "a ring moves left"',
 }
 """What README's lines have and a miniature has not: giants, and words that tiny-clip does not know."""
 

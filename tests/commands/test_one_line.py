@@ -98,5 +98,7 @@ def test_a_data_set_goes_to_its_figure(name, write_miniature, tmp_path, monkeypa
         return
     told = run("eval", "--run", out)
     figures = json.loads((out / "eval_val.json").read_text())
-    assert figures["clips_per_video"] == "as recorded" and figures["videos"] == (2 if name in ("ucf101", "hmdb51") else 1)
+    assert figures["clips_per_video"] == "as recorded" and figures["videos"] == (
+        2 if name in ("ucf101", "hmdb51") else 1
+    )
     assert f"top1 {figures['top1']:.1%}" in told.stdout
