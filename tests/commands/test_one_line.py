@@ -15,7 +15,7 @@ KINETICS = dict(sampling="reference-k400", resize="256", frames={"train": 16, "v
 SOMETHING = dict(sampling="reference-sth", resize="256x320", frames={"train": 16, "val": 24, "": 8}, clips=(2, 1))
 RETRIEVAL = dict(sampling="reference-retrieval", resize="224", frames={"train": 24, "": 12}, clips=(1, 0))
 RECIPES = {
-    **dict.fromkeys(("k400", "k600", "k700", "ucf101", "hmdb51"), {**KINETICS, "recipe": "k400"}),
+    **{name: {**KINETICS, "recipe": "k400"} for name in ("k400", "k600", "k700", "ucf101", "hmdb51")},
     **{name: {**SOMETHING, "recipe": name} for name in ("ssv1", "ssv2")},
     **{name: {**RETRIEVAL, "recipe": name} for name in ("msrvtt", "msvd", "vatex")},
 }
@@ -76,7 +76,7 @@ def check_store(path, expected):
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
 )
-def test_a_data_set_goes_to_its_figure(name, write_miniature, tmp_path, monkeypatch):
+def test_a_data_set_goes_to_its_figure(name, write_miniature, tmp_path):
     root, store, out = write_miniature(name, tmp_path / "videos"), tmp_path / "s.zarr", tmp_path / "run"
     expected = RECIPES[name]
     told = run("extract", "--dataset", name, "--model", "tiny-clip", "--root", root, "--out", store)
