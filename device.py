@@ -22,8 +22,12 @@ def find_auto_device(*, may_be_mps: bool = True) -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str, *, own_gpu: int | None = None) -> torch.device:
     """A device by its name, or the best one for `auto`.
+
+    Args:
+        name: Of `DEVICES`; a GPU may have a number.
+        own_gpu: Which CUDA GPU is meant where it has none, as each of several processes has its own; then no Apple GPU.
 
     Raises:
         ConfigError: If there is no such device here.
@@ -31,7 +35,9 @@ def find_device(name: str) -> torch.device:
     import torch
 
     try:
-        device = torch.device(find_auto_device() if name == "auto" else name)
+        device = torch.device(find_auto_device(may_be_mps=own_gpu is None) if name == "auto" else name)
+        if device.type == "cuda" and device.index is None and own_gpu is not None:
+            device = torch.device("cuda", own_gpu)
         if device.type not in DEVICES:
             raise RuntimeError("no such kind of device")
         return torch.empty(1, device=device).device

@@ -27,6 +27,7 @@ _UNITS = {
     "indexing": "rows",
     "measuring the codec": "frames",
     "merging": "shards",
+    "training": "steps",
     "verifying": "shards",
 }
 """What a stage counts, where it is not videos."""

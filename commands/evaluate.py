@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -28,26 +30,36 @@ def evaluate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Evaluate a run on a split; figures and predictions are left in the run's folder."""
-    with run_command("eval", as_json) as result:
+    """Evaluate a run on a split; figures and predictions are left in the run's folder.
+
+    Under torchrun the processes share the clips.
+    """
+    # Of several processes under torchrun the first one speaks.
+    is_first = os.environ.get("RANK", "0") == "0"
+    if not is_first:
+        logging.getLogger("s4v").setLevel(logging.ERROR)
+    with run_command("eval", as_json and is_first) as result:
         from ..train.run_folder import find_newest_run, open_run
 
         path = run or find_newest_run()
         from ..device import find_device
         from ..train.evaluate import evaluate_run
+        from ..train.scorer import join_team
         from ..train.tasks import find_task
 
-        figures = evaluate_run(
-            path,
-            features=features,
-            split=split if is_typed(context, "split") else None,
-            num_clips=clips,
-            checkpoint=checkpoint,
-            is_backwards=backwards,
-            with_dual_softmax=dual_softmax,
-            device=find_device(device),
-            with_page=True,
-        )
+        with join_team() as team:
+            figures = evaluate_run(
+                path,
+                features=features,
+                split=split if is_typed(context, "split") else None,
+                num_clips=clips,
+                checkpoint=checkpoint,
+                is_backwards=backwards,
+                with_dual_softmax=dual_softmax,
+                device=find_device(device, own_gpu=int(os.environ["LOCAL_RANK"]) if team.size > 1 else None),
+                with_page=True,
+                team=team,
+            )
         result.update(figures)
-        if not as_json:
+        if is_first and not as_json:
             print_lines(*find_task(open_run(path).shape.task).render(path, figures))

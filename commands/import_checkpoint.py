@@ -22,11 +22,11 @@ def import_checkpoint(
 ) -> None:
     """Make a run from a checkpoint that the paper's authors released."""
     with run_command("import", as_json) as result:
-        chosen = parse_numbers("--layers", layers)
+        layer_numbers = parse_numbers("--layers", layers)
         from ..train.paper import import_checkpoint as importing
         from ..train.paper.checkpoint_names import describe_unused
 
-        summary = importing.import_checkpoint(checkpoint, out, layers=chosen, frames=frames, features=features)
+        summary = importing.import_checkpoint(checkpoint, out, layers=layer_numbers, frames=frames, features=features)
         result.update(summary)
         if not as_json:
             variant, checked = summary["variant"], ", ".join(summary["checked"]) or "nothing: no --features"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..progress import show_progress
 from ..terminal import print_lines
 from ..train.config import TrainConfig
 from ._options import Options, Spelling, takes_options
@@ -49,17 +52,30 @@ def train(options: Options, as_json: Json = False) -> None:
         task = find_task(config.task)
 
         def report(metrics: dict[str, Any], epochs: int) -> None:
-            wait = f"{metrics['data_wait_share']:.1%} waiting for data"
-            shares = task.describe_shares(metrics)
-            say(f"epoch {metrics['epoch']}/{epochs}: loss {metrics['train_loss']:.4f}, {shares}, {wait}")
+            loss, shares = f"loss {metrics['train_loss']:.4f}", task.describe_shares(metrics)
+            parts = [loss, shares, f"{metrics['data_wait_share']:.1%} waiting for data"]
+            say(f"epoch {metrics['epoch']}/{epochs}: {', '.join(part for part in parts if part)}")
 
-        summary = train_run(replace(config, out=path), report)
+        with show_progress("train") if is_first else nullcontext(lambda *_: None) as progress:
+            tell = (lambda text: say(f"s4v train: {text}")) if is_first else (lambda _: None)
+            summary = train_run(replace(config, out=path), report, progress=progress, say=tell)
         result.update(summary)
         if is_first and not as_json:
-            counts = summary["videos"]
-            videos = f"({counts['train']} training videos, {counts['val']} validation videos)"
-            shares = task.describe_shares(summary["last"])
-            print_lines(f"{summary['run']}: {shares} after {summary['epochs']} epochs {videos}")
+            print_lines(f"{summary['run']}: {describe_outcome(summary, task.describe_shares)}")
+
+
+def describe_outcome(summary: Mapping[str, Any], describe_shares: Callable[[Mapping[str, Any]], str]) -> str:
+    """A run's last line: what its best and its last checkpoint came to, with their epochs."""
+    counts = summary["videos"]
+    videos = f"({counts['train']} training videos, {counts['val']} validation videos)"
+    best, last = summary["best"], summary["last"]
+    if not describe_shares(best):
+        return f"{summary['epochs']} epochs, none validated {videos}"
+    if best["epoch"] == last["epoch"]:
+        return f"best and last {describe_shares(last)} (epoch {last['epoch']}) {videos}"
+    shares = describe_shares(last)
+    last_words = f"last {shares} (epoch {last['epoch']})" if shares else f"{last['epoch']} epochs"
+    return f"best {describe_shares(best)} (epoch {best['epoch']}), {last_words} {videos}"
 
 
 def _choose_task(store: StoreReader, usual: str, *, is_told: bool) -> str:

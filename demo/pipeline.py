@@ -179,7 +179,7 @@ def run_demo(
     say("searching")
     with _timed(seconds, "retrieve"):
         retrieval = judge_retrieval(store, retrieval_run)
-        found = ask(store, _QUERY, _ASKED, retrieval_run)
+        search_answers = ask(store, _QUERY, _ASKED, retrieval_run)
 
     labels, forwards = zip(*answers["side network"], strict=True)
     result: dict[str, Any] = {
@@ -208,7 +208,7 @@ def run_demo(
         extract_stats=read_json(store_path / "stats.json"),
         predictions=side_run / "predictions_val.parquet",
         query=_QUERY,
-        found=found,
+        found=search_answers,
     )
     write_json(out / _MARKER, {_SIGNATURE: 1, "finished": True, **result})
     return result

@@ -253,9 +253,9 @@ def _strips(store: StoreReader, predictions: Path, num_right: int = 6, num_wrong
     wrong = [answer for answer in answers if not answer["is_correct"]]
     strips, row_of = [], _number_rows(store)
     for title, group, wanted in (("Right", right, num_right), ("Wrong", wrong, num_wrong)):
-        chosen = group[:: max(1, len(group) // wanted)][:wanted]
-        strips.append(f"<h3>{title}: {len(chosen)} of {len(group)}</h3>")
-        for answer in chosen:
+        shown = group[:: max(1, len(group) // wanted)][:wanted]
+        strips.append(f"<h3>{title}: {len(shown)} of {len(group)}</h3>")
+        for answer in shown:
             verdict = "" if answer["is_correct"] else _WRONG
             caption = (
                 f"<span{verdict}>{escape(answer['class_name'])}, predicted {escape(answer['predicted'])} "

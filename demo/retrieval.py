@@ -90,10 +90,10 @@ def ask(store: StoreReader, query: str, asked: str, run: Path, top: int = 6) -> 
         `frozen` and `trained`: answers with video_id, score, class_name and whether that is what was asked.
     """
     classes = store.read_manifest(["class_name"])["class_name"]
-    found = {}
+    answers = {}
     for name, one in (("frozen", None), ("trained", run)):
         with Searcher(store, run=one, checkpoint="last", where="split = 'val'") as searcher:
-            found[name] = [
+            answers[name] = [
                 {
                     "video_id": answer.video_id,
                     "score": answer.score,
@@ -102,4 +102,4 @@ def ask(store: StoreReader, query: str, asked: str, run: Path, top: int = 6) -> 
                 }
                 for answer in searcher.find_text(query, top)
             ]
-    return found
+    return answers

@@ -48,9 +48,9 @@ def write_codec_report(job: Job, store: StoreReader, table: pa.Table) -> None:
         ]
         first = next(group for group in ordered if group)
         unseen = [record for group in ordered for record in (group[num_fitted:] if group is first else group)]
-        chosen = (unseen or first)[:_MEASURED_VIDEOS]
-        num_frames = frames_per_video(len(chosen), job.layout)
-        sample = gather_sample([zip(chosen, job.decode(chosen, num_frames), strict=True)], len(chosen))
+        videos = (unseen or first)[:_MEASURED_VIDEOS]
+        num_frames = frames_per_video(len(videos), job.layout)
+        sample = gather_sample([zip(videos, job.decode(videos, num_frames), strict=True)], len(videos))
         layers = measure_codec(
             store.codec,
             job.layout.keep_bits,

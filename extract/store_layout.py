@@ -51,14 +51,14 @@ def _check_codec_source(config: ExtractConfig, backbone: Backbone, source: Store
         StoreMismatchError: If that codec was fitted on other tokens than this extraction makes; all differences listed.
     """
     info, theirs = asdict(backbone.info), source.attributes["backbone"]
-    wanted = {name: info[name] for name in ("architecture", "weights_sha256", "width", "image_size", "mean", "std")}
-    wanted |= {"layers": parse_layers(config.layers, backbone.info.depth), "dtype": config.dtype}
+    own = {name: info[name] for name in ("architecture", "weights_sha256", "width", "image_size", "mean", "std")}
+    own |= {"layers": parse_layers(config.layers, backbone.info.depth), "dtype": config.dtype}
     there = {**theirs, "layers": source.layout.layers, "dtype": source.layout.patch_dtype}
     if config.channels is not None:
-        wanted["channels"], there["channels"] = config.channels, source.layout.channels
+        own["channels"], there["channels"] = config.channels, source.layout.channels
     differences = [
         f"{name} {there[name]} there, {value} here"
-        for name, value in wanted.items()
+        for name, value in own.items()
         if (list(value) if isinstance(value, tuple) else value)
         != (list(there[name]) if isinstance(there[name], tuple) else there[name])
     ]

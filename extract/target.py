@@ -39,10 +39,10 @@ class Target:
         if is_half_appended(config.out):
             return cls(config.out, is_half_appended=True)
         reader = open_store(config.out)
-        found = reader.facts.codec.name
-        if config.codec_from is None and config.codec != found:
+        codec_name = reader.facts.codec.name
+        if config.codec_from is None and config.codec != codec_name:
             raise StoreMismatchError(
-                f"{config.out} was begun with --codec {found}; found {config.codec}. Give what it was begun with."
+                f"{config.out} was begun with --codec {codec_name}; found {config.codec}. Give what it was begun with."
             )
         return cls(config.out, reader)
 

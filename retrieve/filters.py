@@ -150,8 +150,8 @@ def _look_up(op: ast.cmpop, left: ast.expr, right: ast.expr, table: pa.Table) ->
     column = _read_column(left, table)
     options = right.elts if isinstance(right, ast.Tuple | ast.List) else [right]  # ('a') is a text to Python
     values = [_read_constant(option, column.type) for option in options]
-    found = pc.is_in(column, value_set=pa.array(values, column.type))
-    return found if isinstance(op, ast.In) else pc.and_not(column.is_valid(), found)
+    is_member = pc.is_in(column, value_set=pa.array(values, column.type))
+    return is_member if isinstance(op, ast.In) else pc.and_not(column.is_valid(), is_member)
 
 
 def _pairs(node: ast.Compare) -> list[tuple[ast.cmpop, ast.expr, ast.expr]]:

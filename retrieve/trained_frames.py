@@ -105,5 +105,5 @@ class TrainedFrames:
     def compare_words(self, tokens: np.ndarray, mask: np.ndarray, frames: np.ndarray) -> np.ndarray:
         """A text (M, E), (M,) with videos (n, T, E), not normalised: similarities (n,)."""
         words, is_word, videos = (torch.from_numpy(x).to(self._device) for x in (tokens[None], mask[None], frames))
-        found = self.network.interaction(TextBatch(words.float(), is_word, None), videos)
-        return found.similarities[0].cpu().numpy()
+        interaction = self.network.interaction(TextBatch(words.float(), is_word, None), videos)
+        return interaction.similarities[0].cpu().numpy()

@@ -69,9 +69,9 @@ def pair_moved(gone: Mapping[str, _Row], new: Mapping[str, _Row]) -> dict[str, s
     left, right = dict(gone), dict(new)
     deepest = max((row["path"].count("/") + 1 for row in left.values()), default=0)
     for depth in range(deepest, 0, -1):  # each time over all: linear in rows, also where all have one name
-        found = [_by_end(rows, depth) for rows in (left, right)]
-        for end in found[0].keys() & found[1].keys():
-            before, after = found[0][end], found[1][end]
+        ids_by_end = [_by_end(rows, depth) for rows in (left, right)]
+        for end in ids_by_end[0].keys() & ids_by_end[1].keys():
+            before, after = ids_by_end[0][end], ids_by_end[1][end]
             if len(before) == len(after) == 1:
                 pairs[before[0]] = after[0]
                 del left[before[0]], right[after[0]]
@@ -82,12 +82,12 @@ def pair_moved(gone: Mapping[str, _Row], new: Mapping[str, _Row]) -> dict[str, s
 
 def _by_end(rows: Mapping[str, _Row], depth: int) -> dict[tuple[Any, ...], list[str]]:
     """Ids by the last parts of their path and their segment; paths with fewer parts are left out."""
-    found = defaultdict(list)
+    ids_by_end = defaultdict(list)
     for video_id, row in rows.items():
         parts = row["path"].rsplit("/", depth)[-depth:]
         if len(parts) == depth:
-            found[(*parts, row["start_s"], row["end_s"])].append(video_id)
-    return found
+            ids_by_end[(*parts, row["start_s"], row["end_s"])].append(video_id)
+    return ids_by_end
 
 
 def _read_sizes(store: StoreReader) -> dict[str, int]:

@@ -170,9 +170,9 @@ class ShardedArray:
             return
         for number in np.unique(places // size).tolist():
             shard.read_chunk(first_chunk + number, chunk, row)
-            wanted = np.flatnonzero(places // size == number)
-            frames = chunk[places[wanted] % size]
-            clip[wanted] = frames if layers is None else frames[:, layers]
+            own = np.flatnonzero(places // size == number)
+            frames = chunk[places[own] % size]
+            clip[own] = frames if layers is None else frames[:, layers]
 
     def _shard(self, row: int, view: int) -> _Shard:
         geometry = self._geometry
@@ -307,10 +307,10 @@ class _Shard:
         size = 16 * num_chunks
         start = file_bytes - size - _CHECKSUM_BYTES
         try:
-            found = os.pread(self._descriptor, size + _CHECKSUM_BYTES, start) if start >= 0 else b""
+            data = os.pread(self._descriptor, size + _CHECKSUM_BYTES, start) if start >= 0 else b""
         except OSError as error:
             raise DamagedChunkError(row, f"the index of {self._name}: {error.strerror}") from error
-        index, checksum = found[:size], found[size:]
+        index, checksum = data[:size], data[size:]
         if len(checksum) != _CHECKSUM_BYTES or crc32c(index) != int.from_bytes(checksum, "little"):
             raise DamagedChunkError(row, f"the index at the end of {self._name} is cut short or damaged")
         places = np.frombuffer(index, dtype="<u8").reshape(num_chunks, 2)
@@ -332,9 +332,9 @@ class _Shard:
         if offset == _ABSENT:
             raise DamagedChunkError(row, f"chunk {number} of {self._name} is missing")
         target, checksum = out.data.cast("B"), bytearray(_CHECKSUM_BYTES)
-        wanted = out.nbytes + _CHECKSUM_BYTES
+        num_bytes = out.nbytes + _CHECKSUM_BYTES
         try:
-            is_whole = length == wanted and os.preadv(self._descriptor, [target, checksum], offset) == wanted
+            is_whole = length == num_bytes and os.preadv(self._descriptor, [target, checksum], offset) == num_bytes
         except OSError as error:
             raise DamagedChunkError(row, f"chunk {number} of {self._name}: {error.strerror}") from error
         if not is_whole:

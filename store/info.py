@@ -59,8 +59,8 @@ def count_table(table: pa.Table) -> RowCounts:
 def _by_status(counts: pa.Table) -> dict[str, int]:
     """A table of statuses and one count as a dict, with zeros for statuses that no row has."""
     (name,) = set(counts.column_names) - {"status"}
-    found = dict(zip(counts["status"].to_pylist(), counts[name].to_pylist(), strict=True))
-    return {status: found.get(status, 0) for status in get_args(Status)}
+    count_by_status = dict(zip(counts["status"].to_pylist(), counts[name].to_pylist(), strict=True))
+    return {status: count_by_status.get(status, 0) for status in get_args(Status)}
 
 
 def count_reasons(table: pa.Table, status: Status) -> dict[str, int]:

@@ -486,8 +486,8 @@ class _Gate:
             self._path.rename(gone)
         except FileNotFoundError:
             return
-        found = read_record(gone)
-        if found is not None and found.nonce != dead.nonce:
+        record = read_record(gone)
+        if record is not None and record.nonce != dead.nonce:
             with suppress(OSError):  # else its owner sees that it is gone, and tries again
                 os.link(gone, self._path)
         gone.unlink(missing_ok=True)

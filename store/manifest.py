@@ -227,8 +227,8 @@ def with_later_columns(table: pa.Table, columns: list[str] | None = None) -> pa.
     """A manifest or a part with null columns for what it is too old to have; other tables as they are."""
     if "status" not in table.column_names and columns is None:
         return table
-    wanted = [*table.column_names, *RESULT_SCHEMA.names] if columns is None else columns
-    for name in wanted:
+    names = [*table.column_names, *RESULT_SCHEMA.names] if columns is None else columns
+    for name in names:
         if name in _LATER_COLUMNS and name not in table.column_names:
             table = table.append_column(RESULT_SCHEMA.field(name), pa.nulls(len(table), RESULT_SCHEMA.field(name).type))
     return table if columns is None else table.select(columns)

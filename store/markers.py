@@ -70,15 +70,15 @@ def marker_path(root: Path, shard: int, *, parts: str = PARTS_NAME) -> Path:
 
 def find_markers(root: Path) -> dict[int, MarkerState]:
     """The shards that have a done-marker, ascending, and which one."""
-    found: dict[int, MarkerState] = {}
+    states: dict[int, MarkerState] = {}
     with suppress(FileNotFoundError), os.scandir(root / PARTS_NAME) as entries:
         for entry in entries:
             stem, dot, ending = entry.name.partition(".")
             if stem.isdecimal() and dot + ending in (_ARROW, _PARQUET):
                 with suppress(FileNotFoundError):  # replaced meanwhile
                     stat = entry.stat()
-                    found[int(stem)] = stat.st_ino, stat.st_mtime_ns
-    return dict(sorted(found.items()))
+                    states[int(stem)] = stat.st_ino, stat.st_mtime_ns
+    return dict(sorted(states.items()))
 
 
 def read_marker_state(root: Path, shard: int) -> MarkerState | None:

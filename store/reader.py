@@ -109,12 +109,12 @@ class StoreReader:
         Raises:
             StoreDamagedError: If there are things that are no arrays of a tower's end.
         """
-        found = sorted(child.parent.name for child in (self.path / "head").glob("*/zarr.json"))
-        if unknown := [name for name in found if not names.is_known(f"head/{name}/zarr.json")]:
+        arrays = sorted(child.parent.name for child in (self.path / "head").glob("*/zarr.json"))
+        if unknown := [name for name in arrays if not names.is_known(f"head/{name}/zarr.json")]:
             raise StoreDamagedError(f"{self.path / 'head'} holds {ascii(unknown[0])[:80]}, which s4v did not write")
-        if len(found) > _MOST_HEAD_ARRAYS:
-            raise StoreDamagedError(f"{self.path / 'head'} holds {len(found)} arrays; a tower's end has some six")
-        return found
+        if len(arrays) > _MOST_HEAD_ARRAYS:
+            raise StoreDamagedError(f"{self.path / 'head'} holds {len(arrays)} arrays; a tower's end has some six")
+        return arrays
 
     def is_head_shape(self, shape: tuple[int, ...]) -> bool:
         """Whether an array of the tower's end may have a shape: numbers, or one or two axes of D or E."""
@@ -245,25 +245,27 @@ class StoreReader:
             raise StoreMismatchError(f"read_clips reads {', '.join(_CLIP_ARRAYS)}; found {', '.join(unknown)}")
         self._check_rows(rows, places, views)
         layer_places = None if layers is None else self.layer_places(layers)
-        chosen = {name: layer_places if name in ("patches", "cls") else None for name in arrays}
-        found: dict[str, np.ndarray | None] = dict.fromkeys(_CLIP_ARRAYS)
+        places_by_array = {name: layer_places if name in ("patches", "cls") else None for name in arrays}
+        values: dict[str, np.ndarray | None] = dict.fromkeys(_CLIP_ARRAYS)
         under_way: dict[str, ClipsUnderWay] = {}
         try:
             for name in arrays:
                 if (sharded := self._sharded(name)) is not None:
                     try:
-                        under_way[name] = sharded.read(rows, views, places, chosen[name], self._threads, allocate)
+                        under_way[name] = sharded.read(
+                            rows, views, places, places_by_array[name], self._threads, allocate
+                        )
                     except DamagedChunkError as error:
                         raise self._damage(name, np.array([error.row]), str(error)) from error
             for name in arrays:
                 if name in under_way:
-                    found[name] = self._wait_for(name, under_way[name])
+                    values[name] = self._wait_for(name, under_way[name])
                 else:
-                    found[name] = self._read_with_tensorstore(name, rows, views, places, chosen[name])
+                    values[name] = self._read_with_tensorstore(name, rows, views, places, places_by_array[name])
         finally:
             for clips in under_way.values():
                 clips.cancel()
-        return Clips(**found)
+        return Clips(**values)
 
     def _wait_for(self, name: str, clips: ClipsUnderWay) -> np.ndarray:
         try:
@@ -305,8 +307,8 @@ class StoreReader:
 
     def _read_embedding_shard(self, spec: ArraySpec, shard: int, rows: range, is_ok: np.ndarray) -> np.ndarray:
         """Those of some rows that lie in one shard, (rows, A, F, E); NaN where there is no such frame."""
-        held = self.layout.shard_rows(shard)
-        taken = range(max(rows.start, held.start), min(rows.stop, held.stop))
+        shard_rows = self.layout.shard_rows(shard)
+        taken = range(max(rows.start, shard_rows.start), min(rows.stop, shard_rows.stop))
         good = taken.start + np.flatnonzero(is_ok[taken.start : taken.stop])
         if not len(good):
             return np.full((len(taken), *spec.shape[1:]), np.nan, np.float32)
@@ -319,7 +321,7 @@ class StoreReader:
                 why = "the chunk is missing" if not file.exists() else str(error)
                 raise self._damage("embedding", good, why) from error
         whole = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)[:, : spec.shape[1]]
-        values = whole[taken.start - held.start : taken.stop - held.start]
+        values = whole[taken.start - shard_rows.start : taken.stop - shard_rows.start]
         missing = np.isnan(values[good - taken.start, 0, 0, 0])
         if missing.any():
             raise self._damage("embedding", good[missing], "the chunk is missing")
@@ -381,13 +383,13 @@ class StoreReader:
         Raises:
             StoreMismatchError: If the store does not hold one of them.
         """
-        held = self.layout.layers
-        if missing := sorted(set(layers) - set(held)):
+        own_layers = self.layout.layers
+        if missing := sorted(set(layers) - set(own_layers)):
             raise StoreMismatchError(
-                f"{self.path} holds layers {_join(held)}, wanted {_join(layers)}: missing {_join(missing)}. "
+                f"{self.path} holds layers {_join(own_layers)}, wanted {_join(layers)}: missing {_join(missing)}. "
                 f"Use --layers with layers of the store, or extract the missing ones into a new store."
             )
-        return [held.index(layer) for layer in layers]
+        return [own_layers.index(layer) for layer in layers]
 
     def _require_recorded_hash(self, name: str) -> None:
         """Refuse a file without checksums of its own that is not as it was written; looked at once."""
@@ -536,8 +538,8 @@ def open_store(path: str | Path) -> StoreReader:
             f"rows are being added to {path}, or were when that was interrupted: `s4v extract --append` completes it"
         )
     if not metadata.is_file():
-        found = "nothing there" if not path.exists() else "no zarr.json in it"
-        raise StoreNotFoundError(f"{path} is not a store: {found}. `s4v extract --out {path}` makes one.")
+        reason = "nothing there" if not path.exists() else "no zarr.json in it"
+        raise StoreNotFoundError(f"{path} is not a store: {reason}. `s4v extract --out {path}` makes one.")
     node = names.read_json(path, "zarr.json")
     group = node.get("attributes")
     attributes = group.get("s4v") if isinstance(group, dict) else None

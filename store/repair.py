@@ -119,8 +119,8 @@ def _is_as_before(fresh: Path, file: Path, recorded: str | None) -> bool:
     """Whether a file that was written anew is the one that was there; its recorded hash may be what is damaged."""
     if recorded is None or file.name == manifest.MANIFEST_NAME:  # which is joined from its parts again
         return True
-    found = hash_file(fresh)
+    sha256 = hash_file(fresh)
     try:
-        return found == recorded or found == hash_file(file)
+        return sha256 == recorded or sha256 == hash_file(file)
     except OSError:
         return False

@@ -96,9 +96,9 @@ def _check_range(column: pa.ChunkedArray, least: int, most: int, path: Path, nam
         values = pc.list_flatten(values)
         if values.null_count:
             raise _damaged(path, f"its column {name} lacks {values.null_count} entries")
-    found = pc.min_max(values).as_py()
-    if len(values) and found["min"] is not None and not least <= found["min"] <= found["max"] <= most:
-        number = found["min"] if found["min"] < least else found["max"]
+    extremes = pc.min_max(values).as_py()
+    if len(values) and extremes["min"] is not None and not least <= extremes["min"] <= extremes["max"] <= most:
+        number = extremes["min"] if extremes["min"] < least else extremes["max"]
         raise _damaged(path, f"its column {name} says {number}, expected {least} to {most}")
 
 

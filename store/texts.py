@@ -217,9 +217,9 @@ def _write_texts(
 
 def _open_partial(partial: Path, specs: Sequence[ArraySpec], captions_sha256: str) -> dict[str, ts.TensorStore]:
     """Arrays to fill: those that a killed process has left, if they are of the same captions and sizes, or new ones."""
-    wanted = {"captions_sha256": captions_sha256}
+    attributes = {"captions_sha256": captions_sha256}
     try:
-        goes_on = read_json(partial / "zarr.json")["attributes"] == wanted and all(
+        goes_on = read_json(partial / "zarr.json")["attributes"] == attributes and all(
             _describe_sizes(read_json(partial / spec.name / "zarr.json")) == (spec.shape, spec.dtype, spec.shard_shape)
             for spec in specs
         )
@@ -227,7 +227,7 @@ def _open_partial(partial: Path, specs: Sequence[ArraySpec], captions_sha256: st
         goes_on = False
     if not goes_on:
         shutil.rmtree(partial, ignore_errors=True)
-        write_group(partial, wanted)
+        write_group(partial, attributes)
         return {spec.name: create_array(partial, spec) for spec in specs}
     for file in partial.glob("*/*.__lock"):  # which it was still filling
         file.unlink()

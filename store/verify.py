@@ -212,9 +212,9 @@ def check_shard(store: StoreReader, shard: int, video_ids: list[str] | None) -> 
     damage = []
     for spec in store.layout.array_specs():
         for place, key in enumerate(spec.shard_keys(shard)):
-            wanted = _wanted_chunks(spec, counts, place * spec.shard_shape[1])
-            found = _check_file(store, spec, shard, key, wanted, is_pending, ids) if wanted.any() else []
-            damage += found or _check_fingerprint(store, spec, shard, key, read)
+            due = _wanted_chunks(spec, counts, place * spec.shard_shape[1])
+            problems = _check_file(store, spec, shard, key, due, is_pending, ids) if due.any() else []
+            damage += problems or _check_fingerprint(store, spec, shard, key, read)
     return part, damage
 
 
@@ -225,10 +225,10 @@ def _check_fingerprint(store: StoreReader, spec: ArraySpec, shard: int, key: str
         return []
     file, rows = store.path / name, tuple(store.layout.shard_rows(shard))
     try:
-        found = fingerprint_shard(file, spec) if file.exists() else None
+        fingerprint = fingerprint_shard(file, spec) if file.exists() else None
     except (OSError, ValueError) as error:
         return [Damage(where=name, what=str(error), shard=shard, rows=rows)]
-    if found == marker.files.get(name):
+    if fingerprint == marker.files.get(name):
         return []
     what = "is not the file that the shard's done-marker was written for"
     return [Damage(where=name, what=what, shard=shard, rows=rows)]
@@ -238,10 +238,10 @@ def _wanted_chunks(spec: ArraySpec, counts: np.ndarray, first_view: int) -> np.n
     """(rows, views, chunks along F) bool: which chunks the manifest says the shard holds."""
     rows, views, frames = spec.shard_shape[:3]
     size = frames if spec.chunk_shape is None else spec.chunk_shape[2]
-    wanted = np.zeros((rows, views, frames // size), dtype=bool)
+    is_due = np.zeros((rows, views, frames // size), dtype=bool)
     for place, (num_views, num_frames) in enumerate(counts):
-        wanted[place, : max(0, num_views - first_view), : -(-num_frames // size)] = num_frames > 0
-    return wanted
+        is_due[place, : max(0, num_views - first_view), : -(-num_frames // size)] = num_frames > 0
+    return is_due
 
 
 def _check_file(
@@ -271,11 +271,11 @@ def _check_file(
         return [damage(_describe(error))]
     per_row = wanted[0].size
     is_known = np.repeat(~is_pending, per_row)
-    found = [damage(what, number // per_row) for number, what in problems.items() if is_known[number]]
+    damages = [damage(what, number // per_row) for number, what in problems.items() if is_known[number]]
     for number in np.flatnonzero((is_there != wanted.ravel()) & is_known).tolist():
         what = "has no chunk" if wanted.flat[number] else "has a chunk that the manifest does not know of"
-        found.append(damage(f"{what} {number}", min(number // per_row, len(video_ids) - 1)))
-    return found
+        damages.append(damage(f"{what} {number}", min(number // per_row, len(video_ids) - 1)))
+    return damages
 
 
 def _describe(error: Exception) -> str:
@@ -285,7 +285,7 @@ def _describe(error: Exception) -> str:
 def _check_manifest(store: StoreReader, parts: dict[range, pa.Table], mismatched: Collection[str]) -> list[Damage]:
     """Whether a finished manifest says what the done-markers say."""
     name = manifest.MANIFEST_NAME
-    found = []
+    damages = []
     try:
         table = manifest.read_table(names.require_file(store.path, name))
         table.select(manifest.RESULT_SCHEMA.names)
@@ -294,16 +294,16 @@ def _check_manifest(store: StoreReader, parts: dict[range, pa.Table], mismatched
     try:
         check_rows(table, store.layout, len(store.classes.names), store.path / name, store.layout.num_rows)
     except StoreDamagedError as error:
-        found.append(Damage(where=name, what=str(error)))
+        damages.append(Damage(where=name, what=str(error)))
         if len(table) != store.layout.num_rows:
-            return found
+            return damages
     statuses = table["status"].to_numpy(zero_copy_only=False)
     there = find_markers(store.path)
     for shard in range(store.layout.num_shards):
         rows = store.layout.shard_rows(shard)
         where = str(marker_path(store.path, shard).relative_to(store.path))
         if shard not in there and where not in mismatched and (statuses[rows.start : rows.stop] != "pending").any():
-            found.append(Damage(where=where, what="the file is missing", shard=shard))
+            damages.append(Damage(where=where, what="the file is missing", shard=shard))
     with suppress(StoreDamagedError, OSError):
         joined = read_joined(store.path, read_recorded_hashes(store.path).get(name))
         # Written since the last consolidation: the manifest does not hold it yet. In a copy of a store every marker has
@@ -317,8 +317,8 @@ def _check_manifest(store: StoreReader, parts: dict[range, pa.Table], mismatched
         if not is_pending and results.to_pylist() != part.select(manifest.RESULT_SCHEMA.names).to_pylist():
             shard = rows.start // store.layout.rows_per_shard
             what = f"rows {rows.start} to {rows.stop - 1} are not what the done-marker of shard {shard} says"
-            found.append(Damage(where=manifest.MANIFEST_NAME, what=what, shard=shard))
-    return found
+            damages.append(Damage(where=manifest.MANIFEST_NAME, what=what, shard=shard))
+    return damages
 
 
 def render_damage(store: Path, damage: Sequence[Damage], rows: str | None) -> list[str]:

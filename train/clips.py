@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import pyarrow as pa
@@ -19,15 +20,31 @@ from ..store.reader import Clips, StoreReader
 from ..store.texts import TextReader, Texts
 from .networks.contract import Network
 from .networks.text_interaction import TextBatch
+from .transfer import Streams, WaitMeter, copy_ahead, find_streams, time_waiting
 
 _log = logging.getLogger(__name__)
 
 _BATCHES_AHEAD = 3
+READ_AHEAD_BYTES = 2**30
+"""Of batches that are read, or read ahead of their step; those of a GPU are pinned memory."""
 DEFAULT_CLIP_FRAMES = 8
 
 
-_Read = tuple[Clips, Texts | None]
-"""A batch as it comes from the store."""
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A batch as it comes from the store."""
+
+    clips: Clips
+    texts: Texts | None
+    labels: np.ndarray
+    is_frame: np.ndarray | None
+    """(B, T); None where all are."""
+
+
+@cache
+def _reading_threads() -> ThreadPoolExecutor:
+    """Of this process, whoever reads."""
+    return ThreadPoolExecutor(2, thread_name_prefix="s4v-read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,6 +385,7 @@ class ClipLoader:
         text_arrays: Sequence[str] = (),
         pixel_offsets: Sequence[int] = (0,),
         frames_per_token: int = 1,
+        streams: Streams | None = None,
     ) -> None:
         self._store = store
         self._texts = TextReader(store) if text_arrays else None
@@ -375,6 +393,8 @@ class ClipLoader:
         self._arrays = arrays
         self._layers = None if tuple(layers) == store.layout.layers else layers
         self._device = device
+        self._streams = find_streams(device) if streams is None else streams
+        self.waiting = WaitMeter()
         backbone = store.facts.backbone
         self._mean, self._std = (
             torch.tensor(values, device=device).view(3, 1, 1) for values in (backbone.mean, backbone.std)
@@ -409,46 +429,57 @@ class ClipLoader:
         )
 
     def load(self, plans: Sequence[ClipPlan]) -> Iterator[ClipBatch]:
-        """Batches in the order of the plans."""
+        """Batches in the order of the plans; `waiting` is told how long steps stood still for them."""
         batches = self._read_ahead(plans)
-        if self._device.type != "cuda":
-            return batches
-        return self._copy_ahead(batches, torch.cuda.Stream(self._device))
+        if self._streams is None:
+            return time_waiting(batches, self.waiting)
+        return copy_ahead(batches, self._streams, self.waiting)
+
+    def count_bytes(self, plan: ClipPlan) -> int:
+        """Of a batch in the host's memory, as it is stored."""
+        num_clips, num_frames = plan.places.shape
+        layout = self._store.layout
+        layers = len(layout.layers if self._layers is None else self._layers)
+        total = 0
+        for name in self._arrays:
+            a_frame = layout.bytes_per_frame[name]
+            if name == "pixels":
+                total += num_clips * num_frames * a_frame
+            else:
+                total += num_clips * -(-num_frames // self._frames_per_token) * a_frame * layers // len(layout.layers)
+        return total
 
     def _read_ahead(self, plans: Sequence[ClipPlan]) -> Iterator[ClipBatch]:
-        """Batches whose copies, to a GPU, may be under way on the stream that is current when they are asked for."""
-        with ThreadPoolExecutor(2, thread_name_prefix="s4v-read") as threads:
-            pending: deque[tuple[ClipPlan, Future[_Read]]] = deque()
-            try:
-                for plan in plans:
-                    pending.append((plan, threads.submit(self._read, plan)))
-                    if len(pending) > _BATCHES_AHEAD:
-                        yield self._hand_over(*pending.popleft())
-                while pending:
-                    yield self._hand_over(*pending.popleft())
-            finally:
-                for _, future in pending:
-                    future.cancel()
+        """Batches whose copies, to a GPU, may be under way on the stream that is current when they are asked for.
 
-    def _copy_ahead(self, batches: Iterator[ClipBatch], copies: torch.cuda.Stream) -> Iterator[ClipBatch]:
-        """The same batches, each copied to the GPU while the step on the one before it runs.
-
-        On the step's own stream copies would wait for that step.
+        What is read, or handed over and perhaps not copied yet, stays within a number of bytes; one batch is always
+        read, however large.
         """
-        ahead: tuple[ClipBatch, torch.cuda.Event] | None = None
-        while True:
-            with torch.cuda.stream(copies):
-                batch = next(batches, None)
-                copied = copies.record_event()
-            if ahead is not None:
-                current = torch.cuda.current_stream(self._device)
-                current.wait_event(ahead[1])
-                for tensor in ahead[0].tensors():
-                    tensor.record_stream(current)
-                yield ahead[0]
-            if batch is None:
-                return
-            ahead = batch, copied
+        threads = _reading_threads()
+        pending: deque[tuple[ClipPlan, Future[_Read], int]] = deque()
+        # Host memory is free again when the copy is done: surely when the batch after the next one is asked for.
+        copying: deque[int] = deque([0, 0], maxlen=2) if self._streams is not None else deque(maxlen=0)
+
+        def hand_over() -> ClipBatch:
+            plan, future, size = pending.popleft()
+            copying.append(size)
+            return self._hand_over(plan, future)
+
+        try:
+            for plan in plans:
+                size = self.count_bytes(plan)
+                while pending and (
+                    len(pending) > _BATCHES_AHEAD
+                    or sum(one for *_, one in pending) + sum(copying) + size > READ_AHEAD_BYTES
+                ):
+                    yield hand_over()
+                pending.append((plan, threads.submit(self._read, plan), size))
+            while pending:
+                yield hand_over()
+        finally:
+            for _, future, _ in pending:
+                future.cancel()
+            wait([future for _, future, _ in pending])  # none reads on once the caller has gone
 
     def _read(self, plan: ClipPlan) -> _Read:
         places, step = np.maximum(plan.places, 0), self._frames_per_token
@@ -458,7 +489,12 @@ class ClipLoader:
             tokens = self._read_arrays(plan, places[:, ::step], [name for name in self._arrays if name != "pixels"])
             pixels = self._read_arrays(plan, places, [name for name in self._arrays if name == "pixels"])
             clips = replace(tokens, pixels=pixels.pixels)
-        return clips, None if self._texts is None else self._texts.read(plan.labels, self._text_arrays)
+        texts = None if self._texts is None else self._texts.read(plan.labels, self._text_arrays)
+        is_frame = plan.places >= 0
+        if texts is not None:
+            arrays = (texts.tokens, texts.mask, texts.embedding)
+            texts = Texts(*(None if values is None else self._pin(values) for values in arrays))
+        return _Read(clips, texts, self._pin(plan.labels), None if is_frame.all() else self._pin(is_frame))
 
     def _read_arrays(self, plan: ClipPlan, places: np.ndarray, arrays: Sequence[str]) -> Clips:
         return self._store.read_clips(
@@ -467,15 +503,22 @@ class ClipLoader:
 
     def _allocate(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """Room for an array; for a GPU pinned, so that its copy runs beside the step."""
-        if self._device.type != "cuda":
-            return np.empty(shape, dtype)
-        return torch.empty(shape, dtype=getattr(torch, dtype.name), pin_memory=True).numpy()
+        return np.empty(shape, dtype) if self._streams is None else self._streams.allocate(shape, np.dtype(dtype))
+
+    def _pin(self, values: np.ndarray) -> np.ndarray:
+        """The same array in such room: of one that is elsewhere a copy holds up the host."""
+        if self._streams is None:
+            return values
+        pinned = self._allocate(values.shape, values.dtype)
+        np.copyto(pinned, values)
+        return pinned
 
     def _copy(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)
 
     def _hand_over(self, plan: ClipPlan, future: Future[_Read]) -> ClipBatch:
-        clips, texts = future.result()
+        read = future.result()
+        clips = read.clips
         pixels = None
         if clips.pixels is not None:
             pixels = self._normalise(self._copy(clips.pixels))
@@ -483,14 +526,16 @@ class ClipLoader:
             pixels,
             None if clips.patches is None else self._copy(clips.patches),
             None if clips.cls is None else self._copy(clips.cls).float(),
-            self._copy(plan.labels),
-            None if texts is None else hand_over_texts(texts, self._device),
+            self._copy(read.labels),
+            None if read.texts is None else hand_over_texts(read.texts, self._device),
         )
-        return batch if (plan.places >= 0).all() else self._blank(batch, self._copy(plan.places >= 0))
+        return batch if read.is_frame is None else self._blank(batch, self._copy(read.is_frame))
 
     def _normalise(self, raw: torch.Tensor) -> torch.Tensor:
         """(B, T, O, H, W, 3) as stored to (B, T, 3, H, W), of several offsets (B, T, O, 3, H, W)."""
-        shown = raw[:, :, self._shown] if len(self._shown) > 1 else raw[:, :, self._shown[0]]
+        # Of several one after the other: a list of places would be copied to a GPU, which holds up the host.
+        offsets = [raw[:, :, place] for place in self._shown]
+        shown = torch.stack(offsets, dim=2) if len(offsets) > 1 else offsets[0]
         return shown.movedim(-1, -3).float().div_(255).sub_(self._mean).div_(self._std)
 
     def _blank(self, batch: ClipBatch, is_frame: torch.Tensor) -> ClipBatch:

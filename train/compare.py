@@ -21,6 +21,7 @@ from .loop import train_run
 from .networks import NETWORKS
 from .networks.contract import NetworkKind
 from .settings import resolve_preset
+from .tasks.ranks import rank_own
 from .tasks.recognition import Recognition
 from .tasks.recognition_metrics import find_interval
 
@@ -138,8 +139,7 @@ def _ask(
     except S4vError as error:
         say(f"no {kind.name}: {error}")
         return None
-    own = np.take_along_axis(scores, labels[:, None], axis=1)
-    ranks = (~(scores < own)).sum(axis=1)  # ties count against us
+    ranks = rank_own(scores, labels)
     right = ranks == 1
     return Compared(
         method=kind.name,

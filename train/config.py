@@ -68,7 +68,14 @@ class TrainConfig:
     batch_size: int | None = None
     """Clips in a step of each process. [preset, or 32; retrieval 128 in all]
 
-    Of retrieval a text's negatives are the step's other videos, so all processes share the 128.
+    None takes the whole step of a preset that was named, and shares it out among processes and `accumulate`; so with
+    the 128 of retrieval, where a text's negatives are its batch's other videos, of all processes.
+    """
+    norm_clips: int | None = None
+    """Clips that a batch norm counts together. [preset, or all of a batch]
+
+    A group larger than a process's batch is one of several processes. None without a preset counts the batch of all
+    processes.
     """
     views_per_video: int | None = None
     """Views of a video side by side in a step. [preset where rows hold them, or 1]
@@ -113,7 +120,10 @@ class TrainConfig:
     The order of clips, and the frames that they take.
     """
     accumulate: int = 1
-    """Batches in one step of the optimiser."""
+    """Batches in one step of the optimiser.
+
+    They share the step of a preset that was named; each has as many clips as `batch_size` says, where that is given.
+    """
     clip_norm: float | None = None
     """Cut the gradient's norm down to this. [not at all; retrieval 1]
 
@@ -139,6 +149,11 @@ class TrainConfig:
 
     The end of each epoch leaves one beside.
     """
+    log_every: int | None = None
+    """Steps between lines about loss, speed and memory. [by the clock: 10 s]
+
+    They go to steps.jsonl, TensorBoard and wandb.
+    """
     wandb: str | None = None
     """Log to this Weights & Biases project too."""
     train_split: str = "train"
@@ -153,6 +168,8 @@ class TrainConfig:
             "--frames": self.frames,
             "--epochs": self.epochs,
             "--batch-size": self.batch_size,
+            "--norm-clips": self.norm_clips,
+            "--log-every": self.log_every,
             "--views-per-video": self.views_per_video,
             "--side-width": self.side_width,
             "--accumulate": self.accumulate,

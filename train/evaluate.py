@@ -11,6 +11,7 @@ import torch
 
 from ..errors import ConfigError
 from .run_folder import Run, open_run, open_store_of_run
+from .scorer import ALONE, Team
 from .tasks import find_task
 from .tasks.contract import EvaluationOptions
 
@@ -29,6 +30,7 @@ def evaluate_run(
     device: torch.device | None = None,
     with_page: bool = False,
     report: Callable[[str, int, int], None] = lambda *_: None,
+    team: Team = ALONE,
 ) -> dict[str, Any]:
     """Evaluate a run on a split of a store, and leave the figures and all predictions in the run's folder.
 
@@ -44,6 +46,7 @@ def evaluate_run(
         device: Where to compute; None takes the CPU.
         with_page: Write results_SPLIT.html too, of recognition.
         report: Told about progress.
+        team: Processes that share the clips; the first one writes.
 
     Returns:
         What the task's `evaluate_run` returns: see train/tasks.
@@ -68,6 +71,7 @@ def evaluate_run(
         device=device,
         with_page=with_page,
         report=report,
+        team=team,
     )
     task.check_evaluation(options)
     return task.evaluate_run(run, options)

@@ -1,10 +1,11 @@
-"""Where the metrics of each epoch go beside metrics.jsonl: TensorBoard always, Weights & Biases where asked for."""
+"""Where figures of epochs and steps go beside JSON lines: TensorBoard always, Weights & Biases where asked for."""
 
 from __future__ import annotations
 
 import importlib.util
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError, EnvironmentFailedError
@@ -14,32 +15,53 @@ from .run_folder import Run
 
 _WANDB_ID_NAME = "wandb_id.txt"
 
-Logger = Callable[[dict[str, Any]], None]
-"""Takes the metrics of one epoch."""
+Log = Callable[[dict[str, Any]], None]
 
 
-def make_loggers(run: Run, config: TrainConfig, epochs_done: int) -> list[Logger]:
+@dataclass(frozen=True, slots=True)
+class Logger:
+    """One place where figures go."""
+
+    log_epoch: Log
+    """Takes the metrics of an epoch."""
+    log_step: Log
+    """Takes what is told of a step: train/step_log.py."""
+
+
+def make_loggers(run: Run, config: TrainConfig, epochs_done: int, steps_done: int) -> list[Logger]:
     """All loggers of a run; see `require_wandb`.
 
     Raises:
         EnvironmentFailedError: If wandb cannot begin: nobody is logged in, or its server does not answer.
     """
-    loggers = [_make_tensorboard(run, epochs_done)]
+    loggers = [_make_tensorboard(run, epochs_done, steps_done)]
     return [*loggers, _make_wandb(run, config.wandb)] if config.wandb is not None else loggers
 
 
-def _make_tensorboard(run: Run, epochs_done: int) -> Logger:
+def _make_tensorboard(run: Run, epochs_done: int, steps_done: int) -> Logger:
     from torch.utils.tensorboard import SummaryWriter
 
-    # What was logged of an epoch that is trained again is hidden.
-    board = SummaryWriter(run.path, purge_step=epochs_done + 1 if epochs_done else None)
+    # What was logged of an epoch that is trained again is hidden. Steps have a folder of their own: they are hidden by
+    # their own number.
+    epochs = SummaryWriter(run.path, purge_step=epochs_done + 1 if epochs_done else None)
+    steps: list[SummaryWriter] = []
 
-    def log(metrics: dict[str, Any]) -> None:
-        for name, value in metrics.items():
-            board.add_scalar(name, value, metrics["epoch"])
-        board.flush()
+    def log_epoch(metrics: dict[str, Any]) -> None:
+        _add_scalars(epochs, metrics, metrics["epoch"])
 
-    return log
+    def log_step(facts: dict[str, Any]) -> None:
+        if not steps:  # a short run tells of none
+            steps.append(SummaryWriter(run.path / "steps", purge_step=steps_done + 1 if steps_done else None))
+        _add_scalars(steps[0], facts, facts["step"])
+
+    return Logger(log_epoch, log_step)
+
+
+def _add_scalars(board: Any, values: dict[str, Any], place: int) -> None:
+    for name, value in values.items():
+        if value is not None:
+            board.add_scalar(name, value, place)
+    board.flush()
 
 
 def require_wandb(config: TrainConfig) -> None:
@@ -75,7 +97,7 @@ def _make_wandb(run: Run, project: str) -> Logger:
             "command with --resume."
         ) from error
 
-    def log(metrics: dict[str, Any]) -> None:
-        session.log(metrics, step=metrics["epoch"])
-
-    return log
+    # Each kind of figure has its own axis: wandb's own steps, one an entry, must only rise.
+    session.define_metric("*", step_metric="epoch")
+    session.define_metric("step/*", step_metric="step/step")
+    return Logger(session.log, lambda facts: session.log({f"step/{name}": value for name, value in facts.items()}))

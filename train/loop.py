@@ -6,22 +6,23 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
-from lightning_fabric.plugins import MixedPrecision
-from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from lightning_fabric.plugins.environments import TorchElasticEnvironment
 
-from ..device import DEVICES, find_auto_device
-from ..errors import ConfigError, EnvironmentFailedError
+from ..errors import EnvironmentFailedError
 from ..files import write_json
+from ..progress import Report
 from ..store.reader import StoreReader, open_store
+from .batches import StepShares, keep_recorded_batches, warn_of_other_step
 from .clips import (
     ClipBatch,
     ClipLoader,
@@ -34,18 +35,21 @@ from .clips import (
     warn_of_thinned_clips,
 )
 from .config import TrainConfig
-from .logs import make_loggers, require_wandb
+from .fabric import make_fabric, make_norm_groups, resolve_device
+from .heads import Head, Stack
+from .logs import Logger, make_loggers, require_wandb
 from .networks import find_network
-from .networks.contract import Network
-from .recipe import learning_rate_at, make_optimizer, set_learning_rate
+from .networks.contract import Network, NetworkKind, NetworkShape
+from .networks.norms import count_in_groups
+from .recipe import learning_rate_at, make_optimizer
 from .resume_state import STATE_NAME, Position, load_state, save_state
 from .run_folder import (
     CONFIG_NAME,
-    Run,
     append_metrics,
     begin_with,
     create_run,
     cut_metrics,
+    open_run,
     plan_run,
     refuse_existing_run,
     require_same_run,
@@ -53,12 +57,19 @@ from .run_folder import (
     validates_every_clip,
 )
 from .scorer import Scorer, Team, explain_full_device
-from .settings import find_optimisation, plan_network, resolve_preset, resolve_views
+from .settings import find_optimisation, find_recipe, plan_network, resolve_preset, resolve_views
+from .step_log import StepLog, cut_steps
 from .tasks import find_task
 from .tasks.contract import Task
 
 ReportEpoch = Callable[[dict[str, Any], int], None]
 """Called after each epoch with its metrics and the number of epochs."""
+
+ReportHeads = Callable[[list[dict[str, Any]], int], None]
+"""The same of several heads, with the metrics of those that still learn."""
+
+OWN_OF_A_HEAD = ("out", "learning_rate", "weight_decay", "seed")
+"""What heads that are trained together may differ in."""
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +91,13 @@ def default_run_path(features: Path, head: str, *, resume: bool = False, folder:
     raise AssertionError
 
 
-def train_run(config: TrainConfig, report: ReportEpoch = lambda *_: None) -> dict[str, Any]:
+def train_run(
+    config: TrainConfig,
+    report: ReportEpoch = lambda *_: None,
+    *,
+    progress: Report = lambda *_: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
     """Train a head on a store and leave a run's folder.
 
     Under `torchrun` every process takes clips of its own in each step; the first one writes.
@@ -88,6 +105,8 @@ def train_run(config: TrainConfig, report: ReportEpoch = lambda *_: None) -> dic
     Args:
         config: What to train, and how.
         report: Told about each epoch.
+        progress: Told after each step.
+        say: Told once how a step's clips are shared out.
 
     Returns:
         run, preset, epochs, best (metrics of the best epoch), last, parameters, seconds, data_wait_share.
@@ -99,56 +118,132 @@ def train_run(config: TrainConfig, report: ReportEpoch = lambda *_: None) -> dic
         EnvironmentFailedError: If the loss is not finite, the last good checkpoint is kept; or if the device's memory
             does not suffice.
     """
-    with explain_full_device(
+    with _explain_full_device():
+        training = _prepare([config], config.out / STATE_NAME, say)
+        (summary,) = training.fit(lambda metrics, num_epochs: report(metrics[0], num_epochs), progress)
+    del summary["stopped"]
+    return summary
+
+
+def train_heads(
+    configs: Sequence[TrainConfig],
+    state_path: Path,
+    report: ReportHeads = lambda *_: None,
+    *,
+    progress: Report = lambda *_: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[dict[str, Any]]:
+    """Train several heads on the batches of one read of the store, each into a run's folder of its own.
+
+    A head whose loss or weights are not finite stops alone, as does one that gets no better for its patience.
+
+    Args:
+        configs: One for each head; see `OWN_OF_A_HEAD`. The order of clips is that of the first one.
+        state_path: The file that holds what all of them go on from.
+        report: Told about each epoch.
+        progress: Told after each step.
+        say: Told once how a step's clips are shared out.
+
+    Returns:
+        Of each head what `train_run` returns, and `stopped`: why it stopped alone, else None.
+
+    Raises:
+        ValueError: If the configurations differ in anything else.
+        EnvironmentFailedError: If no head is left.
+        StoreMismatchError, RunExistsError: As `train_run`.
+    """
+    shared = {name: getattr(configs[0], name) for name in TrainConfig.__dataclass_fields__ if name not in OWN_OF_A_HEAD}
+    if any(getattr(config, name) != value for config in configs for name, value in shared.items()):
+        raise ValueError(f"heads of one training differ in {', '.join(OWN_OF_A_HEAD)} alone")
+    with _explain_full_device():
+        return _prepare(configs, state_path, say).fit(report, progress)
+
+
+def _explain_full_device() -> AbstractContextManager[None]:
+    return explain_full_device(
         "train with --checkpoint-activations, or with a smaller --batch-size and more of --accumulate"
-    ):
-        return _train_run(config, report)
+    )
 
 
-def _train_run(config: TrainConfig, report: ReportEpoch) -> dict[str, Any]:
+def _prepare(configs: Sequence[TrainConfig], state_path: Path, say: Callable[[str], None]) -> _Training:
+    """Resolve what the options leave open, build all networks, and make their runs' folders."""
     is_first = int(os.environ.get("RANK", "0")) == 0
-    can_resume = config.resume and (config.out / CONFIG_NAME).is_file()
-    if is_first and not can_resume:
-        refuse_existing_run(config.out)
-    require_wandb(config)
+    can_resume = [config.resume and (config.out / CONFIG_NAME).is_file() for config in configs]
+    for config, can in zip(configs, can_resume, strict=True):
+        if is_first and not can:
+            refuse_existing_run(config.out)
+    require_wandb(configs[0])
     num_processes = int(os.environ["WORLD_SIZE"]) if TorchElasticEnvironment.detect() else 1
-    device_type, precision = resolve_device(config)
-    config = replace(config, precision=precision)  # type: ignore[arg-type]
-    store = open_store(config.features)
-    is_auto = config.preset == "auto"
-    config = resolve_preset(config, store, num_processes=num_processes)
-    shape = plan_network(config, store)
-    kind, task = find_network(config.head), find_task(config.task)(config, store)
-    if can_resume and validates_every_clip(config.out):
-        task.validation = task.find_rows(store, config.val_split)
-    config = replace(config, views_per_video=resolve_views(config, task.training.num_views, num_processes))
+    device_type, precision = resolve_device(configs[0])
+    store = open_store(configs[0].features)
+    is_auto = configs[0].preset == "auto"
+    given = configs[0]
+    configs = [
+        _resolve(replace(config, precision=precision), store, num_processes, can_resume=can)  # type: ignore[arg-type]
+        for config, can in zip(configs, can_resume, strict=True)
+    ]
+    shape = plan_network(configs[0], store)
+    kind, task = find_network(configs[0].head), find_task(configs[0].task)(configs[0], store)
+    if can_resume[0] and validates_every_clip(configs[0].out):
+        task.validation = task.find_rows(store, configs[0].val_split)
+    num_views = resolve_views(configs[0], task.training.num_views, num_processes)
+    configs = [replace(config, views_per_video=num_views) for config in configs]
+    config = configs[0]
     frames = _resolve_frames(config, store, task, is_told=is_auto and config.preset != "none")
     warn_of_short_splits(store, frames, {config.train_split, config.val_split}, task.find_rows)
     assert config.batch_size is not None
+    shares = StepShares.of_config(config, num_processes)
+    say(shares.describe())
+    warn_of_other_step(given, config, find_recipe(config, store), shares)
+    _warn_of_no_validation(store, task, config)
     task.check_step(config.batch_size * num_processes)
     kind.check_step(min(config.batch_size, len(task.training) // num_processes) * num_processes)
     # Before anything is written: it may not fit.
+    is_begun = all(can_resume) and state_path.is_file()
+    networks = [_build(config, kind, shape, store, task, is_begun=is_begun) for config in configs]
+    fabric = make_fabric(config, device_type)
+    runs = [
+        plan_run(config, frames, shape, store, task.training.rows, num_processes=num_processes, device_type=device_type)
+        for config in configs
+    ]
+    fabric.barrier()  # no process looks at what the first one is about to write
+    if fabric.is_global_zero:
+        for config, run, can in zip(configs, runs, can_resume, strict=True):
+            require_same_run(run, config) if can else create_run(run)
+    fabric.barrier()
+    heads = [Head(*parts) for parts in zip(configs, runs, networks, strict=True)]
+    return _Training(heads, store, task, fabric, state_path)
+
+
+def _resolve(config: TrainConfig, store: StoreReader, num_processes: int, *, can_resume: bool) -> TrainConfig:
+    """What the options come to; the step of a run that goes on is the one that it began with."""
+    resolved = resolve_preset(config, store, num_processes=num_processes)
+    if not can_resume:
+        return resolved
+    return keep_recorded_batches(config, resolved, open_run(config.out).config, num_processes)
+
+
+def _warn_of_no_validation(store: StoreReader, task: Task, config: TrainConfig) -> None:
+    if not len(task.validation):
+        _log.warning(
+            "%s has no good video with what this task is measured by in split %r: no epoch is measured, and the last "
+            "one counts as the best. Name another split with --val-split, or extract one.",
+            store.path,
+            config.val_split,
+        )
+
+
+def _build(
+    config: TrainConfig, kind: NetworkKind, shape: NetworkShape, store: StoreReader, task: Task, *, is_begun: bool
+) -> Network:
+    """A network as its training begins; the weights of one that has a state come from there."""
     torch.manual_seed(config.seed)
     network = kind.build(shape)
-    if config.init is not None and not (can_resume and (config.out / STATE_NAME).is_file()):
+    if config.init is not None and not is_begun:
         begin_with(config.init, network)
     network.prepare(store)
     task.begin(network)
-    fabric = _make_fabric(config, device_type)
-    run = plan_run(
-        config,
-        frames,
-        shape,
-        store,
-        task.training.rows,
-        num_processes=fabric.world_size,
-        device_type=device_type,
-    )
-    fabric.barrier()  # no process looks at what the first one is about to write
-    if fabric.is_global_zero:
-        require_same_run(run, config) if can_resume else create_run(run)
-    fabric.barrier()
-    return _Training(config, run, store, task, network, fabric).fit(report)
+    return network
 
 
 def _resolve_frames(config: TrainConfig, store: StoreReader, task: Task, *, is_told: bool) -> int:
@@ -172,195 +267,288 @@ def _resolve_frames(config: TrainConfig, store: StoreReader, task: Task, *, is_t
 
 
 class _Training:
-    """One run from its first epoch, or from where it was killed, to its last."""
+    """Heads from their first epoch, or from where they were killed, to their last; each batch is read once for all."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        run: Run,
-        store: StoreReader,
-        task: Task,
-        network: Network,
-        fabric: Fabric,
-    ) -> None:
-        self._config = config
-        self._run = run
-        self._layers = layers = run.shape.layers
+    def __init__(self, heads: Sequence[Head], store: StoreReader, task: Task, fabric: Fabric, state_path: Path) -> None:
+        self._heads = heads
+        self._config = config = heads[0].config
         self._optimisation = find_optimisation(config)
         self._store = store
         self._task = task
         self._fabric = fabric
-        self._module = network
-        if config.checkpoint_activations:
-            self._module.checkpoints_activations = True
-        if config.with_compile:
-            self._module.compile()
-        optimizer = make_optimizer(network.parameter_groups(), config, self._optimisation)
-        self._head, self._optimizer = fabric.setup(network, optimizer)
+        self._state_path = state_path
+        self._norms = make_norm_groups(StepShares.of_config(config, fabric.world_size))
+        self._stacks = [self._make_stack(head) for head in heads]
+        network, layers = heads[0].network, heads[0].run.shape.layers
+        self._layers = layers
         self._codec = codec_for(store, layers, fabric.device) if "patches" in network.arrays else None
         self._loader = ClipLoader.for_network(network, store, layers=layers, device=fabric.device, with_texts=True)
-        self._position = Position()
-        self._own_losses: list[torch.Tensor] = []  # of this process, since all were last found finite
         self._saved_at = time.monotonic()
         self._began = time.perf_counter()
-        self._wait_s = 0.0
         self._wait_share = 0.0
+        self._log: StepLog | None = None  # of the first process
+
+    def _make_stack(self, head: Head) -> Stack:
+        network = head.network
+        if head.config.checkpoint_activations:
+            network.checkpoints_activations = True
+        if self._norms is not None:
+            count_in_groups(network, self._norms)
+        if head.config.with_compile:
+            network.compile()
+        optimizer = make_optimizer(network.parameter_groups(), head.config, self._optimisation)
+        return Stack([head], network, optimizer, self._fabric)
 
     @property
-    def _state_path(self) -> Path:
-        return self._run.path / STATE_NAME
+    def _active(self) -> list[Head]:
+        """Heads that still learn; all of them stand at the same step."""
+        return [head for stack in self._stacks for head in stack.active]
 
-    def fit(self, report: ReportEpoch) -> dict[str, Any]:
+    @property
+    def _position(self) -> Position:
+        """Of those that still learn; else that of the last one that did."""
+        heads = self._active or sorted(self._heads, key=lambda head: head.position.steps)
+        return heads[-1].position
+
+    def fit(self, report: ReportHeads, progress: Report) -> list[dict[str, Any]]:
         start = time.perf_counter()
         if self._config.resume:
             self._go_on()
         self._began = start - self._position.seconds
-        loggers = make_loggers(self._run, self._config, self._position.epoch) if self._fabric.is_global_zero else []
-        num_epochs, patience = self._config.epochs, self._config.patience
+        loggers = self._begin_logs(progress) if self._fabric.is_global_zero else {}
+        num_epochs = self._config.epochs
         assert num_epochs is not None
-        while (epoch := self._position.epoch) < num_epochs and not self._is_out_of_patience(patience):
-            metrics = {"epoch": epoch + 1, **self._train_epoch(epoch)}
+        while (epoch := self._position.epoch) < num_epochs and self._active:
+            metrics = self._train_epoch(epoch)
             self._require_finite_weights(epoch)
-            is_validated = (epoch + 1) % self._config.validate_every == 0 or epoch + 1 == num_epochs
-            metrics = self._fabric.broadcast({**metrics, **(self._validate(epoch) if is_validated else {})})
-            is_best = self._note_epoch(metrics)
+            if (epoch + 1) % self._config.validate_every == 0 or epoch + 1 == num_epochs:
+                figures = self._validate(epoch)
+                metrics = {head: {**metrics[head], **figures[head]} for head in self._active}
+            # Times differ from run to run: they are told, and not kept among the metrics.
+            wait = {"data_wait_share": round(self._wait_share, 4)}
+            kept = self._keep_epoch([metrics[head] for head in self._active], loggers)
             if self._fabric.is_global_zero:
-                append_metrics(self._run, metrics)
-                for log in loggers:
-                    log(metrics)
-                save_checkpoint(self._run, "last", self._module, metrics)
-                if is_best:
-                    save_checkpoint(self._run, "best", self._module, metrics)
-                self._save_state()
-                # Times differ from run to run: they are told, and not kept among the metrics.
-                report({**metrics, "data_wait_share": round(self._wait_share, 4)}, num_epochs)
+                report([{**one, **wait} for one in kept], num_epochs)
             self._fabric.barrier()
-        summary = self._summarise(time.perf_counter() - start)
+        if all(head.stopped is not None for head in self._heads):
+            raise EnvironmentFailedError(f"no head is left: {self._heads[0].stopped}")
+        seconds = time.perf_counter() - start
+        summaries = [self._summarise(head, seconds) for head in self._heads]
         if self._fabric.is_global_zero:
-            write_json(self._run.path / "stats.json", summary)
-        return summary
+            for head, summary in zip(self._heads, summaries, strict=True):
+                write_json(head.run.path / "stats.json", summary)
+        return summaries
 
-    def _summarise(self, seconds: float) -> dict[str, Any]:
+    def _begin_logs(self, progress: Report) -> dict[Head, list[Logger]]:
+        """Of each head; what is told of steps goes there too."""
+        config, position = self._config, self._position
+        loggers = {
+            head: make_loggers(head.run, head.config, head.position.epoch, head.position.steps) for head in self._active
+        }
+        num_steps, _ = self._count_steps(self._plan_epoch(position.epoch))
+        assert config.epochs is not None
+        self._log = StepLog(
+            {head.run.path: [logger.log_step for logger in own] for head, own in loggers.items()},
+            every=config.log_every,
+            total=num_steps * config.epochs,
+            device=self._fabric.device,
+            waiting=self._loader.waiting,
+            progress=progress,
+        )
+        return loggers
+
+    def _keep_epoch(self, metrics: list[dict[str, Any]], loggers: Mapping[Head, list[Logger]]) -> list[dict[str, Any]]:
+        """Write what each active head came to, then where all of them stand; the metrics as every process has them."""
+        metrics = self._fabric.broadcast(metrics)
+        for head, own in zip(self._active, metrics, strict=True):
+            is_best = head.note_epoch(own, self._task.figure)
+            if self._fabric.is_global_zero:
+                append_metrics(head.run, own)
+                for logger in loggers[head]:
+                    logger.log_epoch(own)
+                save_checkpoint(head.run, "last", head.network, own)
+                if is_best:
+                    save_checkpoint(head.run, "best", head.network, own)
+        self._note_seconds()
+        self._drop_done()
+        if self._fabric.is_global_zero:
+            self._save_state()
+        return metrics
+
+    def _note_seconds(self) -> None:
+        for head in self._active:
+            head.position.seconds = time.perf_counter() - self._began
+
+    def _drop_done(self) -> None:
+        """Let heads that are done learn no more."""
+        for stack in self._stacks:
+            for head in [head for head in stack.active if head.is_done(self._task.figure)]:
+                stack.drop(head)
+
+    def _summarise(self, head: Head, seconds: float) -> dict[str, Any]:
         """What a run comes to; its seconds are those of all its parts, as far as their states were saved."""
+        position = head.position
         return {
-            "run": str(self._run.path),
-            "preset": self._config.preset,
-            "epochs": self._position.epoch,
+            "run": str(head.run.path),
+            "preset": head.config.preset,
+            "epochs": position.epoch,
             "videos": {
                 name: len(np.unique(data.rows))
                 for name, data in (("train", self._task.training), ("val", self._task.validation))
             },
-            "steps": self._position.steps,
-            "best": self._position.best,
-            "last": self._position.metrics,
-            "parameters": sum(p.numel() for p in self._module.parameters()),
-            "seconds": round(self._position.seconds, 3),
-            "data_wait_share": round(self._wait_s / seconds, 4),
+            "steps": position.steps,
+            "best": position.best,
+            "last": position.metrics,
+            "parameters": sum(p.numel() for p in head.network.parameters()),
+            "seconds": round(position.seconds, 3),
+            "data_wait_share": round(self._loader.waiting.seconds / seconds, 4),
+            "stopped": head.stopped,
         }
 
     def _go_on(self) -> None:
-        """Be where the run was when its state was last saved; at the start, if it never was."""
+        """Be where the heads were when their state was last saved; at the start, if it never was."""
         if self._state_path.is_file():
             self._load_state()
         if self._fabric.is_global_zero:
-            cut_metrics(self._run, self._position.epoch)
+            for head in self._heads:
+                cut_metrics(head.run, head.position.epoch)
+                cut_steps(head.run.path, head.position.steps)
 
     def _load_state(self) -> None:
-        self._position, precision = load_state(self._state_path, self._module, self._optimizer.optimizer)
-        self._position.losses = [loss.to(self._fabric.device) for loss in self._position.losses]
-        self._fabric.strategy.precision.load_state_dict(precision)
-        _log.info("going on in epoch %d, step %d", self._position.epoch + 1, self._position.step_in_epoch)
+        states = load_state(self._state_path, [stack.describe_state() for stack in self._stacks])
+        for stack, (heads, precision) in zip(self._stacks, states, strict=True):
+            for head, (position, stopped) in zip(stack.heads, heads, strict=True):
+                position.losses = [loss.to(self._fabric.device) for loss in position.losses]
+                head.position, head.stopped = position, stopped
+            stack.load_precision(precision)
+        self._drop_done()
+        position = self._position
+        _log.info("going on in epoch %d, step %d", position.epoch + 1, position.step_in_epoch)
 
     def _save_state(self) -> None:
-        precision = self._fabric.strategy.precision.state_dict()
-        self._position.seconds = time.perf_counter() - self._began
-        save_state(self._state_path, self._position, self._module, self._optimizer.optimizer, precision)
+        self._note_seconds()
+        save_state(self._state_path, [stack.describe_state() for stack in self._stacks])
         self._saved_at = time.monotonic()
 
-    def _note_epoch(self, metrics: dict[str, Any]) -> bool:
-        """Stand after an epoch; whether none was better. Of equals the later one is the best.
-
-        An epoch that was not validated is the best only as long as none was.
-        """
-        old, found = self._position, metrics.get(self._task.figure)
-        highest = None if old.best is None else old.best.get(self._task.figure)
-        is_best = highest is None or (found is not None and found >= highest)
-        is_better = highest is None or (found is not None and found > highest)
-        self._position = Position(
-            epoch=metrics["epoch"],
-            steps=old.steps,
-            best=metrics if is_best else old.best,
-            improved=metrics["epoch"] if is_better else old.improved,
-            metrics=metrics,
-            seconds=old.seconds,
-        )
-        return is_best
-
-    def _is_out_of_patience(self, patience: int | None) -> bool:
-        """Whether the last epoch was validated, and so many went by since a better one."""
-        is_told = self._task.figure in self._position.metrics
-        return patience is not None and is_told and self._position.epoch - self._position.improved >= patience
-
-    def _train_epoch(self, epoch: int) -> dict[str, float]:
-        config, position = self._config, self._position
-        plans = self._task.plan_epoch(
-            epoch, num_frames=self._run.frames, rank=self._fabric.global_rank, num_ranks=self._fabric.world_size
-        )
-        # Like clips that do not fill a batch, batches that do not fill a step are left out of an epoch.
-        accumulate = min(config.accumulate, len(plans))
-        num_steps = len(plans) // accumulate
-
-        def rate_at(step: int) -> float:
-            # The middle of the step: at its end, the last step of a run would have a rate of zero.
-            return learning_rate_at(epoch + (step + 0.5) / num_steps, config, self._optimisation.schedule)
-
-        self._head.train()
-        batches = self._loader.load(plans[position.step_in_epoch * accumulate : num_steps * accumulate])
-        began, waited = time.perf_counter(), self._wait_s
-        for step in range(position.step_in_epoch, num_steps):
-            set_learning_rate(self._optimizer, rate_at(step))
-            position.losses.append(self._step(batches, accumulate))
-            position.steps += 1
-            position.step_in_epoch = step + 1
+    def _train_epoch(self, epoch: int) -> dict[Head, dict[str, Any]]:
+        config, step_in_epoch = self._config, self._position.step_in_epoch
+        plans = self._plan_epoch(epoch)
+        num_steps, accumulate = self._count_steps(plans)
+        # The middle of the step: at its end, the last step of a run would have a rate of zero.
+        middles = [epoch + (step + 0.5) / num_steps for step in range(num_steps)]
+        for stack in self._stacks:
+            stack.train()
+        batches = self._loader.load(plans[step_in_epoch * accumulate : num_steps * accumulate])
+        waiting = self._loader.waiting
+        began, waited = time.perf_counter(), waiting.seconds
+        if self._log is not None:
+            self._log.begin_epoch()
+        for step in range(step_in_epoch, num_steps):
+            is_told = self._log is not None and self._log.is_due(self._position.steps + 1)
+            norms = self._step(batches, accumulate, middles[step], with_norms=is_told)
+            for head in self._active:
+                head.position.steps += 1
+                head.position.step_in_epoch = step + 1
+            clips = sum(len(plan.rows) for plan in plans[step * accumulate : (step + 1) * accumulate])
+            self._tell_step(clips * self._fabric.world_size, epoch + (step + 1) / num_steps, middles[step], norms)
             if step % _CHECK_EVERY == _CHECK_EVERY - 1 or step + 1 == num_steps:
                 self._require_finite(epoch, plans, accumulate)
             is_due = time.monotonic() - self._saved_at >= 60 * config.checkpoint_minutes
             if is_due and step + 1 < num_steps and self._fabric.is_global_zero:
-                self._require_finite(epoch, plans, accumulate)
-                self._require_finite_weights(epoch)
-                self._save_state()
-        train_loss = float(torch.stack(position.losses).mean())
-        self._wait_share = (self._wait_s - waited) / (time.perf_counter() - began)
-        return {"train_loss": train_loss, "learning_rate": rate_at(num_steps - 1)}
+                self._save_if_finite(epoch, plans, accumulate)
+        self._wait_share = (waiting.seconds - waited) / (time.perf_counter() - began)
+        return {
+            head: {
+                "epoch": epoch + 1,
+                "train_loss": float(torch.stack(head.position.losses).mean()),
+                "learning_rate": learning_rate_at(middles[-1], head.config, self._optimisation.schedule),
+            }
+            for head in self._active
+        }
 
-    def _step(self, batches: Iterator[ClipBatch], accumulate: int) -> torch.Tensor:
-        """One step of the optimiser on `accumulate` batches; the mean loss of all processes, ()."""
-        losses = []
+    def _plan_epoch(self, epoch: int) -> list[ClipPlan]:
+        """Batches of this process."""
+        return self._task.plan_epoch(
+            epoch,
+            num_frames=self._heads[0].run.frames,
+            rank=self._fabric.global_rank,
+            num_ranks=self._fabric.world_size,
+        )
+
+    def _count_steps(self, plans: Sequence[ClipPlan]) -> tuple[int, int]:
+        """Steps of an epoch, and batches of a step.
+
+        Like clips that do not fill a batch, batches that do not fill a step are left out of an epoch.
+        """
+        accumulate = min(self._config.accumulate, len(plans))
+        return len(plans) // accumulate, accumulate
+
+    def _tell_step(self, clips: int, epoch: float, middle: float, norms: Mapping[Head, torch.Tensor]) -> None:
+        """Note a step of so many clips, and tell of it where gradients' norms were asked for."""
+        if self._log is None:
+            return
+        step, heads = self._position.steps, self._active
+        self._log.add({head.run.path: head.position.losses[-1] for head in heads}, clips, step)
+        if norms:
+            schedule = self._optimisation.schedule
+            rates = {head.run.path: learning_rate_at(middle, head.config, schedule) for head in heads}
+            gradients = {head.run.path: norms[head] for head in heads}
+            self._log.tell(step, epoch=epoch, learning_rates=rates, gradient_norms=gradients)
+
+    def _save_if_finite(self, epoch: int, plans: Sequence[ClipPlan], accumulate: int) -> None:
+        """Save the state between epochs; one that is not finite ends a training of one head, and is never saved."""
+        if len(self._heads) == 1:
+            self._require_finite(epoch, plans, accumulate)
+            self._require_finite_weights(epoch)
+        # Which of several heads goes on is for all processes to decide at once, at their next check.
+        if all(head.find_bad_loss() is None and head.has_finite_weights() for head in self._active):
+            self._save_state()
+
+    def _step(
+        self, batches: Iterator[ClipBatch], accumulate: int, epoch: float, *, with_norms: bool
+    ) -> dict[Head, torch.Tensor]:
+        """One step of all heads on `accumulate` batches; notes their mean losses of all processes.
+
+        Returns:
+            The norm () of each head's gradient before it is cut; none unless they were asked for.
+        """
+        stacks = [stack for stack in self._stacks if stack.active]
+        losses: dict[Head, list[torch.Tensor]] = {head: [] for head in self._active}
         for place in range(accumulate):
-            start = time.perf_counter()
+            if self._norms is not None:
+                self._norms.batch, self._norms.num_batches = place, accumulate
             batch = next(batches)
-            self._wait_s += time.perf_counter() - start
-            with self._fabric.no_backward_sync(self._head, enabled=place + 1 < accumulate):
-                output = self._head(*self._module.inputs(batch), self._codec)
-                loss = self._task.compute_loss(self._module, output, batch, self._gather)
-                for own in self._module.own_losses(output, batch).values():
-                    loss = loss + own
-                self._fabric.backward(loss / accumulate)
-            losses.append(loss.detach())
-        if self._config.clip_norm is not None:
-            # What is not finite is told by the loss and the weights; under fp16 such a step is left out, not an error.
-            self._fabric.clip_gradients(
-                self._head, self._optimizer, max_norm=self._config.clip_norm, error_if_nonfinite=False
-            )
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        mean = torch.stack(losses).mean()
-        self._own_losses.append(mean.clone())
+            for stack in stacks:
+                found = stack.learn(
+                    batch, self._codec, self._compute_loss, num_batches=accumulate, is_last=place + 1 == accumulate
+                )
+                for head, loss in zip(stack.active, found, strict=True):
+                    losses[head].append(loss)
+        norms: dict[Head, torch.Tensor] = {}
+        for stack in stacks:
+            if with_norms:
+                norms |= zip(stack.active, stack.find_gradient_norms(), strict=True)
+            stack.set_rates(epoch, self._optimisation.schedule)
+            stack.step(self._config.clip_norm)
+            if self._norms is not None and self._fabric.world_size > 1:
+                stack.average_statistics()
+        own = torch.stack([torch.stack(found).mean() for found in losses.values()])
+        mean = own.clone()
         if self._fabric.world_size > 1:
             # Not Fabric's, which waits for all processes first: this one is only queued on a GPU.
             dist.all_reduce(mean)
             mean /= self._fabric.world_size
-        return mean
+        for head, ours, all_of_them in zip(losses, own, mean, strict=True):
+            head.own_losses.append(ours)
+            head.position.losses.append(all_of_them)
+        return norms
+
+    def _compute_loss(self, network: Network, output: Any, batch: ClipBatch) -> torch.Tensor:
+        """The task's loss and the network's own, ()."""
+        loss = self._task.compute_loss(network, output, batch, self._gather)
+        for own in network.own_losses(output, batch).values():
+            loss = loss + own
+        return loss
 
     def _gather(self, values: torch.Tensor) -> torch.Tensor:
         """(B, ...) of this process to those of all, (B of all, ...), in the order of the processes."""
@@ -369,112 +557,63 @@ class _Training:
         gathered: torch.Tensor = self._fabric.all_gather(values, sync_grads=True)  # type: ignore[assignment]
         return gathered.flatten(0, 1)
 
-    def _validate(self, epoch: int) -> dict[str, float]:
+    def _validate(self, epoch: int) -> dict[Head, dict[str, float]]:
         """Every process scores its share of the clips, in the precision of training."""
         if not len(self._task.validation):
-            return {}
+            return {head: {} for head in self._active}
+        figures = {}
+        for head in self._active:
+            try:
+                figures[head] = self._task.validate(self._make_scorer(head))
+            except EnvironmentFailedError:
+                self._stop(head, "a validation score", epoch, f"at or before step {head.position.steps}")
+        return figures
+
+    def _make_scorer(self, head: Head) -> Scorer:
         fabric = self._fabric
-        try:
-            assert self._config.batch_size is not None
-            scorer = Scorer(
-                self._module,
-                self._store,
-                layers=self._layers,
-                num_frames=self._run.frames,
-                batch_size=self._config.batch_size,
-                device=fabric.device,
-                team=Team(fabric.global_rank, fabric.world_size, fabric.autocast),
-            )
-            return self._task.validate(scorer)
-        except EnvironmentFailedError:
-            self._stop_as_diverged("a validation score", epoch, f"at or before step {self._position.steps}")
+        assert head.config.batch_size is not None
+        return Scorer(
+            head.network,
+            self._store,
+            layers=self._layers,
+            num_frames=head.run.frames,
+            batch_size=head.config.batch_size,
+            device=fabric.device,
+            team=Team(fabric.global_rank, fabric.world_size, fabric.autocast),
+        )
 
     def _require_finite(self, epoch: int, plans: Sequence[ClipPlan], accumulate: int) -> None:
         """Check the losses since the last time; the first bad one names its step and the videos of its batches."""
-        position, own = self._position, self._own_losses
-        first = len(position.losses) - len(own)
-        if not own or bool(torch.isfinite(torch.stack(position.losses[first:])).all()):
-            own.clear()
-            return
-        bad = next(place for place, loss in enumerate(position.losses[first:]) if not bool(torch.isfinite(loss)))
-        step = first + bad  # in this epoch
-        where = f"in step {position.steps - len(position.losses) + step + 1}"
-        if bool(torch.isfinite(own[bad])):
-            where += " (on the videos of another process)"
-        else:
-            batches = plans[step * accumulate : (step + 1) * accumulate]
-            rows = list(dict.fromkeys(np.concatenate([plan.rows for plan in batches]).tolist()))
-            ids = self._store.read_manifest(["video_id"])["video_id"].take(rows[:_MOST_NAMED]).to_pylist()
-            more = f" and {len(rows) - _MOST_NAMED} more" if len(rows) > _MOST_NAMED else ""
-            where += f" (videos {', '.join(ids)}{more})"
-        self._stop_as_diverged("the loss", epoch, where)
+        for head in self._active:
+            bad, own, position = head.find_bad_loss(), head.own_losses, head.position
+            if bad is None:
+                own.clear()
+                continue
+            step = len(position.losses) - len(own) + bad  # in this epoch
+            where = f"in step {position.steps - len(position.losses) + step + 1}"
+            if bool(torch.isfinite(own[bad])):
+                where += " (on the videos of another process)"
+            else:
+                batches = plans[step * accumulate : (step + 1) * accumulate]
+                rows = list(dict.fromkeys(np.concatenate([plan.rows for plan in batches]).tolist()))
+                ids = self._store.read_manifest(["video_id"])["video_id"].take(rows[:_MOST_NAMED]).to_pylist()
+                more = f" and {len(rows) - _MOST_NAMED} more" if len(rows) > _MOST_NAMED else ""
+                where += f" (videos {', '.join(ids)}{more})"
+            self._stop(head, "the loss", epoch, where)
 
     def _require_finite_weights(self, epoch: int) -> None:
-        finite = [torch.isfinite(tensor).all() for tensor in self._module.state_dict().values()]
-        if not bool(torch.stack(finite).all()):
-            self._stop_as_diverged("a weight", epoch, f"at or before step {self._position.steps}")
+        for head in self._active:
+            if not head.has_finite_weights():
+                self._stop(head, "a weight", epoch, f"at or before step {head.position.steps}")
 
-    def _stop_as_diverged(self, what: str, epoch: int, where: str) -> NoReturn:
-        kept = self._run.path / "last.safetensors"
+    def _stop(self, head: Head, what: str, epoch: int, where: str) -> None:
+        """Let a head that diverged learn no more; one that is alone ends the training."""
+        kept = head.run.path / "last.safetensors"
         hint = f"{kept} is the last good checkpoint." if kept.exists() else "No epoch was finished."
-        raise EnvironmentFailedError(
-            f"{what} became NaN or infinite in epoch {epoch + 1}, {where}. Lower --learning-rate. {hint}"
-        )
-
-
-class _InputsAsTheyAre(MixedPrecision):
-    """Mixed precision that leaves inputs alone: Fabric's makes a half-precision copy of every token and pixel.
-
-    Autocast converts what a product takes; tokens above 65,504 would be infinite in float16 before their norm.
-    """
-
-    def convert_input(self, data: Any) -> Any:
-        """The same."""
-        return data
-
-
-def resolve_device(config: TrainConfig) -> tuple[str, str]:
-    """The type of the device that a training runs on, and its precision.
-
-    Raises:
-        ConfigError: If there is no such device type, or it does not have the precision.
-    """
-    if config.device not in DEVICES:
-        raise ConfigError(f"--device takes {', '.join(DEVICES)}; found {config.device!r}")
-    device_type, precision = config.device, config.precision
-    if device_type == "auto":
-        # Processes of torchrun cannot share an MPS device.
-        device_type = find_auto_device(may_be_mps=not TorchElasticEnvironment.detect())
-    if precision == "fp16" and device_type != "cuda":
-        # Fabric would take bf16 instead, with a mere note.
-        raise ConfigError("--precision fp16 needs a CUDA GPU here: use bf16 or fp32")
-    if precision is None:
-        precision = "fp32"
-        if device_type == "cuda" and torch.cuda.is_available():
-            # Older GPUs emulate bfloat16, many times slower.
-            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return device_type, precision
-
-
-def _make_fabric(config: TrainConfig, device_type: str) -> Fabric:
-    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    num_nodes = int(os.environ.get("WORLD_SIZE", "1")) // num_local
-    is_spread = TorchElasticEnvironment.detect()
-    # Without torchrun one process, whatever a cluster's variables say: inside a job of several tasks Fabric would look
-    # for them.
-    plugins: list[Any] = [TorchElasticEnvironment() if is_spread else LightningEnvironment()]
-    if config.precision != "fp32":
-        plugins.append(_InputsAsTheyAre("bf16-mixed" if config.precision == "bf16" else "16-mixed", device_type))
-    try:
-        fabric = Fabric(
-            accelerator=device_type,
-            devices=num_local if is_spread else 1,
-            num_nodes=num_nodes if is_spread else 1,
-            strategy="ddp" if is_spread else "auto",
-            plugins=plugins,
-        )
-        fabric.launch()
-        return fabric
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"--device {config.device} is not available here ({reason}). Use --device auto.") from error
+        message = f"{what} became NaN or infinite in epoch {epoch + 1}, {where}. Lower --learning-rate. {hint}"
+        if len(self._heads) == 1:
+            raise EnvironmentFailedError(message)
+        _log.warning("%s stops, the others go on: %s", head.run.path, message)
+        head.stopped = message
+        head.position.losses, head.own_losses = [], []
+        self._drop_done()

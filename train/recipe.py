@@ -25,7 +25,7 @@ class Recipe:
     weight_decay: float = 0.15
     label_smoothing: float | None = 0.1
     batch_size: int = 32
-    """Clips in a step of one process."""
+    """Clips in a step of one process, where no preset was named."""
     clip_norm: float | None = None
     frames: int = 8
     """T of the released configurations; the paper tests with 8 and 16."""
@@ -33,11 +33,19 @@ class Recipe:
     warmup_share: float | None = None
     """Of all epochs, instead of `warmup_epochs`."""
     is_batch_of_all: bool = False
-    """Whether `batch_size` counts the clips of all processes, which share them out."""
+    """Whether `batch_size` counts the clips of all processes and accumulated batches, which share them out."""
+    step_clips: int | None = None
+    """Clips in a step of all processes and accumulated batches, for which the rate was chosen; None is no such
+    number."""
+    norm_clips: int | None = None
+    """Clips that a batch norm counts together: in the reference one GPU's. None is all of a batch."""
 
     def describe(self, epochs: int | None) -> dict[str, Any]:
-        """Values of the options of the same names; `epochs` are those that were asked for."""
-        skipped = ("warmup_share", "is_batch_of_all")
+        """Values of the options of the same names; `epochs` are those that were asked for.
+
+        How clips are shared out among processes is `train/batches.py`'s to say.
+        """
+        skipped = ("warmup_share", "is_batch_of_all", "batch_size", "step_clips", "norm_clips")
         values = {name: getattr(self, name) for name in self.__slots__ if name not in skipped}
         if self.warmup_share is not None:
             values["warmup_epochs"] = self.warmup_share * (epochs or self.epochs)

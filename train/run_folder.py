@@ -25,6 +25,7 @@ from ..errors import (
 from ..files import hash_file, hash_text, read_json, write_atomic, write_json, write_text
 from ..store.reader import StoreReader, open_store
 from ..store.redone import count_redone
+from .batches import StepShares
 from .networks import find_network
 from .networks.contract import Network, NetworkShape
 
@@ -71,6 +72,7 @@ _INCIDENTAL = (
     "device",
     "resume",
     "checkpoint_minutes",
+    "log_every",
     "checkpoint_activations",
     "with_compile",
     "wandb",
@@ -138,6 +140,8 @@ def require_same_run(run: Run, config: TrainConfig) -> None:
     }
     ours, theirs = ({**options, **r.config, **r.source, "classes": r.classes, "head": r.shape} for r in (run, begun))
     skipped = {*_INCIDENTAL, "store"}
+    if StepShares.of_run(run.config).learns_as(StepShares.of_run(begun.config)):
+        skipped |= {"processes", "accumulate", "batch_size"}  # the same step, shared out in another way
     if begun.config.get("precision") is None:
         skipped.add("precision")  # begun before it was resolved and written down
     plain = lambda value: json.loads(json.dumps(value, default=asdict))  # noqa: E731 (tuples are lists on disk)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,11 @@ class Team:
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     """The precision of the pass: what the head was trained in."""
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
     def take(self, plans: Sequence[ClipPlan]) -> list[ClipPlan]:
         """This process's share of the batches; they are as large as those of one process, so scores are the same."""
         return list(plans[self.rank :: self.size])
@@ -43,6 +48,19 @@ class Team:
 
 
 ALONE = Team()
+
+
+@contextmanager
+def join_team() -> Iterator[Team]:
+    """The processes that torchrun started, for as long as the context is open; without it this one alone."""
+    if not dist.is_torchelastic_launched():
+        yield ALONE
+        return
+    dist.init_process_group("gloo")  # on any device: what they tell each other lies on the host
+    try:
+        yield Team(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +92,9 @@ class Scorer:
         checkpoint: str = "best",
         device: torch.device | None = None,
         is_backwards: bool = False,
+        team: Team = ALONE,
     ) -> Scorer:
-        """With a run's checkpoint, as it was trained; on the CPU unless a device is named."""
+        """With a run's checkpoint, in the precision of its training; on the CPU unless a device is named."""
         device = device or torch.device("cpu")
         return cls(
             load_checkpoint(run, checkpoint).to(device),
@@ -84,7 +103,7 @@ class Scorer:
             num_frames=run.frames,
             batch_size=run.config["batch_size"],
             device=device,
-            team=Team(autocast=autocast_as_trained(run, device)),
+            team=replace(team, autocast=autocast_as_trained(run, device)),
             is_backwards=is_backwards,
         )
 
@@ -111,9 +130,16 @@ class Scorer:
                 seen = network.reverse_batch(batch) if self.is_backwards else batch
                 with self.team.autocast():
                     output = network(*network.inputs(seen), codec)
-                parts.append(finish(output.float()).cpu().numpy())
+                parts.append(_fetch(finish(output.float())))
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
         network.train(was_training)
-        return np.concatenate(self.team.gather(parts))
+        return np.concatenate(self.team.gather([part.numpy() for part in parts]))
+
+
+def _fetch(output: torch.Tensor) -> torch.Tensor:
+    """On its way to the host: of a CUDA GPU nobody waits for it, or the next batch would be queued too late."""
+    return output.to("cpu", non_blocking=output.device.type == "cuda")
 
 
 def autocast_as_trained(run: Run, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:

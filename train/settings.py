@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import ConfigError, StoreMismatchError
 from ..store.reader import StoreReader
+from .batches import resolve_batches
 from .config import TrainConfig
 from .networks import NETWORKS, find_network
 from .networks.contract import NetworkKind, NetworkShape, name_all
@@ -45,7 +46,7 @@ def resolve_preset(config: TrainConfig, store: StoreReader, *, num_processes: in
     Args:
         config: Options as given; what was not given is None.
         store: What it trains on.
-        num_processes: That train together; a batch of all is shared out among them.
+        num_processes: That train together; a step of all is shared out among them.
 
     Returns:
         The configuration with the preset's name, and neither rate, epochs, warm-up, weight decay, batch size nor, for
@@ -54,7 +55,7 @@ def resolve_preset(config: TrainConfig, store: StoreReader, *, num_processes: in
         rows, `resolve_views`.
 
     Raises:
-        ConfigError: If there is no such preset, the network has no use for one, or a batch cannot be shared out.
+        ConfigError: If there is no such preset, the network has no use for one, or a step cannot be shared out.
         StoreMismatchError: If a preset that was named is of another backbone, or its layers are not in the store.
     """
     kind = find_network(config.head)
@@ -63,30 +64,27 @@ def resolve_preset(config: TrainConfig, store: StoreReader, *, num_processes: in
         name = find_preset(config, store) or "none"
     elif name != "none":
         _require_fitting_preset(config, kind, store)
+    recipe = find_recipe(replace(config, preset=name), store)
     if name == "none":
-        width = store.layout.width
-        recipe = kind.find_recipe(config.task, width) or find_task(config.task).find_recipe(width)
         sizes = dict(kind.find_sizes(config.task, store))
     else:
         preset = _find(name)
-        recipe, sizes = preset.recipe, {"layers": preset.layers, **preset.sizes}
+        sizes = {"layers": preset.layers, **preset.sizes}
     values: dict[str, Any] = {**sizes, **recipe.describe(config.epochs), "views_per_video": None}
     if config.preset in ("auto", "none"):
         values["frames"] = None  # as many as the rows hold, up to the task's default
-    if recipe.is_batch_of_all:
-        values["batch_size"] = _share_out(recipe, config, num_processes)
     chosen = {field: value for field, value in values.items() if getattr(config, field) is None}
-    return replace(config, preset=name, **chosen)
+    batches = resolve_batches(config, recipe, None if name == "none" else name, num_processes)
+    return replace(config, preset=name, **{**chosen, **batches})
 
 
-def _share_out(recipe: Recipe, config: TrainConfig, num_processes: int) -> int:
-    share, rest = divmod(recipe.batch_size, num_processes)
-    if rest and config.batch_size is None:
-        raise ConfigError(
-            f"a step of {recipe.batch_size} pairs cannot be shared out evenly among {num_processes} processes: "
-            "give --batch-size, the pairs of each"
-        )
-    return share
+def find_recipe(config: TrainConfig, store: StoreReader) -> Recipe:
+    """The recipe of a configuration's preset, which is resolved; without one, that of network and task."""
+    if config.preset != "none":
+        return _find(config.preset).recipe
+    width = store.layout.width
+    own = find_network(config.head).find_recipe(config.task, width)
+    return own or find_task(config.task).find_recipe(width)
 
 
 def resolve_views(config: TrainConfig, num_views: np.ndarray, num_processes: int = 1) -> int:

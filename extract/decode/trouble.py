@@ -95,8 +95,8 @@ def verdict_of(failure: DecodeFailure, path: Path) -> DecodeFailure:
     if isinstance(failure, DecodeTrouble) or failure.code in ("missing-file", "too-large") or not path.is_file():
         return failure
     error = find_read_error(path)
-    found = failure if error is None else as_failure(error, path)
-    return found if isinstance(found, DecodeTrouble) else failure
+    trouble = failure if error is None else as_failure(error, path)
+    return trouble if isinstance(trouble, DecodeTrouble) else failure
 
 
 def find_read_error(path: Path) -> OSError | None:

@@ -126,13 +126,13 @@ def open_handed_out(path: Path, store_sha256: str) -> StoreReader:
     """
     try:
         store = open_store(path)
-        found = None if hash_file(path / "zarr.json") == store_sha256 else "another store is there"
+        reason = None if hash_file(path / "zarr.json") == store_sha256 else "another store is there"
     except StoreNotFoundError:
-        found = "no store is there"
-    if found is None:
+        reason = "no store is there"
+    if reason is None:
         return store
     raise EnvironmentFailedError(
-        f"a worker on {socket.gethostname()} does not see the command's store at {path}: {found}. Do all workers see "
+        f"a worker on {socket.gethostname()} does not see the command's store at {path}: {reason}. Do all workers see "
         "that folder, and the same one? Mount it at one path everywhere; then the same command continues."
     )
 
@@ -195,12 +195,12 @@ class WorkerJob:
 
     def find_pending(self, shards: Iterable[int]) -> list[int]:
         """Those of some shards that have a row which the machine did not let happen."""
-        found = []
+        unfinished = []
         for shard in shards:
             marker = read_marker(self._config.out, shard, self._writer.codec.sha256)
             if marker is not None and "pending" in marker.statuses:
-                found.append(shard)
-        return found
+                unfinished.append(shard)
+        return unfinished
 
     def _hold(self, shards: Mapping[int, HandedOut]) -> None:
         """Know the rows of these shards alone."""

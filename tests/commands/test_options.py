@@ -11,7 +11,11 @@ from s4v.cli import app
 GOLDEN = Path(__file__).parents[1] / "data/cli_options.json"
 """Made by `describe_commands` of s4v before its options came from config classes."""
 
-NEW = {"extract": ("--codec", "--validation-clip"), "scan": ("--validation-clip",), "train": ("--set",)}
+NEW = {
+    "extract": ("--codec", "--validation-clip"),
+    "scan": ("--validation-clip",),
+    "train": ("--set", "--norm-clips", "--log-every"),
+}
 """Options that have come since, by command."""
 
 

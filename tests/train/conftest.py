@@ -8,15 +8,26 @@ import sys
 import pytest
 
 # Each line of the file that it is given is the arguments of one `s4v train`; all ranks come here, by torchrun.
+# One that begins with `stop` is interrupted in its sixth step, as by Ctrl-C.
 TRAIN_ONE_AFTER_ANOTHER = """
 import json, sys
 from s4v import cli
+from s4v.train.tasks import recognition
+loss, seen = recognition.classification_loss, []
+def stop(*arguments):
+    seen.append(None)
+    if len(seen) == 6:
+        raise KeyboardInterrupt
+    return loss(*arguments)
 for line in open(sys.argv[1]):
-    sys.argv[1:] = json.loads(line)
+    arguments = json.loads(line)
+    is_stopped = arguments[0] == "stop"
+    recognition.classification_loss = stop if is_stopped else loss
+    sys.argv[1:] = arguments[is_stopped:]
     try:
         cli.main()
     except SystemExit as end:
-        assert not end.code, line
+        assert end.code == (130 if is_stopped else None) or not (is_stopped or end.code), line
 """
 
 
@@ -62,13 +73,15 @@ def trained_by_two(build_once, int8_store, captioned_store):
     """Trainings in two processes, one torchrun for all: runs below a folder by name, and `said`, what was printed.
 
     plain is at the usual rate. The others move no weight: AdamW makes much of differences in the last bit of a gradient
-    near zero.
+    near zero. `groups` has norms of two clips, one process's; `stopped` is the same, interrupted in its sixth step.
     """
     still = ["--learning-rate", "1e-12"]
     trainings = {
         "plain": (int8_store, ["--batch-size", "2"]),
         "still": (int8_store, ["--batch-size", "2", "--head", "side4video", *still]),
         "linear": (int8_store, ["--batch-size", "2", "--head", "linear", *still]),
+        "groups": (int8_store, ["--batch-size", "2", "--norm-clips", "2", *still]),
+        "stopped": (int8_store, ["--batch-size", "1", "--norm-clips", "2", *still]),
         "retrieval": (captioned_store, ["--batch-size", "3", "--task", "retrieval", "--interaction", "wti", *still]),
     }
     common = ["--epochs", "2", "--warmup-epochs", "1", "--device", "cpu", "--checkpoint-minutes", "0", "--json"]
@@ -78,7 +91,8 @@ def trained_by_two(build_once, int8_store, captioned_store):
             for name, (store, options) in trainings.items():
                 width = [] if name == "linear" else ["--side-width", "64"]
                 where = ["--features", str(store), "--out", str(folder / name)]
-                file.write(json.dumps(["train", *where, *common, *width, *options]) + "\n")
+                stop = ["stop"] if name == "stopped" else []
+                file.write(json.dumps([*stop, "train", *where, *common, *width, *options]) + "\n")
         (folder / "train.py").write_text(TRAIN_ONE_AFTER_ANOTHER)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command += [folder / "train.py", folder / "trainings"]

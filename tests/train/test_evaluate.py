@@ -1,7 +1,11 @@
 """What an evaluation makes of clips, crops and scores, each by hand."""
 
+import json
 import logging
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -11,6 +15,7 @@ import torch
 
 from s4v.errors import EnvironmentFailedError, StoreMismatchError
 from s4v.extract.extraction import extract_dataset
+from s4v.store.manifest import read_table
 from s4v.store.reader import open_store
 from s4v.train import clips, scorer
 from s4v.train.clips import find_captioned_rows, find_labelled_rows
@@ -26,6 +31,7 @@ from s4v.train.tasks.recognition_page import write_results
 from s4v.train.tasks.retrieval import embed_clips
 
 CPU = torch.device("cpu")
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
 
 
 def config_for(store, out, **changes):
@@ -40,6 +46,21 @@ def several(video_folder, make_config, tmp_path_factory):
     options = dict(frames={"train": 6, "": 8}, clips={"": 2}, views={"val": "three"}, sampling="reference-sth")
     extract_dataset(make_config(video_folder, out, **options))
     return out
+
+
+@pytest.mark.parametrize("name", ["plain", "retrieval"])
+def test_processes_share_the_clips_of_an_evaluation(trained_by_two, tmp_path, name):
+    runs = {processes: shutil.copytree(trained_by_two / name, tmp_path / str(processes)) for processes in (1, 2)}
+    said = {}
+    for processes, run in runs.items():
+        command = [sys.executable, "-m", *TORCHRUN[: 5 * (processes > 1)], "s4v", "eval", "--run", str(run), "--json"]
+        done = subprocess.run([*command, "--split", "train", "--device", "cpu"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        (line,) = done.stdout.strip().splitlines()
+        said[processes] = {k: v for k, v in json.loads(line).items() if k not in ("run", "seconds")}
+    assert said[1] == said[2], "one process speaks, and its figures are those of all clips"
+    for path in runs[1].glob("*_train.parquet"):
+        assert read_table(path).equals(read_table(runs[2] / path.name))
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +95,36 @@ def test_a_videos_probabilities_are_the_mean_softmax_of_its_clips_and_crops(seve
     assert figures["loss"] == pytest.approx(-np.log(expected[np.arange(2), data.labels]).mean(), rel=1e-4)
     assert figures["top1"] == (expected.argmax(1) == data.labels).mean()
     assert figures["videos"] == 2 and figures["clips_per_video"] == "as recorded"
+
+
+@pytest.mark.parametrize("head", ["side4video", "linear", "attentive"])
+def test_a_bf16_evaluation_agrees_with_a_count_from_its_own_scores(int8_store, tmp_path, head):
+    """The last product is float32: scores of 16 bits tie, and figures then disagree about them."""
+    side_width = {"side_width": None} if head == "linear" else {}
+    config = config_for(int8_store, tmp_path / "run", head=head, precision="bf16", **side_width)
+    train_run(config)
+    figures = evaluate_run(config.out, checkpoint="last")
+    table = read_table(config.out / "predictions_val.parquet")
+    names = open_run(config.out).classes
+    scores = np.asarray(table["probabilities"].to_pylist(), dtype=np.float32)
+    labels = np.asarray([names.index(name) for name in table["class_name"].to_pylist()])
+    assert scores.shape == (figures["videos"], len(names))
+    assert figures["top1"] == (scores.argmax(1) == labels).mean() == np.mean(table["is_correct"].to_pylist())
+    assert table["predicted"].to_pylist() == [names[place] for place in scores.argmax(1)]
+    assert (scores != torch.from_numpy(scores).bfloat16().float().numpy()).any(), "scores are finer than 16 bits"
+    run = open_run(config.out)
+    network = load_checkpoint(run, "last")
+    logits = []
+    network.classifier.register_forward_hook(lambda module, inputs, output: logits.append(output))
+    evaluate_classes(
+        Scorer(
+            network, open_store(int8_store), layers=run.shape.layers, num_frames=run.frames, batch_size=4, device=CPU,
+            team=Team(autocast=autocast_as_trained(run, CPU)),
+        ),
+        find_labelled_rows(open_store(int8_store), "val"),
+    )  # fmt: skip
+    assert all(one.dtype == torch.float32 for one in logits)
+    assert any((one != one.bfloat16().float()).any() for one in logits)
 
 
 def test_clips_that_are_too_short_are_refused_with_both_numbers(several, trained, tmp_path):

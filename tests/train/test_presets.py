@@ -120,7 +120,7 @@ def test_given_options_win(make_store):
     given = dict(epochs=3, learning_rate=0.5, warmup_epochs=0.0, weight_decay=0.0, label_smoothing=0.0, side_width=64)
     store = make_store("b16", "ssv1", range(12))
     assert resolve_preset(config(**given), store) == config(
-        **given, preset="b16-ssv1", layers=tuple(range(12)), batch_size=32
+        **given, preset="b16-ssv1", layers=tuple(range(12)), batch_size=32, norm_clips=32
     )
     light = resolve_preset(config(layers=every_second(12)), store)
     assert light.preset == "b16-light-ssv1", "the layers that were asked for are the light network's"
@@ -151,7 +151,7 @@ def test_a_run_records_what_its_preset_came_to(int8_store, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "frames", "batch_size"),
-    [("b16-k400", 8, 32), ("b16-ssv2", 8, 32), ("b16-msrvtt", 12, 128)],
+    [("b16-k400", 8, 256), ("b16-ssv2", 8, 256), ("b16-msrvtt", 12, 128)],
 )
 def test_a_named_preset_has_frames_and_clips_of_its_own(make_store, name, frames, batch_size):
     task = "retrieval" if name.endswith("msrvtt") else "recognition"
@@ -170,7 +170,7 @@ def test_retrievals_batch_is_that_of_all_processes(make_store):
     assert resolve_preset(config(task="retrieval"), store, num_processes=8).batch_size == 16
     assert resolve_preset(config(task="retrieval", batch_size=5), store, num_processes=3).batch_size == 5
     with pytest.raises(
-        ConfigError, match="a step of 128 pairs cannot be shared out evenly among 3 processes: give --ba"
+        ConfigError, match="a step of 128 clips cannot be shared out evenly among 3 processes: give --ba"
     ):
         resolve_preset(config(task="retrieval"), store, num_processes=3)
     recognition = make_store("b16", "k400", range(12))

@@ -118,12 +118,16 @@ def test_patience_waits_for_validations(int8_store, tmp_path):
     assert train_run(config_for(int8_store, tmp_path / "run", **slow))["epochs"] == 6, "3 is the first, 6 no better"
 
 
-def test_other_rows_or_processes_are_refused(undisturbed, int8_store, tmp_path):
+def test_other_rows_or_another_step_are_refused(undisturbed, int8_store, tmp_path):
     out = shutil.copytree(undisturbed[0], tmp_path / "run")
     config = json.loads((out / "config.json").read_text())
     config["train"] |= {"processes": 2, "training_rows": "9 of sha256 0"}
     (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RunExistsError, match="processes 2 there, 1 here; training_rows 9 of sha256 0 there, 8 of sha"):
+    with pytest.raises(RunExistsError, match="other settings: training_rows 9 of sha256 0 there, 8 of sha"):
+        train_run(config_for(int8_store, out, resume=True))
+    config["train"] |= {"batch_size": 3, "processes": 3}
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunExistsError, match="batch_size 3 there, 2 here; processes 3 there, 1 here; training_rows"):
         train_run(config_for(int8_store, out, resume=True))
 
 
@@ -201,19 +205,21 @@ def test_a_run_that_wandb_refuses_is_told_and_goes_on_with_resume(wandb, int8_st
     config = config_for(int8_store, tmp_path / "run", wandb="project")
     with pytest.raises(EnvironmentFailedError, match=r"No API key configured.*WANDB_MODE=offline.*--resume"):
         train_run(config)
-    wandb.init = lambda **_: SimpleNamespace(log=lambda metrics, step: None)
+    wandb.init = lambda **_: SimpleNamespace(log=lambda metrics: None, define_metric=lambda *_, **__: None)
     assert train_run(replace(config, resume=True))["epochs"] == config.epochs
 
 
 def test_a_run_that_goes_on_is_the_same_one_in_wandb(wandb, int8_store, tmp_path, monkeypatch):
-    begun, logged = [], []
+    begun, logged, axes = [], [], {}
 
     def init(**options):
         begun.append((options["id"], options["resume"], options["name"]))
-        return SimpleNamespace(log=lambda metrics, step: logged.append(step))
+        return SimpleNamespace(
+            log=logged.append, define_metric=lambda name, step_metric: axes.update({name: step_metric})
+        )
 
     wandb.init = init
-    config = config_for(int8_store, tmp_path / "run", wandb="project")
+    config = config_for(int8_store, tmp_path / "run", wandb="project", log_every=1)
     with monkeypatch.context() as patch:
         patch.setattr(tasks, "accuracy_figures", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -223,7 +229,10 @@ def test_a_run_that_goes_on_is_the_same_one_in_wandb(wandb, int8_store, tmp_path
     (first, how, name), again, other = begun
     assert (first, how, name) == again and how == "allow" and name == "run"
     assert other[0] != first and len(first) == 32
-    assert logged == [1, 2, 1, 2]
+    assert [one["epoch"] for one in logged if "epoch" in one] == [1, 2, 1, 2]
+    steps = [one["step/step"] for one in logged if "epoch" not in one]
+    assert steps == [1, 2, 3, 4, *range(4, 9), *range(1, 9)], "the fourth was in no state, and is trained again"
+    assert axes == {"*": "epoch", "step/*": "step/step"}
 
 
 def test_the_run_that_another_began_with_may_go_once_it_has_a_state(
@@ -245,7 +254,7 @@ def test_the_run_that_another_began_with_may_go_once_it_has_a_state(
 
 def test_two_processes_train_as_one_does_on_their_joined_batches(trained_by_two, int8_store, tmp_path):
     lines = (trained_by_two / "said").read_text().strip().splitlines()
-    assert len(lines) == 4, "one process speaks, once in each training"
+    assert len(lines) == 6, "one process speaks, once in each training"
     assert json.loads(lines[0])["steps"] == 4
     train_run(config_for(int8_store, tmp_path / "one", batch_size=4))
     one, two = (read_metrics(open_run(path)) for path in (tmp_path / "one", trained_by_two / "plain"))
@@ -266,6 +275,45 @@ def test_two_processes_have_the_statistics_and_gradients_of_one(trained_by_two, 
     for name in compared:
         largest = one[name].abs().max()
         assert (one[name] - two[name]).abs().max() <= 1e-3 * largest + 1e-6, name
+
+
+def test_two_processes_count_the_norms_of_one(trained_by_two, int8_store, tmp_path):
+    """Norms of two clips: one process's, or half of the batch of one."""
+    still = dict(learning_rate=1e-12, norm_clips=2)
+    train_run(config_for(int8_store, tmp_path / "one", batch_size=4, **still))
+    folders = {"one": tmp_path / "one", "two": trained_by_two / "groups"}
+    train_run(config_for(int8_store, tmp_path / "batches", batch_size=2, accumulate=2, **still))
+    folders["batches"] = tmp_path / "batches"
+    train_run(config_for(int8_store, tmp_path / "all", batch_size=4, learning_rate=1e-12))
+    states = {name: load_file(folder / "state.safetensors") for name, folder in folders.items()}
+    for name, expected in states["one"].items():
+        if name.endswith(("running_mean", "running_var", "exp_avg", "num_batches_tracked")):
+            for other in ("two", "batches"):
+                difference = (expected - states[other][name]).abs().max()
+                assert difference <= 1e-3 * expected.abs().max() + 1e-6, (name, other)
+    of_all = load_file(tmp_path / "all/state.safetensors")
+    name = "head.norm.running_var"
+    assert (of_all[name] - states["one"][name]).abs().max() > 1e-3 * of_all[name].abs().max(), "another network"
+
+
+def test_a_run_of_two_processes_goes_on_in_one(trained_by_two, int8_store, tmp_path, caplog):
+    """Whose norms each counted the clips of both; then one process has all of them."""
+    out = shutil.copytree(trained_by_two / "stopped", tmp_path / "run")
+    still = dict(learning_rate=1e-12, norm_clips=2)
+    before = json.loads((out / "config.json").read_text())["train"]
+    assert (before["batch_size"], before["processes"]) == (1, 2)
+    config = config_for(int8_store, out, batch_size=1, resume=True, **still)
+    assert train_run(config)["steps"] == NUM_STEPS
+    train_run(config_for(int8_store, tmp_path / "one", batch_size=2, **still))
+    states = [load_file(folder / "state.safetensors") for folder in (out, tmp_path / "one")]
+    for name, expected in states[1].items():
+        if name.endswith(("running_mean", "running_var", "exp_avg", "num_batches_tracked")):
+            assert (expected - states[0][name]).abs().max() <= 1e-3 * expected.abs().max() + 1e-6, name
+    ours, theirs = (read_metrics(open_run(folder)) for folder in (out, tmp_path / "one"))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+    with pytest.raises(RunExistsError, match="norm_clips 2 there, 1 here"):
+        train_run(replace(config, norm_clips=1))
 
 
 def kill_in_training(process, state, changes, pause=0.0):

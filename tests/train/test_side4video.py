@@ -3,11 +3,13 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from s4v.errors import StoreMismatchError
 from s4v.store.codecs.affine import AffineCodec, fit_scale
 from s4v.train.networks import parts
-from s4v.train.networks.parts import Tap, shift_class_token, sum_shifted
+from s4v.train.networks.norms import BatchNorm
+from s4v.train.networks.parts import Tap, convolve_time, shift_class_token, sum_shifted
 from s4v.train.networks.side4video import RetrievalSideNetwork, SideNetwork
 
 LADDER = dict(num_layers=2, width=24, side_width=64, num_patches=9, patch_px=4)
@@ -324,8 +326,35 @@ def test_of_codes_as_wide_as_tokens_only_the_codes_are_kept(network, dtype, monk
 
 def test_batch_norm_of_vectors_is_torchs():
     torch.manual_seed(0)
-    ours, theirs = parts.BatchNorm(5, affine=False), torch.nn.BatchNorm1d(5, affine=False)
+    ours, theirs = BatchNorm(5, affine=False), torch.nn.BatchNorm1d(5, affine=False)
     x = torch.randn(7, 5)
     assert torch.equal(ours(x), theirs(x))
     assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), theirs.buffers(), strict=True))
     assert torch.equal(ours.eval()(x), theirs.eval()(x))
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 5])
+def test_a_kernel_over_time_has_the_gradients_of_a_convolution(num_frames):
+    """Against torch's own depthwise convolution, and numerically."""
+    rng = torch.Generator().manual_seed(0)
+    sizes = ((2, num_frames, 3, 4), (3, 4), (4,))
+    x, weight, bias = (torch.randn(size, generator=rng, dtype=torch.float64, requires_grad=True) for size in sizes)
+    assert torch.autograd.gradcheck(convolve_time, (x, weight, bias))
+    channels_first = x.permute(0, 2, 3, 1).flatten(0, 1)  # (B*N, S, T)
+    theirs = F.conv1d(channels_first, weight.T[:, None], bias, padding=1, groups=4)
+    expected = theirs.unflatten(0, (2, 3)).permute(0, 3, 1, 2)
+    ours = convolve_time(x, weight, bias)
+    torch.testing.assert_close(ours, expected)
+    cotangent = torch.randn(ours.shape, generator=rng, dtype=torch.float64)
+    gradients = [torch.autograd.grad((y * cotangent).sum(), (x, weight, bias)) for y in (ours, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_kernel_over_time_keeps_the_precision_of_its_tokens_and_its_weights():
+    x = torch.randn(2, 4, 3, 8).bfloat16().requires_grad_()
+    weight, bias = torch.randn(3, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    y = convolve_time(x, weight, bias)
+    y.float().sum().backward()
+    assert (y.dtype, x.grad.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert (weight.grad.dtype, bias.grad.dtype) == (torch.float32, torch.float32)
+    assert bias.grad.tolist() == [24.0] * 8

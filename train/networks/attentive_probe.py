@@ -12,7 +12,7 @@ from ...errors import ConfigError
 from ...store.codecs.contract import Codec
 from ...store.reader import StoreReader
 from .contract import Network, NetworkKind, NetworkShape, Outputs
-from .parts import HEAD_WIDTH, Tap, make_again
+from .parts import HEAD_WIDTH, Classifier, Tap, make_again
 
 _MOST_WIDTH = 768
 """Of the probe, beside backbones that are wider."""
@@ -47,7 +47,7 @@ class AttentiveProbe(Network):
             nn.Linear(side_width, 4 * side_width), nn.GELU(), nn.Linear(4 * side_width, side_width)
         )
         self.norm = nn.LayerNorm(side_width)
-        self.classifier = nn.Linear(side_width, num_classes)
+        self.classifier = Classifier(side_width, num_classes)
         for parameter in (self.layer, self.query, self.classifier.weight):
             nn.init.trunc_normal_(parameter, std=0.02)
         nn.init.zeros_(self.classifier.bias)

@@ -11,7 +11,8 @@ from ...errors import ConfigError
 from ...store.codecs.contract import Codec
 from ...store.reader import StoreReader
 from .contract import Network, NetworkKind, NetworkShape, Outputs
-from .parts import BatchNorm
+from .norms import BatchNorm
+from .parts import Classifier
 
 
 class LinearProbe(Network):
@@ -23,7 +24,7 @@ class LinearProbe(Network):
         super().__init__()
         # Without affine parameters: it only brings channels of very different size to one scale.
         self.norm = BatchNorm(width, affine=False)
-        self.classifier = nn.Linear(width, num_classes)
+        self.classifier = Classifier(width, num_classes)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
 

@@ -9,19 +9,18 @@ Source:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.nn.functional import all_reduce as sum_over_processes
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from ...errors import StoreMismatchError
 from ...store.codecs.contract import Codec
+from .norms import BatchNorm, recomputing
 
 HEAD_WIDTH = 64
 """Of one attention head."""
@@ -29,15 +28,8 @@ HEAD_WIDTH = 64
 # In narrower networks what comes before a product costs as much as the product: S = 64 took a fifth longer.
 _LEAN_FROM_WIDTH = 192
 
-# Of running statistics: torch's own default, with which the reference trains.
-_MOMENTUM = 0.1
-
 # The reference's initialisation counts 12 blocks whatever the depth.
 _INIT_DEPTH = 12
-
-# Set while a backward pass computes a layer again: batch norms have counted that batch already.
-_is_recomputing = False
-
 
 TOWER_END = {
     "norm.weight": "norm_weight",
@@ -46,6 +38,18 @@ TOWER_END = {
     "project.bias": "proj_bias",
 }
 """Names in a store's `head`, by those of `TowerEnd`."""
+
+
+class Classifier(nn.Linear):
+    """A linear layer to class scores, in the precision of its weights whatever the rest is computed in.
+
+    Scores of 16 bits tie where those of float32 do not: of 400 classes, top-1 moves by a tenth of a point.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., width) -> (..., classes)."""
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
 
 
 class TowerEnd(nn.Module):
@@ -138,18 +142,25 @@ class Tap(nn.Module):
             return self.norm(
                 make_again(project, weight @ basis.T, weight @ mean + self.project.bias, side_width=len(weight))
             )
-        # No gradient reaches a token: what describes it is computed once, in float32 whatever the step's precision.
-        with torch.no_grad(), torch.autocast(codes.device.type, enabled=False):
+        row_mean, centre = basis.mean(1), mean - mean.mean()
+        centred = basis - row_mean[:, None]
+
+        def project_and_describe(weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            """The product, and of each token 1 / std, (..., 1)."""
             z = codes.float() if scale is None else codes * scale
-            row_mean, centre = basis.mean(1), mean - mean.mean()
-            centred = basis - row_mean[:, None]
-            width = basis.shape[1]
-            square = z.square().sum(-1) - width * (z @ row_mean).square() + 2 * (z @ (centred @ centre))
-            variance = (square + centre.square().sum()).clamp(min=0) / width
-            inverse_std = (variance + self.norm.eps).rsqrt()[..., None]
+            read = F.linear(z, weight, bias)
+            # No gradient reaches a token: what describes it is computed once, in float32 whatever the step's precision.
+            with torch.no_grad(), torch.autocast(codes.device.type, enabled=False):
+                width = basis.shape[1]
+                square = z.square().sum(-1) - width * (z @ row_mean).square() + 2 * (z @ (centred @ centre))
+                variance = (square + centre.square().sum()).clamp(min=0) / width
+                return read, (variance + self.norm.eps).rsqrt()[..., None]
+
         weight = weight * self.norm.weight
-        read = make_again(project, weight @ centred.T, weight @ centre, side_width=len(weight))
-        return read * inverse_std + (self.project.weight @ self.norm.bias + self.project.bias)
+        read, inverse_std = make_again(
+            project_and_describe, weight @ centred.T, weight @ centre, side_width=len(weight)
+        )
+        return torch.addcmul(self.project.weight @ self.norm.bias + self.project.bias, read, inverse_std)
 
     def _read_decoded(self, codes: torch.Tensor, codec: Codec, layer: int) -> torch.Tensor:
         """Of codes that no map folds: they are kept for the backward pass, the tokens are not."""
@@ -159,41 +170,6 @@ class Tap(nn.Module):
                 make_again(lambda codes: self.project(codec.decode(codes, layer)), codes, side_width=side_width)
             )
         return make_again(lambda codes: self(codec.decode(codes, layer)), codes, side_width=side_width)
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """Batch norm over the clips of all processes that train together; of one process it is torch's own.
-
-    torch's SyncBatchNorm refuses tensors on a CPU.
-    """
-
-    def _check_input_dim(self, x: torch.Tensor) -> None:
-        """Any number of axes: all but the second are counted."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, S, T, N) -> (B, S, T, N), or (B, S) -> (B, S)."""
-        is_shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if not self.training or not (is_shared or _is_recomputing):
-            return super().forward(x)
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
-        if not is_shared:
-            unused = (self.running_mean.clone(), self.running_var.clone())
-            return F.batch_norm(x, *unused, self.weight, self.bias, True, 0.0, self.eps)
-        values, axes = x.float(), tuple(axis for axis in range(x.ndim) if axis != 1)
-        along = (-1, *(1,) * (x.ndim - 2))
-        count = values.numel() // values.shape[1] * dist.get_world_size()  # every process has as many clips
-        mean = sum_over_processes(values.sum(axes)) / count
-        centred = values - mean.view(along)
-        variance = sum_over_processes(centred.square().sum(axes)) / count
-        if not _is_recomputing:
-            with torch.no_grad():
-                self.num_batches_tracked += 1
-                self.running_mean.lerp_(mean, _MOMENTUM)
-                self.running_var.lerp_(variance * count / (count - 1), _MOMENTUM)
-        scale = (variance + self.eps).rsqrt()
-        if self.weight is None:
-            return (centred * scale.view(along)).to(x.dtype)
-        return (centred * (self.weight * scale).view(along) + self.bias.view(along)).to(x.dtype)
 
 
 class TemporalConv(nn.Module):
@@ -213,8 +189,7 @@ class TemporalConv(nn.Module):
 
         def convolve(x: torch.Tensor) -> torch.Tensor:
             x = self.expand(x if norm is None else normalise_tokens(norm, x))
-            before, at, after = self.weight.to(x.dtype)
-            return self.project(sum_shifted(x * before, x * at, x * after) + self.bias.to(x.dtype))
+            return self.project(convolve_time(x, self.weight, self.bias))
 
         return make_again(convolve, x, side_width=x.shape[-1])
 
@@ -252,7 +227,8 @@ class FrameAttention(nn.Module):
         qkv = make_again(read_keys, x, cls, position, side_width=s).view(
             b * t, 1 + n, 3, self.num_heads, s // self.num_heads
         )
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B*T, heads, 1+N, 64)
+        # Parted before they are turned: their gradients are then put together in one pass.
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (B*T, heads, 1+N, 64)
         x = F.scaled_dot_product_attention(q[:, :, 1:], k, v)
         return make_again(lambda x: self.project(x.transpose(1, 2).reshape(b, t, n, s)), x, side_width=s)
 
@@ -279,7 +255,7 @@ class Mlp(nn.Sequential):
         return make_again(lambda x: narrow(gelu(x)), x, side_width=width)
 
 
-def make_again(function: Callable[..., torch.Tensor], *inputs: torch.Tensor, side_width: int) -> torch.Tensor:
+def make_again(function: Callable[..., Any], *inputs: torch.Tensor, side_width: int) -> Any:
     """`function(*inputs)`, keeping nothing but the inputs for the backward pass; narrow networks keep all.
 
     For a matrix product and what cheaply comes before it (a norm, an activation, a reordering): that is computed again
@@ -293,25 +269,53 @@ def make_again(function: Callable[..., torch.Tensor], *inputs: torch.Tensor, sid
     )
 
 
-def recomputing() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For a checkpoint's `context_fn`: batch norms do not count a batch again while it is computed again."""
-
-    @contextmanager
-    def again() -> Iterator[None]:
-        global _is_recomputing
-        before, _is_recomputing = _is_recomputing, True
-        try:
-            yield
-        finally:
-            _is_recomputing = before
-
-    return nullcontext(), again()
-
-
 def normalise_tokens(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Batch norm of each channel over all clips, frames and patches: (B, T, N, S) -> (B, T, N, S)."""
     # Seen as (B, S, T, N) without a copy: torch's kernel for channels-last, twice as fast as the one for (rows, S).
     return norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class _TimeKernel(torch.autograd.Function):
+    """A depthwise kernel of 3 over time, in three passes over memory.
+
+    Autograd's own way of sums over slices copies the whole several times: it takes four times as long on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        before, at, after = weight.to(x.dtype)
+        return _add_shifted(torch.addcmul(bias.to(x.dtype), x, at), x, before, after)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        x, weight = ctx.saved_tensors
+        before, at, after = weight.to(x.dtype)
+        of_x = _add_shifted(gradient * at, gradient, after, before) if ctx.needs_input_grad[0] else None
+        pairs = ((gradient[:, 1:], x[:, :-1]), (gradient, x), (gradient[:, :-1], x[:, 1:]))
+        of_weight = torch.stack([(one * other).sum((0, 1, 2), dtype=weight.dtype) for one, other in pairs])
+        return of_x, of_weight, gradient.sum((0, 1, 2), dtype=weight.dtype)
+
+
+def _add_shifted(y: torch.Tensor, x: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """y[t] + before x[t-1] + after x[t+1], zeros outside, into y."""
+    y[:, 1:].addcmul_(x[:, :-1], before)
+    y[:, :-1].addcmul_(x[:, 1:], after)
+    return y
+
+
+def convolve_time(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Each channel over time: y[t] = w[0] x[t-1] + w[1] x[t] + w[2] x[t+1] + bias, zeros outside.
+
+    Args:
+        x: (B, T, N, S).
+        weight: (3, S), in any precision; gradients are in its own.
+        bias: (S,).
+
+    Returns:
+        (B, T, N, S), in the precision of `x`.
+    """
+    return _TimeKernel.apply(x, weight, bias)
 
 
 def sum_shifted(before: torch.Tensor, at: torch.Tensor, after: torch.Tensor) -> torch.Tensor:

@@ -30,9 +30,10 @@ from ..choices import Family, Inputs, Similarity
 from ..paper.presets import PAPER_SIDE_WIDTHS, PRESETS, RETRIEVAL_SIDE_WIDTH, is_of_paper, side_family
 from ..recipe import ParameterGroup
 from .contract import FrameNetwork, Network, NetworkKind, NetworkShape, Outputs
+from .norms import BatchNorm, recomputing
 from .parts import (
     HEAD_WIDTH,
-    BatchNorm,
+    Classifier,
     FrameAttention,
     Mlp,
     PixelStem,
@@ -41,7 +42,6 @@ from .parts import (
     TowerEnd,
     normalise_channels,
     normalise_tokens,
-    recomputing,
 )
 from .text_interaction import MeanInteraction, WeightedTokenInteraction
 
@@ -151,7 +151,11 @@ class SideLadder(Network):
         for layer in range(len(self.taps)):
             if self.checkpoints_activations and self.training:
                 x = recompute_in_backward(
-                    self._climb_one, x, layer, patches, cls, codec, use_reentrant=False, context_fn=recomputing
+                    self._climb_one,
+                    *(x, layer, patches, cls, codec),
+                    use_reentrant=False,
+                    preserve_rng_state=False,  # nothing is drawn, and asking a GPU for its state holds it up
+                    context_fn=recomputing,
                 )
             else:
                 x = self._climb_one(x, layer, patches, cls, codec)
@@ -163,7 +167,8 @@ class SideLadder(Network):
         tap, tokens = self.taps[layer], patches[:, :, layer]
         assert isinstance(tap, Tap)
         read = tap(tokens.to(cls.dtype)) if codec is None else tap.read_codes(tokens, codec, layer)
-        return self.blocks[layer](0.5 * x + 0.5 * read, tap(cls[:, :, layer]), self.position)
+        mean = (x + read).mul_(0.5)
+        return self.blocks[layer](mean, tap(cls[:, :, layer]), self.position)
 
     def begin_with(self, other: Network) -> None:
         """Begin where another side network ended, whatever its task: stem, taps, blocks, norm, positions of patches.
@@ -202,7 +207,7 @@ class SideNetwork(SideLadder):
         super().__init__(**sizes)
         side_width = sizes["side_width"]
         self.norm = None if self.is_post_norm else BatchNorm(side_width)
-        self.classifier = nn.Linear(side_width, num_classes)
+        self.classifier = Classifier(side_width, num_classes)
         self.draw_position()
 
     def forward(

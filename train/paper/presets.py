@@ -1,8 +1,8 @@
 """The paper's networks and the reference's recipes by name, such as `b16-light-ssv2`: `--preset`.
 
 A preset is a size (which layers, S) and a recipe (epochs, rate, warm-up, weight decay, label smoothing, frames of a
-clip, clips in a step of a process, views of a video in a step, for retrieval also where gradients are cut). Options
-that were given win over it.
+clip, clips in a step and those that a batch norm counts, views of a video in a step, for retrieval also where
+gradients are cut). Options that were given win over it.
 
 Source:
     Sizes: Side4Video, https://arxiv.org/abs/2311.15769. Recipes: the scripts and configurations of HJYao00/Side4Video
@@ -12,7 +12,7 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...backbone.facts import read_side_family
 from ...store.reader import StoreReader
@@ -67,18 +67,25 @@ SIZES = {
     "e14": Size("eva", 1792, 64, 14, 576, 2, "e"),
 }
 
-# Something-Something's steps hold two augmented samples of each of 16 (for E 8) videos. E on Kinetics is released with
-# one clip on each of 8 GPUs: here the eight are one device's.
+
+def _on_8_gpus(clips: int, recipe: Recipe) -> Recipe:
+    """With as many clips on each GPU in a step."""
+    return replace(recipe, step_clips=8 * clips, norm_clips=clips)
+
+
+# Something-Something's steps hold two augmented samples of each of 16 (for E 8) videos. A GPU's norms count its own
+# clips. E on Kinetics is released with one clip on each of 8 GPUs; where no preset was named, the eight are one
+# device's.
 _RECIPES = {
-    ("b", "k400"): Recipe(30, 1e-3),
-    ("b", "ssv1"): Recipe(40, 1e-3, views_per_video=2),
-    ("b", "ssv2"): Recipe(30, 1e-3, views_per_video=2),
-    ("l", "k400"): Recipe(30, 1e-4),
-    ("l", "ssv1"): Recipe(30, 1e-4, views_per_video=2),
-    ("l", "ssv2"): Recipe(30, 1e-4, views_per_video=2),
-    ("e", "k400"): Recipe(20, 1e-4, batch_size=8),
-    ("e", "ssv1"): Recipe(30, 1e-4, warmup_epochs=6.0, batch_size=16, views_per_video=2),
-    ("e", "ssv2"): Recipe(25, 1e-4, warmup_epochs=6.0, batch_size=16, views_per_video=2),
+    ("b", "k400"): _on_8_gpus(32, Recipe(30, 1e-3)),
+    ("b", "ssv1"): _on_8_gpus(32, Recipe(40, 1e-3, views_per_video=2)),
+    ("b", "ssv2"): _on_8_gpus(32, Recipe(30, 1e-3, views_per_video=2)),
+    ("l", "k400"): _on_8_gpus(32, Recipe(30, 1e-4)),
+    ("l", "ssv1"): _on_8_gpus(32, Recipe(30, 1e-4, views_per_video=2)),
+    ("l", "ssv2"): _on_8_gpus(32, Recipe(30, 1e-4, views_per_video=2)),
+    ("e", "k400"): _on_8_gpus(1, Recipe(20, 1e-4, batch_size=8)),
+    ("e", "ssv1"): _on_8_gpus(16, Recipe(30, 1e-4, warmup_epochs=6.0, batch_size=16, views_per_video=2)),
+    ("e", "ssv2"): _on_8_gpus(16, Recipe(25, 1e-4, warmup_epochs=6.0, batch_size=16, views_per_video=2)),
 }
 
 # The reference's of MSR-VTT, MSVD and VATEX, whatever the backbone.
@@ -92,6 +99,8 @@ RETRIEVAL_RECIPE = Recipe(
     frames=12,
     warmup_share=0.1,
     is_batch_of_all=True,
+    step_clips=128,
+    norm_clips=16,
 )
 RETRIEVAL_SIDE_WIDTH = 320
 _RETRIEVAL_DATASETS = ("msrvtt", "msvd", "vatex")

@@ -20,7 +20,7 @@ from ..clips import ClipBatch, ClipPlan, LabelledRows, find_labelled_rows, plan_
 from ..networks.contract import Network, Outputs
 from ..recipe import Optimisation, Recipe
 from ..run_folder import Run
-from ..scorer import Scorer
+from ..scorer import ALONE, Scorer, Team
 
 if TYPE_CHECKING:
     from ..config import TrainConfig
@@ -53,6 +53,8 @@ class EvaluationOptions:
     """Write a results page too, where the task has one."""
     report: Callable[[str, int, int], None] = lambda *_: None
     """Told about progress."""
+    team: Team = ALONE
+    """Processes that share the clips: each gets all figures, and the first one writes."""
 
     @property
     def file_stem(self) -> str:
@@ -172,9 +174,9 @@ class Task(ABC):
 
     @classmethod
     def describe_shares(cls, metrics: Mapping[str, Any]) -> str:
-        """Its shares among metrics, `val_` before them or not: `val_top1 85.0%, val_top5 98.1%`."""
+        """Its shares among metrics, `val_` before them or not: `val_top1 85.0%, val_top5 98.1%`; "" of none."""
         names = [name for name in metrics if name.removeprefix("val_") in cls.shown_figures]
-        return ", ".join(f"{name} {metrics[name]:.1%}" for name in names) or "no validation videos"
+        return ", ".join(f"{name} {metrics[name]:.1%}" for name in names)
 
     @classmethod
     @abstractmethod

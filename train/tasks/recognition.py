@@ -122,6 +122,7 @@ class Recognition(Task):
                 checkpoint=options.checkpoint,
                 device=options.device,
                 is_backwards=options.is_backwards,
+                team=options.team,
             )
             result = evaluate_classes(scorer, data, num_clips=options.num_clips)
         per_class = describe_classes(result, run.classes)
@@ -141,6 +142,8 @@ class Recognition(Task):
             "classes": list(run.classes),
             "confusion": result.confusion().tolist(),
         }
+        if not options.team.is_first:
+            return figures
         name = options.file_stem
         write_json(run.path / f"eval_{name}.json", figures)
         write_table(run.path / f"predictions_{name}.parquet", _prediction_table(result, store, run))
@@ -245,13 +248,14 @@ def _relabel(data: LabelledRows, store: StoreReader, run: Run) -> LabelledRows:
 
 def _prediction_table(result: Evaluation, store: StoreReader, run: Run) -> pa.Table:
     ids = store.read_manifest(["video_id"])["video_id"].take(result.rows)
-    names = np.asarray(run.classes)
+    names, answers = np.asarray(run.classes), result.predictions
     return pa.table(
         {
             "video_id": ids,
             "class_name": names[result.labels],
-            "predicted": names[result.predictions],
-            "probability": result.probabilities.max(axis=1),
-            "is_correct": result.predictions == result.labels,
+            "predicted": names[answers],
+            "probability": np.take_along_axis(result.probabilities, answers[:, None], axis=1)[:, 0],
+            "is_correct": answers == result.labels,
+            "probabilities": pa.FixedSizeListArray.from_arrays(result.probabilities.ravel(), len(names)),
         }
     )

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from .ranks import find_answers, rank_own
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
@@ -25,14 +27,12 @@ class Evaluation:
 
     @property
     def predictions(self) -> np.ndarray:
-        """(n,) the likeliest label of each video; of equal ones the first."""
-        return self.probabilities.argmax(axis=1)
+        """(n,) the likeliest label of each video; where its own is not alone at the top, the first other one there."""
+        return find_answers(self.probabilities, self.labels)
 
     def top(self, k: int) -> float:
-        """Share of videos whose label is among the k likeliest; ties count against us."""
-        own = np.take_along_axis(self.probabilities, self.labels[:, None], axis=1)
-        not_below = (~(self.probabilities < own)).sum(axis=1)  # itself among them
-        return float((not_below <= k).mean())
+        """Share of videos whose label is among the k likeliest; ties and NaN count against us."""
+        return float((rank_own(self.probabilities, self.labels) <= k).mean())
 
     def confusion(self) -> np.ndarray:
         """(classes, classes) counts: rows are labels, columns predictions."""

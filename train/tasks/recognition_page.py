@@ -23,6 +23,7 @@ from ...pages import (
 )
 from ...store.reader import StoreReader
 from ..run_folder import METRICS_NAME, Run, read_metrics
+from ..step_log import read_steps
 from .recognition_metrics import Evaluation, find_calibration, find_interval
 
 _MOST_SHOWN_CLASSES = 60
@@ -52,6 +53,7 @@ def write_results(run: Run, store: StoreReader, result: Evaluation, figures: dic
         *(draw_share(figures[key], caption) for key, caption in shares if key in figures),
         "</div>",
         *_describe_training(run),
+        *_describe_steps(run),
         "<h2>Confusion</h2>",
         *_describe_confusion(result, run.classes),
         "<h2>Classes</h2>",
@@ -96,6 +98,29 @@ def _describe_training(run: Run) -> list[str]:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
     return ["<h2>Training</h2>", draw_picture(render_figure(figure), "losses and accuracy by epoch")]
+
+
+def _describe_steps(run: Run) -> list[str]:
+    """What was told while epochs were under way; nothing of a short run, or of one from before that was told."""
+    steps = read_steps(run.path)
+    if not steps:
+        return []
+    curves = [
+        [("loss", 1.0, "training loss")],
+        [("learning_rate", 1.0, "learning rate"), ("gradient_norm", 1.0, "gradient norm")],
+        [("clips_per_s", 1.0, "clips a second"), ("data_wait_share", 100.0, "waiting for data, %")],
+    ]
+    figure, panels = plt.subplots(1, len(curves), figsize=(12, 3.0))
+    for axes, names in zip(panels, curves, strict=True):
+        for place, (name, factor, label) in enumerate(names):
+            own = axes if place == 0 else axes.twinx()
+            colour = (ACCENT, MUTED)[place]
+            own.plot([one["epoch"] for one in steps], [factor * one[name] for one in steps], color=colour)
+            own.set_ylabel(label, color=colour)
+            own.spines[["top"]].set_visible(False)
+        axes.set(xlabel="epoch")
+    figure.tight_layout()
+    return [draw_picture(render_figure(figure), "loss, rate, gradient, speed and waiting by step")]
 
 
 def _peak(metrics: Sequence[dict[str, Any]]) -> float:

@@ -36,6 +36,7 @@ from ..recipe import Optimisation, Recipe, cosine_under_warmup
 from ..run_folder import Run, open_store_of_run
 from ..scorer import Scorer, explain_full_device
 from .contract import EvaluationOptions, Gather, Task, refuse, require_rows, require_split
+from .ranks import find_answers
 from .retrieval_metrics import measure_retrieval, rank_videos
 
 if TYPE_CHECKING:
@@ -242,6 +243,7 @@ class Retrieval(Task):
                 checkpoint=options.checkpoint,
                 device=options.device,
                 is_backwards=options.is_backwards,
+                team=options.team,
             )
             result = evaluate_texts(scorer, data, texts)
         lost = _count_captions(store, split) - len(data)
@@ -265,6 +267,8 @@ class Retrieval(Task):
         }
         if options.with_dual_softmax:
             figures["dual_softmax"] = result.describe(with_dual_softmax=True)
+        if not options.team.is_first:
+            return figures
         write_json(run.path / f"eval_{options.file_stem}.json", figures)
         write_table(run.path / f"ranks_{options.file_stem}.parquet", _rank_table(result, store))
         return figures
@@ -408,7 +412,7 @@ def _rank_table(result: RetrievalEvaluation, store: StoreReader) -> pa.Table:
     """One row a caption: its text, its video, that video's rank and the video that was found first."""
     captions = store.read_captions().take(result.captions)
     ids = store.read_manifest(["video_id"])["video_id"].take(result.rows)
-    best = result.scores.argmax(axis=1)
+    best = find_answers(result.scores, result.video_of_text)
     return pa.table(
         {
             **{name: captions[name] for name in ("caption_id", "text", "video_id")},

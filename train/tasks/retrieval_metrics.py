@@ -8,6 +8,8 @@ from typing import Literal
 
 import numpy as np
 
+from .ranks import rank_own
+
 
 @dataclass(frozen=True, slots=True)
 class RetrievalFigures:
@@ -51,8 +53,7 @@ def measure_retrieval(
 
 def rank_videos(scores: np.ndarray, video_of_text: np.ndarray) -> np.ndarray:
     """Rank (C,) of each text's own video, from 1: equal and NaN scores of others stand before it."""
-    own = np.take_along_axis(scores, video_of_text[:, None], axis=1)
-    return (~(scores < own)).sum(axis=1)  # its own among them
+    return rank_own(scores, video_of_text)
 
 
 def rank_texts(scores: np.ndarray, video_of_text: np.ndarray) -> np.ndarray:
@@ -64,7 +65,8 @@ def rank_texts(scores: np.ndarray, video_of_text: np.ndarray) -> np.ndarray:
     for video in np.unique(video_of_text):
         is_own = video_of_text == video
         column = scores[:, video]
-        ranks.append(1 + int((~(column[~is_own] < column[is_own].max())).sum()))
+        best = column[is_own].max()
+        ranks.append(len(column) + 1 if np.isnan(best) else 1 + int((~(column[~is_own] < best)).sum()))
     return np.asarray(ranks)
 
 
