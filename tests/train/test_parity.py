@@ -295,6 +295,10 @@ def test_another_systems_file_is_not_taken_for_side4videos(recognition_clip, tmp
         torch.save({"model_state_dict": recognition_clip.state() | {name: tensor}}, tmp_path / "more.pt")
         with pytest.raises(WeightsError, match=f"holds 1 tensors of a side network .* no place for: {name}. It is"):
             load_official_checkpoint(tmp_path / "more.pt", frames=4)
+    for twice in ("visual.side_lns.0.weight", "module.visual.transformer.side_lns.0.weight"):
+        torch.save(recognition_clip.state() | {twice: torch.ones(64)}, tmp_path / "twice.pt")
+        with pytest.raises(WeightsError, match=f"holds 2 tensors of a side network .*{twice}"):
+            load_official_checkpoint(tmp_path / "twice.pt", frames=4)
     torch.save(recognition_clip.state() | strange, tmp_path / "all.pt")
     with pytest.raises(WeightsError, match="holds 3 tensors of a side network"):
         read_official_checkpoint(tmp_path / "all.pt")

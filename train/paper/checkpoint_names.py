@@ -169,7 +169,9 @@ def read_official_checkpoint(path: str | Path, layers: tuple[int, ...] | None = 
             text[name.removeprefix("module.")] = tensor
         elif name not in new_names or (task == "recognition" and new_names[name].startswith("end.")):
             unused.append(name)
-    _require_all_of_side(path, [name for name in (*unused, *text) if _SIDE.search(name)])
+    places = Counter(new_names.values())
+    doubled = [name for name, new_name in new_names.items() if places[new_name] > 1]
+    _require_all_of_side(path, [name for name in (*unused, *text, *doubled) if _SIDE.search(name)])
     return OfficialCheckpoint(path, head, state, end, depth, text, _group(unused, others))
 
 
