@@ -16,7 +16,7 @@ ROOT = Path(s4v.__file__).parent
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```[a-z]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 REST_WORD = re.compile(r"\s\.\.\.(?=\s|$)")
-TORCHRUN = re.compile(r"^torchrun --nproc-per-node \d+ -m s4v ")
+TORCHRUN = re.compile(r"^torchrun --nproc-per-node \d+ -m (-- )?s4v ")
 
 REST = {
     "extract": "--model vit-b16 --dataset folder --root VIDEOS",
