@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from s4v.train import heads
+from s4v.train import stack
 from s4v.train.config import TrainConfig
 from s4v.train.loop import train_run
 from s4v.train.transfer import find_streams
@@ -61,7 +61,7 @@ def config_for(int8_store, captioned_store, out, name, **changes):
 @contextmanager
 def around_steps(monkeypatch, enter, first=0):
     """Open a context around what every batch teaches, from the so-manieth one on; counts them."""
-    learn, seen = heads.Stack.learn, []
+    learn, seen = stack.Stack.learn, []
 
     def watched(self, *arguments, **options):
         seen.append(None)
@@ -70,7 +70,7 @@ def around_steps(monkeypatch, enter, first=0):
         with enter():
             return learn(self, *arguments, **options)
 
-    monkeypatch.setattr(heads.Stack, "learn", watched)
+    monkeypatch.setattr(stack.Stack, "learn", watched)
     yield seen
     monkeypatch.undo()
 
