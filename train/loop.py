@@ -18,7 +18,7 @@ import torch.distributed as dist
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import TorchElasticEnvironment
 
-from ..errors import EnvironmentFailedError
+from ..errors import ConfigError, EnvironmentFailedError
 from ..files import write_json
 from ..progress import Report
 from ..store.reader import StoreReader, open_store
@@ -39,11 +39,12 @@ from .heads import Head, Stack
 from .logs import Logger, make_loggers, require_wandb
 from .networks import find_network
 from .networks.contract import Network, NetworkKind, NetworkShape
-from .networks.norms import count_in_groups
+from .networks.norms import count_in_groups, has_norms
 from .recipe import OPTIMIZERS, find_biases, learning_rate_at, make_optimizer
 from .resume_state import STATE_NAME, Position, load_state, save_state
 from .run_folder import (
     CONFIG_NAME,
+    Run,
     append_metrics,
     begin_with,
     create_run,
@@ -55,14 +56,7 @@ from .run_folder import (
     save_checkpoint,
 )
 from .scorer import Scorer, Team, explain_full_device
-from .settings import (
-    find_optimisation,
-    find_recipe,
-    plan_network,
-    resolve_preset,
-    resolve_views,
-    take_recorded,
-)
+from .settings import find_optimisation, find_recipe, plan_network, resolve_preset, resolve_views, take_recorded
 from .step_log import StepLog, cut_steps
 from .tasks import find_task
 from .tasks.contract import Task
@@ -183,26 +177,29 @@ def _prepare(configs: Sequence[TrainConfig], state_path: Path, say: Callable[[st
     store = open_store(configs[0].features)
     is_auto = configs[0].preset == "auto"
     given = configs[0]
+    begun = [open_run(config.out) if can else None for config, can in zip(configs, can_resume, strict=True)]
     configs = [
-        _resolve(replace(config, precision=precision), store, num_processes, can_resume=can)  # type: ignore[arg-type]
-        for config, can in zip(configs, can_resume, strict=True)
+        _resolve(replace(config, precision=precision), store, num_processes, run)  # type: ignore[arg-type]
+        for config, run in zip(configs, begun, strict=True)
     ]
-    shape = plan_network(configs[0], store, open_run(configs[0].out).shape if can_resume[0] else None)
+    shape = plan_network(configs[0], store, None if begun[0] is None else begun[0].shape)
     kind, task = find_network(configs[0].head), find_task(configs[0].task)(configs[0], store)
     num_views = resolve_views(configs[0], task.training.num_views, num_processes)
     configs = [replace(config, views_per_video=num_views) for config in configs]
     config = configs[0]
     frames = _resolve_frames(config, store, task, is_told=is_auto and config.preset != "none")
     assert config.batch_size is not None
-    shares = StepShares.of_config(config, num_processes)
-    say(shares.describe())
-    warn_of_other_step(given, config, find_recipe(config, store), shares)
+    shares, available = StepShares.of_config(config, num_processes), len(task.training) * num_views
+    warn_of_other_step(given, config, find_recipe(config, store), min(shares.clips, available))
     _warn_of_no_validation(store, task, config)
     task.check_step(config.batch_size * num_processes)
     kind.check_step(min(config.batch_size, len(task.training) // num_processes) * num_processes)
     # Before anything is written: it may not fit.
     is_begun = all(can_resume) and state_path.is_file()
     networks = [_build(config, kind, shape, store, task, is_begun=is_begun) for config in configs]
+    if given.norm_clips is not None and not has_norms(networks[0]):
+        raise ConfigError(f"--norm-clips has no effect on --head {config.head}, which has no batch norm: leave it out")
+    say(shares.describe(available, has_norms=has_norms(networks[0])))
     fabric = make_fabric(config, device_type)
     runs = [
         plan_run(config, frames, shape, store, task.training.rows, num_processes=num_processes, device_type=device_type)
@@ -217,14 +214,14 @@ def _prepare(configs: Sequence[TrainConfig], state_path: Path, say: Callable[[st
     return _Training(heads, store, task, fabric, state_path)
 
 
-def _resolve(config: TrainConfig, store: StoreReader, num_processes: int, *, can_resume: bool) -> TrainConfig:
-    """What the options come to; the step of a run that goes on is the one that it began with."""
-    if not can_resume:
+def _resolve(config: TrainConfig, store: StoreReader, num_processes: int, begun: Run | None) -> TrainConfig:
+    """What the options come to; of a run that goes on, what is left open is what it began with."""
+    if begun is None:
         return resolve_preset(config, store, num_processes=num_processes)
-    begun = open_run(config.out)
-    config = take_recorded(config, begun)
+    shares = keep_recorded_batches(config, begun.config, num_processes)
+    config = replace(take_recorded(config, begun), batch_size=shares.batch_size, norm_clips=None)
     resolved = resolve_preset(config, store, num_processes=num_processes)
-    return keep_recorded_batches(config, resolved, begun.config, num_processes)
+    return replace(resolved, norm_clips=shares.norm_clips)
 
 
 def _warn_of_no_validation(store: StoreReader, task: Task, config: TrainConfig) -> None:
@@ -282,6 +279,8 @@ class _Training:
         self._fabric = fabric
         self._state_path = state_path
         self._norms = make_norm_groups(StepShares.of_config(config, fabric.world_size))
+        assert config.optimizer is not None
+        self._rate_place = OPTIMIZERS[config.optimizer].rate_place
         self._stacks = [self._make_stack(head) for head in heads]
         network, layers = heads[0].network, heads[0].run.shape.layers
         self._layers = layers
@@ -300,8 +299,8 @@ class _Training:
             count_in_groups(network, self._norms)
         if head.config.with_compile:
             network.compile()
-        biases = find_biases(network)
-        optimizer = make_optimizer(network.parameter_groups(), head.config, self._optimisation, biases)
+        groups, biases = network.parameter_groups(), find_biases(network)
+        optimizer = make_optimizer(groups, head.config, self._optimisation, biases)
         return Stack([head], network, optimizer, self._fabric)
 
     @property
@@ -439,9 +438,8 @@ class _Training:
         config, step_in_epoch = self._config, self._position.step_in_epoch
         plans = self._plan_epoch(epoch)
         num_steps, accumulate = self._count_steps(plans)
-        assert config.optimizer is not None
-        place = OPTIMIZERS[config.optimizer].rate_place
-        places = [epoch + (step + place) / num_steps for step in range(num_steps)]
+        # Where the rate of each step is read off the schedule.
+        places = [epoch + (step + self._rate_place) / num_steps for step in range(num_steps)]
         for stack in self._stacks:
             stack.train()
         batches = self._loader.load(plans[step_in_epoch * accumulate : num_steps * accumulate])

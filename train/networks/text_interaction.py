@@ -119,9 +119,10 @@ class WeightedTokenInteraction(nn.Module):
     ) -> torch.Tensor:
         """Of pairs: words (A, M, E) with their best frames (A, M), frames (A, T, E) with their best words (A, T)."""
         num_pairs, width = len(words), words.shape[-1]
-        their_frames = frames.gather(1, best_frames[..., None].expand(-1, -1, width))[mask]
+        their_frames = frames.gather(1, best_frames[..., None].expand(-1, -1, width)).flatten(0, 1)
         their_words = words.gather(1, best_words[..., None].expand(-1, -1, width)).flatten(0, 1)
-        of_words = _correlate(words[mask], their_frames, word_shares[mask])
+        # What is no word has no share and no part in means. To pick words by a mask, the host would wait for a GPU.
+        of_words = _correlate(words.flatten(0, 1), their_frames, word_shares.flatten(), mask.flatten())
         of_frames = _correlate(their_words, frames.flatten(0, 1), frame_shares.flatten())
         correlation = (of_words + of_frames) / (2 * num_pairs)
         diagonal = correlation.diagonal()
@@ -130,11 +131,23 @@ class WeightedTokenInteraction(nn.Module):
         return self.on_diagonal * on + self.off_diagonal * off
 
 
-def _correlate(first: torch.Tensor, second: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    """(n, E) each and (n,) -> (E, E): products of standardised channels, weighted and summed."""
-    # A channel that is the same in all, as where every frame's best word is the start: it correlates with nothing.
-    first, second = ((x - x.mean(0)) / x.std(0).clamp(min=_LEAST_STD) for x in (first, second))
+def _correlate(
+    first: torch.Tensor, second: torch.Tensor, shares: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(n, E) each and (n,) -> (E, E): products of standardised channels, weighted, summed; a mask leaves rows out."""
+    first, second = (_standardise(x, mask) for x in (first, second))
     return (first * shares[:, None]).T @ second
+
+
+def _standardise(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Channels of (n, E) to mean 0 and deviation 1, over the rows that a mask (n,) says are there."""
+    # A channel that is the same in all, as where every frame's best word is the start: it correlates with nothing.
+    if mask is None:
+        return (x - x.mean(0)) / x.std(0).clamp(min=_LEAST_STD)
+    is_there, count = mask[:, None].to(x.dtype), mask.sum()
+    centred = x - (x * is_there).sum(0) / count
+    variance = (centred * is_there).square().sum(0) / (count - 1)
+    return centred / variance.clamp(min=_LEAST_STD**2).sqrt()
 
 
 def _make_weighting(width: int) -> nn.Sequential:

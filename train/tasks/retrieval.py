@@ -180,7 +180,8 @@ class Retrieval(Task):
         choices = None
         if self._config.negatives == "all":
             choices = self._compare_with_all(network, frames, found.similarities.diagonal(), identities)
-        scale = self._logit_scale.to(output.device) if network.logit_scale is None else network.logit_scale
+        self._logit_scale = self._logit_scale.to(output.device)  # once: a copy holds up the host
+        scale = self._logit_scale if network.logit_scale is None else network.logit_scale
         return contrastive_loss(found.similarities, scale, is_same, choices) + found.loss
 
     def _compare_with_all(
