@@ -23,6 +23,7 @@ COMMANDS = {
     "verify": "verify",
     "train": "train",
     "eval": "evaluate",
+    "sweep": "sweep",
     "compare": "compare",
     "import": "import_checkpoint",
     "retrieve": "retrieve",

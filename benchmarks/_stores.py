@@ -14,9 +14,9 @@ from s4v.store.writer import RowTokens, StoreWriter, create_store
 
 
 def begin_store(
-    path: Path, layout: StoreLayout, codec: Codec, classes: list[str]
+    path: Path, layout: StoreLayout, codec: Codec, classes: list[str], *, backbone: dict[str, Any] | None = None
 ) -> tuple[StoreWriter, list[VideoRecord]]:
-    """The skeleton of a store: all videos for training, the classes in turns."""
+    """The skeleton of a store: all videos for training, the classes in turns; `backbone` has what a run asks for."""
     records = []
     for row in range(layout.num_rows):
         class_name = classes[row % len(classes)]
@@ -26,7 +26,7 @@ def begin_store(
         "created": "now",
         "dataset": {"name": "benchmark", "root": "."},
         "classes": {"names": sorted(classes)},
-        "backbone": {"name": "none", "width": layout.width, "mean": [0.5] * 3, "std": [0.5] * 3},
+        "backbone": {"name": "none", "width": layout.width, "mean": [0.5] * 3, "std": [0.5] * 3, **(backbone or {})},
         "frames": {"": layout.num_frames},
         "sampling": "uniform",
         "resize": "224",

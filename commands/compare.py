@@ -22,7 +22,9 @@ from .front import Json, run_command, say
         "frames": Spelling(help="Frames of a clip. [8]"),
         "epochs": Spelling(help="Of each training. [the side network's preset, else 30]"),
         "batch_size": Spelling(help="Clips in a step. [the side network's preset, else 32]"),
-        "learning_rate": Spelling(help="The same for all. [each one's own]"),
+        "learning_rate": Spelling(
+            help="The same for all. [the side network's own; of probes chosen on a tenth of train]"
+        ),
     },
 )
 def compare(
@@ -33,9 +35,14 @@ def compare(
     seeds: Annotated[int, typer.Option(help="Trainings of each.")] = 1,
     prompt: Annotated[str, typer.Option(help="Of zero-shot; {} is a class's name.")] = "a video of {}",
     weights: Annotated[str | None, typer.Option(help="Of zero-shot: the backbone's. [as recorded]")] = None,
+    run: Annotated[
+        list[Path] | None, typer.Option(help="Train nothing: compare this run with the others. Repeatable.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of --run: which videos.")] = "val",
+    checkpoint: Annotated[str, typer.Option(help="Of --run: best or last.")] = "best",
     as_json: Json = False,
 ) -> None:
-    """Train the side network and its baselines from one store, and put them into one table."""
+    """Train the side network and its baselines from one store, and put them into one table; or compare runs."""
     with run_command("compare", as_json) as result:
         from ..store.reader import open_store
 
@@ -43,9 +50,23 @@ def compare(
         features = values["features"]
         open_store(features)
         from ..train.allocator import keep_freed_memory
-        from ..train.compare import compare_methods, render_table
+        from ..train.compare import compare_methods, compare_runs, render_notes, render_runs, render_table
 
         keep_freed_memory()
+        if run:
+            pairs = compare_runs(
+                run,
+                features=features,
+                split=split,
+                checkpoint=checkpoint,
+                device=values["device"],
+                out=values["out"],
+                say=say,
+            )
+            result.update(runs=pairs, out=None if values["out"] is None else str(values["out"]))
+            if not as_json:
+                print_lines(*render_runs(pairs))
+            return
         values["out"] = values["out"] or Path("runs") / f"compare-{features.name.removesuffix('.zarr')}"
         base = TrainConfig(**values)
         chosen = [name.strip() for name in methods.split(",")]
@@ -53,4 +74,4 @@ def compare(
         lines = compare_methods(base, methods=chosen, seeds=seeds, untrained=untrained, say=say)
         result.update(out=str(base.out), methods=[asdict(line) for line in lines])
         if not as_json:
-            print_lines(*render_table(lines))
+            print_lines(*render_table(lines), *render_notes(lines))

@@ -34,6 +34,7 @@ LOADING = "loading the libraries"
 _HINTS = {
     "extract": "; finished shards are kept, the same command continues",
     "train": "; the same command with --resume continues",
+    "sweep": "; the same command continues",
     "compare": "; the same command continues",
 }
 """What follows after Ctrl-C."""

@@ -217,7 +217,6 @@ COVERED_BY = {
     "train/logs.py": "train/test_resume.py",
     "train/networks/attentive_probe.py": "train/test_loop.py",
     "train/networks/contract.py": "contract/test_networks.py",
-    "train/networks/linear_probe.py": "contract/test_networks.py",
     "train/networks/zero_shot.py": "retrieve/test_zero_shot.py",
     "train/networks/parts.py": "train/test_side4video.py",
     "train/paper/checkpoint_names.py": "train/test_parity.py",

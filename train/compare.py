@@ -15,12 +15,17 @@ from ..device import find_device
 from ..errors import ConfigError, S4vError
 from ..files import write_json, write_text
 from ..store.reader import StoreReader, open_store
+from .clips import find_labelled_rows
 from .config import TrainConfig
 from .evaluate import evaluate_run
 from .loop import train_run
-from .networks import NETWORKS
+from .networks import NETWORKS, find_network
 from .networks.contract import NetworkKind
+from .paired import Answers, Difference, average_answers, find_difference
+from .run_folder import CONFIG_NAME, open_run
 from .settings import resolve_preset
+from .sweep import SWEEP_NAME, sweep_heads
+from .tasks import find_task
 from .tasks.ranks import rank_own
 from .tasks.recognition import Recognition
 from .tasks.recognition_metrics import find_interval
@@ -55,6 +60,13 @@ class Compared:
     mean_class_accuracy: float
     seconds: float | None
     """Of one training."""
+    learning_rate: float | None = None
+    """Of each training; None of what is not trained."""
+    weight_decay: float | None = None
+    choice: str | None = None
+    """How these two were chosen; None where nothing was chosen."""
+    differences: tuple[Difference, ...] = ()
+    """To each line above that was asked the same."""
 
 
 def compare_methods(
@@ -89,59 +101,151 @@ def compare_methods(
     # All are trained as long, on as many clips a step, as the side network; rates and weight decay are each one's own.
     side = resolve_preset(replace(base, head=known[0]), store)
     base = replace(base, epochs=side.epochs, batch_size=side.batch_size, warmup_epochs=side.warmup_epochs)
-    lines = []
+    lines: list[Compared] = []
+    answers: dict[str, Answers | None] = {}
     for method in methods:
         if not NETWORKS[method].is_trained:
-            line = _ask(NETWORKS[method], store, base.val_split, untrained or {}, say)
+            line, own = _ask(NETWORKS[method], store, base.val_split, untrained or {}, say)
         else:
-            line = _train_and_evaluate(base, method, seeds, say)
-        lines += [line] if line is not None else []
+            line, own = _train_and_evaluate(base, method, seeds, say)
+        if line is not None:
+            lines.append(replace(line, differences=_find_differences(own, answers)))
+            answers[method] = own
         _write(base.out, store, lines)
     return lines
 
 
-def _train_and_evaluate(base: TrainConfig, method: str, seeds: int, say: Callable[[str], None]) -> Compared:
-    evaluations, parameters, epochs, seconds = [], 0, 0, []
-    for seed in range(seeds):
-        out = base.out / f"{method}-{seed}"
-        own = {"inputs": "all", "side_width": None} if method != list_methods()[0] else {}
-        fields = {name: getattr(base, name) for name in TrainConfig.__dataclass_fields__}
-        config = TrainConfig(**{**fields, "head": method, "out": out, "seed": seed, "resume": True, **own})
-        say(f"training {method}{f', seed {seed}' if seeds > 1 else ''}")
-        trained = train_run(config)
-        parameters, epochs = trained["parameters"], trained["epochs"]
-        seconds.append(trained["seconds"])
-        evaluations.append(evaluate_run(out, split=base.val_split, checkpoint="last", device=find_device(base.device)))
+def compare_runs(
+    runs: Sequence[Path],
+    *,
+    features: Path,
+    split: str = "val",
+    checkpoint: str = "best",
+    device: str = "auto",
+    out: Path | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[dict[str, Any]]:
+    """Evaluate runs that are there on one split of one store, and say how far they are apart.
+
+    Args:
+        runs: Two or more, of one task.
+        features: The store.
+        split: Of it.
+        checkpoint: Of each run: best or last.
+        device: Where to compute.
+        out: Where compare.json, compare.md and compare.html go; None writes nothing.
+        say: Told what is under way.
+
+    Returns:
+        Of each run: run, figure, share, questions, and differences to the runs before it.
+
+    Raises:
+        ConfigError: If there are fewer than two runs, or one is named twice.
+        StoreMismatchError: If a run does not fit the store, or two were not asked the same.
+    """
+    if len(runs) < 2 or len(set(map(str, runs))) < len(runs):
+        raise ConfigError(f"--run takes two or more different runs, each with an option of its own; found {len(runs)}")
+    answers: dict[str, Answers | None] = {}
+    lines: list[dict[str, Any]] = []
+    for path in runs:
+        say(f"evaluating {path}")
+        evaluate_run(path, features=features, split=split, checkpoint=checkpoint, device=find_device(device))
+        own = find_task(open_run(path).shape.task).read_answers(path, split)
+        if own is None:
+            raise ConfigError(f"{path} is of a task whose answers are not right or wrong: its figures are in s4v eval")
+        differences = [asdict(one) for one in _find_differences(own, answers)]
+        share, questions = float(np.mean(own.is_right)), len(own.videos)
+        answers[str(path)] = own
+        lines.append(
+            {"run": str(path), "figure": own.figure, "share": share, "questions": questions, "differences": differences}
+        )
+    if out is not None:
+        table = render_runs(lines)
+        _write_all(out, {"store": str(features), "split": split, "checkpoint": checkpoint, "runs": lines}, table)
+    return lines
+
+
+def _find_differences(own: Answers | None, others: Mapping[str, Answers | None]) -> tuple[Difference, ...]:
+    if own is None:
+        return ()
+    return tuple(find_difference(own, theirs, name) for name, theirs in others.items() if theirs is not None)
+
+
+def _choose(config: TrainConfig, say: Callable[[str], None]) -> tuple[TrainConfig, str | None]:
+    """A method's rate and decay, and how they were chosen: on held-out training videos, where its kind names several.
+
+    A rate that was given is everybody's; a training that was begun without a choice goes on as it was begun.
+    """
+    kind, folder = find_network(config.head), config.out.with_name(f"{config.head}-choice")
+    is_begun = (config.out / CONFIG_NAME).is_file() and not (folder / SWEEP_NAME).is_file()
+    if is_begun:
+        begun = open_run(config.out).config
+        return replace(config, learning_rate=begun["learning_rate"], weight_decay=begun["weight_decay"]), None
+    if config.learning_rate is not None or not kind.tried_rates:
+        return config, None
+    say(f"choosing the rate of {config.head}")
+    sweep = sweep_heads(
+        replace(config, out=folder), learning_rates=kind.tried_rates, weight_decays=kind.tried_decays or None, say=say
+    )
+    best = sweep.winner
+    choice = (
+        f"{config.head}: rate {best.learning_rate:g} and decay {best.weight_decay:g} were chosen of "
+        f"{len(sweep.heads)}, trained in {sweep.reads} read{'s' if sweep.reads > 1 else ''} on shared batches, by "
+        f"top-1 on {sweep.held_out_videos} held-out training videos ({best.top:.1%}). Then it was trained on all."
+    )
+    return replace(config, learning_rate=best.learning_rate, weight_decay=best.weight_decay), choice
+
+
+def _train_and_evaluate(
+    base: TrainConfig, method: str, seeds: int, say: Callable[[str], None]
+) -> tuple[Compared, Answers | None]:
+    own = {"inputs": "all", "side_width": None} if method != list_methods()[0] else {}
+    fields = {name: getattr(base, name) for name in TrainConfig.__dataclass_fields__}
+    first = TrainConfig(**{**fields, "head": method, "out": base.out / f"{method}-0", "seed": 0, "resume": True, **own})
+    config, choice = _choose(first, say)
+    runs = [replace(config, out=base.out / f"{method}-{seed}", seed=seed) for seed in range(seeds)]
+    trainings = []
+    for run in runs:
+        say(f"training {method}{f', seed {run.seed}' if seeds > 1 else ''}")
+        trainings.append(train_run(run))
+    evaluations = [
+        evaluate_run(run.out, split=base.val_split, checkpoint="last", device=find_device(base.device)) for run in runs
+    ]
+    answers = [Recognition.read_answers(run.out, base.val_split) for run in runs]
     top1 = [one["top1"] for one in evaluations]
-    videos = evaluations[0]["videos"]
-    return Compared(
+    videos, trained = evaluations[0]["videos"], open_run(runs[0].out).config
+    line = Compared(
         method=method,
         reads=NETWORKS[method].reads,
-        parameters=parameters,
-        epochs=epochs,
+        parameters=trainings[-1]["parameters"],
+        epochs=trainings[-1]["epochs"],
         videos=videos,
         top1=float(np.mean(top1)),
         interval=find_interval(float(np.mean(top1)), videos),
         deviation=float(np.std(top1, ddof=1)) if seeds > 1 else None,
         top5=float(np.mean([one["top5"] for one in evaluations])) if "top5" in evaluations[0] else None,
         mean_class_accuracy=float(np.mean([one["mean_class_accuracy"] for one in evaluations])),
-        seconds=float(np.mean(seconds)),
+        seconds=float(np.mean([one["seconds"] for one in trainings])),
+        learning_rate=trained["learning_rate"],
+        weight_decay=trained["weight_decay"],
+        choice=choice,
     )
+    return line, average_answers(answers)
 
 
 def _ask(
     kind: NetworkKind, store: StoreReader, split: str, options: Mapping[str, Any], say: Callable[[str], None]
-) -> Compared | None:
+) -> tuple[Compared | None, Answers | None]:
     """What is not trained; None, with the reason said, where there is no text tower worth asking."""
     say("asking the backbone")
     try:
         scores, labels = kind.score(store, split, **options)
     except S4vError as error:
         say(f"no {kind.name}: {error}")
-        return None
+        return None, None
     ranks = rank_own(scores, labels)
     right = ranks == 1
-    return Compared(
+    line = Compared(
         method=kind.name,
         reads=kind.reads,
         parameters=0,
@@ -154,28 +258,95 @@ def _ask(
         mean_class_accuracy=float(np.mean([right[labels == label].mean() for label in np.unique(labels)])),
         seconds=None,
     )
+    rows = find_labelled_rows(store, split).rows
+    ids = store.read_manifest(["video_id"])["video_id"].take(rows).to_pylist()
+    return line, Answers("top1", tuple(ids), right.astype(np.float64)) if len(ids) == len(right) else None
 
 
 def _write(out: Path, store: StoreReader, lines: Sequence[Compared]) -> None:
+    table, notes = render_table(lines), render_notes(lines)
+    methods = {"store": str(store.path), "methods": [asdict(line) for line in lines]}
+    _write_all(out, methods, table, notes)
+
+
+def _write_all(out: Path, facts: Mapping[str, Any], table: Sequence[str], notes: Sequence[str] = ()) -> None:
+    """compare.json, compare.md and a page."""
+    from ..pages import draw_table, escape, write_page  # matplotlib takes a second
+
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "compare.json", {"store": str(store.path), "methods": [asdict(line) for line in lines]})
-    write_text(out / "compare.md", "\n".join(render_table(lines)) + "\n")
+    write_json(out / "compare.json", dict(facts))
+    write_text(out / "compare.md", "\n".join([*table, *(f"\n{note}" for note in notes)]) + "\n")
+    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table)
+    sections = [
+        f"<h1>{escape(out.name)}</h1><p class='note'>{escape(facts['store'])}</p>",
+        draw_table(header, rows),
+        *(f"<p>{escape(note)}</p>" for note in notes),
+    ]
+    write_page(out / "compare.html", f"s4v compare {out.name}", sections)
 
 
 def render_table(lines: Sequence[Compared]) -> list[str]:
     """A Markdown table, line by line."""
-    header = ("method", "reads", "trained weights", "epochs", "top-1", "95 %", "top-5", "mean class", "seconds")
+    first = lines[0].method if lines else ""
+    beside = f"beside {first}, paired 95 %"
+    header = (
+        "method",
+        "reads",
+        "trained weights",
+        "epochs",
+        "rate",
+        "top-1",
+        "95 %",
+        beside,
+        "top-5",
+        "mean class",
+        "seconds",
+    )
     rows = [
         (
             line.method,
             line.reads,
             f"{line.parameters:,}",
             "" if line.epochs is None else line.epochs,
+            "" if line.learning_rate is None else f"{line.learning_rate:g}" + (" *" if line.choice else ""),
             f"{line.top1:.1%}" + (f" ± {line.deviation:.1%}" if line.deviation is not None else ""),
             f"{100 * line.interval[0]:.0f} to {100 * line.interval[1]:.0f}",
+            "".join(render_difference(asdict(one)) for one in line.differences if one.other == first),
             "" if line.top5 is None else f"{line.top5:.1%}",
             f"{line.mean_class_accuracy:.1%}",
             "" if line.seconds is None or math.isnan(line.seconds) else f"{line.seconds:.0f}",
+        )
+        for line in lines
+    ]
+    return [f"| {' | '.join(map(str, cells))} |" for cells in (header, ("---",) * len(header), *rows)]
+
+
+def render_notes(lines: Sequence[Compared]) -> list[str]:
+    """What stands under the table: how rates were chosen, and what the paired intervals are."""
+    notes = [f"* {line.choice}" for line in lines if line.choice is not None]
+    if any(line.differences for line in lines):
+        notes.append(
+            "Paired intervals are bootstraps over the same videos, in points; several trainings of one method are "
+            "averaged. compare.json has those of any two lines."
+        )
+    return notes
+
+
+def render_difference(difference: Mapping[str, Any]) -> str:
+    """`+1.2 [-0.3, 2.8]`, in points."""
+    low, high = difference["interval"]
+    return f"{100 * difference['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def render_runs(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A Markdown table of runs, each beside all before it."""
+    header = ("run", lines[0]["figure"], "questions", "paired difference, 95 %")
+    rows = [
+        (
+            line["run"],
+            f"{line['share']:.1%}",
+            line["questions"],
+            "; ".join(f"{render_difference(one)} to {one['other']}" for one in line["differences"]),
         )
         for line in lines
     ]

@@ -140,6 +140,16 @@ class TrainConfig:
 
     The order of clips, and the frames that they take.
     """
+    order_seed: int | None = None
+    """Of order and frames alone. [--seed]
+
+    Heads that are trained in one read share it, and differ in the seed of their weights.
+    """
+    hold_out: float | None = None
+    """Validate on this share of the training videos, train on the rest.
+
+    Drawn from each class alike, by `order_seed`; the validation split is not looked at. None validates on that.
+    """
     accumulate: int = 1
     """Batches in one step of the optimiser.
 
@@ -229,8 +239,15 @@ class TrainConfig:
         if unclear := [one for one in self.set if "=" not in one]:
             raise ConfigError(f"--set takes name=value; found {unclear[0]!r}")
         self._check_network_and_task()
+        if self.hold_out is not None and not 0 < self.hold_out <= 0.5:
+            raise ConfigError(f"--hold-out must be a share above 0, at most 0.5; found {self.hold_out:g}")
         if self.label_smoothing is not None and not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"--label-smoothing must lie in [0, 1); found {self.label_smoothing:g}")
+
+    @property
+    def seed_of_order(self) -> int:
+        """Of the order of clips, their frames, and what is held out."""
+        return self.seed if self.order_seed is None else self.order_seed
 
     @property
     def stem(self) -> str:

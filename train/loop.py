@@ -31,11 +31,11 @@ from .clips import (
     find_clip_lengths,
     require_long_clips,
     resolve_clip_frames,
+    warn_of_short_splits,
     warn_of_thinned_clips,
 )
 from .config import TrainConfig
 from .fabric import make_fabric, make_norm_groups, resolve_device
-from .heads import Head, Stack
 from .logs import Logger, make_loggers, require_wandb
 from .networks import find_network
 from .networks.contract import Network, NetworkKind, NetworkShape
@@ -57,6 +57,7 @@ from .run_folder import (
 )
 from .scorer import Scorer, Team, explain_full_device
 from .settings import find_optimisation, find_recipe, plan_network, resolve_preset, resolve_views, take_recorded
+from .stack import Head, Stack
 from .step_log import StepLog, cut_steps
 from .tasks import find_task
 from .tasks.contract import Task
@@ -137,7 +138,8 @@ def train_heads(
     A head whose loss or weights are not finite stops alone, as does one that gets no better for its patience.
 
     Args:
-        configs: One for each head; see `OWN_OF_A_HEAD`. The order of clips is that of the first one.
+        configs: One for each head. They differ in what `OWN_OF_A_HEAD` lists alone; of seeds that differ, `order_seed`
+            says which orders the clips.
         state_path: The file that holds what all of them go on from.
         report: Told about each epoch.
         progress: Told after each step.
@@ -147,13 +149,13 @@ def train_heads(
         Of each head what `train_run` returns, and `stopped`: why it stopped alone, else None.
 
     Raises:
-        ValueError: If the configurations differ in anything else.
-        EnvironmentFailedError: If no head is left.
+        ValueError: If the configurations differ in anything else, or their clips would be ordered differently.
         StoreMismatchError, RunExistsError: As `train_run`.
     """
     shared = {name: getattr(configs[0], name) for name in TrainConfig.__dataclass_fields__ if name not in OWN_OF_A_HEAD}
-    if any(getattr(config, name) != value for config in configs for name, value in shared.items()):
-        raise ValueError(f"heads of one training differ in {', '.join(OWN_OF_A_HEAD)} alone")
+    is_shared = all(getattr(config, name) == value for config in configs for name, value in shared.items())
+    if not is_shared or len({config.seed_of_order for config in configs}) > 1:
+        raise ValueError(f"heads of one training differ in {', '.join(OWN_OF_A_HEAD)} alone, and share an order_seed")
     with _explain_full_device():
         return _prepare(configs, state_path, say).fit(report, progress)
 
@@ -182,12 +184,15 @@ def _prepare(configs: Sequence[TrainConfig], state_path: Path, say: Callable[[st
         _resolve(replace(config, precision=precision), store, num_processes, run)  # type: ignore[arg-type]
         for config, run in zip(configs, begun, strict=True)
     ]
-    shape = plan_network(configs[0], store, None if begun[0] is None else begun[0].shape)
     kind, task = find_network(configs[0].head), find_task(configs[0].task)(configs[0], store)
+    shape = plan_network(configs[0], store, None if begun[0] is None else begun[0].shape)
+    if begun[0] is not None and begun[0].validates_every_clip:
+        task.validation = task.find_rows(store, configs[0].val_split)
     num_views = resolve_views(configs[0], task.training.num_views, num_processes)
     configs = [replace(config, views_per_video=num_views) for config in configs]
     config = configs[0]
     frames = _resolve_frames(config, store, task, is_told=is_auto and config.preset != "none")
+    warn_of_short_splits(store, frames, {config.train_split, config.val_split}, task.find_rows)
     assert config.batch_size is not None
     shares, available = StepShares.of_config(config, num_processes), len(task.training) * num_views
     warn_of_other_step(given, config, find_recipe(config, store), min(shares.clips, available))
@@ -281,7 +286,7 @@ class _Training:
         self._norms = make_norm_groups(StepShares.of_config(config, fabric.world_size))
         assert config.optimizer is not None
         self._rate_place = OPTIMIZERS[config.optimizer].rate_place
-        self._stacks = [self._make_stack(head) for head in heads]
+        self._stacks = self._make_stacks(find_network(config.head))
         network, layers = heads[0].network, heads[0].run.shape.layers
         self._layers = layers
         self._codec = codec_for(store, layers, fabric.device) if "patches" in network.arrays else None
@@ -291,17 +296,26 @@ class _Training:
         self._wait_share = 0.0
         self._log: StepLog | None = None  # of the first process
 
-    def _make_stack(self, head: Head) -> Stack:
-        network = head.network
-        if head.config.checkpoint_activations:
-            network.checkpoints_activations = True
-        if self._norms is not None:
-            count_in_groups(network, self._norms)
-        if head.config.with_compile:
-            network.compile()
-        groups, biases = network.parameter_groups(), find_biases(network)
-        optimizer = make_optimizer(groups, head.config, self._optimisation, biases)
-        return Stack([head], network, optimizer, self._fabric)
+    def _make_stacks(self, kind: NetworkKind) -> list[Stack]:
+        """One of all heads where their kind has it, else one of each."""
+        heads, config = self._heads, self._config
+        for head in heads:
+            head.network.checkpoints_activations |= config.checkpoint_activations
+            if self._norms is not None:
+                count_in_groups(head.network, self._norms)
+        together = kind.stack([head.network for head in heads]) if len(heads) > 1 else None
+        members = [[head] for head in heads] if together is None else [heads]
+        stacks = []
+        for own in members:
+            module = own[0].network if together is None else together
+            if config.with_compile:
+                module.compile()
+            stacks.append(Stack(own, module, [self._make_optimizer(head) for head in own], self._fabric))
+        return stacks
+
+    def _make_optimizer(self, head: Head) -> torch.optim.Optimizer:
+        groups, biases = head.network.parameter_groups(), find_biases(head.network)
+        return make_optimizer(groups, head.config, self._optimisation, biases)
 
     @property
     def _active(self) -> list[Head]:
@@ -334,8 +348,6 @@ class _Training:
             if self._fabric.is_global_zero:
                 report([{**one, **wait} for one in kept], num_epochs)
             self._fabric.barrier()
-        if all(head.stopped is not None for head in self._heads):
-            raise EnvironmentFailedError(f"no head is left: {self._heads[0].stopped}")
         seconds = time.perf_counter() - start
         summaries = [self._summarise(head, seconds) for head in self._heads]
         if self._fabric.is_global_zero:
@@ -347,7 +359,9 @@ class _Training:
         """Of each head; what is told of steps goes there too."""
         config, position = self._config, self._position
         loggers = {
-            head: make_loggers(head.run, head.config, head.position.epoch, head.position.steps) for head in self._active
+            # TensorBoard has a thread and files for each head: of several, metrics.jsonl has all of it.
+            head: make_loggers(head.run, config, position.epoch, position.steps) if len(self._heads) == 1 else []
+            for head in self._active
         }
         num_steps, _ = self._count_steps(self._plan_epoch(position.epoch))
         assert config.epochs is not None
@@ -370,7 +384,10 @@ class _Training:
                 append_metrics(head.run, own)
                 for logger in loggers[head]:
                     logger.log_epoch(own)
-                save_checkpoint(head.run, "last", head.network, own)
+                # The state holds the weights of several heads: their files are written when there is no other epoch.
+                is_last = own["epoch"] == head.config.epochs or head.is_done(self._task.figure)
+                if is_last or len(self._heads) == 1:
+                    save_checkpoint(head.run, "last", head.network, own)
                 if is_best:
                     save_checkpoint(head.run, "best", head.network, own)
         self._note_seconds()
@@ -565,13 +582,14 @@ class _Training:
         return gathered.flatten(0, 1)
 
     def _validate(self, epoch: int) -> dict[Head, dict[str, float]]:
-        """Every process scores its share of the clips, in the precision of training."""
-        if not len(self._task.validation):
-            return {head: {} for head in self._active}
+        """Every process scores its share of the clips, in the precision of training; they are read once."""
+        heads = self._active
+        if not heads or not len(self._task.validation):
+            return {head: {} for head in heads}
         figures = {}
-        for head in self._active:
+        for head, scorer in zip(heads, self._make_scorer(heads[0]).share([h.network for h in heads]), strict=True):
             try:
-                figures[head] = self._task.validate(self._make_scorer(head))
+                figures[head] = self._task.validate(scorer)
             except EnvironmentFailedError:
                 self._stop(head, "a validation score", epoch, f"at or before step {head.position.steps}")
         return figures
@@ -615,7 +633,7 @@ class _Training:
 
     def _stop(self, head: Head, what: str, epoch: int, where: str) -> None:
         """Let a head that diverged learn no more; one that is alone ends the training."""
-        kept = head.run.path / "last.safetensors"
+        kept = head.run.path / f"{'last' if len(self._heads) == 1 else 'best'}.safetensors"
         hint = f"{kept} is the last good checkpoint." if kept.exists() else "No epoch was finished."
         message = f"{what} became NaN or infinite in epoch {epoch + 1}, {where}. Lower --learning-rate. {hint}"
         if len(self._heads) == 1:

@@ -195,9 +195,9 @@ def find_biases(network: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in network.named_parameters() if name.rpartition(".")[2] == "bias"]
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group of parameters its share of a rate."""
-    for group in optimizer.param_groups:
+def set_learning_rate(groups: Iterable[dict[str, Any]], rate: float) -> None:
+    """Give every one of an optimiser's groups of parameters its share of a rate."""
+    for group in groups:
         group["lr"] = rate * group.get("rate_share", 1.0)
 
 

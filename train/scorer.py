@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -82,6 +82,19 @@ class Scorer:
     """Who shares the clips, and in which precision; every process gets the whole result."""
     is_backwards: bool = False
     """Show the network every clip from its last frame to its first."""
+    shared: SharedAnswers | None = None
+    """Of several networks that are asked for the same clips."""
+
+    def share(self, networks: Sequence[Network]) -> list[Scorer]:
+        """A scorer for each of several networks that read the same: what all of them ask for is read once.
+
+        Whoever asks first has all of them run on each batch; the others must ask for the same clips, and have their
+        outputs finished in the same way, in the same order.
+        """
+        if len(networks) == 1:
+            return [replace(self, network=networks[0])]
+        shared = SharedAnswers(tuple(networks))
+        return [replace(self, network=network, shared=shared) for network in networks]
 
     @classmethod
     def of_run(
@@ -107,7 +120,6 @@ class Scorer:
             is_backwards=is_backwards,
         )
 
-    @torch.inference_mode()
     def run(
         self, plans: Sequence[ClipPlan], finish: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.float
     ) -> np.ndarray:
@@ -117,24 +129,73 @@ class Scorer:
             plans: Batches of clips.
             finish: What becomes of the output of a batch, on the device.
         """
-        network = self.network
-        was_training = network.training
-        network.eval()
-        codec = codec_for(self.store, self.layers, self.device) if "patches" in network.arrays else None
-        loader = ClipLoader.for_network(network, self.store, layers=self.layers, device=self.device)
+        if self.shared is not None:
+            return self.shared.take(self, plans, finish)
+        (answers,) = self.run_all([self.network], plans, finish)
+        return answers
+
+    @torch.inference_mode()
+    def run_all(
+        self,
+        networks: Sequence[Network],
+        plans: Sequence[ClipPlan],
+        finish: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.float,
+    ) -> list[np.ndarray]:
+        """What each of several networks that read the same says of planned clips, which are read once.
+
+        Args:
+            networks: On `device`; `network` is one of them.
+            plans: Batches of clips.
+            finish: What becomes of the output of a batch, on the device.
+        """
+        were_training = [network.training for network in networks]
+        reader = self.network
+        codec = codec_for(self.store, self.layers, self.device) if "patches" in reader.arrays else None
+        loader = ClipLoader.for_network(reader, self.store, layers=self.layers, device=self.device)
         if self.is_backwards:
-            plans = [network.reverse_plan(plan) for plan in plans]
-        parts = []
-        with network.folded(codec):
+            plans = [reader.reverse_plan(plan) for plan in plans]
+        parts: list[list[torch.Tensor]] = [[] for _ in networks]
+        with ExitStack() as folding:
+            for network in networks:
+                network.eval()
+                folding.enter_context(network.folded(codec))
             for batch in loader.load(self.team.take(plans)):
-                seen = network.reverse_batch(batch) if self.is_backwards else batch
-                with self.team.autocast():
-                    output = network(*network.inputs(seen), codec)
-                parts.append(_fetch(finish(output.float())))
+                seen = reader.reverse_batch(batch) if self.is_backwards else batch
+                for network, own in zip(networks, parts, strict=True):
+                    with self.team.autocast():
+                        output = network(*network.inputs(seen), codec)
+                    own.append(_fetch(finish(output.float())))
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
-        network.train(was_training)
-        return np.concatenate(self.team.gather([part.numpy() for part in parts]))
+        for network, was_training in zip(networks, were_training, strict=True):
+            network.train(was_training)
+        return [np.concatenate(self.team.gather([part.numpy() for part in own])) for own in parts]
+
+
+@dataclass(slots=True)
+class SharedAnswers:
+    """What several networks said of the same clips, until each of them has asked."""
+
+    networks: tuple[Network, ...]
+    _waiting: list[list[np.ndarray]] = field(default_factory=list)
+    """Of each question, those of all networks."""
+    _asked: dict[int, int] = field(default_factory=dict)
+    """How often each network asked, by its place."""
+
+    def take(
+        self, scorer: Scorer, plans: Sequence[ClipPlan], finish: Callable[[torch.Tensor], torch.Tensor]
+    ) -> np.ndarray:
+        """The answers of a scorer's network to its next question."""
+        place = next(place for place, network in enumerate(self.networks) if network is scorer.network)
+        question = self._asked.get(place, 0)
+        self._asked[place] = question + 1
+        if question == len(self._waiting):
+            self._waiting.append(scorer.run_all(self.networks, plans, finish))
+        answers = self._waiting[question][place]
+        if len(answers) != sum(len(plan.rows) for plan in plans):
+            raise ValueError("networks that are scored together must ask for the same clips in the same order")
+        self._waiting[question][place] = np.empty(0)  # nobody asks for it again
+        return answers
 
 
 def _fetch(output: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,12 @@ from s4v.cli import app
 GOLDEN = Path(__file__).parents[1] / "data/cli_options.json"
 """Made by `describe_commands` of s4v before its options came from config classes."""
 
-NEW = {"extract": ("--codec",), "train": ("--set", "--norm-clips", "--log-every", "--optimizer", "--undecayed")}
+NEW = {
+    "extract": ("--codec", "--validation-clip"),
+    "scan": ("--validation-clip",),
+    "train": ("--set", "--norm-clips", "--log-every", "--optimizer", "--undecayed", "--order-seed", "--hold-out"),
+    "compare": ("--run", "--split", "--checkpoint"),
+}
 """Options that have come since, by command."""
 
 LEFT_OPEN = {"train": {"--interaction": "mean"}}
@@ -62,8 +67,13 @@ def test_options_are_read_as_ever(command):
     assert set(NEW.get(command, ())) <= set(found)
 
 
+NEW_COMMANDS = ("sweep",)
+"""That have come since."""
+
+
 def test_no_command_has_gone_or_come():
-    assert list(describe_commands()) == list(json.loads(GOLDEN.read_text()))
+    commands = [name for name in describe_commands() if name not in NEW_COMMANDS]
+    assert commands == list(json.loads(GOLDEN.read_text()))
 
 
 def test_the_version_is_told():

@@ -11,6 +11,8 @@ from s4v.store.reader import open_store
 from s4v.train import compare
 from s4v.train.compare import compare_methods
 from s4v.train.config import TrainConfig
+from s4v.train.loop import train_run
+from s4v.train.networks import NETWORKS
 from s4v.train.networks.side4video import Side4Video
 from s4v.train.networks.zero_shot import ZeroShotText, score_class_names
 from s4v.train.paper.presets import SIZES
@@ -34,7 +36,8 @@ def test_all_methods_stand_in_one_table_and_nothing_is_trained_twice(int8_store,
         assert line.interval[0] <= line.top1 <= line.interval[1]
         assert line.deviation is not None and line.top5 is None and line.epochs == 1
     table = (tmp_path / "c/compare.md").read_text().splitlines()
-    assert len(table) == 5 and table[0].count("|") == 10 and table[2].startswith("| linear | class tokens")
+    assert sum(line.startswith("|") for line in table) == 5 and table[2].startswith("| linear | class tokens")
+    assert {line.count("|") for line in table if line.startswith("|")} == {12}
     assert len(json.loads((tmp_path / "c/compare.json").read_text())["methods"]) == 3
 
     def refuse(*_):
@@ -97,3 +100,66 @@ def test_intervals_are_wilsons():
     assert find_interval(1.0, 10) == pytest.approx((0.7225, 1.0), abs=2e-4)
     assert find_interval(0.5, 0) == (0.0, 1.0)
     assert compare.list_methods()[-1] == "zero-shot"
+
+
+def test_a_probes_rate_is_chosen_on_held_out_training_videos(int8_store, tmp_path):
+    base = base_for(int8_store, tmp_path / "c")
+    side, line = compare_methods(base, methods=("side4video", "linear"))
+    saved = json.loads((tmp_path / "c/linear-choice/sweep.json").read_text())
+    kind = NETWORKS["linear"]
+    assert len(saved["heads"]) == len(kind.tried_rates) * len(kind.tried_decays) > 1 and saved["held_out_videos"] == 1
+    assert (line.learning_rate, line.weight_decay) == tuple(
+        saved["winner"][k] for k in ("learning_rate", "weight_decay")
+    )
+    run = json.loads((tmp_path / "c/linear-0/config.json").read_text())["train"]
+    assert run["learning_rate"] == line.learning_rate and run["hold_out"] is None, "trained on all"
+    assert side.choice is None and f"were chosen of {len(saved['heads'])}" in line.choice
+    (difference,) = line.differences
+    assert difference.other == "side4video" and difference.difference == pytest.approx(line.top1 - side.top1)
+    text = (tmp_path / "c/compare.md").read_text()
+    assert line.choice in text and "beside side4video, paired 95 %" in text
+    assert "linear" in (tmp_path / "c/compare.html").read_text()
+
+
+def test_a_rate_that_is_given_is_everybodys(int8_store, tmp_path):
+    base = replace(base_for(int8_store, tmp_path / "c"), learning_rate=2e-3)
+    (line,) = compare_methods(base, methods=("linear",))
+    assert line.learning_rate == 2e-3 and line.choice is None and not (tmp_path / "c/linear-choice").exists()
+
+
+def test_a_comparison_from_before_goes_on_as_it_was_begun(int8_store, tmp_path):
+    base = base_for(int8_store, tmp_path / "c")
+    old = TrainConfig(
+        features=int8_store, out=base.out / "linear-0", head="linear", epochs=1, batch_size=4, device="cpu"
+    )
+    train_run(old)
+    (line,) = compare_methods(base, methods=("linear",))
+    assert line.learning_rate == 1e-3 and line.choice is None
+
+
+def test_runs_that_are_there_are_compared_pair_by_pair(int8_store, tmp_path):
+    for name, rate in (("a", 1e-3), ("b", 3e-2), ("c", 1e-4)):
+        config = replace(base_for(int8_store, tmp_path / name), head="linear", learning_rate=rate)
+        train_run(config)
+    command = ["compare", "--features", str(int8_store), "--out", str(tmp_path / "out"), "--device", "cpu", "--json"]
+    runs = [word for name in "abc" for word in ("--run", str(tmp_path / name))]
+    result = CliRunner().invoke(app, [*command, *runs, "--split", "train"], catch_exceptions=False)
+    answer = json.loads(result.stdout.splitlines()[-1])
+    assert [len(one["differences"]) for one in answer["runs"]] == [0, 1, 2]
+    shares = {one["run"]: one["share"] for one in answer["runs"]}
+    for one in answer["runs"]:
+        for pair in one["differences"]:
+            assert pair["difference"] == pytest.approx(one["share"] - shares[pair["other"]]) and pair["videos"] == 8
+            assert pair["interval"][0] <= pair["difference"] <= pair["interval"][1]
+    assert "paired difference" in (tmp_path / "out/compare.md").read_text()
+    with pytest.raises(ConfigError, match="--run takes two or more different runs"):
+        compare.compare_runs([tmp_path / "a"], features=int8_store)
+
+
+def test_runs_of_retrieval_are_compared_by_their_recall(captioned_store, tmp_path):
+    for name in "ab":
+        out, seed = tmp_path / name, ord(name)
+        config = replace(base_for(captioned_store, out), task="retrieval", side_width=64, seed=seed)
+        train_run(config)
+    first, second = compare.compare_runs([tmp_path / "a", tmp_path / "b"], features=captioned_store, device="cpu")
+    assert first["figure"] == "r1" and second["questions"] > second["differences"][0]["videos"] == 4

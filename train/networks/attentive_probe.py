@@ -142,6 +142,7 @@ class Attentive(NetworkKind):
     name = "attentive"
     tasks = ("recognition",)
     reads = "patch tokens of all layers, order"
+    tried_rates = (3e-4, 1e-3, 3e-3)
     options = AttentiveOptions
     shape: ClassVar[type[NetworkShape]] = AttentiveShape
 

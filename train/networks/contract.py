@@ -143,6 +143,22 @@ class FrameNetwork(Network):
         self.register_parameter("logit_scale", None)
 
 
+class NetworkStack(nn.Module):
+    """Several networks of one shape as one module, for heads that learn from the same batches."""
+
+    def inputs(self, batch: ClipBatch) -> tuple[Any, ...]:
+        """What `forward` takes of a batch, before the codec: what each of the networks takes."""
+        raise NotImplementedError
+
+    def forward(self, *inputs: Any) -> Sequence[Any]:
+        """The output of each network, in their order.
+
+        On a CPU it is, as its gradients are, what the network gives alone, to the bit. No network's output depends on
+        the parameters of another.
+        """
+        raise NotImplementedError
+
+
 class NetworkKind(ABC):
     """What `--head NAME` trains, before there is one: facts, options, and how it fits a store."""
 
@@ -165,6 +181,11 @@ class NetworkKind(ABC):
     """Whether its networks heed `checkpoints_activations`."""
     optimisation: ClassVar[Mapping[str, Optimisation]] = {}
     """By task: what it wants otherwise than the task (schedule, moments, what decays)."""
+
+    tried_rates: ClassVar[Sequence[float]] = ()
+    """What `s4v compare` chooses its learning rate from, on held-out training videos; none takes its recipe's."""
+    tried_decays: ClassVar[Sequence[float]] = ()
+    """The same of weight decay."""
 
     def find_recipe(self, task: str, width: int) -> Recipe | None:
         """How it is trained without a preset, beside a backbone of a width; None takes the task's own recipe."""
@@ -196,6 +217,14 @@ class NetworkKind(ABC):
             StoreMismatchError: If the store lacks what it reads.
         """
 
+    def go_on_with(self, planned: Any, begun: Any) -> NetworkShape:
+        """The shape that a run goes on with, of what is planned now and what it began with.
+
+        They differ where s4v has come to plan otherwise; what a user asks for otherwise is refused later. By default
+        what is planned.
+        """
+        return planned
+
     def find_differences(self, shape: Any, store: StoreReader) -> list[str]:
         """What an imported network was built for and a store's backbone is not, in words. By default nothing."""
         return []
@@ -203,6 +232,14 @@ class NetworkKind(ABC):
     def build(self, shape: Any) -> Network:
         """A freshly initialised network of that shape; seed torch before for the same weights."""
         raise NotImplementedError(f"{self.name} is nothing that is trained")
+
+    def stack(self, networks: Sequence[Any]) -> NetworkStack | None:
+        """Networks of one shape, freshly built, as one module: they learn from the same batches in one step.
+
+        They may share what is no parameter and is the same in all, such as a norm's statistics. None, the default, has
+        them learn one after another from each batch.
+        """
+        return None
 
     def score(self, store: StoreReader, split: str, **options: Any) -> tuple[np.ndarray, np.ndarray]:
         """Of a kind that is not trained: scores (n, classes) of a split's good, labelled rows, and their labels (n,).

@@ -16,8 +16,16 @@ import torch
 
 from ...errors import ConfigError, StoreMismatchError
 from ...store.reader import StoreReader
-from ..clips import ClipBatch, ClipPlan, LabelledRows, plan_training_epoch
+from ..clips import (
+    ClipBatch,
+    ClipPlan,
+    LabelledRows,
+    find_labelled_rows,
+    hold_out_rows,
+    plan_training_epoch,
+)
 from ..networks.contract import Network, Outputs
+from ..paired import Answers
 from ..recipe import Optimisation, Recipe
 from ..run_folder import Run
 from ..scorer import ALONE, Scorer, Team
@@ -81,10 +89,21 @@ class Task(ABC):
     """By option: what runs did that are older than it."""
     training: LabelledRows
     validation: LabelledRows
+    """Each with the clips and views that a validation looks at, which may be fewer than an evaluation's."""
 
     def __init__(self, config: TrainConfig, store: StoreReader) -> None:
         self._config = config
         self._store = store
+
+    @classmethod
+    def fits(cls, store: StoreReader) -> bool:
+        """Whether a store looks as if it were made for this task: then it is taken where nobody names one."""
+        return False
+
+    @classmethod
+    def find_rows(cls, store: StoreReader, split: str) -> LabelledRows:
+        """The rows of a split that a run of this task can be evaluated on, with all their clips; none is no error."""
+        return find_labelled_rows(store, split)
 
     @classmethod
     @abstractmethod
@@ -128,11 +147,22 @@ class Task(ABC):
             num_frames=num_frames,
             batch_size=config.batch_size,
             views_per_video=config.views_per_video or 1,
-            seed=config.seed,
+            seed=config.seed_of_order,
             epoch=epoch,
             rank=rank,
             num_ranks=num_ranks,
         )
+
+    def divide_rows(self, *, by_class: bool) -> tuple[LabelledRows, LabelledRows]:
+        """Those to train on and those to validate on: two splits, or two parts of the training split.
+
+        Args:
+            by_class: Whether every class gives its share of what is held out.
+        """
+        config, training = self._config, self.find_rows(self._store, self._config.train_split)
+        if config.hold_out is None or not len(training):
+            return training, self.find_rows(self._store, config.val_split)
+        return hold_out_rows(training, self._store, config.hold_out, seed=config.seed_of_order, by_class=by_class)
 
     def begin(self, network: Network) -> None:
         """Called once before the first step, with the network as it will be trained. By default nothing."""
@@ -167,6 +197,16 @@ class Task(ABC):
             ConfigError: If the run was imported without a store and none is named.
             EnvironmentFailedError: If a score is not finite, or the device is too small.
         """
+
+    @classmethod
+    def read_answers(cls, run: Path, name: str) -> Answers | None:
+        """Which answers of a run were right, as `evaluate_run` left them; None of a task without such.
+
+        Args:
+            run: The run's folder.
+            name: `EvaluationOptions.file_stem`.
+        """
+        return None
 
     @classmethod
     def describe_shares(cls, metrics: Mapping[str, Any]) -> str:

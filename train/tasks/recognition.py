@@ -15,7 +15,7 @@ import torch
 
 from ...errors import EnvironmentFailedError, StoreMismatchError
 from ...files import write_json
-from ...store.manifest import write_table
+from ...store.manifest import read_table, write_table
 from ...store.reader import StoreReader
 from ..clips import (
     DEFAULT_CLIP_FRAMES,
@@ -25,9 +25,11 @@ from ..clips import (
     plan_evaluation,
     require_long_clips,
     resolve_clip_frames,
+    take_validation_clips,
     warn_of_thinned_clips,
 )
 from ..networks.contract import Network, Outputs
+from ..paired import Answers
 from ..recipe import Recipe, classification_loss, reference_learning_rate
 from ..run_folder import Run, open_store_of_run
 from ..scorer import Scorer, explain_full_device
@@ -52,14 +54,19 @@ class Recognition(Task):
 
     def __init__(self, config: TrainConfig, store: StoreReader) -> None:
         super().__init__(config, store)
-        self.training = find_labelled_rows(store, config.train_split)
-        self.validation = find_labelled_rows(store, config.val_split)
+        self.training, validation = self.divide_rows(by_class=True)
+        self.validation = take_validation_clips(validation)
         require_rows(store, self.training, config, labels="labels", kind="labelled")
         if len(set(self.training.labels.tolist())) < 2:
             raise StoreMismatchError(
                 f"the good training videos of {store.path} are all of one class: a classifier needs two or more"
             )
         _warn_of_unseen_classes(store, self.training, self.validation)
+
+    @classmethod
+    def fits(cls, store: StoreReader) -> bool:
+        """It has classes."""
+        return bool(store.classes.names)
 
     @classmethod
     def find_recipe(cls, backbone_width: int) -> Recipe:
@@ -146,6 +153,12 @@ class Recognition(Task):
 
             write_results(run, store, result, figures, name)
         return figures
+
+    @classmethod
+    def read_answers(cls, run: Path, name: str) -> Answers:
+        """Of every video."""
+        table = read_table(run / f"predictions_{name}.parquet")
+        return Answers("top1", tuple(table["video_id"].to_pylist()), table["is_correct"].to_numpy().astype(np.float64))
 
     @classmethod
     def render(cls, run: Path, figures: Mapping[str, Any]) -> list[str]:

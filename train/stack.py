@@ -13,7 +13,7 @@ from lightning_fabric import Fabric
 from ..store.codecs.contract import Codec
 from .clips import ClipBatch
 from .config import TrainConfig
-from .networks.contract import Network
+from .networks.contract import Network, NetworkStack
 from .networks.norms import average_statistics
 from .recipe import Schedule, learning_rate_at, set_learning_rate
 from .resume_state import Position, StackState
@@ -80,13 +80,31 @@ class Stack:
     """Heads with one module and one optimiser; most stacks hold one head."""
 
     def __init__(
-        self, heads: Sequence[Head], module: torch.nn.Module, optimizer: torch.optim.Optimizer, fabric: Fabric
+        self,
+        heads: Sequence[Head],
+        module: Network | NetworkStack,
+        optimizers: Sequence[torch.optim.Optimizer],
+        fabric: Fabric,
     ) -> None:
+        """Put it on the device.
+
+        Args:
+            heads: Each with its network.
+            module: The network of one head, or the stack of all.
+            optimizers: One for each head; their groups of parameters become one optimiser.
+            fabric: The device, its precision, and the processes.
+        """
         self.heads = list(heads)
         self.active = list(heads)
         """Those that still learn."""
         self._module = module
         self._fabric = fabric
+        optimizer, *others = optimizers
+        self._groups = [slice(0, len(optimizer.param_groups))]
+        for other in others:
+            for group in other.param_groups:
+                optimizer.add_param_group(group)
+            self._groups.append(slice(self._groups[-1].stop, len(optimizer.param_groups)))
         self._wrapped, self._optimizer = fabric.setup(module, optimizer)
         # A step that overflows in one stack is no reason to scale the gradients of another.
         self._scaler = copy.deepcopy(getattr(fabric.strategy.precision, "scaler", None))
@@ -97,8 +115,8 @@ class Stack:
 
     def set_rates(self, epoch: float, schedule: Schedule) -> None:
         """Give the parameters of each head its rate at a fractional epoch."""
-        (head,) = self.heads
-        set_learning_rate(self._optimizer, learning_rate_at(epoch, head.config, schedule))
+        for head, groups in zip(self.heads, self._groups, strict=True):
+            set_learning_rate(self._optimizer.param_groups[groups], learning_rate_at(epoch, head.config, schedule))
 
     def learn(
         self, batch: ClipBatch, codec: Codec | None, compute_loss: ComputeLoss, *, num_batches: int, is_last: bool
@@ -116,10 +134,15 @@ class Stack:
             The loss () of each active head.
         """
         with self._own_scaler(), self._fabric.no_backward_sync(self._wrapped, enabled=not is_last):
-            (head,) = self.heads
-            loss = compute_loss(head.network, self._wrapped(*head.network.inputs(batch), codec), batch)
-            self._fabric.backward(loss / num_batches)
-        return [loss.detach()]
+            output = self._wrapped(*self._module.inputs(batch), codec)
+            outputs = [output] if len(self.heads) == 1 else output
+            losses = {
+                head: compute_loss(head.network, own, batch) for head, own in zip(self.heads, outputs, strict=True)
+            }
+            # A head that learns no more keeps its place: processes agree on which gradients there are.
+            counted = [loss if head in self.active else 0 * loss for head, loss in losses.items()]
+            self._fabric.backward(sum(counted[1:], counted[0]) / num_batches)
+        return [losses[head].detach() for head in self.active]
 
     def find_gradient_norms(self) -> list[torch.Tensor]:
         """The norm () of what each active head's backward pass left; nothing is changed."""
@@ -134,17 +157,27 @@ class Stack:
         """Move the weights along the gradients that were added up, each head's cut down to a norm."""
         with self._own_scaler():
             if clip_norm is not None:
-                # What is not finite is told by the loss and the weights; under fp16 such a step is left out, not an
-                # error.
-                self._fabric.clip_gradients(
-                    self._wrapped, self._optimizer, max_norm=clip_norm, error_if_nonfinite=False
-                )
+                self._fabric.strategy.precision.unscale_gradients(self._optimizer)
+                for groups in self._groups:
+                    own = [one for group in self._optimizer.param_groups[groups] for one in group["params"]]
+                    # What is not finite is told by the loss and the weights; under fp16 such a step is left out, not
+                    # an error.
+                    torch.nn.utils.clip_grad_norm_(own, clip_norm, error_if_nonfinite=False)
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
 
     def drop(self, head: Head) -> None:
-        """Let one head of several learn no more."""
+        """Let one head of several learn no more; what it was is in its run's folder."""
         self.active.remove(head)
+        if len(self.heads) == 1:
+            return
+        # Of zeros it stays zeros, and finite.
+        with torch.no_grad():
+            for parameter in head.network.parameters():
+                parameter.zero_()
+                for values in self._optimizer.optimizer.state.get(parameter, {}).values():
+                    if torch.is_tensor(values):
+                        values.zero_()
 
     def describe_state(self) -> StackState:
         """What must be saved of it: nothing but positions where no head learns any more."""
