@@ -401,7 +401,7 @@ def test_the_commands_train_and_evaluate(captioned_store, tmp_path, monkeypatch)
     command = ["train", "--features", str(captioned_store), "--task", "retrieval", "--epochs", "1"]
     options = ["--side-width", "64", "--device", "cpu", "--batch-size", "4"]
     result = runner.invoke(app, [*command, *options], catch_exceptions=False)
-    assert result.exit_code == 0 and "runs/captioned-retrieval: val_r1" in result.stdout
+    assert result.exit_code == 0 and "runs/captioned-retrieval: best and last val_r1" in result.stdout
     assert find_newest_run(accept=lambda run: run.shape.task == "retrieval").name == "captioned-retrieval"
     result = runner.invoke(app, ["eval", "--dual-softmax", "--device", "cpu"], catch_exceptions=False)
     lines = result.stdout.splitlines()
