@@ -8,8 +8,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from .terminal import print_lines
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 Report = Callable[..., None]
 """Called with what is under way, how much is done, how much there is (0: not known) and, where that is known, how fast.
@@ -17,6 +21,9 @@ What a stage is called may end in a colon and what is to be known when it begins
 
 _EVERY_S = 60.0
 """Between two lines about one stage."""
+
+_MOST_BESIDE = 32
+"""Characters beside a bar."""
 
 _UNITS = {
     "calibrating the codec": "frames",
@@ -182,6 +189,16 @@ def _show_lines(command: str) -> Iterator[Report]:
 def _show_bar(first: str | None) -> Iterator[Report]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Bar(Progress):
+        """With a line below for what is too long to stand beside the bar."""
+
+        def get_renderables(self) -> Iterator[RenderableType]:
+            yield self.make_tasks_table(self.tasks)
+            for one in self.tasks:
+                if one.fields["details"]:
+                    yield Text(one.fields["details"], no_wrap=True, overflow="ellipsis")
 
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -190,13 +207,14 @@ def _show_bar(first: str | None) -> Iterator[Report]:
         TextColumn("{task.fields[rate]}", markup=False),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(first or "starting", total=None, rate="")
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(first or "starting", total=None, rate="", details="")
         began: dict[str, tuple[float, int]] = {}
 
         def report(stage: str, done: int, total: int, rate: str = "") -> None:
             start, first = began.setdefault(stage, (time.perf_counter(), done))
             rate = rate or describe_rate(stage, done - first, time.perf_counter() - start)
-            bar.update(task, description=stage, completed=done, total=total or None, rate=rate)
+            beside, details = (rate, "") if len(rate) <= _MOST_BESIDE else ("", rate)
+            bar.update(task, description=stage, completed=done, total=total or None, rate=beside, details=details)
 
         yield report

@@ -17,6 +17,19 @@ def pool_frames(frames: np.ndarray) -> np.ndarray:
     return normalise_rows(np.nanmean(frames, axis=(1, 2)))
 
 
+def pool_clips(frames: np.ndarray, *, normalises_frames: bool) -> np.ndarray:
+    """Videos' embeddings from one clip of each, as a network compares their means.
+
+    Args:
+        frames: (n, T, E), not normalised.
+        normalises_frames: Whether that mean is of directions; else it is of frames as they are.
+
+    Returns:
+        (n, E) L2-normalised.
+    """
+    return normalise_rows((normalise_rows(frames) if normalises_frames else frames).mean(axis=1))
+
+
 def normalise_rows(vectors: np.ndarray) -> np.ndarray:
     """L2-normalise along the last axis; a zero vector stays zero."""
     length = np.linalg.norm(vectors, axis=-1, keepdims=True)

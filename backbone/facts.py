@@ -10,6 +10,9 @@ from ..errors import StoreMismatchError
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
+Activation = Literal["gelu", "quick_gelu"]
+"""Of a CLIP tower's MLPs: no file of plain tensors tells which it was trained with."""
+
 Family = Literal["clip", "eva"]
 """Kinds of blocks, and so of the side blocks that the reference puts beside them."""
 
@@ -39,6 +42,8 @@ class BackboneInfo:
     device_type: str
     side_family: Family
     """Whose side blocks fit beside it."""
+    activation: Activation | None = None
+    """Of its MLPs, where its library has a choice; None where the architecture has but one."""
 
     @property
     def num_patches(self) -> int:
@@ -54,6 +59,8 @@ class BackboneInfo:
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         if self.side_family == guess_side_family(self.architecture):
             del values["side_family"]
+        if self.activation is None:
+            del values["activation"]
         return values
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import BackboneError, WeightsError
 from ..files import hash_file
+from .facts import Activation
 from .weights import WeightsSource, find_file, find_random, parameters_on_meta
 
 _MODELS = Path(__file__).parent / "tiny_clip"
@@ -28,6 +29,9 @@ ALIASES: dict[str, tuple[str, str | None]] = {
     "tiny-clip": ("tiny-clip", "world"),
 }
 """Short names: the open_clip architecture, and the weights taken when the user names none."""
+
+ACTIVATIONS: Mapping[Activation | None, str] = {"gelu": "plain GELU", "quick_gelu": "QuickGELU"}
+"""In words."""
 
 SHIPPED: dict[tuple[str, str], Path] = {("tiny-clip", "world"): _MODELS / "tiny-clip.safetensors"}
 """Weights that come with s4v, by architecture and tag."""
@@ -79,18 +83,14 @@ def resolve_weights(name: str, weights: str | None, seed: int) -> WeightsSource:
             raise WeightsError(f"the weights that come with s4v are not there: {shipped}. Install s4v again.")
         return WeightsSource(weights, hash_file(shipped), shipped)
     if (source := find_file(weights)) is not None:
+        _require_activation(source.label, source.activation, architecture)
         return source
     if weights not in tags:
         raise WeightsError(
             f"no weights {weights!r} for {name}: no such file, and its tags are {', '.join(tags) or 'none'}"
         )
     config: dict[str, Any] = get_pretrained_cfg(architecture, weights) or {}
-    if bool(config.get("quick_gelu")) != bool(read_architecture(architecture).get("quick_gelu")):
-        raise WeightsError(
-            f"the weights {weights!r} were trained with {'Quick' if config.get('quick_gelu') else 'plain '}GELU and "
-            f"{architecture} computes the other: use the architecture "
-            f"{architecture + '-quickgelu' if config.get('quick_gelu') else architecture.removesuffix('-quickgelu')}"
-        )
+    _require_activation(repr(weights), "quick_gelu" if config.get("quick_gelu") else "gelu", architecture)
     try:
         path = Path(download_pretrained(config))
     except Exception as error:  # hubs raise whatever their HTTP library raises
@@ -99,6 +99,37 @@ def resolve_weights(name: str, weights: str | None, seed: int) -> WeightsSource:
             f"({type(error).__name__}). Copy their file here and name it: --weights FILE; or use --weights random."
         ) from error
     return WeightsSource(weights, hash_file(path), path, pretrained_cfg=config)
+
+
+def read_activation(architecture: str) -> Activation | None:
+    """What an architecture computes in its MLPs; None of towers of other libraries, whose names tell it."""
+    config = read_architecture(architecture)
+    if "timm_model_name" in config["vision_cfg"]:
+        return None
+    return "quick_gelu" if config.get("quick_gelu") else "gelu"
+
+
+def find_other_activation(architecture: str) -> str | None:
+    """The same architecture with the other activation, where there is one."""
+    suffix = "-quickgelu"
+    other = architecture.removesuffix(suffix) if architecture.endswith(suffix) else architecture + suffix
+    return other if other in list_models() else None
+
+
+def _require_activation(weights: str, activation: Activation | None, architecture: str) -> None:
+    """Refuse weights that were trained with another activation than an architecture has.
+
+    Raises:
+        WeightsError: With the architecture to take.
+    """
+    computed: Activation = "quick_gelu" if read_architecture(architecture).get("quick_gelu") else "gelu"
+    if activation in (None, computed):
+        return
+    other = find_other_activation(architecture)
+    raise WeightsError(
+        f"the weights {weights} were trained with {ACTIVATIONS[activation]} and {architecture} computes the other: "
+        + (f"use the architecture {other}" if other else "open_clip has no architecture that computes it")
+    )
 
 
 def build_tower(

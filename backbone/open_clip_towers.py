@@ -6,6 +6,7 @@ weights' size in the precision they run in.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -18,8 +19,20 @@ from torch import nn
 from ..errors import BackboneError
 from .contract import DEFAULT_LOGIT_SCALE, DTYPES, Backbone, FrameTokens, TextTower, TowerLibrary
 from .facts import BackboneInfo, Precision, guess_side_family
-from .open_clip_models import ALIASES, build_tower, list_models, read_architecture, resolve_model, resolve_weights
+from .open_clip_models import (
+    ACTIVATIONS,
+    ALIASES,
+    build_tower,
+    find_other_activation,
+    list_models,
+    read_activation,
+    read_architecture,
+    resolve_model,
+    resolve_weights,
+)
 from .weights import WeightsSource, fill_tower, open_tensors
+
+_log = logging.getLogger(__name__)
 
 
 class OpenClipBackbone(Backbone):
@@ -117,7 +130,9 @@ class OpenClip(TowerLibrary):
             precision=precision,
             device_type=device.type,
             side_family=guess_side_family(architecture),
+            activation=read_activation(architecture),
         )
+        _tell_activation(info, source)
         return OpenClipBackbone(tower, info, source, device)
 
     def load_text_tower(
@@ -135,6 +150,17 @@ class OpenClip(TowerLibrary):
 
 
 LIBRARY = OpenClip()
+
+
+def _tell_activation(info: BackboneInfo, source: WeightsSource) -> None:
+    """Say what a local file's weights are computed with, where another model would compute something else of them."""
+    other = find_other_activation(info.architecture)
+    if source.file is None or source.label != str(source.file) or source.activation is not None or other is None:
+        return
+    _log.warning(
+        "%s does not tell its activation: --model %s computes %s. If it was trained with the other, take --model %s.",
+        *(source.file.name, info.name, ACTIVATIONS[info.activation], other),
+    )
 
 
 def _require_class_token(name: str, tower: Any) -> None:

@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import json
 import math
+import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch import nn
 
 from ..errors import WeightsError
 from ..files import hash_file
+from .facts import Activation
 
 KNOWN_WORDS = "token_embedding.rows"
 """In weights that hold only some words of a vocabulary: which, as ids of the tokenizer, (R,) integers."""
@@ -33,6 +36,8 @@ class WeightsSource:
     """None for random weights."""
     seed: int = 0
     pretrained_cfg: Mapping[str, Any] | None = None
+    activation: Activation | None = None
+    """With which they were trained, where the file tells."""
 
 
 def find_random(weights: str, seed: int, architecture: str, config: Any) -> WeightsSource | None:
@@ -58,11 +63,15 @@ def find_random(weights: str, seed: int, architecture: str, config: Any) -> Weig
 
 
 def find_file(weights: str) -> WeightsSource | None:
-    """The weights of a local file; None where there is no such file."""
+    """The weights of a local file; None where there is no such file.
+
+    TorchScript is how OpenAI released its models, all of them trained with QuickGELU. No other file tells.
+    """
     if not Path(weights).is_file():
         return None
     path = Path(weights).resolve()
-    return WeightsSource(str(path), hash_file(path), path)
+    activation: Activation | None = "quick_gelu" if _is_torchscript(path) else None
+    return WeightsSource(str(path), hash_file(path), path, activation=activation)
 
 
 @contextlib.contextmanager
@@ -158,6 +167,8 @@ def open_tensors(source: WeightsSource) -> Mapping[str, torch.Tensor] | None:
     try:
         if source.file.suffix == ".safetensors":
             return _spread_words(_LazyTensors(safe_open(source.file, framework="pt")))
+        if _is_torchscript(source.file):
+            return _open_torchscript(source.file)
         # mmap: tensors are read as they are copied, the file is never held whole. Files from before torch's zip
         # format cannot be mapped.
         state = torch.load(source.file, map_location="cpu", weights_only=True, mmap=_is_zip(source.file))
@@ -170,6 +181,24 @@ def open_tensors(source: WeightsSource) -> Mapping[str, torch.Tensor] | None:
         raise WeightsError(f"{source.file} holds no tensors by name")
     named = {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
     return {name.removeprefix("module."): value for name, value in named.items()}
+
+
+def _is_torchscript(path: Path) -> bool:
+    """Whether a file is a compiled program with its weights, as `torch.jit.save` writes it."""
+    if not _is_zip(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False  # told when it is read
+
+
+def _open_torchscript(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a compiled program by name; the program itself is not run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that there are newer ways to compile
+        return dict(torch.jit.load(path, map_location="cpu").state_dict())
 
 
 def _is_zip(path: Path) -> bool:

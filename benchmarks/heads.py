@@ -27,10 +27,24 @@ from s4v.train.allocator import keep_freed_memory
 from s4v.train.config import TrainConfig
 from s4v.train.loop import train_heads, train_run
 
-B16 = dict(
-    num_frames=8, layers=tuple(range(1, 12, 2)), num_patches=196, width=768, embed_dim=512, pixels=224, classes=400
-)
-DEMO = {"num_frames": 4, "layers": (3, 5), "num_patches": 64, "width": 192, "embed_dim": 128, "pixels": 64, "classes": 60}
+B16 = {
+    "num_frames": 8,
+    "layers": tuple(range(1, 12, 2)),
+    "num_patches": 196,
+    "width": 768,
+    "embed_dim": 512,
+    "pixels": 224,
+    "classes": 400,
+}
+DEMO = {
+    "num_frames": 4,
+    "layers": (3, 5),
+    "num_patches": 64,
+    "width": 192,
+    "embed_dim": 128,
+    "pixels": 64,
+    "classes": 60,
+}
 STORES = {"B/16": (B16, 1.3), "demo": (DEMO, 1.6)}
 """Sizes, and the most that eight probes may take of one probe's time."""
 

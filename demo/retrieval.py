@@ -15,7 +15,7 @@ from ..store.reader import StoreReader
 from ..train.clips import find_captioned_rows
 from ..train.evaluate import evaluate_run
 from ..train.tasks.retrieval import read_frozen_clips
-from ..vectors import normalise_rows, pool_frames
+from ..vectors import normalise_rows, pool_clips
 from .captions import prompt_motion
 from .scenes import MOTIONS, REVERSED
 from .scores import Share, describe_shares, split_label
@@ -41,12 +41,13 @@ def judge_retrieval(store: StoreReader, run: Path, split: str = "val") -> dict[s
         "trained": trained.embed(rows, [data.eval_clips[place][0] for place in first]).frames,
         "frozen": read_frozen_clips(store, data, trained.run.frames)[first],
     }
+    is_normalised = trained.network.normalises_frames
     labels = store.read_manifest(["class_name"])["class_name"].take(rows).to_pylist()
     texts = _embed_prompts(store, [split_label(label)[0] for label in labels])
     return {
         name: {
             **{way: (figures if name == "trained" else figures["frozen"])[way] for way in _WAYS},
-            **describe_shares(judge_motions(pool_frames(normalise_rows(one)[:, None]), labels, texts)),
+            **describe_shares(judge_motions(pool_clips(one, normalises_frames=is_normalised), labels, texts)),
         }
         for name, one in frames.items()
     }

@@ -31,7 +31,7 @@ from ..store.manifest import MANIFEST_NAME
 from ..store.markers import find_markers
 from ..store.reader import StoreReader
 from ..store.scratch import make_scratch, remove_dead_scratch
-from ..vectors import normalise_rows, pool_frames
+from ..vectors import normalise_rows, pool_clips, pool_frames
 from .trained_frames import TrainedFrames
 
 FORMAT_VERSION = 2
@@ -235,7 +235,7 @@ def _write_arrays(
             times[span] = facts.times_of(here)
         else:
             clips = trained.embed(held, facts.first_clips_of(here))
-            pooled[here] = pool_frames(normalise_rows(clips.frames)[:, None])
+            pooled[here] = pool_clips(clips.frames, normalises_frames=trained.network.normalises_frames)
             frames[span] = clips.frames.reshape(-1, width)
             stamps = np.split(facts.times_of(here), np.cumsum(facts.num_frames[here])[:-1])
             times[span] = np.concatenate([s[p] for s, p in zip(stamps, clips.places, strict=True)])

@@ -146,6 +146,11 @@ def _folder_bytes(folder: str) -> int:
     return total
 
 
+def _describe_activation(backbone: Mapping[str, Any]) -> str:
+    """Of its MLPs; nothing where the store does not tell it."""
+    return f", {backbone['activation']}" if "activation" in backbone else ""
+
+
 def render_info(facts: Mapping[str, Any]) -> list[str]:
     """What `describe_store` found, in lines."""
     backbone = facts["backbone"]
@@ -160,7 +165,7 @@ def render_info(facts: Mapping[str, Any]) -> list[str]:
         "pending": _describe_reasons(facts["pending_reasons"]),
         "classes": f"{facts['classes']}, captions {facts['captions']}",
         "backbone": f"{backbone['name']} ({backbone['architecture']}), weights {backbone['weights']}, "
-        f"{backbone['precision']} on {backbone['device_type']}",
+        f"{backbone['precision']} on {backbone['device_type']}{_describe_activation(backbone)}",
         "layers": f"{','.join(map(str, facts['layers']))} of {backbone['depth']}, width {backbone['width']}",
         "codec": _describe_codec(facts["codec"]),
         "frames": f"{facts['cached_frames']} cached, {facts['sampling']} sampling, resize {facts['resize']}",

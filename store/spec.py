@@ -17,8 +17,17 @@ from .reader import StoreReader, open_store
 from .records import VideoRecord
 
 # May differ between two runs without making their stores differ: data, weights and a codec's source may lie elsewhere
-# by now. What they are is told by paths below the root, by the weights' hash and by the codec's.
-_VOLATILE_ATTRIBUTES = ("created", "format_version", "codec", "codec_from", "dataset.root", "backbone.weights")
+# by now. What they are is told by paths below the root, by the weights' hash and by the codec's. The activation follows
+# from the architecture, and older stores do not tell it.
+_VOLATILE_ATTRIBUTES = (
+    "created",
+    "format_version",
+    "codec",
+    "codec_from",
+    "dataset.root",
+    "backbone.weights",
+    "backbone.activation",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

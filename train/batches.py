@@ -73,20 +73,23 @@ class StepShares:
         )
         return self.clips == other.clips and same_norms
 
-    def describe(self) -> str:
-        """`256 clips a step: 8 processes of 32; batch norms count 32`."""
+    def describe(self, available: int | None = None, *, has_norms: bool = True) -> str:
+        """`256 clips a step: 8 processes of 32; batch norms count 32`.
+
+        Args:
+            available: Clips of an epoch; None knows nothing of them.
+            has_norms: Whether the network has batch norms.
+        """
         parts = [f"{self.processes} processes" if self.processes > 1 else ""]
         parts += [f"{self.accumulate} batches" if self.accumulate > 1 else ""]
         shares = " of ".join(part for part in parts if part)
-        counted = self.norm_clips or self.batch_size * self.processes
-        return (
-            f"{self.clips} clips a step"
-            + (f": {shares} of {self.batch_size}" if shares else "")
-            + (
-                f"; batch norms count {counted}"
-                + (f", of {self.processes_per_norm} processes" * self.crosses_processes)
-            )
-        )
+        text = f"{self.clips} clips a step" + (f": {shares} of {self.batch_size}" if shares else "")
+        if available is not None and available < self.clips:
+            text += f", of which an epoch has {available}"
+        if has_norms:
+            text += f"; batch norms count {self.norm_clips or self.batch_size * self.processes}"
+            text += f", of {self.processes_per_norm} processes" if self.crosses_processes else ""
+        return text
 
     @property
     def crosses_processes(self) -> bool:
@@ -144,14 +147,11 @@ def _refuse_norms(shares: StepShares, is_of_preset: bool, preset: str | None) ->
     )
 
 
-def keep_recorded_batches(
-    given: TrainConfig, resolved: TrainConfig, recorded: Mapping[str, Any], num_processes: int
-) -> TrainConfig:
-    """Options with which a run goes on as it was begun: its step is shared out anew among other processes.
+def keep_recorded_batches(given: TrainConfig, recorded: Mapping[str, Any], num_processes: int) -> StepShares:
+    """The step with which a run goes on: the one that it was begun with, shared out anew among other processes.
 
     Args:
-        given: Options as given.
-        resolved: What they come to for a new run.
+        given: Options as given; `batch_size` may be what each process had.
         recorded: Options of the run that goes on.
         num_processes: That go on with it.
 
@@ -168,21 +168,20 @@ def keep_recorded_batches(
     shares = StepShares(num_processes, given.accumulate, batch_size, norm_clips)
     if not shares.is_possible:
         raise ConfigError(_refuse_norms(shares, given.norm_clips is None, "this run"))
-    return replace(resolved, batch_size=batch_size, norm_clips=norm_clips)
+    return shares
 
 
-def warn_of_other_step(given: TrainConfig, resolved: TrainConfig, recipe: Recipe, shares: StepShares) -> None:
-    """Say that a preset's rate is not that of so many clips: it is never scaled in silence, nor left so."""
-    if recipe.step_clips in (None, shares.clips) or given.learning_rate is not None:
+def warn_of_other_step(given: TrainConfig, resolved: TrainConfig, recipe: Recipe, clips: int) -> None:
+    """Say that a preset's rate is not that of a step of so many clips: it is never scaled in silence, nor left so."""
+    if recipe.step_clips in (None, clips) or given.learning_rate is not None:
         return
-    hint = f"--preset {resolved.preset} takes {recipe.step_clips}" if given.preset != resolved.preset else "Leave out"
-    hint += "" if given.preset != resolved.preset else f" --batch-size for {recipe.step_clips}"
+    whose, hint = "", ""
+    if resolved.preset != "none":
+        whose = f" of {resolved.preset}"
+        what = f"--preset {resolved.preset}" if given.preset != resolved.preset else "Without --batch-size it"
+        hint = f" {what} takes {recipe.step_clips} (--accumulate N makes N batches of them)."
     _log.warning(
-        "a step has %d clips; the learning rate of %s, %g, is of steps of %d and is not scaled. %s (--accumulate N "
-        "makes N batches of them), --learning-rate sets another.",
-        shares.clips,
-        resolved.preset,
-        resolved.learning_rate,
-        recipe.step_clips,
-        hint,
+        "a step has %d clips; the learning rate%s, %g, is of steps of %d and is not scaled.%s --learning-rate sets "
+        "another.",
+        *(clips, whose, resolved.learning_rate, recipe.step_clips, hint),
     )

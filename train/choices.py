@@ -6,7 +6,7 @@ from typing import Literal
 
 from ..backbone.facts import Family
 
-__all__ = ["Family", "Inputs", "Negatives", "Precision", "Similarity"]
+__all__ = ["Family", "Inputs", "Negatives", "OptimizerName", "Precision", "Similarity", "Undecayed"]
 
 Inputs = Literal["all", "tokens", "pixels"]
 """What a side network sees."""
@@ -14,7 +14,14 @@ Inputs = Literal["all", "tokens", "pixels"]
 Similarity = Literal["mean", "wti"]
 """How a video and a text are compared: by their means, or word by word (train/networks/text_interaction.py)."""
 
-Negatives = Literal["step", "all"]
-"""The other captions of a step, as in the reference, or all captions of the training split: they are cached."""
+Negatives = Literal["step", "all", "reference"]
+"""The other captions of a step, or all captions of the training split, which are cached; both without those of the same
+video or wording. `reference`: of a step, those too."""
+
+OptimizerName = Literal["adamw", "uncorrected-adam"]
+"""What steps: torch's AdamW, or the reference's Adam of retrieval (train/uncorrected_adam.py)."""
+
+Undecayed = Literal["nothing", "biases", "vectors"]
+"""What weight decay spares; vectors are biases and norms, all of one axis."""
 
 Precision = Literal["fp32", "fp16", "bf16"]

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..errors import ConfigError
-from .choices import Inputs, Negatives, Precision, Similarity
+from .choices import Inputs, Negatives, OptimizerName, Precision, Similarity, Undecayed
 
-_NETWORK_OPTIONS: dict[str, Any] = {"side_width": None, "inputs": "all", "interaction": "mean"}
+_NETWORK_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "side_width": (None,),
+    "inputs": ("all",),
+    "interaction": (None, "mean"),
+}
 """Options of networks that have a name of their own here, with the values that ask for nothing."""
 
 
@@ -27,8 +31,11 @@ class TrainConfig:
     """
     task: str = "recognition"
     """recognition (of classes) or retrieval (by captions)."""
-    interaction: Similarity = "mean"
-    """Retrieval: compare means, or words with frames, weighted (wti)."""
+    interaction: Similarity | None = None
+    """Retrieval: compare means (mean), or words with frames, weighted (wti). [preset, or mean]
+
+    The reference's is wti.
+    """
     head: str = "side4video"
     """side4video; attentive or linear probe (linear is blind to order)."""
     preset: str = "auto"
@@ -37,7 +44,11 @@ class TrainConfig:
     Names are those of train/paper/presets.py; `auto` goes by the store's backbone and data set. What is given wins.
     """
     negatives: Negatives = "step"
-    """Retrieval: tell a video from the captions of its step, or from all."""
+    """Retrieval: tell a video from the captions of its step, or from all.
+
+    Captions of the same video or wording are left out; with `reference` those of a step count as wrong, as they do
+    there.
+    """
     init: Path | None = None
     """A run whose side network to begin with.
 
@@ -95,7 +106,17 @@ class TrainConfig:
     weight_decay: float | None = None
     """[preset, or 0.15; retrieval 0.2]
 
-    On all parameters, as the reference has it; for retrieval on all but biases and norms.
+    On what --undecayed does not spare.
+    """
+    undecayed: Undecayed | None = None
+    """What decay spares: nothing, biases, vectors (biases, norms). [preset, or nothing; retrieval biases]
+
+    As the reference has it.
+    """
+    optimizer: OptimizerName | None = None
+    """adamw, or uncorrected-adam, the reference's of retrieval. [preset, or adamw; retrieval the reference's]
+
+    Without bias correction; it cuts each tensor's gradient to norm 1, and its first step has a rate of 0.
     """
     label_smoothing: float | None = None
     """In the cross-entropy. [preset, or 0.1]"""
@@ -137,7 +158,7 @@ class TrainConfig:
     clip_norm: float | None = None
     """Cut the gradient's norm down to this. [not at all; retrieval 1]
 
-    The reference does not cut it.
+    The reference cuts it in retrieval alone.
     """
     validate_every: int = 1
     """Epochs between validations.
@@ -171,7 +192,10 @@ class TrainConfig:
     val_split: str = "val"
     """Split to validate on after each epoch."""
     set: tuple[str, ...] = ()
-    """An option of the network that has no name here: NAME=VALUE. Repeatable."""
+    """An option of the network that has no name here: NAME=VALUE. Repeatable.
+
+    Of retrieval decorrelation=0.001, normalises_frames=true, trains_end=false, trains_logit_scale=false.
+    """
 
     def __post_init__(self) -> None:
         at_least_one = {
@@ -202,8 +226,16 @@ class TrainConfig:
             if value is not None and not 0 <= value < math.inf:
                 raise ConfigError(f"{option} must be a number from 0 up; found {value:g}")
         _check_choice("--inputs", self.inputs, Inputs)
-        _check_choice("--interaction", self.interaction, Similarity)
         _check_choice("--negatives", self.negatives, Negatives)
+        optional: dict[str, tuple[str | None, Any]] = {
+            "--interaction": (self.interaction, Similarity),
+            "--optimizer": (self.optimizer, OptimizerName),
+            "--undecayed": (self.undecayed, Undecayed),
+            "--precision": (self.precision, Precision),
+        }
+        for option, (word, choices) in optional.items():
+            if word is not None:
+                _check_choice(option, word, choices)
         if unclear := [one for one in self.set if "=" not in one]:
             raise ConfigError(f"--set takes name=value; found {unclear[0]!r}")
         self._check_network_and_task()
@@ -211,8 +243,6 @@ class TrainConfig:
             raise ConfigError(f"--hold-out must be a share above 0, at most 0.5; found {self.hold_out:g}")
         if self.label_smoothing is not None and not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"--label-smoothing must lie in [0, 1); found {self.label_smoothing:g}")
-        if self.precision is not None:
-            _check_choice("--precision", self.precision, Precision)
 
     @property
     def seed_of_order(self) -> int:
@@ -242,7 +272,7 @@ class TrainConfig:
             raise ConfigError(f"--task {self.task} trains {serving}; found --head {self.head}")
         task.check(self)
         own = {one.name for one in fields(kind.options)}
-        idle = [name for name, none in _NETWORK_OPTIONS.items() if getattr(self, name) != none and name not in own]
+        idle = [name for name, none in _NETWORK_OPTIONS.items() if getattr(self, name) not in none and name not in own]
         if idle:
             flags = [f"--{name.replace('_', '-')}" for name in idle]
             verb, them = ("has", "it") if len(idle) == 1 else ("have", "them")

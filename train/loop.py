@@ -18,7 +18,7 @@ import torch.distributed as dist
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import TorchElasticEnvironment
 
-from ..errors import EnvironmentFailedError
+from ..errors import ConfigError, EnvironmentFailedError
 from ..files import write_json
 from ..progress import Report
 from ..store.reader import StoreReader, open_store
@@ -39,11 +39,12 @@ from .heads import Head, Stack
 from .logs import Logger, make_loggers, require_wandb
 from .networks import find_network
 from .networks.contract import Network, NetworkKind, NetworkShape
-from .networks.norms import count_in_groups
-from .recipe import learning_rate_at, make_optimizer
+from .networks.norms import count_in_groups, has_norms
+from .recipe import OPTIMIZERS, find_biases, learning_rate_at, make_optimizer
 from .resume_state import STATE_NAME, Position, load_state, save_state
 from .run_folder import (
     CONFIG_NAME,
+    Run,
     append_metrics,
     begin_with,
     create_run,
@@ -55,7 +56,7 @@ from .run_folder import (
     save_checkpoint,
 )
 from .scorer import Scorer, Team, explain_full_device
-from .settings import find_optimisation, find_recipe, plan_network, resolve_preset, resolve_views
+from .settings import find_optimisation, find_recipe, plan_network, resolve_preset, resolve_views, take_recorded
 from .step_log import StepLog, cut_steps
 from .tasks import find_task
 from .tasks.contract import Task
@@ -177,28 +178,29 @@ def _prepare(configs: Sequence[TrainConfig], state_path: Path, say: Callable[[st
     store = open_store(configs[0].features)
     is_auto = configs[0].preset == "auto"
     given = configs[0]
+    begun = [open_run(config.out) if can else None for config, can in zip(configs, can_resume, strict=True)]
     configs = [
-        _resolve(replace(config, precision=precision), store, num_processes, can_resume=can)  # type: ignore[arg-type]
-        for config, can in zip(configs, can_resume, strict=True)
+        _resolve(replace(config, precision=precision), store, num_processes, run)  # type: ignore[arg-type]
+        for config, run in zip(configs, begun, strict=True)
     ]
     kind, task = find_network(configs[0].head), find_task(configs[0].task)(configs[0], store)
-    shape = plan_network(configs[0], store)
-    if can_resume[0] and type(shape) is type(begun := open_run(configs[0].out).shape):
-        shape = kind.go_on_with(shape, begun)
+    shape = plan_network(configs[0], store, None if begun[0] is None else begun[0].shape)
     num_views = resolve_views(configs[0], task.training.num_views, num_processes)
     configs = [replace(config, views_per_video=num_views) for config in configs]
     config = configs[0]
     frames = _resolve_frames(config, store, task, is_told=is_auto and config.preset != "none")
     assert config.batch_size is not None
-    shares = StepShares.of_config(config, num_processes)
-    say(shares.describe())
-    warn_of_other_step(given, config, find_recipe(config, store), shares)
+    shares, available = StepShares.of_config(config, num_processes), len(task.training) * num_views
+    warn_of_other_step(given, config, find_recipe(config, store), min(shares.clips, available))
     _warn_of_no_validation(store, task, config)
     task.check_step(config.batch_size * num_processes)
     kind.check_step(min(config.batch_size, len(task.training) // num_processes) * num_processes)
     # Before anything is written: it may not fit.
     is_begun = all(can_resume) and state_path.is_file()
     networks = [_build(config, kind, shape, store, task, is_begun=is_begun) for config in configs]
+    if given.norm_clips is not None and not has_norms(networks[0]):
+        raise ConfigError(f"--norm-clips has no effect on --head {config.head}, which has no batch norm: leave it out")
+    say(shares.describe(available, has_norms=has_norms(networks[0])))
     fabric = make_fabric(config, device_type)
     runs = [
         plan_run(config, frames, shape, store, task.training.rows, num_processes=num_processes, device_type=device_type)
@@ -207,18 +209,20 @@ def _prepare(configs: Sequence[TrainConfig], state_path: Path, say: Callable[[st
     fabric.barrier()  # no process looks at what the first one is about to write
     if fabric.is_global_zero:
         for config, run, can in zip(configs, runs, can_resume, strict=True):
-            require_same_run(run, config) if can else create_run(run)
+            require_same_run(run, config, task.of_old_runs) if can else create_run(run)
     fabric.barrier()
     heads = [Head(*parts) for parts in zip(configs, runs, networks, strict=True)]
     return _Training(heads, store, task, fabric, state_path)
 
 
-def _resolve(config: TrainConfig, store: StoreReader, num_processes: int, *, can_resume: bool) -> TrainConfig:
-    """What the options come to; the step of a run that goes on is the one that it began with."""
+def _resolve(config: TrainConfig, store: StoreReader, num_processes: int, begun: Run | None) -> TrainConfig:
+    """What the options come to; of a run that goes on, what is left open is what it began with."""
+    if begun is None:
+        return resolve_preset(config, store, num_processes=num_processes)
+    shares = keep_recorded_batches(config, begun.config, num_processes)
+    config = replace(take_recorded(config, begun), batch_size=shares.batch_size, norm_clips=None)
     resolved = resolve_preset(config, store, num_processes=num_processes)
-    if not can_resume:
-        return resolved
-    return keep_recorded_batches(config, resolved, open_run(config.out).config, num_processes)
+    return replace(resolved, norm_clips=shares.norm_clips)
 
 
 def _warn_of_no_validation(store: StoreReader, task: Task, config: TrainConfig) -> None:
@@ -276,6 +280,8 @@ class _Training:
         self._fabric = fabric
         self._state_path = state_path
         self._norms = make_norm_groups(StepShares.of_config(config, fabric.world_size))
+        assert config.optimizer is not None
+        self._rate_place = OPTIMIZERS[config.optimizer].rate_place
         self._stacks = self._make_stacks(find_network(config.head))
         network, layers = heads[0].network, heads[0].run.shape.layers
         self._layers = layers
@@ -300,11 +306,12 @@ class _Training:
             module = own[0].network if together is None else together
             if config.with_compile:
                 module.compile()
-            optimizers = [
-                make_optimizer(head.network.parameter_groups(), head.config, self._optimisation) for head in own
-            ]
-            stacks.append(Stack(own, module, optimizers, self._fabric))
+            stacks.append(Stack(own, module, [self._make_optimizer(head) for head in own], self._fabric))
         return stacks
+
+    def _make_optimizer(self, head: Head) -> torch.optim.Optimizer:
+        groups, biases = head.network.parameter_groups(), find_biases(head.network)
+        return make_optimizer(groups, head.config, self._optimisation, biases)
 
     @property
     def _active(self) -> list[Head]:
@@ -444,8 +451,8 @@ class _Training:
         config, step_in_epoch = self._config, self._position.step_in_epoch
         plans = self._plan_epoch(epoch)
         num_steps, accumulate = self._count_steps(plans)
-        # The middle of the step: at its end, the last step of a run would have a rate of zero.
-        middles = [epoch + (step + 0.5) / num_steps for step in range(num_steps)]
+        # Where the rate of each step is read off the schedule.
+        places = [epoch + (step + self._rate_place) / num_steps for step in range(num_steps)]
         for stack in self._stacks:
             stack.train()
         batches = self._loader.load(plans[step_in_epoch * accumulate : num_steps * accumulate])
@@ -455,12 +462,12 @@ class _Training:
             self._log.begin_epoch()
         for step in range(step_in_epoch, num_steps):
             is_told = self._log is not None and self._log.is_due(self._position.steps + 1)
-            norms = self._step(batches, accumulate, middles[step], with_norms=is_told)
+            norms = self._step(batches, accumulate, places[step], with_norms=is_told)
             for head in self._active:
                 head.position.steps += 1
                 head.position.step_in_epoch = step + 1
             clips = sum(len(plan.rows) for plan in plans[step * accumulate : (step + 1) * accumulate])
-            self._tell_step(clips * self._fabric.world_size, epoch + (step + 1) / num_steps, middles[step], norms)
+            self._tell_step(clips * self._fabric.world_size, epoch + (step + 1) / num_steps, places[step], norms)
             if step % _CHECK_EVERY == _CHECK_EVERY - 1 or step + 1 == num_steps:
                 self._require_finite(epoch, plans, accumulate)
             is_due = time.monotonic() - self._saved_at >= 60 * config.checkpoint_minutes
@@ -471,7 +478,7 @@ class _Training:
             head: {
                 "epoch": epoch + 1,
                 "train_loss": float(torch.stack(head.position.losses).mean()),
-                "learning_rate": learning_rate_at(middles[-1], head.config, self._optimisation.schedule),
+                "learning_rate": learning_rate_at(places[-1], head.config, self._optimisation.schedule),
             }
             for head in self._active
         }
@@ -493,7 +500,7 @@ class _Training:
         accumulate = min(self._config.accumulate, len(plans))
         return len(plans) // accumulate, accumulate
 
-    def _tell_step(self, clips: int, epoch: float, middle: float, norms: Mapping[Head, torch.Tensor]) -> None:
+    def _tell_step(self, clips: int, epoch: float, place: float, norms: Mapping[Head, torch.Tensor]) -> None:
         """Note a step of so many clips, and tell of it where gradients' norms were asked for."""
         if self._log is None:
             return
@@ -501,7 +508,7 @@ class _Training:
         self._log.add({head.run.path: head.position.losses[-1] for head in heads}, clips, step)
         if norms:
             schedule = self._optimisation.schedule
-            rates = {head.run.path: learning_rate_at(middle, head.config, schedule) for head in heads}
+            rates = {head.run.path: learning_rate_at(place, head.config, schedule) for head in heads}
             gradients = {head.run.path: norms[head] for head in heads}
             self._log.tell(step, epoch=epoch, learning_rates=rates, gradient_norms=gradients)
 
@@ -565,6 +572,9 @@ class _Training:
         if self._fabric.world_size == 1:
             return values
         gathered: torch.Tensor = self._fabric.all_gather(values, sync_grads=True)  # type: ignore[assignment]
+        if gathered.requires_grad:
+            # torch hands a gradient's memory over as it lies, and takes it for contiguous where it is not.
+            gathered.register_hook(torch.Tensor.contiguous)
         return gathered.flatten(0, 1)
 
     def _validate(self, epoch: int) -> dict[Head, dict[str, float]]:

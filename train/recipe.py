@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .choices import OptimizerName, Undecayed
+from .uncorrected_adam import UncorrectedAdam
+
 if TYPE_CHECKING:
     from .config import TrainConfig
 
@@ -39,6 +42,9 @@ class Recipe:
     number."""
     norm_clips: int | None = None
     """Clips that a batch norm counts together: in the reference one GPU's. None is all of a batch."""
+    optimizer: OptimizerName = "adamw"
+    undecayed: Undecayed = "nothing"
+    """What weight decay spares."""
 
     def describe(self, epochs: int | None) -> dict[str, Any]:
         """Values of the options of the same names; `epochs` are those that were asked for.
@@ -80,6 +86,8 @@ class ParameterGroup:
 
     parameters: tuple[nn.Parameter, ...]
     rate_share: float = 1.0
+    highest: float = math.inf
+    """What is above it after a step is set to it."""
 
 
 Schedule = Callable[[float, float, float], float]
@@ -102,13 +110,29 @@ def _cosine(progress: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Optimisation:
-    """AdamW and its schedule: what a task, or a network for it, has settled and no option changes."""
+    """Moments and schedule: what a task, or a network for it, has settled and no option changes."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    decays_all: bool = True
-    """Whether biases and norms, parameters of one axis, decay too."""
     schedule: Schedule = cosine_after_warmup
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerKind:
+    """What `--optimizer NAME` steps with."""
+
+    build: Callable[..., torch.optim.Optimizer]
+    """From groups of parameters, `lr`, `betas` and `eps`."""
+    rate_place: float
+    """Where in a step its rate is read off the schedule: 0 its start, 1 its end."""
+
+
+OPTIMIZERS: Mapping[OptimizerName, OptimizerKind] = {
+    # At its end, the last step of a run would have a rate of zero; at its start, the first one.
+    "adamw": OptimizerKind(torch.optim.AdamW, 0.5),
+    "uncorrected-adam": OptimizerKind(UncorrectedAdam, 0.0),
+}
+"""By the name that `--optimizer` takes."""
 
 
 def reference_learning_rate(backbone_width: int) -> float:
@@ -117,25 +141,58 @@ def reference_learning_rate(backbone_width: int) -> float:
 
 
 def make_optimizer(
-    groups: Sequence[ParameterGroup], config: TrainConfig, optimisation: Optimisation
+    groups: Sequence[ParameterGroup],
+    config: TrainConfig,
+    optimisation: Optimisation,
+    biases: Iterable[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
-    """AdamW over groups of parameters; a group's share of the rate is its `rate_share`."""
+    """The optimiser that a configuration names, over groups of parameters.
+
+    Args:
+        groups: What is trained; a group's share of the rate is its `rate_share`.
+        config: Resolved: rate, decay and what it spares, optimiser.
+        optimisation: Moments.
+        biases: Which parameters are biases, as `find_biases` gives them.
+    """
     assert config.learning_rate is not None and config.weight_decay is not None
-    sorted_out: dict[tuple[float, float], list[nn.Parameter]] = {}
+    assert config.optimizer is not None and config.undecayed is not None
+    of_bias = {id(parameter) for parameter in biases}
+    is_spared: Callable[[nn.Parameter], bool] = {
+        "nothing": lambda parameter: False,
+        "biases": lambda parameter: id(parameter) in of_bias,
+        "vectors": lambda parameter: parameter.ndim < 2,
+    }[config.undecayed]
+    sorted_out: dict[tuple[float, float, float], list[nn.Parameter]] = {}
     for group in groups:
         for parameter in group.parameters:
-            decays = optimisation.decays_all or parameter.ndim > 1
-            decay = config.weight_decay if decays else 0.0
-            sorted_out.setdefault((group.rate_share, decay), []).append(parameter)
-    return torch.optim.AdamW(
+            decay = 0.0 if is_spared(parameter) else config.weight_decay
+            sorted_out.setdefault((group.rate_share, decay, group.highest), []).append(parameter)
+    optimizer = OPTIMIZERS[config.optimizer].build(
         [
-            {"params": chosen, "rate_share": share, "weight_decay": decay}
-            for (share, decay), chosen in sorted(sorted_out.items(), key=lambda group: group[0])
+            {"params": chosen, "rate_share": share, "weight_decay": decay, "highest": highest}
+            for (share, decay, highest), chosen in sorted(sorted_out.items(), key=lambda group: group[0])
         ],
         lr=config.learning_rate,
         betas=optimisation.betas,
         eps=optimisation.eps,
     )
+    if any(group.highest < math.inf for group in groups):
+        optimizer.register_step_post_hook(_cut_down)
+    return optimizer
+
+
+@torch.no_grad()
+def _cut_down(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Set what a step has moved above its group's `highest` to that."""
+    for group in optimizer.param_groups:
+        if group["highest"] < math.inf:
+            for parameter in group["params"]:
+                parameter.clamp_(max=group["highest"])
+
+
+def find_biases(network: nn.Module) -> list[nn.Parameter]:
+    """Parameters that are named `bias`."""
+    return [parameter for name, parameter in network.named_parameters() if name.rpartition(".")[2] == "bias"]
 
 
 def set_learning_rate(groups: Iterable[dict[str, Any]], rate: float) -> None:

@@ -115,12 +115,13 @@ def create_run(run: Run) -> None:
     write_run_config(run)
 
 
-def require_same_run(run: Run, config: TrainConfig) -> None:
+def require_same_run(run: Run, config: TrainConfig, of_old_runs: Mapping[str, Any]) -> None:
     """Refuse to go on with a run that was begun otherwise.
 
     Args:
         run: As it would be begun now.
         config: Whose defaults options have that are younger than the run on disk.
+        of_old_runs: By option: what such a run did, where that is no default.
 
     Raises:
         RunExistsError: With all differences.
@@ -130,6 +131,7 @@ def require_same_run(run: Run, config: TrainConfig) -> None:
     options = {f.name: f.default for f in fields(config) if f.default is not MISSING} | {
         "views_per_video": 1,
         "redone_rows": 0,
+        **of_old_runs,
     }
     ours, theirs = ({**options, **r.config, **r.source, "classes": r.classes, "head": r.shape} for r in (run, begun))
     skipped = {*_INCIDENTAL, "store"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,20 @@ from .networks import NETWORKS, find_network
 from .networks.contract import NetworkKind, NetworkShape, name_all
 from .paper.presets import describe_backbone
 from .recipe import Optimisation, Preset, Recipe
+from .run_folder import Run
 from .tasks import find_task
 
+_KEPT_OF_A_RUN = ("interaction", "optimizer", "undecayed")
+"""Options that follow from a preset today, and did not when older runs were begun."""
 
-def plan_network(config: TrainConfig, store: StoreReader) -> NetworkShape:
+
+def plan_network(config: TrainConfig, store: StoreReader, begun: NetworkShape | None = None) -> NetworkShape:
     """Fit the network that a configuration names to a store.
+
+    Args:
+        config: What was asked for.
+        store: Whose tokens it will read.
+        begun: Of the run that is gone on with: of options that nobody gave it has what that run has.
 
     Raises:
         ConfigError: If there is no such network, or an option has no effect on it or does not fit.
@@ -28,8 +37,22 @@ def plan_network(config: TrainConfig, store: StoreReader) -> NetworkShape:
     kind = find_network(config.head)
     layers = tuple(sorted(config.layers)) if config.layers else store.layout.layers
     store.layer_places(layers)
-    options = kind.read_options(config.network_options, dict(one.split("=", 1) for one in config.set))
-    return kind.plan(store, find_task(config.task).describe_outputs(store), options, layers)
+    others = dict(one.split("=", 1) for one in config.set)
+    options = kind.read_options(config.network_options, others)
+    shape = kind.plan(store, find_task(config.task).describe_outputs(store), options, layers)
+    if type(begun) is not type(shape):
+        return shape
+    own = {one.name for one in fields(kind.options)} & {one.name for one in fields(shape)}
+    kept = own - {*config.network_options, *others}
+    return kind.go_on_with(replace(shape, **{name: getattr(begun, name) for name in kept}), begun)
+
+
+def take_recorded(config: TrainConfig, begun: Run) -> TrainConfig:
+    """A configuration that goes on with a run: what it leaves open is as the run has it, not as a preset has it now."""
+    if (begun.shape.name, begun.shape.task) != (config.head, config.task):
+        return config  # it will be refused
+    recorded = {**find_task(config.task).of_old_runs, **begun.config}
+    return replace(config, **{name: recorded[name] for name in _KEPT_OF_A_RUN if getattr(config, name) is None})
 
 
 def find_optimisation(config: TrainConfig) -> Optimisation:
@@ -49,10 +72,10 @@ def resolve_preset(config: TrainConfig, store: StoreReader, *, num_processes: in
         num_processes: That train together; a step of all is shared out among them.
 
     Returns:
-        The configuration with the preset's name, and neither rate, epochs, warm-up, weight decay, batch size nor, for
-        recognition, label smoothing None. `layers` and `side_width` stay None without a preset: they follow from the
-        store. `frames` stays None unless a preset was named, and `views_per_video` in any case: they follow from the
-        rows, `resolve_views`.
+        The configuration with the preset's name, and neither rate, epochs, warm-up, weight decay and what it spares,
+        optimiser, batch size, interaction nor, for recognition, label smoothing None. `layers` and `side_width` stay
+        None without a preset: they follow from the store. `frames` stays None unless a preset was named, and
+        `views_per_video` in any case: they follow from the rows, `resolve_views`.
 
     Raises:
         ConfigError: If there is no such preset, the network has no use for one, or a step cannot be shared out.
@@ -70,7 +93,9 @@ def resolve_preset(config: TrainConfig, store: StoreReader, *, num_processes: in
     else:
         preset = _find(name)
         sizes = {"layers": preset.layers, **preset.sizes}
-    values: dict[str, Any] = {**sizes, **recipe.describe(config.epochs), "views_per_video": None}
+    for option in find_task(config.task).leave_out(config):
+        sizes.pop(option, None)
+    values: dict[str, Any] = {"interaction": "mean", **sizes, **recipe.describe(config.epochs), "views_per_video": None}
     if config.preset in ("auto", "none"):
         values["frames"] = None  # as many as the rows hold, up to the task's default
     chosen = {field: value for field, value in values.items() if getattr(config, field) is None}

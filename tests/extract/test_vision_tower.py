@@ -75,12 +75,17 @@ CONFIGS = {
         "custom_text": True,
     },
 }
+PAIR = {
+    "small-pair": {**CONFIGS["small-clip"], "quick_gelu": False},
+    "small-pair-quickgelu": CONFIGS["small-clip"],
+}
+"""One size with both activations, as open_clip names its own."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    for name, config in CONFIGS.items():
+    for name, config in {**CONFIGS, **PAIR}.items():
         (folder / f"{name}.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder)
     architectures.read_architecture.cache_clear()
@@ -327,6 +332,73 @@ def test_unknown_weights_name_the_tags():
         build_backbone("vit-b32", weights="random:x", device=CPU)
     with pytest.raises(WeightsError, match="small-clip has no default weights"):
         build_backbone("small-clip", weights=None, device=CPU)
+
+
+@pytest.fixture
+def clip_tensors():
+    return randomise(open_clip.create_model("small-pair", pretrained=None)).state_dict()
+
+
+def test_of_a_local_file_the_activation_is_told_and_recorded(clip_tensors, tmp_path, caplog):
+    """One file, two models that compute something else of it."""
+    save_file({name: tensor.contiguous() for name, tensor in clip_tensors.items()}, tmp_path / "w.safetensors")
+    embeddings = {}
+    for name, words, other, activation in (
+        ("small-pair", "plain GELU", "small-pair-quickgelu", "gelu"),
+        ("small-pair-quickgelu", "QuickGELU", "small-pair", "quick_gelu"),
+    ):
+        caplog.clear()
+        backbone = build_backbone(name, weights=str(tmp_path / "w.safetensors"), device=CPU).load_weights()
+        told = f"w.safetensors does not tell its activation: --model {name} computes {words}. If it was trained with"
+        assert told in caplog.text and f"take --model {other}" in caplog.text
+        assert backbone.info.describe()["activation"] == activation
+        embeddings[name] = backbone.encode_frames(images(32), [0]).embedding
+    assert not torch.allclose(*embeddings.values(), atol=1e-3)
+    caplog.clear()
+    build_backbone("small-pair", weights="random", device=CPU)
+    save_file({name: tensor.contiguous() for name, tensor in clip_tensors.items()}, tmp_path / "one.safetensors")
+    build_backbone("small-clip", weights=str(tmp_path / "one.safetensors"), device=CPU)
+    assert not caplog.text, "nothing to choose"
+    assert "activation" not in build_backbone("small-eva", weights="random", device=CPU).info.describe()
+
+
+def save_as_openai(tensors, path):
+    """A compiled program with OpenAI's names, in half precision, and the sizes that its files hold beside them."""
+    sizes = {"input_resolution": 32, "context_length": 16, "vocab_size": 49408}
+    root = torch.nn.Module()
+    for name, tensor in {**tensors, **{name: torch.tensor(size) for name, size in sizes.items()}}.items():
+        *folders, leaf = name.split(".")
+        module = root
+        for folder in folders:
+            if not hasattr(module, folder):
+                module.add_module(folder, torch.nn.Module())
+            module = getattr(module, folder)
+        module.register_buffer(leaf, tensor.half() if tensor.is_floating_point() else tensor)
+    torch.jit.save(torch.jit.script(root), path)
+
+
+def test_openais_own_files_are_read(clip_tensors, tmp_path, caplog):
+    save_as_openai(clip_tensors, tmp_path / "ViT.pt")
+    halves = {name: tensor.half() for name, tensor in clip_tensors.items()}
+    torch.save(halves, tmp_path / "plain.pt")
+    embeddings, texts = [], []
+    for file in ("ViT.pt", "plain.pt"):
+        caplog.clear()
+        backbone = build_backbone("small-pair-quickgelu", weights=str(tmp_path / file), device=CPU).load_weights()
+        assert ("does not tell its activation" in caplog.text) == (file == "plain.pt")
+        embeddings.append(backbone.encode_frames(images(32), [0]).embedding)
+        tower = load_text_tower("small-pair-quickgelu", weights=str(tmp_path / file), device=CPU)
+        texts.append(tower.encode(["a red ring"]))
+        assert backbone.read_head()["logit_scale"] == pytest.approx(float(halves["logit_scale"]))
+    assert torch.equal(*embeddings)
+    np.testing.assert_array_equal(*texts)
+    with pytest.raises(WeightsError, match="ViT.pt were trained with QuickGELU and small-pair computes the other: use"):
+        build_backbone("small-pair", weights=str(tmp_path / "ViT.pt"), device=CPU)
+    whole = (tmp_path / "ViT.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(WeightsError, match="not a safetensors or torch file of plain tensors") as caught:
+        build_backbone("small-pair-quickgelu", weights=str(tmp_path / "cut.pt"), device=CPU).load_weights()
+    assert "\n" not in str(caught.value)
 
 
 def test_plain_gelu_architecture_with_openai_weights_is_refused():

@@ -85,8 +85,35 @@ def test_the_index_of_a_run_is_the_runs_own(run, captioned_store, tmp_path):
         open_index(store, trained=TrainedFrames(copied))
 
 
+@pytest.mark.parametrize("normalises_frames", [True, False])
+def test_videos_are_found_by_the_mean_that_the_run_compares(captioned_store, tmp_path, normalises_frames):
+    """Frames of very different lengths: the mean of frames and that of their directions point elsewhere."""
+    out = tmp_path / "run"
+    options = dict(epochs=1, interaction="mean", set=(f"normalises_frames={str(normalises_frames).lower()}",))
+    trained = TrainedFrames(train(captioned_store, out, **options))
+    lengths = torch.tensor([0.01, 1.0, 3.0, 0.2])
+    trained.network.end.register_forward_hook(lambda _, __, output: output * lengths[: output.shape[1], None])
+    store = open_store(captioned_store)
+    index, data = open_index(store, trained=trained), find_captioned_rows(store, "val")
+    frames = embed_clips(trained.scorer, data)
+    directions = frames / np.linalg.norm(frames, axis=2, keepdims=True)
+    means = {True: directions.mean(axis=1), False: frames.mean(axis=1)}
+    found = {
+        name: (index.vector_of(int(np.flatnonzero(index.rows == data.rows[0])[0])) @ mean[0]) / np.linalg.norm(mean[0])
+        for name, mean in means.items()
+    }
+    assert found[normalises_frames] == pytest.approx(1, abs=1e-6) and found[not normalises_frames] < 1 - 1e-4
+    result, interaction = evaluate_texts(trained.scorer, data), trained.network.interaction
+    assert interaction.normalises_frames == normalises_frames
+    texts = TextReader(store).read(data.labels[:1], ("embedding",)).embedding[0]
+    expected = texts @ means[normalises_frames][0] / np.linalg.norm(texts) / np.linalg.norm(means[normalises_frames][0])
+    place = result.rows.tolist().index(int(data.rows[0]))
+    assert result.scores[0, place] == pytest.approx(expected, abs=1e-5)
+
+
 def test_a_run_that_was_never_moved_finds_what_the_backbone_finds(captioned_store, tmp_path):
-    run = train(captioned_store, tmp_path / "still", epochs=1, learning_rate=1e-12)
+    alike = dict(interaction="mean", set=("normalises_frames=true",))
+    run = train(captioned_store, tmp_path / "still", epochs=1, learning_rate=1e-12, **alike)
     frozen, trained = (search_store(captioned_store, "a ring moves left", top=12, run=one) for one in (None, run))
     # The backbone alone looks at all cached frames, the run at T of them: where they are the same, so are scores.
     by_id = {a.video_id: a.score for a in frozen}

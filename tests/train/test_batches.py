@@ -8,6 +8,7 @@ import pytest
 from s4v.errors import ConfigError
 from s4v.train.batches import StepShares, keep_recorded_batches, resolve_batches, warn_of_other_step
 from s4v.train.config import TrainConfig
+from s4v.train.loop import train_run
 from s4v.train.paper.presets import PRESETS, RETRIEVAL_RECIPE
 from s4v.train.recipe import Recipe
 
@@ -50,6 +51,8 @@ def test_more_processes_than_the_references_count_a_norm_together():
     shares = share("b16-k400", 16)
     assert (shares.batch_size, shares.norm_clips, shares.processes_per_norm) == (16, 32, 2)
     assert shares.describe() == "256 clips a step: 16 processes of 16; batch norms count 32, of 2 processes"
+    assert shares.describe(100, has_norms=False) == "256 clips a step: 16 processes of 16, of which an epoch has 100"
+    assert share("b16-k400", accumulate=8).describe(256) == "256 clips a step: 8 batches of 32; batch norms count 32"
 
 
 @pytest.mark.parametrize("processes", [1, 8])
@@ -104,8 +107,7 @@ def test_clips_of_a_norm_are_at_least_one():
 def test_a_run_goes_on_with_its_own_step_under_another_number_of_processes(processes, accumulate):
     recorded = {"batch_size": 64, "processes": 2, "accumulate": 2, "norm_clips": 32}
     given = config(accumulate=accumulate, batch_size=64)
-    kept = keep_recorded_batches(given, replace(given, batch_size=7), recorded, processes)
-    shares = StepShares.of_config(kept, processes)
+    shares = keep_recorded_batches(given, recorded, processes)
     assert (shares.clips, shares.norm_clips) == (256, 32)
     assert shares.learns_as(StepShares.of_run(recorded))
 
@@ -113,21 +115,19 @@ def test_a_run_goes_on_with_its_own_step_under_another_number_of_processes(proce
 def test_a_run_from_before_keeps_its_norms():
     recorded = {"batch_size": 16, "processes": 2, "accumulate": 1}
     given = config(preset="b16-k400")
-    resolved = replace(given, batch_size=256, norm_clips=32)
-    assert StepShares.of_config(keep_recorded_batches(given, resolved, recorded, 2), 2) == StepShares(2, 1, 16, None)
-    alone = StepShares.of_config(keep_recorded_batches(given, resolved, recorded, 1), 1)
+    assert keep_recorded_batches(given, recorded, 2) == StepShares(2, 1, 16, None)
+    alone = keep_recorded_batches(given, recorded, 1)
     assert alone == StepShares(1, 1, 32, None) and alone.learns_as(StepShares.of_run(recorded))
-    twice = keep_recorded_batches(replace(given, accumulate=2), resolved, recorded, 1)
-    assert not StepShares.of_config(twice, 1).learns_as(StepShares.of_run(recorded)), "its norms would count half"
+    twice = keep_recorded_batches(replace(given, accumulate=2), recorded, 1)
+    assert not twice.learns_as(StepShares.of_run(recorded)), "its norms would count half"
 
 
 def test_a_run_does_not_go_on_with_another_step_or_where_it_cannot_be_shared_out():
     recorded = {"batch_size": 64, "processes": 2, "accumulate": 2, "norm_clips": 32}
     given = config(batch_size=32, accumulate=2)
-    kept = StepShares.of_config(keep_recorded_batches(given, given, recorded, 2), 2)
-    assert not kept.learns_as(StepShares.of_run(recorded))
+    assert not keep_recorded_batches(given, recorded, 2).learns_as(StepShares.of_run(recorded))
     with pytest.raises(ConfigError, match="a step of 256 clips cannot be shared out evenly among 3 processes"):
-        keep_recorded_batches(config(), config(), recorded, 3)
+        keep_recorded_batches(config(), recorded, 3)
 
 
 def test_a_rate_that_is_not_of_this_step_is_told(caplog):
@@ -138,7 +138,7 @@ def test_a_rate_that_is_not_of_this_step_is_told(caplog):
         values = resolve_batches(given, recipe, "b16-k400", 1)
         resolved = replace(given, preset="b16-k400", learning_rate=given.learning_rate or 1e-3, **values)
         caplog.clear()
-        warn_of_other_step(given, resolved, recipe, StepShares.of_config(resolved, 1))
+        warn_of_other_step(given, resolved, recipe, StepShares.of_config(resolved, 1).clips)
         return caplog.text
 
     assert "a step has 32 clips; the learning rate of b16-k400, 0.001, is of steps of 256 and is not scaled" in told()
@@ -146,3 +146,14 @@ def test_a_rate_that_is_not_of_this_step_is_told(caplog):
     assert "a step has 64 clips" in told(preset="b16-k400", batch_size=64)
     assert told(preset="b16-k400") == told(learning_rate=1e-4) == ""
     assert told(preset="b16-k400", batch_size=32, accumulate=8) == "", "the same step by hand"
+
+
+def test_what_a_step_is_made_of_is_said_before_it_begins(int8_store, tmp_path):
+    said = []
+    options = dict(features=int8_store, epochs=1, device="cpu", batch_size=4)
+    train_run(TrainConfig(**options, out=tmp_path / "side", side_width=64, norm_clips=2), say=said.append)
+    train_run(TrainConfig(**options, out=tmp_path / "probe", head="attentive", accumulate=3), say=said.append)
+    assert said == ["4 clips a step; batch norms count 2", "12 clips a step: 3 batches of 4, of which an epoch has 8"]
+    with pytest.raises(ConfigError, match="--norm-clips has no effect on --head attentive, which has no batch norm"):
+        train_run(TrainConfig(**options, out=tmp_path / "no", head="attentive", norm_clips=2))
+    assert not (tmp_path / "no").exists()

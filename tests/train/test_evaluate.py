@@ -31,7 +31,7 @@ from s4v.train.tasks.recognition_page import write_results
 from s4v.train.tasks.retrieval import embed_clips
 
 CPU = torch.device("cpu")
-TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
 
 
 def config_for(store, out, **changes):
@@ -53,7 +53,7 @@ def test_processes_share_the_clips_of_an_evaluation(trained_by_two, tmp_path, na
     runs = {processes: shutil.copytree(trained_by_two / name, tmp_path / str(processes)) for processes in (1, 2)}
     said = {}
     for processes, run in runs.items():
-        command = [sys.executable, "-m", *TORCHRUN[: 5 * (processes > 1)], "s4v", "eval", "--run", str(run), "--json"]
+        command = [sys.executable, "-m", *TORCHRUN[: 6 * (processes > 1)], "s4v", "eval", "--run", str(run), "--json"]
         done = subprocess.run([*command, "--split", "train", "--device", "cpu"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         (line,) = done.stdout.strip().splitlines()

@@ -51,6 +51,8 @@ def as_official(network, patch_px):
     """A network beside CLIP in the reference's names and shapes."""
     state = {}
     for name, tensor in network.state_dict().items():
+        if name == "logit_scale":
+            continue  # the text tower's, in the reference's files
         new_name = next(re.sub(ours, theirs, name) for ours, theirs in OFFICIAL if re.search(ours, name))
         if name == "stem.weight":
             tensor = tensor.unflatten(2, (3, patch_px, patch_px)).permute(1, 2, 0, 3, 4)

@@ -10,6 +10,7 @@ from torch import nn
 
 from s4v.train.networks.norms import BatchNorm, NormGroups, count_in_groups
 from s4v.train.networks.parts import make_again
+from s4v.train.networks.side4video import SideNetwork
 
 
 def make_norm(groups=None, width=5):
@@ -89,10 +90,11 @@ def test_every_norm_of_a_network_holds_the_groups():
 
 SEVERAL = """
 import os, sys, torch, torch.distributed as dist
-import torch.nn.functional as F
+
 from s4v.train.networks import norms
 from s4v.train.networks.norms import BatchNorm, NormGroups, average_statistics
 from s4v.train.networks.parts import make_again
+from s4v.train.networks.side4video import SideNetwork
 from torch.utils.checkpoint import checkpoint
 
 dist.init_process_group("gloo")
@@ -163,3 +165,17 @@ def test_processes_have_the_norms_of_one_with_one_exchange_each_way(world, span,
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, tmp_path / "norms.py", str(span)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [None, NormGroups(4), NormGroups(2)])
+def test_a_network_is_one_graph_whatever_its_norms_count(groups):
+    torch.manual_seed(0)
+    sizes = dict(num_classes=5, num_layers=2, width=24, side_width=64, num_patches=9, patch_px=8)
+    network = SideNetwork(**sizes).train()
+    if groups is not None:
+        count_in_groups(network, groups)
+    inputs = torch.randn(4, 3, 3, 24, 24), torch.randn(4, 3, 2, 9, 24), torch.randn(4, 3, 2, 24)
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(network)(*inputs)
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons

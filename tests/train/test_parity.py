@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -281,3 +282,58 @@ def test_side_blocks_without_their_head_are_refused(recognition_clip, tmp_path):
     torch.save(state, tmp_path / "headless.pt")
     with pytest.raises(WeightsError, match=r"neither a classifier fc \(recognition\) nor visual.side_proj"):
         load_official_checkpoint(tmp_path / "headless.pt", frames=4)
+
+
+def test_another_systems_file_is_not_taken_for_side4videos(recognition_clip, tmp_path):
+    """Nothing of a side network is left out in silence: by one tensor, by TDS-CLIP's kinds of names, in either task."""
+    strange = {
+        "visual.side_gate": torch.ones(3),
+        "visual.transformer.side_transformer.0.mse.conv1.weight": torch.ones(4, 128, 1, 1),
+        "module.visual.side_conv1_c5.weight": torch.ones(2),
+    }
+    for name, tensor in strange.items():
+        torch.save({"model_state_dict": recognition_clip.state() | {name: tensor}}, tmp_path / "more.pt")
+        with pytest.raises(WeightsError, match=f"holds 1 tensors of a side network .* no place for: {name}. It is"):
+            load_official_checkpoint(tmp_path / "more.pt", frames=4)
+    for twice in ("visual.side_lns.0.weight", "module.visual.transformer.side_lns.0.weight"):
+        torch.save(recognition_clip.state() | {twice: torch.ones(64)}, tmp_path / "twice.pt")
+        with pytest.raises(WeightsError, match=f"holds 2 tensors of a side network .*{twice}"):
+            load_official_checkpoint(tmp_path / "twice.pt", frames=4)
+    torch.save(recognition_clip.state() | strange, tmp_path / "all.pt")
+    with pytest.raises(WeightsError, match="holds 3 tensors of a side network"):
+        read_official_checkpoint(tmp_path / "all.pt")
+
+
+def test_side_tensors_beside_retrievals_text_tower_are_refused_too(data_path, tmp_path):
+    state = read_golden(data_path / "retrieval_eva").state()
+    torch.save(state | {"clip.text.side_adapter.weight": torch.ones(2, 3)}, tmp_path / "more.pt")
+    with pytest.raises(WeightsError, match="no place for: clip.text.side_adapter.weight"):
+        load_official_checkpoint(tmp_path / "more.pt", frames=4)
+    torch.save(state | {"clip.text.inside.weight": torch.ones(2, 3)}, tmp_path / "other.pt")
+    assert "clip.text.inside.weight" in read_official_checkpoint(tmp_path / "other.pt").text
+
+
+def test_a_tds_clip_checkpoint_is_told_with_its_tensors():
+    path = Path(__file__).parents[3] / "shared/parity/tds_clip/checkpoint.pt"
+    if not path.exists():
+        pytest.skip("../shared/parity is not here: it is not part of the repository")
+    with pytest.raises(WeightsError, match=r"mse\..*It is another network's \(TDS-CLIP's holds"):
+        load_official_checkpoint(path, frames=8)
+
+
+def test_released_retrieval_files_are_half_precision_in_places(data_path, tmp_path):
+    """Linear, convolution and attention weights, as beside CLIP: read as what they are, and computed in float32."""
+    golden = read_golden(data_path / "retrieval_clip")
+    halves = {
+        name: tensor.half()
+        if re.search(r"(linears|conv|attn|mlp|proj).*weight|side_proj|visual\.proj", name)
+        else tensor
+        for name, tensor in golden.state().items()
+    }
+    assert sum(tensor.dtype == torch.float16 for tensor in halves.values()) > 20
+    torch.save(halves, tmp_path / "half.pt")
+    network = load_official_checkpoint(tmp_path / "half.pt", frames=4)
+    assert {tensor.dtype for tensor in network.parameters()} == {torch.float32}
+    with torch.inference_mode():
+        error = relative(network(*golden.inputs), golden.io["eval_output"])
+    assert 1e-6 < error < 5e-3, "rounding of the weights, and no more"

@@ -96,6 +96,9 @@ def test_where_no_preset_fits_the_defaults_hold(make_store, backbone, layers, da
         weight_decay=0.15,
         label_smoothing=0.1,
         batch_size=32,
+        optimizer="adamw",
+        undecayed="nothing",
+        interaction="mean",
     )
 
 
@@ -120,7 +123,14 @@ def test_given_options_win(make_store):
     given = dict(epochs=3, learning_rate=0.5, warmup_epochs=0.0, weight_decay=0.0, label_smoothing=0.0, side_width=64)
     store = make_store("b16", "ssv1", range(12))
     assert resolve_preset(config(**given), store) == config(
-        **given, preset="b16-ssv1", layers=tuple(range(12)), batch_size=32, norm_clips=32
+        **given,
+        preset="b16-ssv1",
+        layers=tuple(range(12)),
+        batch_size=32,
+        norm_clips=32,
+        optimizer="adamw",
+        undecayed="nothing",
+        interaction="mean",
     )
     light = resolve_preset(config(layers=every_second(12)), store)
     assert light.preset == "b16-light-ssv1", "the layers that were asked for are the light network's"

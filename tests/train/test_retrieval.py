@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from s4v.cli import app
-from s4v.errors import ConfigError, EnvironmentFailedError, StoreMismatchError
+from s4v.errors import ConfigError, EnvironmentFailedError, RunExistsError, StoreMismatchError
 from s4v.store.manifest import read_table
 from s4v.store.reader import open_store
 from s4v.store.texts import TextReader
@@ -17,10 +18,13 @@ from s4v.train.config import TrainConfig
 from s4v.train.evaluate import evaluate_run
 from s4v.train.loop import train_run
 from s4v.train.networks import find_network
-from s4v.train.recipe import learning_rate_at, make_optimizer
+from s4v.train.networks.side4video import Side4Video
+from s4v.train.networks.text_interaction import contrastive_loss
+from s4v.train.paper.presets import PRESETS
+from s4v.train.recipe import find_biases, learning_rate_at, make_optimizer
 from s4v.train.run_folder import find_newest_run, open_run, read_metrics
 from s4v.train.scorer import Scorer
-from s4v.train.settings import find_optimisation, plan_network
+from s4v.train.settings import find_optimisation, plan_network, resolve_preset
 from s4v.train.tasks import retrieval
 from s4v.train.tasks.retrieval import (
     Retrieval,
@@ -69,7 +73,8 @@ def test_an_untrained_network_is_the_frozen_backbone(captioned_store, interactio
     head.prepare(store)
     data = find_captioned_rows(store, "val")
     scorer = Scorer(head, store, layers=store.layout.layers, num_frames=4, batch_size=3, device=CPU)
-    found, frozen = evaluate_texts(scorer, data), evaluate_frozen_retrieval(store, data, 4)
+    assert not head.normalises_frames
+    found, frozen = evaluate_texts(scorer, data), evaluate_frozen_retrieval(store, data, 4, normalises_frames=False)
     np.testing.assert_array_equal(found.video_of_text, frozen.video_of_text)
     expected = read_frozen_clips(store, data, 4)
     np.testing.assert_array_equal(store.read_embeddings()[data.rows, 0, :4], expected)
@@ -97,11 +102,16 @@ def test_a_run_trains_and_knows_its_figures(trained, captioned_store):
     assert backwards["is_backwards"] and (out / "eval_val_backwards.json").exists()
 
 
-def test_weights_move_but_the_backbones_end_does_not(trained, captioned_store):
+def test_weights_move_and_the_backbones_a_little(trained, captioned_store):
     state, head = load_file(trained[0] / "last.safetensors"), open_store(captioned_store).head
-    np.testing.assert_array_equal(state["end.norm.weight"], head["norm_weight"])
-    np.testing.assert_array_equal(state["end.project.weight"], head["proj_weight"])
-    assert state["widen.weight"].abs().sum() > 0
+    for name, of_backbone in (
+        ("end.norm.weight", head["norm_weight"]),
+        ("end.project.weight", head["proj_weight"]),
+        ("logit_scale", head["logit_scale"]),
+    ):
+        moved = np.abs(state[name].numpy() - of_backbone).max()
+        assert 0 < moved < 2e-6, (name, moved)  # six steps of a thousandth of 1e-4
+    assert state["widen.weight"].abs().max() > 1e-5
     assert any(name.startswith("interaction.") for name in state) == (trained[0].name == "wti")
 
 
@@ -133,6 +143,7 @@ def test_a_video_can_choose_among_all_captions(captioned_store):
     store = open_store(captioned_store)
     task = Retrieval(config_for(captioned_store, None, negatives="all"), store)
     head = build(store)
+    head.prepare(store)
     assert head.text_arrays == ("embedding",)
     task.begin(head)
     captions, reader = store.read_captions().to_pylist(), TextReader(store)
@@ -140,7 +151,7 @@ def test_a_video_can_choose_among_all_captions(captioned_store):
     batch = ClipBatch(None, None, None, torch.from_numpy(chosen), hand_over_texts(reader.read(chosen), CPU))
     frames = torch.randn(4, 3, store.layout.embed_dim, generator=torch.Generator().manual_seed(0))
     found = task.compute_loss(head, frames, batch, lambda values: values)
-    videos = torch.nn.functional.normalize(torch.nn.functional.normalize(frames, dim=-1).mean(1), dim=-1)
+    videos = torch.nn.functional.normalize(frames.mean(1), dim=-1)
     texts = torch.nn.functional.normalize(torch.from_numpy(reader.read(range(19), ("embedding",)).embedding), dim=-1)
     scores = torch.exp(task._logit_scale) * texts @ videos.T  # (19, 4)
     told = [captions[place] for place in chosen]
@@ -199,19 +210,27 @@ def test_the_recipe_is_the_references():
         assert learning_rate_at(epoch, config, schedule) == pytest.approx(expected)
 
 
-def test_biases_norms_and_the_backbones_end_are_spared(captioned_store):
+@pytest.mark.parametrize("undecayed", ["nothing", "biases", "vectors"])
+def test_what_decay_spares_is_an_option(captioned_store, undecayed):
     store = open_store(captioned_store)
-    config = TrainConfig(features=None, out=None, task="retrieval", learning_rate=1e-4, weight_decay=0.2)
+    config = TrainConfig(
+        features=None,
+        out=None,
+        task="retrieval",
+        learning_rate=1e-4,
+        weight_decay=0.2,
+        optimizer="adamw",
+        undecayed=undecayed,
+    )
     head = build(store, interaction="wti")
-    head.end.requires_grad_(True)  # as beside EVA
-    optimizer = make_optimizer(head.parameter_groups(), config, find_optimisation(config))
+    optimizer = make_optimizer(head.parameter_groups(), config, find_optimisation(config), find_biases(head))
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     assert len(group_of) == len(list(head.parameters()))
     for name, parameter in head.named_parameters():
-        group = group_of[id(parameter)]
-        is_plain = name.endswith("bias") or "norm" in name
-        assert group["weight_decay"] == (0.0 if is_plain else 0.2), name
-        assert group["rate_share"] == (1e-3 if name.startswith("end.") else 1.0), name
+        group, is_bias = group_of[id(parameter)], name.endswith("bias")
+        spared = {"nothing": False, "biases": is_bias, "vectors": is_bias or "norm" in name or name == "logit_scale"}
+        assert group["weight_decay"] == (0.0 if spared[undecayed] else 0.2), name
+        assert group["rate_share"] == (1e-3 if name.startswith(("end.", "logit_scale")) else 1.0), name
 
 
 @pytest.mark.parametrize("interaction", ["mean", "wti"])
@@ -219,6 +238,106 @@ def test_a_rate_that_is_far_too_high_is_told_in_one_line(interaction, captioned_
     config = config_for(captioned_store, tmp_path / "run", learning_rate=1e30, interaction=interaction, epochs=1)
     with pytest.raises(EnvironmentFailedError, match="became NaN or infinite in epoch 1.*Lower --learning-rate"):
         train_run(config)
+
+
+# What retrieval did before it was the reference's.
+BEFORE = dict(
+    interaction="wti",
+    optimizer="adamw",
+    undecayed="vectors",
+    set=("normalises_frames=true", "decorrelation=0.001", "trains_end=false", "trains_logit_scale=false"),
+)
+
+
+def test_a_killed_run_from_before_goes_on_as_it_was_begun(captioned_store, tmp_path, monkeypatch, assert_same_run):
+    """Its folder tells none of the options that are younger than it. What it was begun with goes on with it."""
+    train_run(config_for(captioned_store, tmp_path / "whole", **BEFORE))
+    seen, loss = [], retrieval.contrastive_loss
+
+    def stop(*arguments):
+        seen.append(None)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+        return loss(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(retrieval, "contrastive_loss", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_run(config_for(captioned_store, tmp_path / "run", **BEFORE))
+    saved = json.loads((tmp_path / "run/config.json").read_text())
+    saved["train"]["set"] = []
+    for place, names in (
+        ("train", ("optimizer", "undecayed")),
+        ("head", ("normalises_frames", "decorrelation", "trains_end", "trains_logit_scale")),
+    ):
+        for name in names:
+            del saved[place][name]
+    (tmp_path / "run/config.json").write_text(json.dumps(saved))
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    train_run(config_for(captioned_store, tmp_path / "run", interaction="wti", resume=True))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert evaluate_run(tmp_path / "run")["text_to_video"] == evaluate_run(tmp_path / "whole")["text_to_video"]
+    for against in (dict(optimizer="uncorrected-adam"), dict(undecayed="biases"), dict(interaction="mean")):
+        ((name, value),) = against.items()
+        with pytest.raises(RunExistsError, match=f"was begun with other settings: .*{name} .* there, {value} here"):
+            train_run(config_for(captioned_store, tmp_path / "other", resume=True, **against))
+    with pytest.raises(RunExistsError, match="begun with other settings: .*trains_end=None.* there, .*trains_end=True"):
+        train_run(config_for(captioned_store, tmp_path / "other", resume=True, set=("trains_end=true",)))
+
+
+def test_a_presets_interaction_is_taken_where_none_is_given(captioned_store, tmp_path, monkeypatch):
+    """The tiny store as if its backbone were a paper's."""
+    (paper,) = (preset for preset in PRESETS if preset.name == "b16-msrvtt")
+    tiny = replace(paper, depth=6, layers=tuple(range(6)), sizes={**paper.sizes, "side_width": 64})
+    monkeypatch.setattr(Side4Video, "presets", (tiny,))
+    monkeypatch.setattr(type(tiny), "is_beside", lambda *_: True)
+    store = open_store(captioned_store)
+    for given, expected in (
+        ({}, "wti"),
+        ({"interaction": "mean"}, "mean"),
+        ({"negatives": "all"}, "mean"),
+        ({"preset": "none"}, "mean"),
+    ):
+        config = resolve_preset(config_for(captioned_store, None, **{"preset": "b16-msrvtt", **given}), store)
+        assert config.interaction == expected, given
+        assert (config.optimizer, config.undecayed, config.clip_norm) == ("uncorrected-adam", "biases", 1.0)
+        shape = plan_network(config, store)
+        assert (shape.normalises_frames, shape.decorrelation) == (False, 0.0)
+        assert shape.trains_end and shape.trains_logit_scale
+    given = resolve_preset(config_for(captioned_store, None, optimizer="adamw", undecayed="nothing"), store)
+    assert (given.optimizer, given.undecayed) == ("adamw", "nothing")
+    with pytest.raises(ConfigError, match="--negatives all compares means"):
+        config_for(captioned_store, None, preset="b16-msrvtt", negatives="all", interaction="wti")
+
+
+def test_the_references_negatives_count_pairs_that_are_right_too(captioned_store):
+    """By brute force: every other pair of the step."""
+    store = open_store(captioned_store)
+    task, head = Retrieval(config_for(captioned_store, None, negatives="reference"), store), build(store)
+    chosen = task.training.labels[[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
+    texts = TextReader(store).read(chosen)
+    batch = ClipBatch(None, None, None, torch.from_numpy(chosen), hand_over_texts(texts, CPU))
+    frames = torch.randn(12, 3, store.layout.embed_dim, generator=torch.Generator().manual_seed(0))
+    found = task.compute_loss(head, frames, batch, lambda values: values)
+    similarities = head.interaction(batch.texts, frames).similarities
+    torch.testing.assert_close(found, contrastive_loss(similarities, head.logit_scale))
+    usual = Retrieval(config_for(captioned_store, None), store).compute_loss(head, frames, batch, lambda values: values)
+    assert usual < found
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(set=("decorrelation=0.001",)), "--set decorrelation has no effect on means"),
+        (dict(set=("decorrelation=-1",), interaction="wti"), "--set decorrelation takes a number from 0 up; found -1"),
+        (dict(set=("trains_end=false",), task="recognition"), "--set trains_end has no effect but on --task retrieval"),
+        (dict(optimizer="sgd"), "--optimizer takes adamw, uncorrected-adam; found 'sgd'"),
+        (dict(undecayed="norms"), "--undecayed takes nothing, biases, vectors; found 'norms'"),
+    ],
+)
+def test_options_of_the_recipe_are_checked(captioned_store, options, message):
+    with pytest.raises(ConfigError, match=message):
+        plan_network(config_for(captioned_store, None, **options), open_store(captioned_store))
 
 
 def test_a_store_without_texts_leaves_no_run_behind(captioned_store, tmp_path):

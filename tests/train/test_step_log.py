@@ -2,13 +2,16 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from s4v.commands.train import describe_outcome
 from s4v.train.config import TrainConfig
+from s4v.train.evaluate import evaluate_run
 from s4v.train.loop import train_run
 from s4v.train.step_log import StepLog, cut_steps, describe_step, find_gradient_norm, read_steps
 from s4v.train.tasks import recognition as tasks
@@ -140,6 +143,8 @@ def test_steps_that_are_trained_again_are_told_once(told, int8_store, tmp_path, 
     train_run(replace(config, resume=True, log_every=2))
     steps = read_steps(run)
     assert [one["step"] for one in steps] == [1, 2, 3, 4, 6, 8]
+    board = EventAccumulator(str(run / "steps")).Reload()
+    assert [event.step for event in board.Scalars("gradient_norm")] == [1, 2, 3, 4, 6, 8], "others are hidden"
     same = ("step", "epoch", "learning_rate", "gradient_norm")
     whole = {one["step"]: one for one in read_steps(told[0])}
     assert [[one[name] for name in same] for one in steps] == [
@@ -150,6 +155,16 @@ def test_steps_that_are_trained_again_are_told_once(told, int8_store, tmp_path, 
 def test_a_run_from_before_has_no_steps(tmp_path):
     cut_steps(tmp_path, 0)
     assert read_steps(tmp_path) == [] and not list(tmp_path.iterdir())
+
+
+def test_the_results_page_draws_what_was_told(told, tmp_path):
+    out, caption = told[0], "loss, rate, gradient, speed and waiting by step"
+    copied = shutil.copytree(out, tmp_path / "run")
+    evaluate_run(copied, with_page=True)
+    assert caption in (copied / "results_val.html").read_text()
+    (copied / "steps.jsonl").unlink()  # as a run from before has none
+    evaluate_run(copied, with_page=True)
+    assert caption not in (copied / "results_val.html").read_text()
 
 
 def test_memory_that_nobody_counts_is_not_told():

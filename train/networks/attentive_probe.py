@@ -38,7 +38,7 @@ class AttentiveProbe(Network):
     def __init__(self, *, num_layers: int, width: int, side_width: int, num_classes: int) -> None:
         super().__init__()
         self.num_heads = side_width // 64
-        self.taps = nn.ModuleList(Tap(width, side_width) for _ in range(num_layers))
+        self.taps = nn.ModuleList(_make_tap(width, side_width) for _ in range(num_layers))
         self.layer = nn.Parameter(torch.empty(num_layers, side_width))
         self.query = nn.Parameter(torch.empty(1, side_width))
         self.keys_values = nn.Linear(side_width, 2 * side_width)
@@ -94,6 +94,12 @@ class AttentiveProbe(Network):
         values = self.keys_values.weight[width:].unflatten(0, (self.num_heads, -1))  # (heads, 64, S)
         pooled = torch.einsum("bhs,hcs->bhc", mean, values).flatten(1) + self.keys_values.bias[width:]  # (B, S)
         return self.classifier(self.norm(pooled + self.mlp(self.mlp_norm(pooled))))
+
+
+def _make_tap(width: int, side_width: int) -> Tap:
+    tap = Tap(width, side_width)
+    nn.init.normal_(tap.project.weight, std=(2 * side_width) ** -0.5)
+    return tap
 
 
 def _pool_tokens(x: torch.Tensor, ask: torch.Tensor) -> torch.Tensor:

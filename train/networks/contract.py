@@ -133,6 +133,14 @@ class FrameNetwork(Network):
 
     interaction: nn.Module
     """Compares `TextBatch` (A) with frames (B, T, E); see train/networks/text_interaction.py."""
+    normalises_frames: bool = True
+    """Whether the mean of a video's frames is that of their directions, as where a search looks for it first."""
+    logit_scale: nn.Parameter | None
+    """() as a logarithm, what similarities are multiplied with in the loss; None takes the backbone's, as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("logit_scale", None)
 
 
 class NetworkStack(nn.Module):

@@ -99,6 +99,11 @@ def count_in_groups(network: nn.Module, groups: NormGroups) -> None:
         norm.groups = groups
 
 
+def has_norms(network: nn.Module) -> bool:
+    """Whether there is any to count."""
+    return bool(_list_norms(network))
+
+
 def average_statistics(network: nn.Module) -> None:
     """Make the running statistics of all processes their mean, in one exchange.
 

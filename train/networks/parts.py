@@ -28,6 +28,9 @@ HEAD_WIDTH = 64
 # In narrower networks what comes before a product costs as much as the product: S = 64 took a fifth longer.
 _LEAN_FROM_WIDTH = 192
 
+# Of linear layers in the reference's retrieval beside CLIP.
+_LINEAR_STD = 0.02
+
 # The reference's initialisation counts 12 blocks whatever the depth.
 _INIT_DEPTH = 12
 
@@ -113,8 +116,6 @@ class Tap(nn.Module):
         self.is_post_norm = is_post_norm
         self.norm = nn.LayerNorm(side_width if is_post_norm else width)
         self.project = nn.Linear(width, side_width)
-        if not is_post_norm:  # beside EVA the reference leaves PyTorch's defaults, in taps as in blocks
-            nn.init.normal_(self.project.weight, std=(2 * side_width) ** -0.5)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., S)."""
@@ -183,6 +184,12 @@ class TemporalConv(nn.Module):
         self.project = nn.Linear(side_width, side_width)
         for parameter in (self.weight, self.bias):  # PyTorch's default for a depthwise kernel of 3
             nn.init.uniform_(parameter, -(3**-0.5), 3**-0.5)
+
+    def draw_weights(self) -> None:
+        """Initialise as the reference's retrieval does beside CLIP; biases keep PyTorch's default there."""
+        nn.init.normal_(self.expand.weight, std=_LINEAR_STD)
+        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+        nn.init.normal_(self.project.weight, std=_LINEAR_STD)
 
     def forward(self, x: torch.Tensor, norm: nn.Module | None = None) -> torch.Tensor:
         """(B, T, N, S) -> (B, T, N, S); with a batch norm, of what that makes of it."""
@@ -253,6 +260,12 @@ class Mlp(nn.Sequential):
         width = x.shape[-1]
         x = widen(x) if norm is None else make_again(lambda x: widen(normalise_tokens(norm, x)), x, side_width=width)
         return make_again(lambda x: narrow(gelu(x)), x, side_width=width)
+
+
+def draw_linear(layer: nn.Linear) -> None:
+    """Initialise a linear layer as the reference's retrieval does beside CLIP."""
+    nn.init.normal_(layer.weight, std=_LINEAR_STD)
+    nn.init.zeros_(layer.bias)
 
 
 def make_again(function: Callable[..., Any], *inputs: torch.Tensor, side_width: int) -> Any:

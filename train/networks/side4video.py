@@ -15,6 +15,7 @@ Source:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NotRequired, TypedDict, Unpack
@@ -40,6 +41,7 @@ from .parts import (
     Tap,
     TemporalConv,
     TowerEnd,
+    draw_linear,
     normalise_channels,
     normalise_tokens,
 )
@@ -47,6 +49,9 @@ from .text_interaction import MeanInteraction, WeightedTokenInteraction
 
 _BACKBONE_RATE_SHARE = 1e-3
 """Of the rate, for what is trained of the backbone."""
+
+_HIGHEST_LOGIT_SCALE = math.log(100)
+"""CLIP's, and the reference's: similarities are multiplied with 100 at most."""
 
 _POSITION_STD: dict[Family, float] = {"clip": 0.01, "eva": 0.02}
 
@@ -233,8 +238,12 @@ class RetrievalSideNetwork(SideLadder, FrameNetwork):
         norm_eps: Of the tower's final norm: 1e-5 for CLIP, 1e-6 for EVA.
         has_projection_bias: Whether the tower's projection has a bias: EVA's has.
         interaction: How its frames are compared with texts, by the module of that name; `forward` does not use it.
+        normalises_frames: Whether frames are normalised before their mean is taken.
+        decorrelation: Weight of the channel decorrelation loss, of `wti`.
+        trains_end: Whether the tower's final norm and projection are trained too.
+        trains_logit_scale: Whether the factor of similarities is trained too; else it is the backbone's.
 
-    The others are those of `SideLadder`.
+    What is trained of the backbone is so at a thousandth of the rate. The others are those of `SideLadder`.
     """
 
     def __init__(
@@ -244,6 +253,10 @@ class RetrievalSideNetwork(SideLadder, FrameNetwork):
         norm_eps: float,
         has_projection_bias: bool,
         interaction: Similarity = "mean",
+        normalises_frames: bool = False,
+        decorrelation: float = 0.0,
+        trains_end: bool = True,
+        trains_logit_scale: bool = True,
         **sizes: Unpack[LadderSizes],
     ) -> None:
         super().__init__(**sizes, has_class_position=sizes.get("family", "clip") == "clip")
@@ -253,11 +266,28 @@ class RetrievalSideNetwork(SideLadder, FrameNetwork):
         self.end = TowerEnd(width, embed_dim, norm_eps, has_projection_bias)
         # Before training, frames are embedded as the backbone alone embeds them.
         nn.init.zeros_(self.widen.weight)
-        # The reference trains the end of EVA's tower along, at a thousandth of the rate, and leaves CLIP's frozen.
-        self.end.requires_grad_(self.is_post_norm)
+        self.end.requires_grad_(trains_end)
         self.draw_position()
-        self.interaction = WeightedTokenInteraction(embed_dim) if interaction == "wti" else MeanInteraction()
+        self.interaction = (
+            WeightedTokenInteraction(embed_dim, decorrelation=decorrelation)
+            if interaction == "wti"
+            else MeanInteraction(normalises_frames=normalises_frames)
+        )
         self.text_arrays = self.interaction.text_arrays
+        self.normalises_frames = normalises_frames
+        if trains_logit_scale:
+            self.logit_scale = nn.Parameter(torch.tensor(_HIGHEST_LOGIT_SCALE))
+        if not self.is_post_norm:
+            self._draw_linear_layers()
+
+    def _draw_linear_layers(self) -> None:
+        """Draw all linear layers again, as the reference does beside CLIP when all else is built."""
+        for block in self.blocks:
+            assert isinstance(block, SideBlock)
+            block.draw_linear_layers()
+        for layer in (*self.taps.modules(), *self.interaction.modules()):
+            if isinstance(layer, nn.Linear):
+                draw_linear(layer)
 
     def forward(
         self,
@@ -272,16 +302,21 @@ class RetrievalSideNetwork(SideLadder, FrameNetwork):
         return self.end(self.widen(x) + cls[:, :, -1])
 
     def prepare(self, store: StoreReader) -> None:
-        """Take the final norm and the projection of the store's backbone."""
+        """Take the final norm and the projection of the store's backbone, and its factor of similarities."""
         self.end.load_arrays(store.head)
+        if self.logit_scale is not None:
+            nn.init.constant_(self.logit_scale, float(store.head["logit_scale"]))
 
     def parameter_groups(self) -> Sequence[ParameterGroup]:
         """What is trained of the backbone, at a thousandth of the rate, and all the rest."""
-        of_backbone = {id(parameter) for parameter in self.end.parameters()}
+        scale = () if self.logit_scale is None else (self.logit_scale,)
+        of_end = {id(parameter) for parameter in self.end.parameters()}
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        own = tuple(p for p in trained if id(p) not in of_end | {id(p) for p in scale})
         return [
-            ParameterGroup(tuple(p for p in trained if id(p) not in of_backbone)),
-            ParameterGroup(tuple(p for p in trained if id(p) in of_backbone), _BACKBONE_RATE_SHARE),
+            ParameterGroup(own),
+            ParameterGroup(tuple(p for p in trained if id(p) in of_end), _BACKBONE_RATE_SHARE),
+            ParameterGroup(scale, _BACKBONE_RATE_SHARE, highest=_HIGHEST_LOGIT_SCALE),
         ]
 
 
@@ -305,6 +340,13 @@ class SideBlock(nn.Module):
         if not is_post_norm:
             self.mlp.draw_weights()
 
+    def draw_linear_layers(self) -> None:
+        """Initialise as the reference's retrieval does beside CLIP; attention's first product is no layer there."""
+        self.temporal.draw_weights()
+        for layer in (self.attention.project, *self.mlp):
+            if isinstance(layer, nn.Linear):
+                draw_linear(layer)
+
     def forward(self, x: torch.Tensor, cls: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """Side tokens (B, T, N, S), the tap's class tokens (B, T, S), position (N or 1+N, S) -> (B, T, N, S)."""
         if self.is_post_norm:
@@ -324,8 +366,16 @@ class SideOptions:
     """S; None takes the paper's for this backbone, about 0.4 D for others."""
     inputs: Inputs = "all"
     """What it sees."""
-    interaction: Similarity = "mean"
-    """How frames are compared with texts, of retrieval."""
+    interaction: Similarity | None = None
+    """Of retrieval, as the others: how frames are compared with texts; None takes their means."""
+    normalises_frames: bool = False
+    """Whether frames are normalised before their mean is taken."""
+    decorrelation: float = 0.0
+    """Weight of the channel decorrelation loss, of `wti`; the reference's is 0.001 where it is switched on."""
+    trains_end: bool = True
+    """Whether the tower's final norm and projection are trained too, at a thousandth of the rate."""
+    trains_logit_scale: bool = True
+    """Whether the factor of similarities is trained too, at a thousandth of the rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,6 +395,12 @@ class SideShape(NetworkShape):
     """Whether the tower's projection has a bias, of retrieval."""
     interaction: Similarity = "mean"
     """How frames are compared with texts, of retrieval."""
+    normalises_frames: bool = True
+    """As in `SideOptions`, as are the next three; what is absent is as runs had it before there was a choice."""
+    decorrelation: float = 1e-3
+    trains_end: bool | None = None
+    """None trains it beside EVA and not beside CLIP."""
+    trains_logit_scale: bool = False
 
     @property
     def compares_words(self) -> bool:
@@ -375,6 +431,7 @@ class Side4Video(NetworkKind):
                 f"{store.path} was extracted with --no-pixels, and the side network's stem reads pixels. "
                 "Train with --inputs tokens or --head linear, or extract with pixels."
             )
+        _require_effect(options, is_retrieval=outputs.embed_dim is not None)
         side_width = options.side_width or _find_side_width(store.layout.width)
         if side_width % HEAD_WIDTH:
             raise ConfigError(f"--side-width must be a multiple of 64 (one attention head); found {side_width}")
@@ -390,7 +447,11 @@ class Side4Video(NetworkKind):
                 "embed_dim": outputs.embed_dim,
                 "norm_eps": float(store.head["norm_eps"]),
                 "has_projection_bias": "proj_bias" in store.head,
-                "interaction": options.interaction,
+                "interaction": options.interaction or "mean",
+                "normalises_frames": options.normalises_frames,
+                "decorrelation": options.decorrelation,
+                "trains_end": options.trains_end,
+                "trains_logit_scale": options.trains_logit_scale,
             }
         return self.describe_shape(
             store, outputs, layers, side_width=side_width, inputs=options.inputs, family=side_family(store), **ends
@@ -422,7 +483,27 @@ class Side4Video(NetworkKind):
             norm_eps=shape.norm_eps,
             has_projection_bias=shape.has_projection_bias,
             interaction=shape.interaction,
+            normalises_frames=shape.normalises_frames,
+            decorrelation=shape.decorrelation,
+            trains_end=shape.family == "eva" if shape.trains_end is None else shape.trains_end,
+            trains_logit_scale=shape.trains_logit_scale,
         )
+
+
+def _require_effect(options: SideOptions, *, is_retrieval: bool) -> None:
+    """Refuse options of retrieval that nothing would heed.
+
+    Raises:
+        ConfigError: With what to do.
+    """
+    names = ("normalises_frames", "decorrelation", "trains_end", "trains_logit_scale")
+    idle = [name for name in names if getattr(options, name) != type(options).__dataclass_fields__[name].default]
+    if idle and not is_retrieval:
+        raise ConfigError(f"--set {idle[0]} has no effect but on --task retrieval: leave it out")
+    if options.decorrelation and options.interaction != "wti":
+        raise ConfigError("--set decorrelation has no effect on means: leave it out, or take --interaction wti")
+    if not 0 <= options.decorrelation < math.inf:
+        raise ConfigError(f"--set decorrelation takes a number from 0 up; found {options.decorrelation:g}")
 
 
 def _find_side_width(width: int) -> int:

@@ -35,20 +35,30 @@ class Interaction:
 
     similarities: torch.Tensor
     """(A, B) from -1 to 1, texts by videos."""
-    decorrelation: torch.Tensor
-    """() the channel decorrelation loss of the pairs on the diagonal; zero where A and B differ, and of means."""
+    loss: torch.Tensor
+    """() beside the contrastive one, weighted: of pairs on the diagonal; zero where A and B differ, and of means."""
 
 
 class MeanInteraction(nn.Module):
-    """Cosine of the mean of a video's normalised frames and a text."""
+    """Cosine of the mean of a video's frames and a text.
+
+    Args:
+        normalises_frames: Whether frames are normalised before the mean, so that each counts the same; the reference's
+            are not.
+    """
 
     text_arrays = ("embedding",)
     """What it reads of a text."""
 
+    def __init__(self, *, normalises_frames: bool = True) -> None:
+        super().__init__()
+        self.normalises_frames = normalises_frames
+
     def forward(self, texts: TextBatch, frames: torch.Tensor) -> Interaction:
         """Compare (A) texts with (B) videos by their frames (B, T, E), not normalised."""
         assert texts.embedding is not None
-        videos = F.normalize(F.normalize(frames, dim=-1).mean(dim=1), dim=-1)
+        frames = F.normalize(frames, dim=-1) if self.normalises_frames else frames
+        videos = F.normalize(frames.mean(dim=1), dim=-1)
         similarities = F.normalize(texts.embedding, dim=-1) @ videos.T
         return Interaction(similarities, similarities.new_zeros(()))
 
@@ -58,17 +68,21 @@ class WeightedTokenInteraction(nn.Module):
 
     Args:
         width: E.
-        on_diagonal: Weight of how far channels of a pair are from agreeing.
-        off_diagonal: Weight of how far different channels are from being uncorrelated; the reference's 0.
+        decorrelation: Weight of the channel decorrelation loss; of 0 it is not computed.
+        on_diagonal: In that loss, weight of how far channels of a pair are from agreeing.
+        off_diagonal: Of how far different channels are from being uncorrelated; the reference's 0.
     """
 
     text_arrays = ("tokens", "mask")
     """What it reads of a text."""
 
-    def __init__(self, width: int, *, on_diagonal: float = 0.11, off_diagonal: float = 0.0) -> None:
+    def __init__(
+        self, width: int, *, decorrelation: float = 0.0, on_diagonal: float = 0.11, off_diagonal: float = 0.0
+    ) -> None:
         super().__init__()
         self.text_weight = _make_weighting(width)
         self.frame_weight = _make_weighting(width)
+        self.decorrelation = decorrelation
         self.on_diagonal = on_diagonal
         self.off_diagonal = off_diagonal
 
@@ -85,13 +99,13 @@ class WeightedTokenInteraction(nn.Module):
         of_frames, best_words = cosines.max(dim=2)  # (A, B, T)
         similarities = torch.einsum("abm,am->ab", of_words, word_shares)
         similarities = (similarities + torch.einsum("abt,bt->ab", of_frames, frame_shares)) / 2
-        if len(words) != len(frames):
+        if not self.decorrelation or len(words) != len(frames):
             return Interaction(similarities, similarities.new_zeros(()))
         own = torch.arange(len(words), device=words.device)
         loss = self._decorrelate(
             words, mask, frames, word_shares, frame_shares, best_frames[own, own], best_words[own, own]
         )
-        return Interaction(similarities, loss)
+        return Interaction(similarities, self.decorrelation * loss)
 
     def _decorrelate(
         self,
@@ -105,9 +119,10 @@ class WeightedTokenInteraction(nn.Module):
     ) -> torch.Tensor:
         """Of pairs: words (A, M, E) with their best frames (A, M), frames (A, T, E) with their best words (A, T)."""
         num_pairs, width = len(words), words.shape[-1]
-        their_frames = frames.gather(1, best_frames[..., None].expand(-1, -1, width))[mask]
+        their_frames = frames.gather(1, best_frames[..., None].expand(-1, -1, width)).flatten(0, 1)
         their_words = words.gather(1, best_words[..., None].expand(-1, -1, width)).flatten(0, 1)
-        of_words = _correlate(words[mask], their_frames, word_shares[mask])
+        # What is no word has no share and no part in means. To pick words by a mask, the host would wait for a GPU.
+        of_words = _correlate(words.flatten(0, 1), their_frames, word_shares.flatten(), mask.flatten())
         of_frames = _correlate(their_words, frames.flatten(0, 1), frame_shares.flatten())
         correlation = (of_words + of_frames) / (2 * num_pairs)
         diagonal = correlation.diagonal()
@@ -116,11 +131,23 @@ class WeightedTokenInteraction(nn.Module):
         return self.on_diagonal * on + self.off_diagonal * off
 
 
-def _correlate(first: torch.Tensor, second: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    """(n, E) each and (n,) -> (E, E): products of standardised channels, weighted and summed."""
-    # A channel that is the same in all, as where every frame's best word is the start: it correlates with nothing.
-    first, second = ((x - x.mean(0)) / x.std(0).clamp(min=_LEAST_STD) for x in (first, second))
+def _correlate(
+    first: torch.Tensor, second: torch.Tensor, shares: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(n, E) each and (n,) -> (E, E): products of standardised channels, weighted, summed; a mask leaves rows out."""
+    first, second = (_standardise(x, mask) for x in (first, second))
     return (first * shares[:, None]).T @ second
+
+
+def _standardise(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Channels of (n, E) to mean 0 and deviation 1, over the rows that a mask (n,) says are there."""
+    # A channel that is the same in all, as where every frame's best word is the start: it correlates with nothing.
+    if mask is None:
+        return (x - x.mean(0)) / x.std(0).clamp(min=_LEAST_STD)
+    is_there, count = mask[:, None].to(x.dtype), mask.sum()
+    centred = x - (x * is_there).sum(0) / count
+    variance = (centred * is_there).square().sum(0) / (count - 1)
+    return centred / variance.clamp(min=_LEAST_STD**2).sqrt()
 
 
 def _make_weighting(width: int) -> nn.Sequential:

@@ -33,6 +33,12 @@ _BLOCK = r"visual\.(?:transformer\.side_transformer|side_blocks)\.(\d+)\."
 _BACKBONE_BLOCK = re.compile(_PREFIX + r"visual\.(?:transformer\.resblocks|blocks)\.(\d+)\.")
 _VISION_TOWER = re.compile(_PREFIX + r"visual\.")
 
+# What the reference calls a side network's; its backbones have no such name.
+_SIDE = re.compile(r"(?:^|[._])side")
+
+# Tensors that a message names.
+_MOST_NAMED = 4
+
 # Reference's name -> ours; \1 is the number of the block.
 _NAMES = tuple(
     (re.compile(_PREFIX + theirs), ours)
@@ -140,7 +146,8 @@ def read_official_checkpoint(path: str | Path, layers: tuple[int, ...] | None = 
         layers: 0-based backbone blocks.
 
     Raises:
-        WeightsError: If the file holds anything but tensors, is no checkpoint of Side4Video, or does not fit `layers`.
+        WeightsError: If the file holds anything but tensors, is no checkpoint of Side4Video, holds a tensor of a side
+            network that ours has no place for, or does not fit `layers`.
     """
     path = Path(path)
     tensors, others = _load_tensors(path)
@@ -162,7 +169,25 @@ def read_official_checkpoint(path: str | Path, layers: tuple[int, ...] | None = 
             text[name.removeprefix("module.")] = tensor
         elif name not in new_names or (task == "recognition" and new_names[name].startswith("end.")):
             unused.append(name)
+    places = Counter(new_names.values())
+    doubled = [name for name, new_name in new_names.items() if places[new_name] > 1]
+    _require_all_of_side(path, [name for name in (*unused, *text, *doubled) if _SIDE.search(name)])
     return OfficialCheckpoint(path, head, state, end, depth, text, _group(unused, others))
+
+
+def _require_all_of_side(path: Path, unused: list[str]) -> None:
+    """Refuse a file whose side network has more parts than ours: without them it would compute something else.
+
+    Raises:
+        WeightsError: With the first few of them.
+    """
+    if unused:
+        more = f" and {len(unused) - _MOST_NAMED} more" if len(unused) > _MOST_NAMED else ""
+        raise WeightsError(
+            f"{path} holds {len(unused)} tensors of a side network that Side4Video's has no place for: "
+            f"{', '.join(unused[:_MOST_NAMED])}{more}. It is another network's (TDS-CLIP's holds all of Side4Video's "
+            "names and more): name a checkpoint of Side4Video."
+        )
 
 
 def _read_shape(
@@ -195,6 +220,7 @@ def _read_shape(
         embed_dim=len(ours["end.project.weight"]) if is_retrieval else None,
         norm_eps=_FINAL_NORM_EPS[family] if is_retrieval else None,
         has_projection_bias=is_retrieval and "end.project.bias" in ours,
+        normalises_frames=not is_retrieval,  # of recognition what its runs record
     )
 
 

@@ -95,7 +95,7 @@ def require_fitting_store(official: OfficialCheckpoint, store: StoreReader) -> l
     """Compare what a checkpoint carries of its backbone with a store.
 
     A store holds no weights of the backbone's blocks: sizes are compared, and the numbers of the tower's end where
-    the checkpoint has it. The end of EVA's tower is fine-tuned for retrieval: only its shape is compared there.
+    the checkpoint has it. For retrieval the tower's end is fine-tuned: only its shape is compared there.
 
     Returns:
         What was compared, in words.
@@ -124,8 +124,7 @@ def require_fitting_store(official: OfficialCheckpoint, store: StoreReader) -> l
         differences.append(f"retrieval reads the last block, {backbone.depth - 1}; layers end with {shape.layers[-1]}")
     if not store.layout.with_pixels:
         differences.append("the stem reads pixels, and the store was extracted with --no-pixels")
-    is_tuned = shape.task == "retrieval" and shape.family == "eva"
-    differences += _compare_ends(official.end, store.head, with_numbers=not is_tuned)
+    differences += _compare_ends(official.end, store.head, with_numbers=shape.task == "recognition")
     if differences:
         raise StoreMismatchError(f"{official.path} does not fit {store.path}: {'; '.join(differences)}")
     return [*facts, "layers", *sorted(official.end)]

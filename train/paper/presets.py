@@ -2,7 +2,8 @@
 
 A preset is a size (which layers, S) and a recipe (epochs, rate, warm-up, weight decay, label smoothing, frames of a
 clip, clips in a step and those that a batch norm counts, views of a video in a step, for retrieval also where
-gradients are cut). Options that were given win over it.
+gradients are cut, what steps and what does not decay). One of retrieval compares words with frames. Options that were
+given win over it.
 
 Source:
     Sizes: Side4Video, https://arxiv.org/abs/2311.15769. Recipes: the scripts and configurations of HJYao00/Side4Video
@@ -11,8 +12,9 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ...backbone.facts import read_side_family
 from ...store.reader import StoreReader
@@ -43,7 +45,7 @@ class Size:
         """Tapped blocks, 0-based."""
         return tuple(range(self.every - 1, self.depth, self.every))
 
-    def beside(self, task: str, name: str, dataset: str, recipe: Recipe, sizes: dict[str, int]) -> Preset:
+    def beside(self, task: str, name: str, dataset: str, recipe: Recipe, sizes: Mapping[str, Any]) -> Preset:
         """Its preset for a data set."""
         return Preset(
             name=f"{name}-{dataset}",
@@ -101,8 +103,11 @@ RETRIEVAL_RECIPE = Recipe(
     is_batch_of_all=True,
     step_clips=128,
     norm_clips=16,
+    optimizer="uncorrected-adam",
+    undecayed="biases",
 )
 RETRIEVAL_SIDE_WIDTH = 320
+_RETRIEVAL_SIZES = {"side_width": RETRIEVAL_SIDE_WIDTH, "interaction": "wti"}
 _RETRIEVAL_DATASETS = ("msrvtt", "msvd", "vatex")
 
 PAPER_SIDE_WIDTHS = {size.width: size.side_width for name, size in SIZES.items() if not name.endswith("-light")}
@@ -115,7 +120,7 @@ def _list_presets() -> Iterator[Preset]:
             sizes = {"side_width": size.side_width}
             yield size.beside("recognition", name, dataset, _RECIPES[size.recipe, dataset], sizes)
         for dataset in _RETRIEVAL_DATASETS:
-            yield size.beside("retrieval", name, dataset, RETRIEVAL_RECIPE, {"side_width": RETRIEVAL_SIDE_WIDTH})
+            yield size.beside("retrieval", name, dataset, RETRIEVAL_RECIPE, _RETRIEVAL_SIZES)
 
 
 PRESETS = tuple(_list_presets())

@@ -78,6 +78,8 @@ class Task(ABC):
     embeds_frames: ClassVar[bool] = False
     """Whether its networks embed frames beside texts, so that videos can be searched with them."""
     optimisation: ClassVar[Optimisation] = Optimisation()
+    of_old_runs: ClassVar[Mapping[str, Any]] = {"optimizer": "adamw", "undecayed": "nothing", "interaction": "mean"}
+    """By option: what runs did that are older than it."""
     training: LabelledRows
     validation: LabelledRows
 
@@ -102,6 +104,11 @@ class Task(ABC):
         Raises:
             ConfigError: With what to leave out or to take.
         """
+
+    @classmethod
+    def leave_out(cls, config: TrainConfig) -> frozenset[str]:
+        """Options of a preset that do not go together with what was given. By default none."""
+        return frozenset()
 
     def check_step(self, num_clips: int) -> None:
         """Refuse a step of so few clips that it teaches nothing.

@@ -75,7 +75,7 @@ class Recognition(Task):
     def check(cls, config: TrainConfig) -> None:
         """Texts play no part."""
         refuse(
-            (config.interaction, config.negatives) != ("mean", "step"),
+            config.interaction not in (None, "mean") or config.negatives != "step",
             "--interaction and --negatives have no effect on --task recognition: leave them out",
         )
 

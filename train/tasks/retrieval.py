@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -41,9 +41,6 @@ from .retrieval_metrics import measure_retrieval, rank_videos
 
 if TYPE_CHECKING:
     from ..config import TrainConfig
-
-_DECORRELATION = 1e-3
-"""Weight of the decorrelation loss: the reference's."""
 
 # Cosines that are compared at once, words and frames counted.
 _COSINES_AT_ONCE = 2**25
@@ -106,7 +103,8 @@ class Retrieval(Task):
     default_frames = RETRIEVAL_RECIPE.frames
     reads_first_clips = True
     embeds_frames = True
-    optimisation = Optimisation(betas=(0.9, 0.98), eps=1e-6, decays_all=False, schedule=cosine_under_warmup)
+    optimisation = Optimisation(betas=(0.9, 0.98), eps=1e-6, schedule=cosine_under_warmup)
+    of_old_runs: ClassVar[Mapping[str, Any]] = {**Task.of_old_runs, "undecayed": "vectors"}
 
     def __init__(self, config: TrainConfig, store: StoreReader) -> None:
         super().__init__(config, store)
@@ -146,9 +144,14 @@ class Retrieval(Task):
         )
         refuse(config.label_smoothing is not None, "--label-smoothing has no effect on --task retrieval: leave it out")
         refuse(
-            config.negatives == "all" and config.interaction != "mean",
+            config.negatives == "all" and config.interaction == "wti",
             "--negatives all compares means: word by word, all captions are too many",
         )
+
+    @classmethod
+    def leave_out(cls, config: TrainConfig) -> frozenset[str]:
+        """A preset's interaction, where all captions are negatives: only means can be compared with all."""
+        return frozenset({"interaction"} if config.negatives == "all" else ())
 
     def check_step(self, num_clips: int) -> None:
         """One pair has no negatives."""
@@ -163,20 +166,23 @@ class Retrieval(Task):
     def compute_loss(
         self, network: FrameNetwork, output: torch.Tensor, batch: ClipBatch, gather: Gather
     ) -> torch.Tensor:
-        """CLIP's loss of frames (B, T, E), and a thousandth of the decorrelation loss where there is one."""
+        """CLIP's loss of frames (B, T, E), and what the interaction adds to it."""
         assert batch.texts is not None
         own = (batch.texts.tokens, batch.texts.mask, batch.texts.embedding)
         texts = TextBatch(*(None if values is None else gather(values) for values in own))
         self._identities = self._identities.to(batch.labels.device)
         identities = gather(self._identities[batch.labels])  # (A, 2)
-        is_same = (identities[:, None] == identities[None]).any(dim=2)
+        is_same = None
+        if self._config.negatives != "reference":
+            is_same = (identities[:, None] == identities[None]).any(dim=2)
         frames = gather(output.float())
         found = network.interaction(texts, frames)
         choices = None
         if self._config.negatives == "all":
             choices = self._compare_with_all(network, frames, found.similarities.diagonal(), identities)
-        loss = contrastive_loss(found.similarities, self._logit_scale.to(output.device), is_same, choices)
-        return loss + _DECORRELATION * found.decorrelation
+        self._logit_scale = self._logit_scale.to(output.device)  # once: a copy holds up the host
+        scale = self._logit_scale if network.logit_scale is None else network.logit_scale
+        return contrastive_loss(found.similarities, scale, is_same, choices) + found.loss
 
     def _compare_with_all(
         self, network: FrameNetwork, frames: torch.Tensor, own: torch.Tensor, identities: torch.Tensor
@@ -235,6 +241,7 @@ class Retrieval(Task):
                 team=options.team,
             )
             result = evaluate_texts(scorer, data, texts)
+        network: Any = scorer.network
         lost = _count_captions(store, split) - len(data)
         if lost:
             _log.warning(
@@ -252,7 +259,9 @@ class Retrieval(Task):
             "captions": len(data),
             "lost_captions": lost,
             **result.describe(),
-            "frozen": evaluate_frozen_retrieval(store, data, run.frames).describe(),
+            "frozen": evaluate_frozen_retrieval(
+                store, data, run.frames, normalises_frames=network.normalises_frames
+            ).describe(),
         }
         if options.with_dual_softmax:
             figures["dual_softmax"] = result.describe(with_dual_softmax=True)
@@ -376,10 +385,13 @@ def evaluate_texts(scorer: Scorer, data: LabelledRows, texts: TextSource | None 
     return RetrievalEvaluation(videos.rows, data.labels, video_of_text, scores)
 
 
-def evaluate_frozen_retrieval(store: StoreReader, data: LabelledRows, num_frames: int) -> RetrievalEvaluation:
+def evaluate_frozen_retrieval(
+    store: StoreReader, data: LabelledRows, num_frames: int, *, normalises_frames: bool = True
+) -> RetrievalEvaluation:
     """Score captions against videos with the backbone's own embeddings, averaged over the same frames."""
     videos, video_of_text = _unique_videos(data)
-    frames, compare = read_frozen_clips(store, videos, num_frames), MeanInteraction()
+    frames = read_frozen_clips(store, videos, num_frames)
+    compare = MeanInteraction(normalises_frames=normalises_frames)
     scores = score_texts(compare, compare.text_arrays, TextReader(store), data.labels, frames, torch.device("cpu"))
     return RetrievalEvaluation(videos.rows, data.labels, video_of_text, scores)
 
