@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..extract.datasets import PLAIN_RECIPE
 from ..extract.decode.sampling import parse_clips, parse_frames, parse_views
 from ._options import Spelling
 
@@ -14,7 +15,7 @@ DATA_FIELDS = ("root", "annotations", "columns", "protocol", "with_classes")
 """What says which videos there are, beside the data set's name."""
 
 DECODING_FIELDS = (
-    *("splits", "frames", "segment_s", "sampling", "clips", "resize", "views"),
+    *("splits", "frames", "segment_s", "sampling", "clips", "validation_clip", "resize", "views"),
     *("num_decoders", "decoder", "decode_timeout_s", "allow_loss"),
 )
 """What says which frames of them are decoded, and how."""
@@ -53,9 +54,12 @@ SPELLINGS: Mapping[str, Spelling] = {
     "out": Spelling(type=Path | None, default=None),
     "columns": Spelling(option="column", type=list[str] | None, default=None, parse=_parse_columns),
     "splits": Spelling(option="split", type=list[str] | None, parse=_parse_splits),
-    "frames": Spelling(type=str, show=_show_by_split, parse=parse_frames),
-    "clips": Spelling(type=str, show=_show_by_split, parse=parse_clips),
-    "views": Spelling(type=str, show=_show_by_split, parse=parse_views),
+    "frames": Spelling(type=str, default=_show_by_split(PLAIN_RECIPE.frames), parse=parse_frames, is_open=True),
+    "sampling": Spelling(type=str, default=PLAIN_RECIPE.sampling, is_open=True),
+    "clips": Spelling(type=str, default=_show_by_split(PLAIN_RECIPE.clips), parse=parse_clips, is_open=True),
+    "validation_clip": Spelling(type=list[str] | None, parse=_parse_splits),
+    "resize": Spelling(type=str, default=PLAIN_RECIPE.resize, is_open=True),
+    "views": Spelling(type=str, default=_show_by_split(PLAIN_RECIPE.views), parse=parse_views, is_open=True),
     "part": Spelling(type=str | None, parse=_parse_part),
     "with_classes": Spelling(option="no-classes"),
     "with_pixels": Spelling(option="no-pixels"),

@@ -12,7 +12,7 @@ import inspect
 import textwrap
 import types
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
@@ -20,6 +20,8 @@ import typer
 from ..errors import ConfigError
 
 _SAME: Any = object()
+_CONTEXT = "context"
+"""The parameter in which typer hands over what it has read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,17 +40,23 @@ class Spelling:
     """From the option's value to the field's; may raise ConfigError."""
     help: str | None = None
     """Instead of the docstring's first paragraph."""
+    is_open: bool = False
+    """Whether the field is None where the option was not given: the default is what that comes to as a rule."""
 
 
 class Options:
     """The options of one call that are fields of a config."""
 
-    def __init__(self, spellings: Mapping[str, Spelling], given: Mapping[str, Any]) -> None:
-        self._spellings, self._given = spellings, given
+    def __init__(self, spellings: Mapping[str, Spelling], given: Mapping[str, Any], typed: Collection[str]) -> None:
+        self._spellings, self._given, self._typed = spellings, given, typed
 
     def __getitem__(self, field: str) -> Any:
         """What was given for a field, not parsed yet."""
         return self._given[field]
+
+    def is_typed(self, field: str) -> bool:
+        """Whether the user gave it, and not the default."""
+        return field in self._typed
 
     def parse(self) -> dict[str, Any]:
         """The fields' values.
@@ -56,10 +64,13 @@ class Options:
         Raises:
             ConfigError: If a text is not what its option takes.
         """
-        values = {}
+        values: dict[str, Any] = {}
         for name, value in self._given.items():
-            parse = self._spellings[name].parse
-            values[name] = value if parse is None else parse(value)
+            spelling = self._spellings[name]
+            if spelling.is_open and name not in self._typed:
+                values[name] = None
+            else:
+                values[name] = value if spelling.parse is None else spelling.parse(value)
         return values
 
 
@@ -84,7 +95,7 @@ def takes_options(
     Raises:
         ValueError: If a field that is named does not exist.
     """
-    known = {field.name: field for field in fields(config)}
+    known = {field.name: field for field in fields(config) if field.init}
     if unknown := ({*(only or ()), *leave_out, *(spellings or {})} - set(known)):
         raise ValueError(f"{config.__name__} has no field {', '.join(sorted(unknown))}")
     hints, texts = get_type_hints(config), read_field_help(config)
@@ -96,12 +107,14 @@ def takes_options(
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-        parameters = [*(_as_parameter(name, one) for name, one in chosen.items()), *own]
+        context = inspect.Parameter(_CONTEXT, inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+        parameters = [context, *(_as_parameter(name, one) for name, one in chosen.items()), *own]
 
         @functools.wraps(command)
         def run(**arguments: Any) -> None:
             given = {name: arguments.pop(name) for name in chosen}
-            command(Options(chosen, given), **arguments)
+            context = arguments.pop(_CONTEXT)
+            command(Options(chosen, given, {name for name in chosen if is_typed(context, name)}), **arguments)
 
         run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
@@ -111,6 +124,12 @@ def takes_options(
         return run
 
     return decorate
+
+
+def is_typed(context: typer.Context, name: str) -> bool:
+    """Whether a parameter stands on the command line that is being run, and is not the default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _spell(field: Field[Any], hint: Any, text: str | None, spelling: Spelling) -> Spelling:
@@ -126,7 +145,8 @@ def _spell(field: Field[Any], hint: Any, text: str | None, spelling: Spelling) -
         hint, parse = str | None, functools.partial(parse_numbers, f"--{option}")
     if spelling.type is not _SAME:
         hint = spelling.type
-    return Spelling(option=option, type=_as_option_type(hint), default=default, parse=parse, help=spelling.help or text)
+    hint = _as_option_type(hint)
+    return replace(spelling, option=option, type=hint, default=default, parse=parse, help=spelling.help or text)
 
 
 def _as_parameter(name: str, spelling: Spelling) -> inspect.Parameter:

@@ -10,10 +10,12 @@ from typing import Annotated
 import typer
 
 from ..terminal import print_lines
+from ._options import is_typed
 from .front import Device, Json, run_command
 
 
 def evaluate(
+    context: typer.Context,
     run: Annotated[Path | None, typer.Option(help="The run. [the newest in runs/]")] = None,
     features: Annotated[Path | None, typer.Option(help="The store. [the run's own]")] = None,
     split: Annotated[str, typer.Option(help="Which videos.")] = "val",
@@ -49,7 +51,7 @@ def evaluate(
             figures = evaluate_run(
                 path,
                 features=features,
-                split=split,
+                split=split if is_typed(context, "split") else None,
                 num_clips=clips,
                 checkpoint=checkpoint,
                 is_backwards=backwards,

@@ -17,7 +17,11 @@ from .front import EXIT_ENVIRONMENT, EXIT_STRICT, LOADING, Json, Strict, run_com
 
 @takes_options(ExtractConfig, spellings=SPELLINGS)
 def extract(options: Options, strict: Strict = False, as_json: Json = False) -> None:
-    """Run the backbone once over all videos and write their tokens to a store; run again to continue."""
+    """Run the backbone once over all videos and write their tokens to a store; run again to continue.
+
+    A public data set's recipe (s4v datasets NAME) goes before the defaults of --frames, --sampling, --clips, --resize
+    and --views.
+    """
     with run_command("extract", as_json) as result:
         values = options.parse()
         values["root"], values["out"] = default_paths(values["dataset"], values["root"], values["out"])
@@ -26,7 +30,7 @@ def extract(options: Options, strict: Strict = False, as_json: Json = False) -> 
             config = ExtractConfig(**values)
             from ..extract.extraction import extract_dataset
 
-            summary = extract_dataset(config, report)
+            summary = extract_dataset(config, report, lambda line: say(f"s4v extract: {line}"))
         result.update(store=str(summary.store), videos=summary.videos, files=summary.files, failed=summary.failed)
         result.update(pending_reasons=summary.pending_reasons, changed=summary.changed)
         if not as_json:

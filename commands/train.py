@@ -8,13 +8,16 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..progress import show_progress
 from ..terminal import print_lines
 from ..train.config import TrainConfig
 from ._options import Options, Spelling, takes_options
 from .front import Json, run_command, say
+
+if TYPE_CHECKING:
+    from ..store.reader import StoreReader
 
 
 @takes_options(
@@ -36,7 +39,9 @@ def train(options: Options, as_json: Json = False) -> None:
         out = values["out"]
         from ..store.reader import open_store
 
-        open_store(values["features"])  # a wrong path is told before torch is imported, as checks of a network do
+        store = open_store(values["features"])  # a wrong path is told before torch is imported
+        if not options.is_typed("task"):
+            values["task"] = _choose_task(store, values["task"], is_told=is_first)
         config = TrainConfig(**{**values, "out": out or Path()})
         from ..train.allocator import keep_freed_memory
         from ..train.loop import default_run_path, train_run
@@ -71,3 +76,13 @@ def describe_outcome(summary: Mapping[str, Any], describe_shares: Callable[[Mapp
     shares = describe_shares(last)
     last_words = f"last {shares} (epoch {last['epoch']})" if shares else f"{last['epoch']} epochs"
     return f"best {describe_shares(best)} (epoch {best['epoch']}), {last_words} {videos}"
+
+
+def _choose_task(store: StoreReader, usual: str, *, is_told: bool) -> str:
+    """The task that a store was made for, where nobody names one; another one than usual is told."""
+    from ..train.tasks import choose_task
+
+    task = choose_task(store)
+    if task != usual and is_told:
+        say(f"s4v train: {store.path} is made for {task}: training for that (--task)")
+    return task

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from ..errors import ConfigError, EnvironmentFailedError
 from ..store.layout import DEFAULT_CODEC, PATCH_DTYPES, PatchDtype
 from ..store.records import VideoRecord
-from .datasets import Listing, check_options, find_reader, read_listing, resolve_protocol
+from .datasets import (
+    PLAIN_RECIPE,
+    ExtractionRecipe,
+    Listing,
+    check_options,
+    find_reader,
+    read_listing,
+    resolve_protocol,
+)
 from .decode.sampling import SAMPLINGS
 from .decode.views import RESIZES, VIEWS
 
-DEFAULT_FRAMES = {"train": 16, "": 8}
+RECIPE_FIELDS = ("frames", "sampling", "clips", "validation_clip", "resize", "views")
+"""Fields of a config that its data set's recipe fills in where nobody says otherwise."""
 ALLOWED_LOSS_SHARE = 0.02
 _MAX_TIMEOUT_S = 24 * 3600
 
@@ -49,10 +58,11 @@ class ExtractConfig:
 
     None takes all.
     """
-    frames: dict[str, int] = field(default_factory=lambda: dict(DEFAULT_FRAMES))
+    frames: dict[str, int] | None = None
     """Cached frames: 8, or by split; a bare number is for the rest.
 
-    The key "" is for splits that are not named.
+    The key "" is for splits that are not named. None, here and below, takes what the store that is there was begun
+    with; of a new one the data set's recipe.
     """
     with_classes: bool = True
     """For folder: an archive, whose folders are no classes; paths are ids.
@@ -64,16 +74,22 @@ class ExtractConfig:
 
     All rows of a video are about as long.
     """
-    sampling: str = "uniform"
+    sampling: str | None = None
     """Which frames: uniform, reference-k400, reference-sth, reference-retrieval."""
-    clips: dict[str, int] = field(default_factory=lambda: {"": 1})
+    clips: dict[str, int] | None = None
     """Evaluation clips, which share the frames; by split: test=4,1.
 
-    They share them evenly. The key "" is for splits that are not named.
+    They share them evenly. The key "" is for splits that are not named. Without `frames`, or the other way round, the
+    one that is not given is not the recipe's: they belong together.
     """
-    resize: str = "256"
+    validation_clip: tuple[str, ...] | None = None
+    """This split holds one clip more, which training validates on. Repeatable.
+
+    It shares the frames too. Without it training validates on an evaluation clip.
+    """
+    resize: str | None = None
     """256: short side 256, crop 224. 256x320: that size. 224: the backbone's own."""
-    views: dict[str, str] = field(default_factory=lambda: {"": "centre"})
+    views: dict[str, str] | None = None
     """centre, flip (with its mirror image), three; by split: test=three,centre.
 
     The key "" is for splits that are not named.
@@ -166,19 +182,23 @@ class ExtractConfig:
     """Add videos that are new, at the store's end."""
     overwrite: bool = False
     """Replace the store."""
+    recipe: ExtractionRecipe = field(init=False, repr=False, compare=False)
+    """What is cached of a row: what was given, and the rest as the data set has it."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "recipe", self._find_recipe())
         if self.codec != DEFAULT_CODEC:
             from ..store.codecs import CODECS  # a fifth of a second, for those who ask for another one
 
             if self.codec not in CODECS:
                 raise ConfigError(f"--codec takes {', '.join(CODECS)}; found {self.codec!r}")
-        _check_choice("--sampling", self.sampling, SAMPLINGS)
-        SAMPLINGS[self.sampling](1, 1, max(self.clips.values(), default=1))  # refuses clips that it does not have
-        _check_choice("--resize", self.resize, RESIZES)
-        for name in self.views.values():
+        recipe = self.recipe
+        _check_choice("--sampling", recipe.sampling, SAMPLINGS)
+        SAMPLINGS[recipe.sampling](1, 1, max(recipe.clips.values(), default=1))  # refuses clips that it does not have
+        _check_choice("--resize", recipe.resize, RESIZES)
+        for name in recipe.views.values():
             _check_choice("--views", name, VIEWS)
-        if not find_reader(self.dataset).may_be_mirrored and "flip" in self.views.values():
+        if not find_reader(self.dataset).may_be_mirrored and "flip" in recipe.views.values():
             raise ConfigError("--views flip would turn left into right, and these classes too: take three or centre")
         _check_choice("--dtype", self.dtype, PATCH_DTYPES)
         _check_choice("--decoder", self.decoder, ("auto", "decord", "pyav"))
@@ -264,29 +284,44 @@ class ExtractConfig:
         Raises:
             ConfigError: If `--frames` names other splits only.
         """
-        frames = self.frames.get(split, self.frames.get(""))
+        by_split = self.recipe.frames
+        frames = by_split.get(split, by_split.get(""))
         if frames is None:
             raise ConfigError(
-                f"--frames names {', '.join(sorted(self.frames))}, but there is a split {split!r}: add {split}=N"
+                f"--frames names {', '.join(sorted(by_split))}, but there is a split {split!r}: add {split}=N"
             )
-        clips = self.clips_of(split)
-        if frames % clips:
+        clips, validation = self.clips_of(split), self.validation_clips_of(split)
+        if frames % (clips + validation):
+            more = " and the one that training validates on (--validation-clip)" if validation else ""
             raise ConfigError(
-                f"the {frames} frames of split {split!r} (--frames) cannot be shared evenly by {clips} clips (--clips)"
+                f"the {frames} frames of split {split!r} (--frames) cannot be shared evenly by {clips} clips "
+                f"(--clips){more}"
             )
         return frames
 
     def clips_of(self, split: str) -> int:
         """Evaluation clips of a row of this split: of training rows all cached frames are one."""
-        return 1 if split == "train" else self.clips.get(split, self.clips.get("", 1))
+        return 1 if split == "train" else self.recipe.clips.get(split, self.recipe.clips.get("", 1))
+
+    def validation_clips_of(self, split: str) -> int:
+        """1 where a row of this split holds a clip of its own for training's validation, else 0."""
+        return int(split != "train" and split in self.recipe.validation_clip)
 
     def sampling_of(self, split: str) -> str:
         """Which frames of this split are cached: of training rows, from which clips are drawn, uniform ones."""
-        return "uniform" if split == "train" else self.sampling
+        return PLAIN_RECIPE.sampling if split == "train" else self.recipe.sampling
 
     def views_of(self, split: str) -> str:
         """The name of the views of a row of this split."""
-        return self.views.get(split, self.views.get("", "centre"))
+        return self.recipe.views.get(split, self.recipe.views.get("", "centre"))
+
+    def _find_recipe(self) -> ExtractionRecipe:
+        recipe = find_reader(self.dataset).recipe
+        if (self.frames, self.clips) != (None, None):
+            plain = {name: getattr(PLAIN_RECIPE, name) for name in ("frames", "clips", "validation_clip")}
+            recipe = replace(recipe, **plain)
+        given = {name: value for name in RECIPE_FIELDS if (value := getattr(self, name)) is not None}
+        return replace(recipe, **given)
 
 
 def _check_choice(option: str, value: str, choices: object) -> None:

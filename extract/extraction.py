@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pyarrow as pa
@@ -26,6 +26,7 @@ from .job import Job, set_up_job
 from .meter import Meter, ReportProgress, StageClock, write_stats
 from .pipeline.dask_cluster import Unfinished, run_on_workers
 from .pipeline.stages import Pipeline
+from .recipe import describe_recipe, settle_recipe
 from .repair import mend_store
 from .segments import list_rows_and_missing
 from .summary import ExtractSummary, refuse_damage, refuse_no_good_video, summarise_store
@@ -35,7 +36,9 @@ _MANY_SHARDS = 1000
 """From so many on, joining their results takes long enough to be told."""
 
 
-def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: None) -> ExtractSummary:
+def extract_dataset(
+    config: ExtractConfig, report: ReportProgress = lambda *_: None, say: Callable[[str], None] = lambda _: None
+) -> ExtractSummary:
     """Run the backbone once over a data set's videos and write the store.
 
     The same call on an unfinished store goes on with it; on a finished one it changes nothing.
@@ -43,6 +46,7 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
     Args:
         config: What to extract, and how.
         report: Told about progress.
+        say: Told in a line which recipe a new store takes, or that it goes on as it was begun.
 
     Returns:
         Counts and failures of the whole store, earlier runs included.
@@ -55,6 +59,9 @@ def extract_dataset(config: ExtractConfig, report: ReportProgress = lambda *_: N
     target = Target.find(config)
     if target.is_half_appended:
         target = target.finish_append()
+    if recipe := describe_recipe(config, target):
+        say(recipe)
+    config = settle_recipe(config, target)
     if not target.goes_on:
         refuse_existing(config.out, overwrite=config.overwrite)
     with DecoderPool(config.num_decoders) as pool:

@@ -17,8 +17,8 @@ from ..store.manifest import ClassList
 from ..store.reader import StoreReader
 from ..store.records import VideoRecord
 from ..store.spec import StoreSpec
-from .config import ALLOWED_LOSS_SHARE, DEFAULT_FRAMES, ExtractConfig
-from .datasets import Listing, resolve_protocol
+from .config import ALLOWED_LOSS_SHARE, ExtractConfig
+from .datasets import PLAIN_RECIPE, Listing, find_reader, resolve_protocol
 from .decode.pool import DecodedVideo, DecoderPool, decode_records
 from .decode.views import NUM_VIEWS
 from .meter import Meter, ReportProgress, StageClock
@@ -162,16 +162,14 @@ def set_up_job(
     records = listing.records
     num_frames = [config.frames_of(record.split) for record in records]
     num_views = [NUM_VIEWS[config.views_of(record.split)] for record in records]
-    splits = {"", *DEFAULT_FRAMES, *(record.split for record in records)}
-    for option, by_split in (("--frames", config.frames), ("--clips", config.clips), ("--views", config.views)):
-        if unused := sorted(set(by_split) - splits):
-            _log.warning("%s names %s: no video is in such a split", option, ", ".join(unused))
+    _warn_of_unused_splits(config, {record.split for record in records})
     with clock.stage("start"):
         backbone = _build_backbone(config)
         layout = plan_layout(config, backbone, len(records), max(num_frames), max(num_views))
         if target.reader is not None:
             layout = replace(layout, rows_per_shard=target.reader.layout.rows_per_shard)
-        attributes = _describe(config, backbone, ClassList.of(records).names, pool.library_versions())
+        recipe = config.recipe.name if target.reader is None else target.reader.facts.recipe
+        attributes = _describe(config, backbone, ClassList.of(records).names, pool.library_versions(), recipe)
     return Job(
         config=config,
         target=target,
@@ -201,7 +199,8 @@ def join_job(config: ExtractConfig, store: StoreReader, pool: DecoderPool, clock
     with clock.stage("start"):
         backbone = _build_backbone(config)
         layout = plan_layout(config, backbone, sizes.num_rows, sizes.num_frames, sizes.num_views)
-        attributes = _describe(config, backbone, store.classes.names, pool.library_versions())
+        versions = pool.library_versions()
+        attributes = _describe(config, backbone, store.classes.names, versions, store.facts.recipe)
     return Job(
         config=config,
         target=Target(config.out, store),
@@ -230,10 +229,30 @@ def _build_backbone(config: ExtractConfig) -> Backbone:
     return backbone
 
 
+def _warn_of_unused_splits(config: ExtractConfig, splits: set[str]) -> None:
+    """Tell of splits that options name and that no video is in; recipes may name them."""
+    known = {"", *splits, *PLAIN_RECIPE.frames, *find_reader(config.dataset).recipe.frames}
+    recipe = config.recipe
+    by_option = {
+        "--frames": recipe.frames,
+        "--clips": recipe.clips,
+        "--validation-clip": recipe.validation_clip,
+        "--views": recipe.views,
+    }
+    for option, named in by_option.items():
+        if unused := sorted(set(named) - known):
+            _log.warning("%s names %s: no video is in such a split", option, ", ".join(unused))
+
+
 def _describe(
-    config: ExtractConfig, backbone: Backbone, classes: Sequence[str], decoder_versions: dict[str, str]
+    config: ExtractConfig,
+    backbone: Backbone,
+    classes: Sequence[str],
+    decoder_versions: dict[str, str],
+    recipe_name: str | None,
 ) -> dict[str, Any]:
     """All that must agree for a resume."""
+    recipe = config.recipe
     info = backbone.info.describe()
     libraries = {name: version(name) for name in ("numpy", "torch", *backbone.packages)}
     return {
@@ -246,13 +265,15 @@ def _describe(
         "classes": {"names": list(classes), "sha256": hash_text("\n".join(classes))},
         # Only where it is so: stores from before there was a choice do not say.
         "backbone": {**info, "batch_size": config.batch_size, **({"compiled": True} if config.with_compile else {})},
-        "frames": dict(sorted(config.frames.items())),
+        "frames": dict(sorted(recipe.frames.items())),
         **({} if config.segment_s is None else {"segment_s": config.segment_s}),
         **({} if config.allow_loss == ALLOWED_LOSS_SHARE else {"allow_loss": config.allow_loss}),
-        **({} if set(config.clips.values()) == {1} else {"clips": dict(sorted(config.clips.items()))}),
-        **({} if set(config.views.values()) == {"centre"} else {"views": dict(sorted(config.views.items()))}),
-        "sampling": config.sampling,
-        "resize": config.resize,
+        **({} if set(recipe.clips.values()) == {1} else {"clips": dict(sorted(recipe.clips.items()))}),
+        **({"validation_clip": sorted(recipe.validation_clip)} if recipe.validation_clip else {}),
+        **({} if set(recipe.views.values()) == {"centre"} else {"views": dict(sorted(recipe.views.items()))}),
+        **({} if recipe_name is None else {"recipe": recipe_name}),
+        "sampling": recipe.sampling,
+        "resize": recipe.resize,
         "decoder": config.decoder,
         "seed": config.seed,
         "calibration_videos": config.calibration_videos,

@@ -22,6 +22,7 @@ from .config import ExtractConfig
 from .decode.pool import DecoderPool
 from .decode.views import NUM_VIEWS
 from .disk_space import free_bytes
+from .recipe import settle_recipe
 from .segments import list_rows
 from .store_layout import plan_layout
 from .target import Target
@@ -31,12 +32,27 @@ _READ_BYTES_PER_S = 500e6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SplitPlan:
+    """What one split adds to an extraction."""
+
+    videos: int
+    frames_per_video: int
+    """Cached, of one view."""
+    views: int
+    """Of each video."""
+    share: float
+    """Of all cached frames, and so of the bytes of all arrays."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """An extraction before it is paid for."""
 
     videos: int
     frames: int
     """Cached, of all videos and views."""
+    splits: dict[str, SplitPlan]
+    """By name: what each adds to that."""
     bytes_by_array: dict[str, int]
     free_bytes: int | None
     """Where the store would lie; None where that is not known."""
@@ -92,6 +108,15 @@ def plan_extraction(
     videos = sum(count for count, _ in frames_by_split.values())
     views = views_by_split or {}
     frames = sum(count * cached * views.get(split, 1) for split, (count, cached) in frames_by_split.items())
+    splits = {
+        split: SplitPlan(
+            videos=count,
+            frames_per_video=cached,
+            views=views.get(split, 1),
+            share=count * cached * views.get(split, 1) / max(1, frames),
+        )
+        for split, (count, cached) in frames_by_split.items()
+    }
     num_training, cached_in_training = frames_by_split.get(
         "train", (videos, max(c for _, c in frames_by_split.values()))
     )
@@ -110,6 +135,7 @@ def plan_extraction(
     return Plan(
         videos=videos,
         frames=frames,
+        splits=splits,
         bytes_by_array=sizes,
         free_bytes=None if folder is None else free_bytes(folder),
         frames_per_second=frames_per_second,
@@ -147,6 +173,7 @@ def plan_command(
     """
     if videos is not None and config.segment_s is not None:
         raise ConfigError("--segment needs the videos' lengths: name a --dataset, or count the segments in --videos")
+    config = settle_recipe(config, Target(config.out))
     records = [] if videos is not None else _read_rows(config)
     splits = {"train": videos} if videos is not None else Counter(record.split for record in records)
     backbone = build_backbone(
@@ -226,11 +253,19 @@ def render_plan(plan: Plan, epochs: int) -> list[str]:
     verdict = ": it does not fit" if plan.fits is False else ""
     return [
         f"{'videos':13} {plan.videos:,}, {plan.frames:,} cached frames",
+        *(_render_split(name, split) for name, split in sorted(plan.splits.items()) if len(plan.splits) > 1),
         *(f"  {name:11} {describe_bytes(size)}" for name, size in plan.bytes_by_array.items()),
         f"{'tokens':13} {describe_bytes(tokens)} of patches and class tokens{with_pixels}",
         f"{'in all':13} {describe_bytes(plan.total_bytes)}{free}{verdict}",
         *_render_time(plan, epochs),
     ]
+
+
+def _render_split(name: str, split: SplitPlan) -> str:
+    """Views beyond the first are for tests, but in training: their share is told apart."""
+    views = f" x {split.views} views" if split.views > 1 else ""
+    frames = f"{split.videos:,} x {split.frames_per_video} frames{views}"
+    return f"  {name:11} {frames}: {split.share:.1%} of the frames and bytes"
 
 
 def _render_time(plan: Plan, epochs: int) -> list[str]:

@@ -14,6 +14,7 @@ from ..files import write_atomic
 from ..store.info import render_reasons
 from .config import ExtractConfig
 from .decode.pool import DecoderPool, decode_records
+from .recipe import settle_recipe
 from .segments import list_rows_and_missing
 from .target import Target
 
@@ -60,9 +61,10 @@ def scan_dataset(
     """
     report("listing the videos", 0, 0)
     rows: list[dict[str, Any]] = []
+    target = Target(config.out)  # whatever store is there plays no part
+    config = settle_recipe(config, target)
     with DecoderPool(config.num_decoders) as pool:
-        # Whatever store is at `out` plays no part.
-        listing = list_rows_and_missing(config, Target(config.out), pool, report)
+        listing = list_rows_and_missing(config, target, pool, report)
         records = listing.records
         videos = decode_records(pool, records, config, crop_px=_CROP_PX, missing=listing.missing)
         for record, video in zip(records, videos, strict=True):

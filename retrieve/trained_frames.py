@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,13 @@ class TrainedFrames:
             self._scorer = Scorer.of_run(self.run, self.store, checkpoint=self._checkpoint, device=self._device)
         return self._scorer
 
+    @cached_property
+    def _centre_views(self) -> np.ndarray:
+        """(V,) which view of each row of the store is the centre."""
+        splits = self.store.input_columns()["split"].combine_chunks().dictionary_encode()
+        places = np.asarray([self.store.facts.centre_view(split) for split in splits.dictionary.to_pylist()])
+        return places[splits.indices.to_numpy()]
+
     @property
     def network(self) -> FrameNetwork:
         """What embeds frames."""
@@ -87,8 +95,9 @@ class TrainedFrames:
     def embed(self, rows: np.ndarray, clips: Sequence[Sequence[int]]) -> EmbeddedClips:
         """Embed good rows, each by one clip of its cached frames, thinned to what the network was trained with."""
         places = np.asarray([thin(clip, self.run.frames) for clip in clips])
-        ones = np.ones(len(rows), dtype=np.int64)
-        data = LabelledRows(rows, rows, places.max(axis=1) + 1, ones, [[list(clip)] for clip in clips])
+        ones, recorded = np.ones(len(rows), dtype=np.int64), [[list(clip)] for clip in clips]
+        centres = self._centre_views[rows]
+        data = LabelledRows(rows, rows, places.max(axis=1) + 1, ones, recorded, centre_views=centres)
         frames = embed_clips(self.scorer, data)
         return EmbeddedClips(frames, places)
 

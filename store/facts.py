@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from .attributes import Attributes
 from .layout import DEFAULT_CODEC, PatchDtype
+from .records import VIEW_NAMES
 
 RANDOM_WEIGHTS = "random"
 """How the weights of a backbone begin that was not trained: `random:SEED`."""
@@ -175,6 +176,37 @@ class StoreFacts:
     def resize(self) -> str:
         """How frames were resized before the crop, by the rule's name."""
         return self.attributes["resize"]
+
+    @property
+    def frames(self) -> dict[str, int]:
+        """Cached frames of a row, by split; the key "" is for splits that are not named."""
+        return dict(self.attributes["frames"])
+
+    @property
+    def clips(self) -> dict[str, int]:
+        """Evaluation clips of a row, by split."""
+        return dict(self.attributes.get("clips") or {"": 1})
+
+    @property
+    def validation_clip(self) -> tuple[str, ...]:
+        """Splits whose rows hold one clip more, for training's validation."""
+        return tuple(self.attributes.get("validation_clip") or ())
+
+    @property
+    def views(self) -> dict[str, str]:
+        """Names of the views of a row, by split."""
+        return dict(self.attributes.get("views") or {"": "centre"})
+
+    @property
+    def recipe(self) -> str | None:
+        """The data set whose recipe the extraction took; None where there was none, or none was recorded."""
+        return self.attributes.get("recipe")
+
+    def centre_view(self, split: str) -> int:
+        """Which view of a row of a split is the centre of the picture, as it is; 0 where none is named so."""
+        views = self.views
+        names = VIEW_NAMES.get(views.get(split, views.get("", "centre")), ())
+        return names.index("centre") if "centre" in names else 0
 
     @property
     def segment_s(self) -> float | None:

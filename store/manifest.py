@@ -60,9 +60,10 @@ RESULT_SCHEMA = pa.schema(
         ("source_bytes", pa.int64()),
         ("source_mtime_ns", pa.int64()),
         ("source_hash", pa.string()),
+        ("validation_clip", pa.list_(pa.int32())),
     ]
 )
-_LATER_COLUMNS = frozenset({"source_bytes", "source_mtime_ns", "source_hash"})
+_LATER_COLUMNS = frozenset({"source_bytes", "source_mtime_ns", "source_hash", "validation_clip"})
 """Result columns that stores from before do not have."""
 PART_SCHEMA = pa.schema([INPUT_SCHEMA.field("video_id"), *RESULT_SCHEMA])
 """Of a shard's results."""
@@ -211,7 +212,7 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
         table = pq.read_table(path, page_checksum_verification=True, **_columns_there(path, columns))
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise StoreDamagedError(f"{path} is missing or damaged: {error}. Extract the store anew.") from error
-    return _with_later_columns(table, columns)
+    return with_later_columns(table, columns)
 
 
 def _columns_there(path: Path, columns: list[str] | None) -> dict[str, list[str]]:
@@ -222,7 +223,7 @@ def _columns_there(path: Path, columns: list[str] | None) -> dict[str, list[str]
     return {"columns": [name for name in columns if name in there or name not in _LATER_COLUMNS]}
 
 
-def _with_later_columns(table: pa.Table, columns: list[str] | None) -> pa.Table:
+def with_later_columns(table: pa.Table, columns: list[str] | None = None) -> pa.Table:
     """A manifest or a part with null columns for what it is too old to have; other tables as they are."""
     if "status" not in table.column_names and columns is None:
         return table

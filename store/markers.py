@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from ..errors import StoreDamagedError
 from ..files import write_atomic, write_durable
-from .manifest import PART_SCHEMA, read_results, read_table, result_table
+from .manifest import PART_SCHEMA, read_results, read_table, result_table, with_later_columns
 from .names import is_known, open_file
 from .records import VideoResult
 
@@ -137,7 +137,7 @@ def read_marker(root: Path, shard: int, codec_sha256: str, *, parts: str = PARTS
     """
     path = marker_path(root, shard, parts=parts)
     try:
-        table = _read_stream(path) if path.suffix == _ARROW else read_table(path)
+        table = with_later_columns(_read_stream(path)) if path.suffix == _ARROW else read_table(path)
     except FileNotFoundError:
         return None
     metadata = table.schema.metadata or {}

@@ -49,6 +49,14 @@ class VideoRecord:
     """Kept in captions.parquet, many to one."""
 
 
+VIEW_NAMES: dict[str, tuple[str, ...]] = {
+    "centre": ("centre",),
+    "flip": ("centre", "mirrored centre"),
+    "three": ("left", "right", "centre"),
+}
+"""What each view of a row shows, in their order, by the name that `--views` takes."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class View:
     """How the pixels of a view were made: resize the frame, take a box of it, mirror it or not."""
@@ -87,6 +95,8 @@ class VideoResult:
     views: list[View] | None = None
     eval_clips: list[list[int]] | None = None
     """Places on the axis F that make up each evaluation clip."""
+    validation_clip: list[int] | None = None
+    """Places of the clip that training validates on, where it is none of those; null in most rows."""
     source_bytes: int | None = None
     """Size of the file that was decoded, or of all frames of a folder; null in rows from before sources were known."""
     source_mtime_ns: int | None = None

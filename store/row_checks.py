@@ -58,6 +58,7 @@ def check_rows(
         "num_cached_frames": (0, layout.num_frames),
         "num_views": (0, layout.num_views),
         "eval_clips": (0, layout.num_frames - 1),
+        "validation_clip": (0, layout.num_frames - 1),
     }
     for name, (least, most) in limits.items():
         if name in table.column_names:

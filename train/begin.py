@@ -16,7 +16,13 @@ from lightning_fabric.plugins.environments import TorchElasticEnvironment
 from ..errors import ConfigError
 from ..store.reader import StoreReader, open_store
 from .batches import StepShares, keep_recorded_batches, warn_of_other_step
-from .clips import find_clip_lengths, require_long_clips, resolve_clip_frames, warn_of_thinned_clips
+from .clips import (
+    find_clip_lengths,
+    require_long_clips,
+    resolve_clip_frames,
+    warn_of_short_splits,
+    warn_of_thinned_clips,
+)
 from .config import TrainConfig
 from .fabric import make_fabric, resolve_device
 from .heads import Head
@@ -63,10 +69,13 @@ def begin_heads(
     ]
     kind, task = find_network(configs[0].head), find_task(configs[0].task)(configs[0], store)
     shape = plan_network(configs[0], store, None if begun[0] is None else begun[0].shape)
+    if begun[0] is not None and begun[0].validates_every_clip:
+        task.validation = task.find_rows(store, configs[0].val_split)
     num_views = resolve_views(configs[0], task.training.num_views, num_processes)
     configs = [replace(config, views_per_video=num_views) for config in configs]
     config = configs[0]
     frames = _resolve_frames(config, store, task, is_told=is_auto and config.preset != "none")
+    warn_of_short_splits(store, frames, {config.train_split, config.val_split}, task.find_rows)
     assert config.batch_size is not None
     shares, available = StepShares.of_config(config, num_processes), len(task.training) * num_views
     warn_of_other_step(given, config, find_recipe(config, store), min(shares.clips, available))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute
 import torch
 
@@ -96,24 +97,41 @@ class LabelledRows:
     num_cached_frames: np.ndarray
     num_views: np.ndarray
     eval_clips: list[list[list[int]]]
+    centre_views: np.ndarray | None = None
+    """(n,) the view of each row that is the centre of the picture; None is the first."""
+    validation_clips: list[list[int] | None] | None = None
+    """The clip of each row that training validates on, where it is none of `eval_clips`."""
+    sampling: str = "uniform"
+    """How the clips were chosen."""
+    shows_centre_alone: bool = False
+    """Whether an evaluation looks at the centre view of a row, not at all of them."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, places: np.ndarray) -> LabelledRows:
-        """Some of them."""
-        return LabelledRows(
-            self.rows[places],
-            self.labels[places],
-            self.num_cached_frames[places],
-            self.num_views[places],
-            [self.eval_clips[place] for place in places],
+        """Some of them, in the order of their places."""
+        return replace(
+            self,
+            rows=self.rows[places],
+            labels=self.labels[places],
+            num_cached_frames=self.num_cached_frames[places],
+            num_views=self.num_views[places],
+            eval_clips=[self.eval_clips[place] for place in places],
+            centre_views=None if self.centre_views is None else self.centre_views[places],
+            validation_clips=self.validation_clips and [self.validation_clips[place] for place in places],
         )
+
+
+_ROW_COLUMNS = ["num_cached_frames", "num_views", "eval_clips", "validation_clip"]
+
+_FIRST_CLIP_ALONE = frozenset({"reference-k400"})
+"""Samplings whose first clip of several is the one that they make where they make one; of others the middle one is."""
 
 
 def find_labelled_rows(store: StoreReader, split: str) -> LabelledRows:
     """The rows of a split that decoded and have a label; none is no error here."""
-    table = store.read_manifest(["split", "status", "label", "num_cached_frames", "num_views", "eval_clips"])
+    table = store.read_manifest(["split", "status", "label", *_ROW_COLUMNS])
     wanted = pyarrow.compute.and_(
         pyarrow.compute.and_(
             pyarrow.compute.equal(table["split"], split), pyarrow.compute.equal(table["status"], "ok")
@@ -122,19 +140,12 @@ def find_labelled_rows(store: StoreReader, split: str) -> LabelledRows:
     )
     rows = np.flatnonzero(wanted.to_numpy())
     chosen = table.take(rows)
-    return LabelledRows(
-        rows,
-        chosen["label"].to_numpy().astype(np.int64),
-        chosen["num_cached_frames"].to_numpy().astype(np.int64),
-        chosen["num_views"].to_numpy().astype(np.int64),
-        chosen["eval_clips"].to_pylist(),
-    )
+    return _make_rows(rows, chosen["label"].to_numpy().astype(np.int64), chosen, store, split)
 
 
 def find_captioned_rows(store: StoreReader, split: str) -> LabelledRows:
     """The captions of a split's good rows, each with its row, in the order of the captions."""
-    columns = ["video_id", "split", "status", "num_cached_frames", "num_views", "eval_clips"]
-    table = store.read_manifest(columns)
+    table = store.read_manifest(["video_id", "split", "status", *_ROW_COLUMNS])
     is_wanted = pyarrow.compute.and_(
         pyarrow.compute.equal(table["split"], split), pyarrow.compute.equal(table["status"], "ok")
     ).to_numpy()
@@ -143,12 +154,19 @@ def find_captioned_rows(store: StoreReader, split: str) -> LabelledRows:
     rows = np.asarray(owners, dtype=np.int64)
     captions = np.flatnonzero(rows >= 0)
     rows = rows[captions]
+    return _make_rows(rows, captions, table.select(_ROW_COLUMNS).take(rows), store, split)
+
+
+def _make_rows(rows: np.ndarray, labels: np.ndarray, table: pa.Table, store: StoreReader, split: str) -> LabelledRows:
     return LabelledRows(
         rows,
-        captions,
-        table["num_cached_frames"].take(rows).to_numpy().astype(np.int64),
-        table["num_views"].take(rows).to_numpy().astype(np.int64),
-        table["eval_clips"].take(rows).to_pylist(),
+        labels,
+        table["num_cached_frames"].to_numpy().astype(np.int64),
+        table["num_views"].to_numpy().astype(np.int64),
+        table["eval_clips"].to_pylist(),
+        np.full(len(rows), store.facts.centre_view(split)),
+        table["validation_clip"].to_pylist(),
+        store.facts.sampling,
     )
 
 
@@ -183,6 +201,25 @@ def hold_out_rows(
     held = {order[place] for place in places}
     is_held = np.array([name in held for name in names])
     return data.take(np.flatnonzero(~is_held)), data.take(np.flatnonzero(is_held))
+
+
+def take_validation_clips(data: LabelledRows) -> LabelledRows:
+    """The same rows, each with the one clip that training validates on, of its centre view alone.
+
+    That is the clip which the store holds for it, else the evaluation clip nearest to what the rule makes one clip of.
+    """
+
+    def nearest(clips: list[list[int]]) -> list[int]:
+        return clips[0 if data.sampling in _FIRST_CLIP_ALONE else (len(clips) - 1) // 2]
+
+    held = data.validation_clips or [None] * len(data)
+    clips = [[own or nearest(clips)] for own, clips in zip(held, data.eval_clips, strict=True)]
+    return replace(data, eval_clips=clips, shows_centre_alone=True)
+
+
+def take_first_clips(data: LabelledRows) -> LabelledRows:
+    """The same rows, each with its first evaluation clip, of its centre view alone."""
+    return replace(data, eval_clips=[clips[:1] for clips in data.eval_clips], shows_centre_alone=True)
 
 
 def resolve_clip_frames(
@@ -261,7 +298,9 @@ def plan_training_epoch(
 def plan_evaluation(
     data: LabelledRows, *, num_frames: int, batch_size: int, num_clips: int | None = None
 ) -> tuple[list[ClipPlan], np.ndarray]:
-    """The batches of an evaluation, all views of each clip, and for each of them the place of its video in `data`.
+    """The batches of an evaluation, and for each clip the place of its video in `data`.
+
+    All views of a clip are looked at, unless the centre alone is shown.
 
     Args:
         data: Which videos.
@@ -278,7 +317,7 @@ def plan_evaluation(
             clips = [thin(clip, num_frames) for clip in data.eval_clips[video]]
         else:
             clips = spread_clips(int(count), num_frames, num_clips)
-        for view in range(data.num_views[video]):
+        for view in _views_of(data, video):
             owners += [video] * len(clips)
             views += [view] * len(clips)
             places += clips
@@ -286,6 +325,13 @@ def plan_evaluation(
     parts = [slice(first, first + batch_size) for first in range(0, len(owner), batch_size)]
     plans = [ClipPlan(data.rows[owner[p]], every_view[p], place[p], data.labels[owner[p]]) for p in parts]
     return plans, owner
+
+
+def _views_of(data: LabelledRows, video: int) -> Sequence[int]:
+    """The views of a row that an evaluation looks at."""
+    if not data.shows_centre_alone:
+        return range(data.num_views[video])
+    return (0 if data.centre_views is None else int(data.centre_views[video]),)
 
 
 def thin(clip: Sequence[int], num_frames: int) -> list[int]:
@@ -320,6 +366,27 @@ def require_long_clips(data: LabelledRows, num_frames: int, store: StoreReader, 
             f"--frames {fewest} in training (or --clips in evaluation, which spreads clips over all cached frames), or "
             f"extract clips of {num_frames} frames."
         )
+
+
+def warn_of_short_splits(
+    store: StoreReader, num_frames: int, known: Collection[str], find_rows: Callable[[StoreReader, str], LabelledRows]
+) -> None:
+    """Say before a training which splits its run cannot be evaluated on, for their recorded clips are shorter.
+
+    Args:
+        store: What it trains on.
+        num_frames: T.
+        known: Splits that were looked at already.
+        find_rows: What there is to evaluate in a split.
+    """
+    for split in sorted(set(store.read_manifest(["split"])["split"].to_pylist()) - set(known)):
+        fewest = int(find_clip_lengths(find_rows(store, split)).min(initial=num_frames))
+        if fewest < num_frames:
+            _log.warning(
+                "the run's clips have %d frames, evaluation clips of the split %s of %s as few as %d: it cannot be "
+                "evaluated there. Train with --frames %d, or extract clips of %d frames.",
+                *(num_frames, split, store.path, fewest, fewest, num_frames),
+            )
 
 
 def warn_of_thinned_clips(data: LabelledRows, num_frames: int, store: StoreReader, *, only_first: bool = False) -> None:

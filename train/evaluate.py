@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,19 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-from .run_folder import open_run
+from .run_folder import Run, open_run, open_store_of_run
 from .scorer import ALONE, Team
 from .tasks import find_task
 from .tasks.contract import EvaluationOptions
+
+_log = logging.getLogger(__name__)
 
 
 def evaluate_run(
     run_path: str | Path,
     *,
     features: str | Path | None = None,
-    split: str = "val",
+    split: str | None = None,
     num_clips: int | None = None,
     checkpoint: str = "best",
     is_backwards: bool = False,
@@ -34,7 +37,8 @@ def evaluate_run(
     Args:
         run_path: The run's folder.
         features: A store; None takes the one that the run was trained on.
-        split: Which videos.
+        split: Which videos; None takes `val` or, where it has nothing to evaluate, the first split of the store that
+            has and that the run was not trained on.
         num_clips: Clips of a video, of recognition; None takes those that the store recorded.
         checkpoint: `best` or `last`.
         is_backwards: Play every clip backwards; files are named eval_SPLIT_backwards and so on.
@@ -56,6 +60,7 @@ def evaluate_run(
         raise ConfigError(f"--clips must be at least 1; found {num_clips}")
     run = open_run(run_path)
     task = find_task(run.shape.task)
+    split = split or _choose_split(run, features)
     options = EvaluationOptions(
         features=features,
         split=split,
@@ -70,3 +75,18 @@ def evaluate_run(
     )
     task.check_evaluation(options)
     return task.evaluate_run(run, options)
+
+
+def _choose_split(run: Run, features: str | Path | None) -> str:
+    """The split that is evaluated where nobody names one; another one than usual is told."""
+    usual = EvaluationOptions().split
+    store, task = open_store_of_run(run, features), find_task(run.shape.task)
+    if len(task.find_rows(store, usual)):
+        return usual
+    splits = set(store.read_manifest(["split"])["split"].to_pylist()) - {run.config.get("train_split", "train"), usual}
+    # `test` before others: it is what papers report.
+    for split in sorted(splits, key=lambda split: (split != "test", split)):
+        if len(task.find_rows(store, split)):
+            _log.warning("%s has nothing to evaluate in split %s: evaluating %s (--split)", store.path, usual, split)
+            return split
+    return usual

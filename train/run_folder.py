@@ -64,6 +64,11 @@ class Run:
         """Whether it is a released checkpoint; one of retrieval has a text tower of its own."""
         return "imported_from" in self.config
 
+    @property
+    def validates_every_clip(self) -> bool:
+        """Whether it was begun when a validation looked at all clips and views of a video: it goes on like that."""
+        return "validation" not in self.config
+
 
 # How a training is run, not what it comes to.
 _INCIDENTAL = (
@@ -77,6 +82,7 @@ _INCIDENTAL = (
     "with_compile",
     "wandb",
     "device_type",
+    "validation",
 )
 
 
@@ -99,6 +105,7 @@ def plan_run(
         "frames": frames,
         "processes": num_processes,
         "device_type": device_type,
+        "validation": "one clip of the centre view",
         "training_rows": f"{len(rows)} of sha256 {hash_text(','.join(map(str, rows.tolist())))[:16]}",
     }
     return Run(config.out, resolved, shape, store.classes.names, describe_source(store))

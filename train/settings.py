@@ -137,7 +137,8 @@ def resolve_views(config: TrainConfig, num_views: np.ndarray, num_processes: int
 
 def find_preset(config: TrainConfig, store: StoreReader) -> str | None:
     """The preset that `auto` takes; None where the backbone, the data set or the layers are in no preset."""
-    dataset, beside = store.facts.dataset.name, describe_backbone(store)
+    # A data set may have been extracted by another one's recipe: it is trained by that one's, too.
+    dataset, beside = store.facts.recipe or store.facts.dataset.name, describe_backbone(store)
     layers = set(config.layers or store.layout.layers)
     for preset in find_network(config.head).presets:
         if (preset.task, preset.dataset) == (config.task, dataset) and preset.is_beside(*beside):

@@ -20,7 +20,7 @@ from . import folder, hmdb51, kinetics, lists, msrvtt, msvd, something, table, u
 from ._files import DatasetFiles, VideoTree, ending_of, is_video_name
 from ._names import check_text, compose, fold_split, is_inside
 from ._splits import settle_splits
-from .contract import DatasetFacts, DatasetReader, ReadOptions
+from .contract import PLAIN_RECIPE, DatasetFacts, DatasetReader, ExtractionRecipe, ReadOptions
 from .folder import read_folder
 from .lists import read_lists
 from .table import COLUMN_ROLES
@@ -28,15 +28,18 @@ from .table import COLUMN_ROLES
 __all__ = [
     "COLUMN_ROLES",
     "FACTS",
+    "PLAIN_RECIPE",
     "READERS",
     "DatasetFacts",
     "DatasetReader",
+    "ExtractionRecipe",
     "Listing",
     "ReadOptions",
     "check_dataset_name",
     "check_folder",
     "check_options",
     "default_paths",
+    "find_protocol",
     "find_reader",
     "frame_rate",
     "read_dataset",
@@ -153,6 +156,13 @@ def resolve_protocol(name: str, protocol: str | None) -> str | None:
         choices = f"takes {', '.join(known)} for {name}" if known else f"has no effect on --dataset {name}"
         raise ConfigError(f"--protocol {choices}; found {protocol!r}")
     return protocol
+
+
+def find_protocol(name: str, root: Path, annotations: Path | None = None) -> str | None:
+    """The protocol of a new store where nobody names one: the recipe's where its files are there, else the first."""
+    reader = find_reader(name)
+    found = reader.find_protocol(_locate(reader, root, annotations)) if reader.find_protocol is not None else None
+    return found or resolve_protocol(name, None)
 
 
 def frame_rate(name: str) -> float | None:

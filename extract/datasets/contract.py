@@ -13,6 +13,35 @@ from ._files import DatasetFiles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExtractionRecipe:
+    """Which frames and crops of a data set's videos are cached where nobody says otherwise; a new store is made so.
+
+    What goes by split has the key "" for splits that are not named.
+    """
+
+    name: str | None = None
+    """Of the data set that a paper has it for: training takes the presets of that one too. None is nobody's."""
+    told_as: str = "s4v's own"
+    """Whose it is, in a few words."""
+    frames: Mapping[str, int] = field(default_factory=lambda: {"train": 16, "": 8})
+    """Cached frames of a row."""
+    sampling: str = "uniform"
+    """A name in `SAMPLINGS`, for all rows but training's."""
+    clips: Mapping[str, int] = field(default_factory=lambda: {"": 1})
+    """Evaluation clips, which share the frames evenly."""
+    validation_clip: tuple[str, ...] = ()
+    """Splits whose rows hold one clip more, which shares the frames too: the one that training validates on."""
+    resize: str = "256"
+    """A name in `RESIZES`."""
+    views: Mapping[str, str] = field(default_factory=lambda: {"": "centre"})
+    """Names in `VIEWS`."""
+
+
+PLAIN_RECIPE = ExtractionRecipe()
+"""Of data sets that no paper has a recipe for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetFacts:
     """One public data set, before anyone looks at a disk; as JSON it is what `s4v datasets NAME` tells."""
 
@@ -31,6 +60,8 @@ class DatasetFacts:
     """Ways to divide the videos that papers report; the first is the default."""
     clip_settings: str = ""
     """How papers take clips of it."""
+    recipe: ExtractionRecipe = PLAIN_RECIPE
+    """What is cached of it where nobody says otherwise."""
     frame_fps: float | None = None
     """Rate of its frame folders, where it is distributed as JPEG files."""
 
@@ -64,6 +95,8 @@ class DatasetReader:
     """Of a public data set; None for a form of files, which needs a root."""
     read_folder: Callable[[DatasetFiles], list[VideoRecord]] | None = None
     """How videos of a public data set in folders by class are read without annotations; None takes the plain way."""
+    find_protocol: Callable[[DatasetFiles], str | None] | None = None
+    """The protocol of a recipe whose annotation files are there; None, or None of it, takes the first one."""
     may_be_mirrored: bool = True
     """Whether a mirror image still shows the video's class or captions: not where they tell left from right."""
     takes_annotations: bool = True
@@ -74,3 +107,8 @@ class DatasetReader:
     """Whether its folders may be no classes (`--no-classes`)."""
     names_files: bool = False
     """Whether its rows name files as they please: with any ending, and not all that lie below the root."""
+
+    @property
+    def recipe(self) -> ExtractionRecipe:
+        """What is cached of its videos where nobody says otherwise."""
+        return PLAIN_RECIPE if self.facts is None else self.facts.recipe

@@ -9,6 +9,7 @@ from ._files import DatasetFiles, name_of
 from ._names import check_name
 from ._rows import MalformedRows, read_lines
 from .contract import DatasetFacts, DatasetReader, ReadOptions
+from .kinetics import SMALL_RECIPE
 
 # 0: in neither part of this split.
 _SPLIT_OF_CODE = {"0": None, "1": "train", "2": "val"}
@@ -76,5 +77,6 @@ READER = DatasetReader(
         num_classes=51,
         protocols=("split1", "split2", "split3"),
         clip_settings=SMALL_CLIPS,
+        recipe=SMALL_RECIPE,
     ),
 )

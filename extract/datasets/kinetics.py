@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from ...store.records import VideoRecord
+from ._clips import make_test_recipe
 from ._files import DatasetFiles
 from ._names import SPLIT_NAMES, check_name, check_path, fold_split
 from ._rows import MalformedRows, cut_excel_hint, read_csv, read_text, shorten, sniff_csv, split_of_name
@@ -18,6 +19,18 @@ _COLUMNS = ("youtube_id", "time_start", "time_end")
 _YOUTUBE_ID_LENGTH = 11
 _COUNTS: dict[int, dict[str, dict[str, int]]] = {400: {"": {"train": 246_535, "val": 19_907}}, 600: {}, 700: {}}
 """Of classes: the official counts of rows, where they are sure."""
+
+
+KINETICS_RECIPE = make_test_recipe(
+    "k400",
+    "Side4Video's of Kinetics-400",
+    clips=4,
+    sampling="reference-k400",
+    resize="256",
+    holds_validation_clip=False,  # it is the first of the four
+)
+SMALL_RECIPE = replace(KINETICS_RECIPE, told_as="Side4Video's of Kinetics-400, which s4v takes here too")
+"""Of recognition data sets that Side4Video was not trained on: our choice."""
 
 
 def read_kinetics(files: DatasetFiles, options: ReadOptions) -> list[VideoRecord] | None:
@@ -144,6 +157,7 @@ def _make_reader(number: int) -> DatasetReader:
             counts=_COUNTS[number],
             num_classes=number,
             clip_settings="Side4Video: 8 or 16 frames, short side 256, test with 3 crops x 4 clips",
+            recipe=KINETICS_RECIPE if name == KINETICS_RECIPE.name else SMALL_RECIPE,
         ),
     )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...errors import DatasetError
 from ...store.records import VideoRecord
-from ._clips import RETRIEVAL_CLIPS
+from ._clips import RETRIEVAL_CLIPS, make_retrieval_recipe
 from ._files import DatasetFiles, name_of
 from ._names import SPLIT_NAMES, check_name, check_path, fold_split
 from ._rows import MalformedRows, read_csv, read_json, read_json_list, read_text, shorten, sniff_csv, text_of, texts_of
@@ -168,5 +168,6 @@ READER = DatasetReader(
         },
         protocols=("1k-A-9k", "1k-A-7k", "full"),
         clip_settings=RETRIEVAL_CLIPS,
+        recipe=make_retrieval_recipe("msrvtt"),
     ),
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import DatasetError
 from ...store.records import VideoRecord
-from ._clips import RETRIEVAL_CLIPS
+from ._clips import RETRIEVAL_CLIPS, make_retrieval_recipe
 from ._files import DatasetFiles
 from ._names import check_name, check_text
 from ._rows import MalformedRows, read_lines, shorten
@@ -146,5 +146,6 @@ READER = DatasetReader(
         annotation_folders=("msvd_data",),
         counts={"": {"train": 1200, "val": 100, "test": 670}},
         clip_settings=RETRIEVAL_CLIPS,
+        recipe=make_retrieval_recipe("msvd"),
     ),
 )

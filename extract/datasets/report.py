@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 _SHOWN_PATHS = 20
@@ -25,7 +25,39 @@ def render_facts(facts: Mapping[str, Any]) -> list[str]:
         lines.append(f"classes    {facts['num_classes']}")
     if facts["protocols"]:
         lines.append(f"protocols  {', '.join(facts['protocols'])} (--protocol; the first is the default)")
-    return [*lines, f"clips      {facts['clip_settings']}"]
+    return [*lines, f"clips      {facts['clip_settings']}", *_render_recipe(facts["recipe"])]
+
+
+def list_cached(recipe: Mapping[str, Any]) -> list[str]:
+    """What is cached of a row, split by split, and how its frames are chosen and resized.
+
+    Args:
+        recipe: Fields of an `ExtractionRecipe` by name.
+    """
+    frames, clips, views, held = (recipe[name] for name in ("frames", "clips", "views", "validation_clip"))
+    parts = []
+    for split in _list_splits(frames, clips, views, held):
+        count = frames.get(split, frames.get(""))
+        if count is None:
+            continue
+        own, more = (1, 0) if split == "train" else (clips.get(split, clips.get("", 1)), int(split in held))
+        told = f"{count} frames"
+        if own + more > 1:
+            told += f" ({own} clips of {count // (own + more)}{', one more for validation in training' * more})"
+        parts.append(f"{split or 'other splits'}: {told}, views {views.get(split, views.get('', 'centre'))}")
+    return [*parts, f"sampling {recipe['sampling']}, resize {recipe['resize']}"]
+
+
+def _list_splits(*named: Iterable[str]) -> list[str]:
+    """Names of splits in the order in which they are told: training first, what is not named last."""
+    splits = {split for names in named for split in names}
+    return sorted(splits, key=lambda split: (split == "", split != "train", split))
+
+
+def _render_recipe(recipe: Mapping[str, Any]) -> list[str]:
+    """What a new store caches where no option says otherwise."""
+    presets = f", trained by the presets of {recipe['name']}" if recipe["name"] else ""
+    return [f"recipe     {recipe['told_as']}{presets}", *(f"           {line}" for line in list_cached(recipe))]
 
 
 def render_check(check: Mapping[str, Any]) -> list[str]:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from ...errors import DatasetError
 from ...store.records import VideoRecord
+from ._clips import make_test_recipe
 from ._files import DatasetFiles
 from ._rows import MalformedRows, read_json, read_json_list, read_lines, shorten, split_of_name, text_of
-from .contract import DatasetFacts, DatasetReader, ReadOptions
+from .contract import DatasetFacts, DatasetReader, ExtractionRecipe, ReadOptions
 
 _Row = tuple[Path, int | str, str, str | None]
 """File, place in it, id, and the class where there is one."""
@@ -117,6 +118,18 @@ def _as_records(
 
 _CLIPS = "Side4Video: 8 or 16 frames, frames resized to 256 x 320, test with 3 crops x 2 clips"
 
+
+def _make_recipe(name: str) -> ExtractionRecipe:
+    return make_test_recipe(
+        name,
+        "Side4Video's of Something-Something",
+        clips=2,
+        sampling="reference-sth",
+        resize="256x320",
+        holds_validation_clip=True,  # it stands between the two
+    )
+
+
 V1_READER = DatasetReader(
     name="ssv1",
     read=read_something_v1,
@@ -132,6 +145,7 @@ V1_READER = DatasetReader(
         counts={"": {"train": 86_017, "val": 11_522, "test": 10_960}},
         num_classes=174,
         clip_settings=_CLIPS,
+        recipe=_make_recipe("ssv1"),
         frame_fps=12.0,
     ),
 )
@@ -151,5 +165,6 @@ V2_READER = DatasetReader(
         counts={"": {"train": 168_913, "val": 24_777, "test": 27_157}},
         num_classes=174,
         clip_settings=_CLIPS,
+        recipe=_make_recipe("ssv2"),
     ),
 )

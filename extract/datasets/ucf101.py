@@ -8,6 +8,7 @@ from ._files import DatasetFiles, name_of
 from ._names import check_path
 from ._rows import MalformedRows, read_lines
 from .contract import DatasetFacts, DatasetReader, ReadOptions
+from .kinetics import SMALL_RECIPE
 
 
 def read_ucf101(files: DatasetFiles, options: ReadOptions) -> list[VideoRecord] | None:
@@ -82,5 +83,6 @@ READER = DatasetReader(
         num_classes=101,
         protocols=("split1", "split2", "split3"),
         clip_settings=SMALL_CLIPS,
+        recipe=SMALL_RECIPE,
     ),
 )

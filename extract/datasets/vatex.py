@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...errors import DatasetError
 from ...store.records import VideoRecord
-from ._clips import RETRIEVAL_CLIPS
+from ._clips import RETRIEVAL_CLIPS, make_retrieval_recipe
 from ._files import DatasetFiles, split_clip_name
 from ._names import check_name
 from ._rows import MalformedRows, read_json, read_json_list, read_lines, shorten, text_of, texts_of
@@ -34,6 +34,12 @@ def read_vatex(files: DatasetFiles, options: ReadOptions) -> list[VideoRecord] |
     records = _read_lists(files, malformed) if options.protocol == "hgr" else _read_official(files, malformed)
     malformed.refuse()
     return records
+
+
+def _find_protocol(files: DatasetFiles) -> str | None:
+    """Side4Video's, where its lists lie."""
+    has_lists = files.list_annotations("vatex_data.json") and files.list_annotations(*_LISTS.values())
+    return "hgr" if has_lists else None
 
 
 def _read_official(files: DatasetFiles, malformed: MalformedRows) -> list[VideoRecord]:
@@ -83,6 +89,7 @@ def _as_record(files: DatasetFiles, clip: str, split: str, captions: tuple[str, 
 READER = DatasetReader(
     name="vatex",
     read=read_vatex,
+    find_protocol=_find_protocol,
     facts=DatasetFacts(
         name="vatex",
         title="VATEX",
@@ -96,5 +103,6 @@ READER = DatasetReader(
         counts={"official": {"train": 25_991, "val": 3000, "test": 6000}},
         protocols=("official", "hgr"),
         clip_settings=RETRIEVAL_CLIPS,
+        recipe=make_retrieval_recipe("vatex"),
     ),
 )

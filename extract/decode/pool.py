@@ -47,6 +47,8 @@ class DecodeRequest:
     crop_px: int
     num_clips: int = 1
     """Which share the frames evenly."""
+    holds_validation_clip: bool = False
+    """Whether one clip more shares them."""
     views: str = "centre"
     start_s: float | None = None
     end_s: float | None = None
@@ -67,7 +69,8 @@ class DecodeRequest:
             num_frames=config.frames_of(split) if num_frames is None else num_frames,
             sampling="uniform" if is_sample else config.sampling_of(split),
             num_clips=1 if is_sample else config.clips_of(split),
-            resize=config.resize,
+            holds_validation_clip=not is_sample and bool(config.validation_clips_of(split)),
+            resize=config.recipe.resize,
             crop_px=crop_px,
             views="centre" if is_sample else config.views_of(split),
             start_s=record.start_s,

@@ -40,10 +40,14 @@ def _sample_uniform_clips(num_frames: int, num_steps: int, num_clips: int) -> li
 
 
 def _sample_k400_clips(num_frames: int, num_steps: int, num_clips: int) -> list[list[int]]:
-    """Kinetics in the reference: one clip is its validation, several its test, their starts spread over a step."""
+    """Kinetics in the reference: one clip is its validation, several its test, their starts spread over a step.
+
+    Of a video with fewer frames than a clip wants, all starts but the first are -1: NumPy rounds them down. What is
+    added to them is cut towards zero.
+    """
     tick = num_frames / num_steps
-    starts = [int(start) for start in np.linspace(0, tick - 1, num_clips)]
-    return [[math.floor(start + tick * step) % num_frames for step in range(num_steps)] for start in starts]
+    starts = np.linspace(0, tick - 1, num_clips, dtype=int).tolist()
+    return [[int(start + tick * step) % num_frames for step in range(num_steps)] for start in starts]
 
 
 def _sample_something_clips(num_frames: int, num_steps: int, num_clips: int) -> list[list[int]]:
@@ -60,6 +64,22 @@ def _sample_retrieval_clips(num_frames: int, num_steps: int, num_clips: int) -> 
     tick = num_frames / num_steps
     is_long = num_frames > num_steps
     return [[math.floor(tick / 2 + tick * step) if is_long else 0 for step in range(num_steps)]]
+
+
+def sample_clips(
+    name: str, num_frames: int, num_steps: int, num_clips: int, *, holds_validation_clip: bool = False
+) -> list[list[int]]:
+    """The frames of each evaluation clip, and behind them those of the clip that training validates on, if it is held.
+
+    Args:
+        name: In `SAMPLINGS`.
+        num_frames: Of the video.
+        num_steps: Frames of a clip.
+        num_clips: Evaluation clips.
+        holds_validation_clip: Whether there is one clip more: what the rule makes one clip of.
+    """
+    sample = SAMPLINGS[name]
+    return sample(num_frames, num_steps, num_clips) + sample(num_frames, num_steps, 1) * holds_validation_clip
 
 
 SAMPLINGS: dict[str, Callable[[int, int, int], list[list[int]]]] = {

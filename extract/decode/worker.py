@@ -23,7 +23,7 @@ import av
 import numpy as np
 
 from ...store.records import View
-from .sampling import SAMPLINGS
+from .sampling import sample_clips
 from .source import Fingerprint, SourceFacts, read_source, take_fingerprint
 from .trouble import MEMORY_LIMIT, DecodeTrouble, as_failure, unexpected_failure, verdict_of
 from .video_file import ALLOWED_LOSS_SHARE, DecodeFailure, Timeline, VideoFile, decord
@@ -93,8 +93,8 @@ def decode(
     """Decode, resize and crop the wanted frames of one video.
 
     Args:
-        request: path, num_frames (0 asks for the video's length alone), sampling, num_clips, start_s, end_s, resize,
-            crop_px, views, decoder; allow_loss; frame_fps for folders of pictures.
+        request: path, num_frames (0 asks for the video's length alone), sampling, num_clips, holds_validation_clip,
+            start_s, end_s, resize, crop_px, views, decoder; allow_loss; frame_fps for folders of pictures.
         announce: Called with the CPU seconds that the video's length is worth, as soon as it is known.
         last_video: What the request before this one has left open.
         tell_source: Called with the source's facts before anything is decoded, unless the length alone is asked for.
@@ -183,16 +183,17 @@ def _decode_open(
         "frame_indices": frame_indices,
         "timestamps_s": [float(timeline.times_s[index]) for index in frame_indices],
         "views": [asdict(view) for view in renderer.views],
-        "eval_clips": _find_clips(decoded.frame_indices, request.get("num_clips", 1)),
+        **_find_clips(decoded.frame_indices, request.get("num_clips", 1), request.get("holds_validation_clip", False)),
     }
     return facts, pixels[:, :, None]
 
 
-def _find_clips(indices: Sequence[int], num_clips: int) -> list[list[int]]:
+def _find_clips(indices: Sequence[int], num_clips: int, holds_validation_clip: bool) -> dict[str, Any]:
     """Where the frames of each clip stand: from clip after clip to places in the order of time."""
     places = np.empty(len(indices), dtype=int)
     places[np.argsort(indices, kind="stable")] = np.arange(len(indices))
-    return places.reshape(num_clips, -1).tolist()
+    clips = places.reshape(num_clips + holds_validation_clip, -1).tolist()
+    return {"eval_clips": clips[:num_clips], "validation_clip": clips[num_clips] if holds_validation_clip else None}
 
 
 def _choose_frames(times_s: np.ndarray, timeline: Timeline, request: dict[str, Any]) -> list[int]:
@@ -211,7 +212,11 @@ def _choose_frames(times_s: np.ndarray, timeline: Timeline, request: dict[str, A
         what = "no frame" if start_s is None and end_s is None else f"no frame from {start_s} s to {end_s} s"
         raise DecodeFailure("no-frames", f"{what} among {len(times_s)}")
     num_clips = request.get("num_clips", 1)
-    clips = SAMPLINGS[request["sampling"]](last - first, request["num_frames"] // num_clips, num_clips)
+    holds_validation_clip = request.get("holds_validation_clip", False)
+    num_steps = request["num_frames"] // (num_clips + holds_validation_clip)
+    clips = sample_clips(
+        request["sampling"], last - first, num_steps, num_clips, holds_validation_clip=holds_validation_clip
+    )
     return [first + index for clip in clips for index in clip]
 
 

@@ -1,9 +1,17 @@
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from s4v.errors import ConfigError
-from s4v.extract.decode.sampling import SAMPLINGS, parse_clips, parse_frames, parse_views, sample_uniform
+from s4v.extract.decode.sampling import (
+    SAMPLINGS,
+    parse_clips,
+    parse_frames,
+    parse_views,
+    sample_clips,
+    sample_uniform,
+)
 
 
 @given(num_frames=st.integers(1, 10_000), num_steps=st.integers(1, 200))
@@ -105,3 +113,45 @@ def test_clips_and_views_are_read_by_split():
 def test_malformed_frames_option_is_refused(text):
     with pytest.raises(ConfigError, match="--frames takes a number"):
         parse_frames(text)
+
+
+def sample_as_the_reference(name, num_frames, num_steps, num_clips):
+    """Its validation (of one clip) and test indices, as its own NumPy expressions give them."""
+    tick, step = num_frames / num_steps, float(num_frames - 1) / num_steps
+    if name == "reference-k400":
+        starts = np.linspace(0, tick - 1, num=num_clips, dtype=int).tolist() if num_clips > 1 else [0]
+        return [[int(start + tick * x) % num_frames for x in range(num_steps)] for start in starts]
+    if name == "reference-sth":
+        return [
+            [int(np.round(step * i)) + int(step / (num_clips + 1) * (clip + 1)) for i in range(num_steps)]
+            for clip in range(num_clips)
+        ]
+    return [[int(tick / 2 + tick * x) for x in range(num_steps)] if num_frames > num_steps else [0] * num_steps]
+
+
+@pytest.mark.parametrize("num_steps", [4, 8, 12, 16])
+@pytest.mark.parametrize(
+    ("name", "num_clips"),
+    [
+        *((name, clips) for name in ("reference-k400", "reference-sth") for clips in (1, 2, 3, 4, 10)),
+        ("reference-retrieval", 1),
+    ],
+)
+def test_every_clip_is_the_references(name, num_steps, num_clips):
+    """Of videos shorter than a clip, too."""
+    for num_frames in (*range(1, 4 * num_steps + 2), 99, 250, 300, 1001):
+        expected = sample_as_the_reference(name, num_frames, num_steps, num_clips)
+        assert SAMPLINGS[name](num_frames, num_steps, num_clips) == expected, num_frames
+
+
+def test_starts_of_short_videos_are_rounded_down():
+    """Three frames for a clip of four: NumPy makes -1 of a start of -0.08, and what is added is cut towards zero."""
+    assert SAMPLINGS["reference-k400"](3, 4, 4) == [[0, 0, 1, 2], *([[2, 0, 0, 1]] * 3)]
+
+
+def test_one_clip_more_is_what_the_rule_makes_one_clip_of():
+    for name in ("uniform", "reference-k400", "reference-sth"):
+        clips = sample_clips(name, 45, 8, 2, holds_validation_clip=True)
+        assert clips == [*SAMPLINGS[name](45, 8, 2), *SAMPLINGS[name](45, 8, 1)]
+        assert sample_clips(name, 45, 8, 2) == clips[:2]
+    assert SAMPLINGS["reference-k400"](45, 8, 4)[0] == SAMPLINGS["reference-k400"](45, 8, 1)[0]

@@ -16,7 +16,14 @@ import torch
 
 from ...errors import ConfigError, StoreMismatchError
 from ...store.reader import StoreReader
-from ..clips import ClipBatch, ClipPlan, LabelledRows, hold_out_rows, plan_training_epoch
+from ..clips import (
+    ClipBatch,
+    ClipPlan,
+    LabelledRows,
+    find_labelled_rows,
+    hold_out_rows,
+    plan_training_epoch,
+)
 from ..networks.contract import Network, Outputs
 from ..paired import Answers
 from ..recipe import Optimisation, Recipe
@@ -82,10 +89,21 @@ class Task(ABC):
     """By option: what runs did that are older than it."""
     training: LabelledRows
     validation: LabelledRows
+    """Each with the clips and views that a validation looks at, which may be fewer than an evaluation's."""
 
     def __init__(self, config: TrainConfig, store: StoreReader) -> None:
         self._config = config
         self._store = store
+
+    @classmethod
+    def fits(cls, store: StoreReader) -> bool:
+        """Whether a store looks as if it were made for this task: then it is taken where nobody names one."""
+        return False
+
+    @classmethod
+    def find_rows(cls, store: StoreReader, split: str) -> LabelledRows:
+        """The rows of a split that a run of this task can be evaluated on, with all their clips; none is no error."""
+        return find_labelled_rows(store, split)
 
     @classmethod
     @abstractmethod
@@ -135,18 +153,15 @@ class Task(ABC):
             num_ranks=num_ranks,
         )
 
-    def find_rows(
-        self, find: Callable[[StoreReader, str], LabelledRows], *, by_class: bool
-    ) -> tuple[LabelledRows, LabelledRows]:
+    def divide_rows(self, *, by_class: bool) -> tuple[LabelledRows, LabelledRows]:
         """Those to train on and those to validate on: two splits, or two parts of the training split.
 
         Args:
-            find: The rows of a split.
             by_class: Whether every class gives its share of what is held out.
         """
-        config, training = self._config, find(self._store, self._config.train_split)
+        config, training = self._config, self.find_rows(self._store, self._config.train_split)
         if config.hold_out is None or not len(training):
-            return training, find(self._store, config.val_split)
+            return training, self.find_rows(self._store, config.val_split)
         return hold_out_rows(training, self._store, config.hold_out, seed=config.seed_of_order, by_class=by_class)
 
     def begin(self, network: Network) -> None:

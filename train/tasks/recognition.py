@@ -25,6 +25,7 @@ from ..clips import (
     plan_evaluation,
     require_long_clips,
     resolve_clip_frames,
+    take_validation_clips,
     warn_of_thinned_clips,
 )
 from ..networks.contract import Network, Outputs
@@ -53,13 +54,19 @@ class Recognition(Task):
 
     def __init__(self, config: TrainConfig, store: StoreReader) -> None:
         super().__init__(config, store)
-        self.training, self.validation = self.find_rows(find_labelled_rows, by_class=True)
+        self.training, validation = self.divide_rows(by_class=True)
+        self.validation = take_validation_clips(validation)
         require_rows(store, self.training, config, labels="labels", kind="labelled")
         if len(set(self.training.labels.tolist())) < 2:
             raise StoreMismatchError(
                 f"the good training videos of {store.path} are all of one class: a classifier needs two or more"
             )
         _warn_of_unseen_classes(store, self.training, self.validation)
+
+    @classmethod
+    def fits(cls, store: StoreReader) -> bool:
+        """It has classes."""
+        return bool(store.classes.names)
 
     @classmethod
     def find_recipe(cls, backbone_width: int) -> Recipe:

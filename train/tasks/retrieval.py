@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -26,6 +26,7 @@ from ..clips import (
     plan_evaluation,
     require_long_clips,
     resolve_clip_frames,
+    take_first_clips,
     warn_of_thinned_clips,
 )
 from ..networks.contract import FrameNetwork, Outputs
@@ -108,7 +109,7 @@ class Retrieval(Task):
 
     def __init__(self, config: TrainConfig, store: StoreReader) -> None:
         super().__init__(config, store)
-        self.training, self.validation = self.find_rows(find_captioned_rows, by_class=False)
+        self.training, self.validation = self.divide_rows(by_class=False)
         require_rows(store, self.training, config, labels="captions", kind="captioned")
         if len(set(self.training.rows.tolist())) < 2:
             raise StoreMismatchError(
@@ -124,6 +125,16 @@ class Retrieval(Task):
         self._logit_scale = torch.tensor(float(store.head["logit_scale"]))
         self._bank: TextBatch | None = None
         self._bank_identities = self._identities[self.training.labels]
+
+    @classmethod
+    def fits(cls, store: StoreReader) -> bool:
+        """It has captions."""
+        return len(store.read_captions()) > 0
+
+    @classmethod
+    def find_rows(cls, store: StoreReader, split: str) -> LabelledRows:
+        """Each captioned row once for each of its captions."""
+        return find_captioned_rows(store, split)
 
     @classmethod
     def find_recipe(cls, backbone_width: int) -> Recipe:
@@ -300,7 +311,7 @@ class Retrieval(Task):
 
 
 def embed_clips(scorer: Scorer, data: LabelledRows) -> np.ndarray:
-    """Embed the first evaluation clip of each video, its first view.
+    """Embed the first evaluation clip of each video, its centre view.
 
     Args:
         scorer: With a network that embeds frames.
@@ -322,14 +333,15 @@ def embed_clips(scorer: Scorer, data: LabelledRows) -> np.ndarray:
 
 def read_frozen_clips(store: StoreReader, data: LabelledRows, num_frames: int) -> np.ndarray:
     """What `embed_clips` gives for a network that was never trained: the backbone's own embeddings, (n, T, E)."""
-    places = np.concatenate([plan.places for plan in _plan_first_clips(data, num_frames, max(1, len(data)))])
+    (plan,) = _plan_first_clips(data, num_frames, max(1, len(data)))
     frames = np.empty((len(data), num_frames, store.layout.embed_dim), dtype=np.float32)
     for shard in range(store.layout.num_shards):
         span = store.layout.shard_rows(shard)
         chosen = np.flatnonzero((data.rows >= span.start) & (data.rows < span.stop))
         if len(chosen):
-            embeddings = store.read_embeddings(span)[:, 0]  # (rows, F, E)
-            frames[chosen] = embeddings[data.rows[chosen, None] - span.start, places[chosen]]
+            embeddings = store.read_embeddings(span)  # (rows, A, F, E)
+            rows, views = data.rows[chosen, None] - span.start, plan.views[chosen, None]
+            frames[chosen] = embeddings[rows, views, plan.places[chosen]]
     return frames
 
 
@@ -397,22 +409,14 @@ def evaluate_frozen_retrieval(
 
 
 def _plan_first_clips(data: LabelledRows, num_frames: int, batch_size: int) -> list[ClipPlan]:
-    first = replace(data, num_views=np.ones_like(data.num_views), eval_clips=[clips[:1] for clips in data.eval_clips])
-    plans, _ = plan_evaluation(first, num_frames=num_frames, batch_size=batch_size)
+    plans, _ = plan_evaluation(take_first_clips(data), num_frames=num_frames, batch_size=batch_size)
     return plans
 
 
 def _unique_videos(data: LabelledRows) -> tuple[LabelledRows, np.ndarray]:
     """Each video once, and the place of each caption's video among them."""
-    rows, first, video_of_text = np.unique(data.rows, return_index=True, return_inverse=True)
-    videos = LabelledRows(
-        rows,
-        data.labels[first],
-        data.num_cached_frames[first],
-        data.num_views[first],
-        [data.eval_clips[place] for place in first],
-    )
-    return videos, video_of_text
+    _, first, video_of_text = np.unique(data.rows, return_index=True, return_inverse=True)
+    return data.take(first), video_of_text
 
 
 def _count_captions(store: StoreReader, split: str) -> int:
