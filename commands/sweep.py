@@ -56,7 +56,11 @@ def sweep(
         numbers = _parse_numbers("--seeds", seeds, int)
         from ..store.reader import open_store
 
-        open_store(values["features"])
+        store = open_store(values["features"])
+        if not options.is_typed("task"):
+            from ..train.tasks import choose_task
+
+            values["task"] = choose_task(store)
         base = TrainConfig(**{**values, "out": values["out"] or Path()})
         from ..train.allocator import keep_freed_memory
         from ..train.sweep import render_sweep, sweep_heads, train_winner

@@ -52,7 +52,7 @@ def fit_by_lbfgs(x, labels, num_classes, penalty):
         return loss
 
     optimizer.step(measure)
-    return float(measure())
+    return float(measure().detach())
 
 
 def test_a_trained_probes_objective_is_within_a_hundredth_of_lbfgs(int8_store, tmp_path):

@@ -1,0 +1,155 @@
+"""How a training begins: what its options come to, its networks, and its runs' folders."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import TorchElasticEnvironment
+
+from ..errors import ConfigError
+from ..store.reader import StoreReader, open_store
+from .batches import StepShares, keep_recorded_batches, warn_of_other_step
+from .clips import (
+    find_clip_lengths,
+    require_long_clips,
+    resolve_clip_frames,
+    warn_of_short_splits,
+    warn_of_thinned_clips,
+)
+from .config import TrainConfig
+from .fabric import make_fabric, resolve_device
+from .logs import require_wandb
+from .networks import find_network
+from .networks.contract import Network, NetworkKind, NetworkShape
+from .networks.norms import has_norms
+from .run_folder import (
+    CONFIG_NAME,
+    Run,
+    begin_with,
+    create_run,
+    open_run,
+    plan_run,
+    refuse_existing_run,
+    require_same_run,
+)
+from .settings import find_recipe, plan_network, resolve_preset, resolve_views, take_recorded
+from .stack import Head
+from .tasks import find_task
+from .tasks.contract import Task
+
+_log = logging.getLogger(__name__)
+
+
+def begin_heads(
+    configs: Sequence[TrainConfig], state_path: Path, say: Callable[[str], None]
+) -> tuple[list[Head], StoreReader, Task, Fabric]:
+    """Resolve what the options leave open, build all networks, and make their runs' folders."""
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    can_resume = [config.resume and (config.out / CONFIG_NAME).is_file() for config in configs]
+    for config, can in zip(configs, can_resume, strict=True):
+        if is_first and not can:
+            refuse_existing_run(config.out)
+    require_wandb(configs[0])
+    num_processes = int(os.environ["WORLD_SIZE"]) if TorchElasticEnvironment.detect() else 1
+    device_type, precision = resolve_device(configs[0])
+    store = open_store(configs[0].features)
+    is_auto = configs[0].preset == "auto"
+    given = configs[0]
+    begun = [open_run(config.out) if can else None for config, can in zip(configs, can_resume, strict=True)]
+    configs = [
+        _resolve(replace(config, precision=precision), store, num_processes, run)  # type: ignore[arg-type]
+        for config, run in zip(configs, begun, strict=True)
+    ]
+    kind, task = find_network(configs[0].head), find_task(configs[0].task)(configs[0], store)
+    shape = plan_network(configs[0], store, None if begun[0] is None else begun[0].shape)
+    if begun[0] is not None and begun[0].validates_every_clip:
+        task.validation = task.find_rows(store, configs[0].val_split)
+    num_views = resolve_views(configs[0], task.training.num_views, num_processes)
+    configs = [replace(config, views_per_video=num_views) for config in configs]
+    config = configs[0]
+    frames = _resolve_frames(config, store, task, is_told=is_auto and config.preset != "none")
+    warn_of_short_splits(store, frames, {config.train_split, config.val_split}, task.find_rows)
+    assert config.batch_size is not None
+    shares, available = StepShares.of_config(config, num_processes), len(task.training) * num_views
+    warn_of_other_step(given, config, find_recipe(config, store), min(shares.clips, available))
+    _warn_of_no_validation(store, task, config)
+    task.check_step(config.batch_size * num_processes)
+    kind.check_step(min(config.batch_size, len(task.training) // num_processes) * num_processes)
+    # Before anything is written: it may not fit.
+    is_begun = all(can_resume) and state_path.is_file()
+    networks = [_build(config, kind, shape, store, task, is_begun=is_begun) for config in configs]
+    if given.norm_clips is not None and not has_norms(networks[0]):
+        raise ConfigError(f"--norm-clips has no effect on --head {config.head}, which has no batch norm: leave it out")
+    say(shares.describe(available, has_norms=has_norms(networks[0])))
+    fabric = make_fabric(config, device_type)
+    runs = [
+        plan_run(config, frames, shape, store, task.training.rows, num_processes=num_processes, device_type=device_type)
+        for config in configs
+    ]
+    fabric.barrier()  # no process looks at what the first one is about to write
+    if fabric.is_global_zero:
+        for config, run, can in zip(configs, runs, can_resume, strict=True):
+            require_same_run(run, config, task.of_old_runs) if can else create_run(run)
+    fabric.barrier()
+    heads = [Head(*parts) for parts in zip(configs, runs, networks, strict=True)]
+    return heads, store, task, fabric
+
+
+def _resolve(config: TrainConfig, store: StoreReader, num_processes: int, begun: Run | None) -> TrainConfig:
+    """What the options come to; of a run that goes on, what is left open is what it began with."""
+    if begun is None:
+        return resolve_preset(config, store, num_processes=num_processes)
+    shares = keep_recorded_batches(config, begun.config, num_processes)
+    config = replace(take_recorded(config, begun), batch_size=shares.batch_size, norm_clips=None)
+    resolved = resolve_preset(config, store, num_processes=num_processes)
+    return replace(resolved, norm_clips=shares.norm_clips)
+
+
+def _warn_of_no_validation(store: StoreReader, task: Task, config: TrainConfig) -> None:
+    if not len(task.validation):
+        _log.warning(
+            "%s has no good video with what this task is measured by in split %r: no epoch is measured, and the last "
+            "one counts as the best. Name another split with --val-split, or extract one.",
+            store.path,
+            config.val_split,
+        )
+
+
+def _build(
+    config: TrainConfig, kind: NetworkKind, shape: NetworkShape, store: StoreReader, task: Task, *, is_begun: bool
+) -> Network:
+    """A network as its training begins; the weights of one that has a state come from there."""
+    torch.manual_seed(config.seed)
+    network = kind.build(shape)
+    if config.init is not None and not is_begun:
+        begin_with(config.init, network)
+    network.prepare(store)
+    task.begin(network)
+    return network
+
+
+def _resolve_frames(config: TrainConfig, store: StoreReader, task: Task, *, is_told: bool) -> int:
+    """T, which neither training rows nor evaluation clips may fall short of; whether fewer than usual are told."""
+    held = np.concatenate([task.training.num_cached_frames, task.validation.num_cached_frames])
+    if config.frames is None:
+        lengths = find_clip_lengths(task.validation, only_first=task.reads_first_clips)
+        held = np.concatenate([held, lengths])
+    frames = resolve_clip_frames(config.frames, held, store, task.default_frames)
+    require_long_clips(task.validation, frames, store, only_first=task.reads_first_clips)
+    warn_of_thinned_clips(task.validation, frames, store, only_first=task.reads_first_clips)
+    if is_told and config.frames is None and frames < task.default_frames:
+        _log.warning(
+            "clips of %d frames: rows of %s hold no more; %s is trained with %d (--frames)",
+            frames,
+            store.path,
+            config.preset,
+            task.default_frames,
+        )
+    return frames
