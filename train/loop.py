@@ -36,7 +36,6 @@ from .clips import (
 )
 from .config import TrainConfig
 from .fabric import make_fabric, make_norm_groups, resolve_device
-from .heads import Head, Stack
 from .logs import Logger, make_loggers, require_wandb
 from .networks import find_network
 from .networks.contract import Network, NetworkKind, NetworkShape
@@ -58,6 +57,7 @@ from .run_folder import (
 )
 from .scorer import Scorer, Team, explain_full_device
 from .settings import find_optimisation, find_recipe, plan_network, resolve_preset, resolve_views, take_recorded
+from .stack import Head, Stack
 from .step_log import StepLog, cut_steps
 from .tasks import find_task
 from .tasks.contract import Task
