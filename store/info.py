@@ -80,7 +80,8 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
     Returns:
         rows (and files) by status, rows by split, failures and pending rows by reason code, arrays with shape, dtype
         and bytes on disk, bytes of one cached frame, backbone, codec and what it costs (fidelity; None where that is
-        not known), layers, frames, sampling, resize, classes, captions.
+        not known), layers, frames, sampling, resize, clips, views, validation_clip and recipe (None where there was
+        none), classes, captions.
     """
     table = store.read_manifest(["path", "split", "status", "reason", "num_cached_frames", "num_views"])
     attributes, facts = store.attributes, store.facts
@@ -121,6 +122,7 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
         "frames": attributes["frames"],
         "sampling": facts.sampling,
         "resize": facts.resize,
+        **{name: getattr(facts, name) for name in ("clips", "views", "validation_clip", "recipe")},
         "codec": {
             **attributes["codec"],
             "channels": store.layout.channels,
@@ -168,7 +170,8 @@ def render_info(facts: Mapping[str, Any]) -> list[str]:
         f"{backbone['precision']} on {backbone['device_type']}{_describe_activation(backbone)}",
         "layers": f"{','.join(map(str, facts['layers']))} of {backbone['depth']}, width {backbone['width']}",
         "codec": _describe_codec(facts["codec"]),
-        "frames": f"{facts['cached_frames']} cached, {facts['sampling']} sampling, resize {facts['resize']}",
+        "frames": f"{facts['cached_frames']} cached, {facts['sampling']} sampling, resize {facts['resize']}"
+        + (f", by the recipe of {facts['recipe']}" if facts["recipe"] else ""),
         "a frame": ", ".join(f"{name} {describe_bytes(size)}" for name, size in facts["bytes_per_frame"].items()),
         "on disk": describe_bytes(facts["bytes"]),
     }

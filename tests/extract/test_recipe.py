@@ -142,6 +142,8 @@ def test_what_is_cached_is_said_before_it_is(extract, kinetics, tmp_path):
     again = CliRunner().invoke(app, [*words, "--resize", "256"], catch_exceptions=False)
     assert again.exit_code == 0 and "told.zarr was begun: " in again.stderr
     plain = CliRunner().invoke(app, [*words, "--overwrite", "--frames", "8"], catch_exceptions=False)
+    info = CliRunner().invoke(app, ["info", str(tmp_path / "told.zarr")], catch_exceptions=False)
+    assert "reference-k400 sampling, resize 256, by the recipe of k400" in info.stdout
     assert "with --frames as given: val: 8 frames, views three; other splits: 8 frames" in plain.stderr
 
 
