@@ -208,9 +208,9 @@ def test_three_steps_of_retrieval_are_the_references(data_path, name, monkeypatc
         if settings["total_steps"] > 0:
             place = step + OPTIMIZERS[config.optimizer].rate_place
             epoch = place / settings["total_steps"] * config.epochs
-            set_learning_rate(optimizer, learning_rate_at(epoch, config, optimisation.schedule))
+            set_learning_rate(optimizer.param_groups, learning_rate_at(epoch, config, optimisation.schedule))
         else:
-            set_learning_rate(optimizer, settings["rate"])
+            set_learning_rate(optimizer.param_groups, settings["rate"])
         frames = network(*inputs_of(folder))
         loss = contrastive_loss(network.interaction(texts, frames).similarities, network.logit_scale)
         optimizer.zero_grad()
