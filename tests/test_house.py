@@ -213,7 +213,7 @@ COVERED_BY = {
     "extract/pipeline/dask_worker.py": "extract/test_dask_cluster.py",
     "train/choices.py": "commands/test_options.py",
     "train/config.py": "contract/test_networks.py",
-    "train/begin.py": "train/test_loop.py",
+    "train/preparation.py": "train/test_loop.py",
     "train/fabric.py": "train/test_loop.py",
     "train/logs.py": "train/test_resume.py",
     "train/networks/attentive_probe.py": "train/test_loop.py",

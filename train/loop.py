@@ -20,7 +20,6 @@ from ..files import write_json
 from ..progress import Report
 from ..store.reader import StoreReader
 from .batches import StepShares
-from .begin import begin_heads
 from .clips import ClipBatch, ClipLoader, ClipPlan, codec_for
 from .config import TrainConfig
 from .fabric import make_norm_groups
@@ -28,6 +27,7 @@ from .logs import Logger, make_loggers
 from .networks import find_network
 from .networks.contract import Network, NetworkKind
 from .networks.norms import count_in_groups
+from .preparation import begin_heads
 from .recipe import OPTIMIZERS, find_biases, learning_rate_at, make_optimizer
 from .resume_state import STATE_NAME, Position, load_state, save_state
 from .run_folder import append_metrics, cut_metrics, save_checkpoint
