@@ -61,7 +61,7 @@ def test_three_lines_of_the_user(video_folder, tmp_path, monkeypatch):
 
     trained = run("train", "--features", "store/k400.zarr", "--epochs", "1", "--side-width", "64", "--device", "cpu")
     assert trained.exit_code == 0, trained.output
-    assert trained.stdout.startswith("runs/k400-side4video: val_top1")
+    assert trained.stdout.startswith("runs/k400-side4video: best and last val_top1")
 
     found = run("retrieve", "--query", "a person runs", "--top", "3")
     assert found.exit_code == 0, found.output

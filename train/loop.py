@@ -188,7 +188,8 @@ class _Training:
 
     def _make_optimizer(self, head: Head) -> torch.optim.Optimizer:
         groups, biases = head.network.parameter_groups(), find_biases(head.network)
-        return make_optimizer(groups, head.config, self._optimisation, biases)
+        is_fused = self._fabric.device.type == "cpu"
+        return make_optimizer(groups, head.config, self._optimisation, biases, is_fused=is_fused)
 
     @property
     def _active(self) -> list[Head]:

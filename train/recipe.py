@@ -125,11 +125,13 @@ class OptimizerKind:
     """From groups of parameters, `lr`, `betas` and `eps`."""
     rate_place: float
     """Where in a step its rate is read off the schedule: 0 its start, 1 its end."""
+    can_fuse: bool = False
+    """Whether it has a step of one pass over memory for a CPU, with `fused`."""
 
 
 OPTIMIZERS: Mapping[OptimizerName, OptimizerKind] = {
     # At its end, the last step of a run would have a rate of zero; at its start, the first one.
-    "adamw": OptimizerKind(torch.optim.AdamW, 0.5),
+    "adamw": OptimizerKind(torch.optim.AdamW, 0.5, can_fuse=True),
     "uncorrected-adam": OptimizerKind(UncorrectedAdam, 0.0),
 }
 """By the name that `--optimizer` takes."""
@@ -145,6 +147,8 @@ def make_optimizer(
     config: TrainConfig,
     optimisation: Optimisation,
     biases: Iterable[nn.Parameter] = (),
+    *,
+    is_fused: bool = False,
 ) -> torch.optim.Optimizer:
     """The optimiser that a configuration names, over groups of parameters.
 
@@ -153,6 +157,8 @@ def make_optimizer(
         config: Resolved: rate, decay and what it spares, optimiser.
         optimisation: Moments.
         biases: Which parameters are biases, as `find_biases` gives them.
+        is_fused: Whether a step may go over memory once, as on a CPU. torch's own steps on a GPU are fast enough, and
+            fused ones meet gradient scalers otherwise.
     """
     assert config.learning_rate is not None and config.weight_decay is not None
     assert config.optimizer is not None and config.undecayed is not None
@@ -167,7 +173,8 @@ def make_optimizer(
         for parameter in group.parameters:
             decay = 0.0 if is_spared(parameter) else config.weight_decay
             sorted_out.setdefault((group.rate_share, decay, group.highest), []).append(parameter)
-    optimizer = OPTIMIZERS[config.optimizer].build(
+    kind = OPTIMIZERS[config.optimizer]
+    optimizer = kind.build(
         [
             {"params": chosen, "rate_share": share, "weight_decay": decay, "highest": highest}
             for (share, decay, highest), chosen in sorted(sorted_out.items(), key=lambda group: group[0])
@@ -175,6 +182,7 @@ def make_optimizer(
         lr=config.learning_rate,
         betas=optimisation.betas,
         eps=optimisation.eps,
+        **({"fused": True} if is_fused and kind.can_fuse else {}),
     )
     if any(group.highest < math.inf for group in groups):
         optimizer.register_step_post_hook(_cut_down)

@@ -48,7 +48,7 @@ def several(video_folder, make_config, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("name", ["plain", "retrieval"])
+@pytest.mark.parametrize("name", ["plain", pytest.param("retrieval", marks=pytest.mark.slow)])
 def test_processes_share_the_clips_of_an_evaluation(trained_by_two, tmp_path, name):
     runs = {processes: shutil.copytree(trained_by_two / name, tmp_path / str(processes)) for processes in (1, 2)}
     said = {}

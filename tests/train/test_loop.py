@@ -29,7 +29,8 @@ from s4v.train import loop
 from s4v.train.clips import ClipLoader, find_labelled_rows, plan_training_epoch
 from s4v.train.config import TrainConfig
 from s4v.train.evaluate import evaluate_run
-from s4v.train.loop import default_run_path, resolve_device, train_run
+from s4v.train.fabric import resolve_device
+from s4v.train.loop import default_run_path, train_run
 from s4v.train.networks import find_network
 from s4v.train.networks.attentive_probe import AttentiveProbe, embed_times
 from s4v.train.recipe import learning_rate_at, reference_learning_rate
@@ -380,8 +381,8 @@ def test_a_state_with_weights_that_are_not_finite_is_never_saved(int8_store, tmp
     """A loss is finite until the next batch shows what its step did."""
     make, steps = loop.make_optimizer, []
 
-    def poison(groups, *options):
-        optimizer = make(groups, *options)
+    def poison(groups, *options, **named):
+        optimizer = make(groups, *options, **named)
 
         def ruin(*_):
             steps.append(None)

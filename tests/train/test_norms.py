@@ -157,7 +157,10 @@ dist.barrier()
 """
 
 
-@pytest.mark.parametrize(("world", "span"), [(2, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize(
+    ("world", "span"),
+    [(2, 2), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((2, 1), (4, 2)))],
+)
 def test_processes_have_the_norms_of_one_with_one_exchange_each_way(world, span, tmp_path):
     """Also where the layer is computed again, inside a layer that is computed again."""
     (tmp_path / "norms.py").write_text(SEVERAL)

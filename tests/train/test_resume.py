@@ -144,8 +144,8 @@ def test_accumulated_batches_are_one_step_of_their_mean_gradient(int8_store, tmp
     gradients = []
     make = loop.make_optimizer
 
-    def watch(groups, *options):
-        optimizer = make(groups, *options)
+    def watch(groups, *options, **named):
+        optimizer = make(groups, *options, **named)
         trained = [parameter for group in groups for parameter in group.parameters]
         optimizer.register_step_pre_hook(
             lambda *_: gradients.append([p.grad.clone() for p in trained if p.grad is not None])

@@ -14,6 +14,7 @@ from s4v.train.config import TrainConfig
 from s4v.train.evaluate import evaluate_run
 from s4v.train.loop import train_run
 from s4v.train.step_log import StepLog, cut_steps, describe_step, find_gradient_norm, read_steps
+from s4v.train.tasks import contract
 from s4v.train.tasks import recognition as tasks
 from s4v.train.transfer import WaitMeter
 
@@ -195,9 +196,9 @@ def test_the_last_line_tells_best_and_last_with_their_epochs(best, last, said):
 
 def test_a_run_without_validation_videos_is_told_so_once(int8_store, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(
-        tasks,
+        contract,
         "find_labelled_rows",
-        lambda store, split, find=tasks.find_labelled_rows: find(store, split if split == "train" else "none"),
+        lambda store, split, find=contract.find_labelled_rows: find(store, split if split == "train" else "none"),
     )
     train_run(config_for(int8_store, tmp_path / "run"))
     (message,) = [record.getMessage() for record in caplog.records if "no epoch is measured" in record.getMessage()]

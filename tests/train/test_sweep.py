@@ -188,6 +188,7 @@ def test_a_sweep_that_was_killed_at_random_moments_goes_on_to_the_same_bit(
     assert_same_sweep(assert_same_run, out, whole[0].out)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(whole, int8_store, tmp_path):
     process = run_command(int8_store, tmp_path / "two", processes=2)
     stdout, stderr = process.communicate(timeout=400)
