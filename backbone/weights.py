@@ -245,15 +245,15 @@ def _match_names(
 
     open_clip wraps timm towers as `trunk.`; EVA's own checkpoint files do not.
     """
-    wanted = dict(tower.state_dict(keep_vars=True))
+    slots = dict(tower.state_dict(keep_vars=True))
     names, missing = {}, []
-    for name in wanted:
+    for name in slots:
         candidates = [f"{prefix}{variant}" for prefix in prefixes for variant in (name, name.removeprefix("trunk."))]
-        found = next((candidate for candidate in candidates if candidate in tensors), None)
-        if found is None:
+        tensor_name = next((candidate for candidate in candidates if candidate in tensors), None)
+        if tensor_name is None:
             missing.append(name)
         else:
-            names[name] = found
+            names[name] = tensor_name
     # Under the tower's own prefix everything must be used; the other tower's tensors are none of its business.
     unused = sorted({n for n in tensors if prefixes[0] and n.startswith(prefixes[0])} - set(names.values()))
     if missing or unused:

@@ -69,9 +69,9 @@ def compare(
             return
         values["out"] = values["out"] or Path("runs") / f"compare-{features.name.removesuffix('.zarr')}"
         base = TrainConfig(**values)
-        chosen = [name.strip() for name in methods.split(",")]
+        names = [name.strip() for name in methods.split(",")]
         untrained = {"prompt": prompt, "weights": weights}
-        lines = compare_methods(base, methods=chosen, seeds=seeds, untrained=untrained, say=say)
+        lines = compare_methods(base, methods=names, seeds=seeds, untrained=untrained, say=say)
         result.update(out=str(base.out), methods=[asdict(line) for line in lines])
         if not as_json:
             print_lines(*render_table(lines), *render_notes(lines))

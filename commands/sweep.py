@@ -80,7 +80,7 @@ def sweep(
         def report_winner(metrics: dict[str, Any], epochs: int) -> None:
             say(f"winner, epoch {metrics['epoch']}/{epochs}: {task.describe_shares(metrics)}")
 
-        found = sweep_heads(
+        result_of_sweep = sweep_heads(
             base,
             learning_rates=rates,
             weight_decays=decays,
@@ -89,10 +89,10 @@ def sweep(
             say=say if is_first else lambda _: None,
             report=report,
         )
-        summary = train_winner(base, found, report_winner)
-        result.update(found.describe(), run=summary["run"], last=summary["last"], best=summary["best"])
+        summary = train_winner(base, result_of_sweep, report_winner)
+        result.update(result_of_sweep.describe(), run=summary["run"], last=summary["last"], best=summary["best"])
         if is_first and not as_json:
-            print_lines(*render_sweep(found))
+            print_lines(*render_sweep(result_of_sweep))
             print_lines(f"{summary['run']}, on all training videos: {task.describe_shares(summary['last'])}")
 
 

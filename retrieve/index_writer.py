@@ -137,11 +137,11 @@ class RowFacts:
         # Filtered once, and at once: what is left is one chunk a column.
         is_good = np.zeros(len(table), dtype=bool)
         is_good[good] = True
-        chosen = table.select(["num_cached_frames", "timestamps_s", "eval_clips"]).filter(pa.array(is_good))
-        self.num_frames: np.ndarray = chosen["num_cached_frames"].fill_null(0).to_numpy().astype(np.int64)
+        own = table.select(["num_cached_frames", "timestamps_s", "eval_clips"]).filter(pa.array(is_good))
+        self.num_frames: np.ndarray = own["num_cached_frames"].fill_null(0).to_numpy().astype(np.int64)
         """(n,) of each row."""
-        self._times, self._time_offsets = _flatten(chosen["timestamps_s"])
-        clips, self._clip_offsets = _flatten_lists(chosen["eval_clips"])
+        self._times, self._time_offsets = _flatten(own["timestamps_s"])
+        clips, self._clip_offsets = _flatten_lists(own["eval_clips"])
         self._places, self._place_offsets = _flatten(clips)
 
     @property

@@ -132,15 +132,15 @@ _FIRST_CLIP_ALONE = frozenset({"reference-k400"})
 def find_labelled_rows(store: StoreReader, split: str) -> LabelledRows:
     """The rows of a split that decoded and have a label; none is no error here."""
     table = store.read_manifest(["split", "status", "label", *_ROW_COLUMNS])
-    wanted = pyarrow.compute.and_(
+    is_of_split = pyarrow.compute.and_(
         pyarrow.compute.and_(
             pyarrow.compute.equal(table["split"], split), pyarrow.compute.equal(table["status"], "ok")
         ),
         pyarrow.compute.is_valid(table["label"]),
     )
-    rows = np.flatnonzero(wanted.to_numpy())
-    chosen = table.take(rows)
-    return _make_rows(rows, chosen["label"].to_numpy().astype(np.int64), chosen, store, split)
+    rows = np.flatnonzero(is_of_split.to_numpy())
+    own = table.take(rows)
+    return _make_rows(rows, own["label"].to_numpy().astype(np.int64), own, store, split)
 
 
 def find_captioned_rows(store: StoreReader, split: str) -> LabelledRows:
@@ -198,8 +198,8 @@ def hold_out_rows(
     order = sorted(first, key=lambda name: (label[name], hash_text(f"{seed}:{name}")))
     steps = np.floor(np.arange(len(order) + 1) * share + 0.5 + 1e-9)
     places = np.flatnonzero(np.diff(steps)) if steps[-1] else np.array([len(order) // 2])
-    held = {order[place] for place in places}
-    is_held = np.array([name in held for name in names])
+    held_out = {order[place] for place in places}
+    is_held = np.array([name in held_out for name in names])
     return data.take(np.flatnonzero(~is_held)), data.take(np.flatnonzero(is_held))
 
 
@@ -212,8 +212,8 @@ def take_validation_clips(data: LabelledRows) -> LabelledRows:
     def nearest(clips: list[list[int]]) -> list[int]:
         return clips[0 if data.sampling in _FIRST_CLIP_ALONE else (len(clips) - 1) // 2]
 
-    held = data.validation_clips or [None] * len(data)
-    clips = [[own or nearest(clips)] for own, clips in zip(held, data.eval_clips, strict=True)]
+    own_clips = data.validation_clips or [None] * len(data)
+    clips = [[own or nearest(clips)] for own, clips in zip(own_clips, data.eval_clips, strict=True)]
     return replace(data, eval_clips=clips, shows_centre_alone=True)
 
 
@@ -433,12 +433,12 @@ class ClipLoader:
         self._mean, self._std = (
             torch.tensor(values, device=device).view(3, 1, 1) for values in (backbone.mean, backbone.std)
         )
-        held = store.layout.pixel_offsets
-        if missing := sorted(set(pixel_offsets) - set(held)):
+        offsets = store.layout.pixel_offsets
+        if missing := sorted(set(pixel_offsets) - set(offsets)):
             raise StoreMismatchError(
-                f"the network reads pixels at offsets {missing} from a frame; {store.path} holds {sorted(held)}"
+                f"the network reads pixels at offsets {missing} from a frame; {store.path} holds {sorted(offsets)}"
             )
-        self._shown = [held.index(offset) for offset in pixel_offsets]
+        self._shown = [offsets.index(offset) for offset in pixel_offsets]
         self._frames_per_token = frames_per_token
 
     @classmethod

@@ -137,11 +137,11 @@ def _build(
 
 def _resolve_frames(config: TrainConfig, store: StoreReader, task: Task, *, is_told: bool) -> int:
     """T, which neither training rows nor evaluation clips may fall short of; whether fewer than usual are told."""
-    held = np.concatenate([task.training.num_cached_frames, task.validation.num_cached_frames])
+    lengths_held = np.concatenate([task.training.num_cached_frames, task.validation.num_cached_frames])
     if config.frames is None:
         lengths = find_clip_lengths(task.validation, only_first=task.reads_first_clips)
-        held = np.concatenate([held, lengths])
-    frames = resolve_clip_frames(config.frames, held, store, task.default_frames)
+        lengths_held = np.concatenate([lengths_held, lengths])
+    frames = resolve_clip_frames(config.frames, lengths_held, store, task.default_frames)
     require_long_clips(task.validation, frames, store, only_first=task.reads_first_clips)
     warn_of_thinned_clips(task.validation, frames, store, only_first=task.reads_first_clips)
     if is_told and config.frames is None and frames < task.default_frames:

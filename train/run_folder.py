@@ -190,8 +190,8 @@ def open_run(path: str | Path) -> Run:
     """
     path = Path(path)
     if not (path / CONFIG_NAME).is_file():
-        found = "nothing there" if not path.exists() else f"no {CONFIG_NAME} in it"
-        raise RunNotFoundError(f"{path} is not a run: {found}. `s4v train --features STORE --out {path}` makes one.")
+        reason = "nothing there" if not path.exists() else f"no {CONFIG_NAME} in it"
+        raise RunNotFoundError(f"{path} is not a run: {reason}. `s4v train --features STORE --out {path}` makes one.")
     try:
         saved = read_json(path / CONFIG_NAME)
         shape = find_network(saved["head"]["name"]).read_shape(saved["head"])
@@ -325,8 +325,8 @@ def load_checkpoint(run: Run, name: str = "best") -> Network:
     """
     path = run.path / f"{name}.safetensors"
     if not path.is_file() or not path.with_suffix(".json").is_file():
-        found = ", ".join(sorted(p.stem for p in run.path.glob("*.safetensors"))) or "none"
-        raise RunNotFoundError(f"{run.path} has no checkpoint {name!r}; it has {found}")
+        checkpoints = ", ".join(sorted(p.stem for p in run.path.glob("*.safetensors"))) or "none"
+        raise RunNotFoundError(f"{run.path} has no checkpoint {name!r}; it has {checkpoints}")
     if read_json(path.with_suffix(".json")).get("sha256") != hash_file(path):
         raise StoreDamagedError(f"{path} is damaged: it does not match the hash in {name}.json")
     network = find_network(run.shape.name).build(run.shape)

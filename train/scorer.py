@@ -42,9 +42,11 @@ class Team:
         """What every process made of its share, as all of them see it: in the order of the batches."""
         if self.size == 1:
             return parts
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, parts)
-        return [found[place % self.size][place // self.size] for place in range(sum(map(len, found)))]
+        parts_by_process: list[Any] = [None] * self.size
+        dist.all_gather_object(parts_by_process, parts)
+        return [
+            parts_by_process[place % self.size][place // self.size] for place in range(sum(map(len, parts_by_process)))
+        ]
 
 
 ALONE = Team()

@@ -98,9 +98,9 @@ def resolve_preset(config: TrainConfig, store: StoreReader, *, num_processes: in
     values: dict[str, Any] = {"interaction": "mean", **sizes, **recipe.describe(config.epochs), "views_per_video": None}
     if config.preset in ("auto", "none"):
         values["frames"] = None  # as many as the rows hold, up to the task's default
-    chosen = {field: value for field, value in values.items() if getattr(config, field) is None}
+    filled_in = {field: value for field, value in values.items() if getattr(config, field) is None}
     batches = resolve_batches(config, recipe, None if name == "none" else name, num_processes)
-    return replace(config, preset=name, **{**chosen, **batches})
+    return replace(config, preset=name, **{**filled_in, **batches})
 
 
 def find_recipe(config: TrainConfig, store: StoreReader) -> Recipe:
@@ -124,15 +124,15 @@ def resolve_views(config: TrainConfig, num_views: np.ndarray, num_processes: int
         StoreMismatchError: If no row holds as many as were asked for, or, of several processes, not every row.
     """
     if config.views_per_video is not None:
-        held = int(num_views.max() if num_processes == 1 else num_views.min())
-        if config.views_per_video > held:
+        num_held = int(num_views.max() if num_processes == 1 else num_views.min())
+        if config.views_per_video > num_held:
             raise StoreMismatchError(
                 f"{config.views_per_video} views of a video were asked for (--views-per-video), training rows of "
-                f"{config.features} hold {held}: extract with --views train=flip or train=three"
+                f"{config.features} hold {num_held}: extract with --views train=flip or train=three"
             )
         return config.views_per_video
-    wanted = _find(config.preset).recipe.views_per_video if config.preset != "none" else 1
-    return wanted if int(num_views.min()) >= wanted else 1
+    num_preset = _find(config.preset).recipe.views_per_video if config.preset != "none" else 1
+    return num_preset if int(num_views.min()) >= num_preset else 1
 
 
 def find_preset(config: TrainConfig, store: StoreReader) -> str | None:

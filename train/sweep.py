@@ -210,8 +210,8 @@ def _begin(
     """Make the folder, or see that it holds this sweep; how many heads go into a read, which the folder remembers."""
     heads = [{"learning_rate": c.learning_rate, "weight_decay": c.weight_decay, "seed": c.seed} for c in configs]
     ids = store.read_manifest(["video_id"])["video_id"]
-    held = ids.take(np.unique(held_rows)).to_pylist()
-    settings: dict[str, Any] = {"grid": heads, "held_out": held, "head": base.head, "task": base.task}
+    held_out = ids.take(np.unique(held_rows)).to_pylist()
+    settings: dict[str, Any] = {"grid": heads, "held_out": held_out, "head": base.head, "task": base.task}
     path = base.out / SWEEP_NAME
     if path.is_file():
         saved = read_json(path)

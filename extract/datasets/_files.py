@@ -88,10 +88,10 @@ class VideoTree:
 
     @cached_property
     def _by_name(self) -> dict[str, list[str]]:
-        found = defaultdict(list)
+        by_name = defaultdict(list)
         for path in self.paths:
-            found[compose(name_of(path))].append(path)
-        return dict(found)
+            by_name[compose(name_of(path))].append(path)
+        return dict(by_name)
 
     @cached_property
     def _by_composed_path(self) -> dict[str, str]:
@@ -99,18 +99,18 @@ class VideoTree:
 
     @cached_property
     def _by_lower_name(self) -> dict[str, list[str]]:
-        found = defaultdict(list)
+        by_name = defaultdict(list)
         for path in self.paths:
-            found[compose(name_of(path)).lower()].append(path)
-        return dict(found)
+            by_name[compose(name_of(path)).lower()].append(path)
+        return dict(by_name)
 
     @cached_property
     def _by_youtube_id(self) -> dict[str, list[tuple[str, str]]]:
-        found = defaultdict(list)
+        by_name = defaultdict(list)
         for path in self.paths:
             youtube_id, times = split_clip_name(name_of(path))
-            found[youtube_id].append((times, path))
-        return dict(found)
+            by_name[youtube_id].append((times, path))
+        return dict(by_name)
 
     @property
     def is_walked(self) -> bool:
@@ -216,15 +216,15 @@ class DatasetFiles:
         They are looked for in the root, and in its folders for annotations; or, where the user names a folder of
         annotations, there. Where the user names a file, there is no other.
         """
-        found = self._list_annotations(patterns)
-        self.annotation_files.update(found)
-        return found
+        paths = self._list_annotations(patterns)
+        self.annotation_files.update(paths)
+        return paths
 
     def _list_annotations(self, patterns: tuple[str, ...]) -> list[Path]:
         if self.named_file is not None:
             return [self.named_file] if _fits(self.named_file, patterns) else []
         base = self.annotations or self.root
-        found: dict[Path, None] = {}
+        paths: dict[Path, None] = {}
         files = [
             file
             for folder in self._folders
@@ -233,13 +233,13 @@ class DatasetFiles:
             if not file.name.startswith(".") and "." in file.name
         ]
         for pattern in patterns:
-            found.update((file, None) for file in files if _fits(file, (pattern,)))
-        return [file for file in found if file.is_file()]
+            paths.update((file, None) for file in files if _fits(file, (pattern,)))
+        return [file for file in paths if file.is_file()]
 
     def find_annotation(self, *patterns: str) -> Path | None:
         """The first annotation file whose name fits, or None."""
-        found = self.list_annotations(*patterns)
-        return found[0] if found else None
+        paths = self.list_annotations(*patterns)
+        return paths[0] if paths else None
 
     def require_annotation(self, *patterns: str) -> Path:
         """The first annotation file whose name fits.
@@ -247,8 +247,8 @@ class DatasetFiles:
         Raises:
             DataNotFoundError: If there is none.
         """
-        found = self.find_annotation(*patterns)
-        if found is None:
+        path = self.find_annotation(*patterns)
+        if path is None:
             wanted = " or ".join(patterns)
             if self.named_file is not None:
                 raise DataNotFoundError(
@@ -260,7 +260,7 @@ class DatasetFiles:
                 f"expected {wanted} in one of {places}: not there. "
                 "Put it there, or name the folder that holds it (--annotations)."
             )
-        return found
+        return path
 
 
 def _fits(file: Path, patterns: tuple[str, ...]) -> bool:

@@ -55,10 +55,10 @@ def settle_splits(
     )
     divided = [r for r in settled if not r.split and (is_divided or _is_labelled(r))]
     held_out = _hold_out(divided, [r for r in settled if r.split], seed)
-    chosen = {r.video_id: "val" if r.path in held_out else "train" for r in divided}
+    split_of_id = {r.video_id: "val" if r.path in held_out else "train" for r in divided}
     if divided:
         _tell(divided, held_out)
-    return [r if r.split else replace(r, split=chosen.get(r.video_id, UNDIVIDED)) for r in settled]
+    return [r if r.split else replace(r, split=split_of_id.get(r.video_id, UNDIVIDED)) for r in settled]
 
 
 def _is_labelled(record: VideoRecord) -> bool:

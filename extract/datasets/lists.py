@@ -179,9 +179,9 @@ def _parse_line(
     Raises:
         ValueError: If there are fewer numbers than in most lines, or something that is neither path nor number.
     """
-    found = _count_numbers(text, delimiter)
+    num_numbers_there = _count_numbers(text, delimiter)
     wanted = f"PATH and {num_numbers} whole numbers, parted by {delimiter!r}" if num_numbers else "a path alone"
-    if found < num_numbers:
+    if num_numbers_there < num_numbers:
         raise ValueError(f"expected {wanted}, found {text!r}")
     path, *fields = text.rsplit(None if delimiter == " " else delimiter, num_numbers) if num_numbers else [text]
     path = path.strip()
@@ -189,7 +189,7 @@ def _parse_line(
         path = path[1:-1].replace('""', '"')
     clean = _clean_path(path, tree, bases)
     # A number or a word more may be a part of the path: only where it is, on the disk.
-    is_odd = found > num_numbers or (not is_video_name(path) and bool(_BEHIND_A_NAME.search(path)))
+    is_odd = num_numbers_there > num_numbers or (not is_video_name(path) and bool(_BEHIND_A_NAME.search(path)))
     if num_numbers == 0:
         is_odd = is_odd or (not is_video_name(path) and (";" in path or "\t" in path or bool(_SCORE.search(path))))
     if is_odd and tree.find_path(clean) is None:

@@ -65,9 +65,9 @@ def read_table_file(files: DatasetFiles, options: ReadOptions) -> list[VideoReco
     data, delimiter, first_line = _load(table, columns)
     if repeated := sorted({name for name in data.column_names if data.column_names.count(name) > 1}):
         raise DatasetError(f"{table} has more than one column {', '.join(repeated)}: rename or remove all but one")
-    found = _match_columns(table, data.column_names, columns)
-    names = list(found.values())
-    rows = data.select(names).rename_columns(list(found)).to_pylist()
+    matches = _match_columns(table, data.column_names, columns)
+    names = list(matches.values())
+    rows = data.select(names).rename_columns(list(matches)).to_pylist()
     if delimiter == ";":  # where the comma is the decimal point
         for row in rows:
             row.update((role, _with_point(row[role])) for role in ("start", "end") if role in row)

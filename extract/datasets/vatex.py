@@ -43,12 +43,12 @@ def _find_protocol(files: DatasetFiles) -> str | None:
 
 
 def _read_official(files: DatasetFiles, malformed: MalformedRows) -> list[VideoRecord]:
-    found = {split: file for split, pattern in _OFFICIAL.items() if (file := files.find_annotation(pattern))}
-    if not found:
+    lists = {split: file for split, pattern in _OFFICIAL.items() if (file := files.find_annotation(pattern))}
+    if not lists:
         hint = "--protocol hgr reads vatex_data.json and its lists"
         raise DatasetError(f"expected {', '.join(_OFFICIAL.values())}: none of them is there. {hint}.")
     records = []
-    for split, file in found.items():
+    for split, file in lists.items():
         for place, entry in read_json_list(file):
             try:
                 captions = () if split == "private_test" else texts_of(entry, "enCap")

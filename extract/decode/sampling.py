@@ -121,10 +121,10 @@ def parse_views(text: str) -> dict[str, str]:
 
 
 def _parse_counts(option: str, text: str, expected: str) -> dict[str, int]:
-    found = _parse_by_split(option, text, expected)
-    if not all(count.isdecimal() and int(count) >= 1 for count in found.values()):
+    by_split = _parse_by_split(option, text, expected)
+    if not all(count.isdecimal() and int(count) >= 1 for count in by_split.values()):
         raise ConfigError(f"{option} takes {expected}; found {text!r}")
-    return {split: int(count) for split, count in found.items()}
+    return {split: int(count) for split, count in by_split.items()}
 
 
 def _parse_by_split(option: str, text: str, expected: str) -> dict[str, str]:

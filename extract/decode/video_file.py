@@ -160,10 +160,10 @@ class VideoFile:
             reader = self._decord
             if len(reader) != num_present:
                 raise DecodeFailure("decode-error", f"decord counts {len(reader)} frames of {num_present}")
-            wanted = sorted(set(indices))
+            places = sorted(set(indices))
             step = max(1, _BATCH_PIXELS // max(1, self.timeline.frame_pixels))
-            for place in range(0, len(wanted), step):
-                batch = wanted[place : place + step]
+            for place in range(0, len(places), step):
+                batch = places[place : place + step]
                 for index, frame in zip(batch, reader.get_batch(batch).asnumpy(), strict=True):
                     frames[index] = render(frame)
         except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, ValueError, IndexError) as error:
@@ -173,9 +173,9 @@ class VideoFile:
     def _decode_pyav(self, indices: list[int], choose: Choose, render: Render, is_whole: bool) -> Decoded:
         """Decode with PyAV, in order; a slightly short video is clamped, a shorter one refused."""
         num_present = len(self.timeline.times_s)
-        wanted = set(indices)
-        frames = self._take_in_order(wanted, render, to_end=is_whole and self._decodable is None)
-        if not is_whole and wanted <= frames.keys():
+        distinct = set(indices)
+        frames = self._take_in_order(distinct, render, to_end=is_whole and self._decodable is None)
+        if not is_whole and distinct <= frames.keys():
             return Decoded("pyav", num_present, indices, frames, self._note(num_present))
         self._count_decodable()
         good = self._decodable or []

@@ -70,9 +70,9 @@ class AttentiveProbe(Network):
                 read = tap(codes.to(cls.dtype)) if codec is None else tap.read_codes(codes, codec, place)
                 return _pool_tokens((read + where).flatten(1, 2), ask)
 
-            found = make_again(pool, patches[:, :, place], self.layer[place] + times, side_width=width)
-            pooled.append(found[..., :-1])
-            masses.append(found[..., -1])
+            pooled_and_mass = make_again(pool, patches[:, :, place], self.layer[place] + times, side_width=width)
+            pooled.append(pooled_and_mass[..., :-1])
+            masses.append(pooled_and_mass[..., -1])
         # Each layer's mean counts as much as its tokens weigh: the softmax over all of them, without holding them.
         shares = torch.stack(masses, dim=-1).softmax(dim=-1)  # (B, heads, L)
         mean = torch.einsum("bhl,bhls->bhs", shares, torch.stack(pooled, dim=2))

@@ -75,10 +75,10 @@ class TowerEnd(nn.Module):
         """
         state = {ours: torch.from_numpy(np.array(head[name])) for ours, name in TOWER_END.items() if name in head}
         expected = {**{name: tuple(t.shape) for name, t in self.state_dict().items()}, "eps": f"{self.norm.eps:.3g}"}
-        found = {**{name: tuple(t.shape) for name, t in state.items()}, "eps": f"{float(head['norm_eps']):.3g}"}
-        if found != expected:
+        held_sizes = {**{name: tuple(t.shape) for name, t in state.items()}, "eps": f"{float(head['norm_eps']):.3g}"}
+        if held_sizes != expected:
             raise StoreMismatchError(
-                f"the network's end takes {expected}; the store's head holds {found}: build the network with the "
+                f"the network's end takes {expected}; the store's head holds {held_sizes}: build the network with the "
                 "embed_dim, norm_eps and has_projection_bias of the store's backbone"
             )
         self.load_state_dict(state)

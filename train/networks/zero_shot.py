@@ -66,8 +66,8 @@ def classify_zero_shot(
         without = [name for name, texts in prompts.items() if not texts]
         raise ConfigError(f"every class needs a prompt; found none for {', '.join(without) or 'any'}")
     table = store.read_manifest(["split", "status"])
-    wanted = [s == split and status == "ok" for s, status in zip(*table.to_pydict().values(), strict=True)]
-    rows = np.flatnonzero(wanted)
+    is_of_split = [s == split and status == "ok" for s, status in zip(*table.to_pydict().values(), strict=True)]
+    rows = np.flatnonzero(is_of_split)
     if not len(rows):
         splits = ", ".join(sorted(set(table["split"].to_pylist())))
         raise StoreMismatchError(f"{store.path} has no good video in split {split!r}; it has {splits}")
@@ -78,9 +78,9 @@ def classify_zero_shot(
     own: list[np.ndarray] = []
     for shard in range(store.layout.num_shards):  # all embeddings of K400 are 16 GB
         span = store.layout.shard_rows(shard)
-        held = rows[(rows >= span.start) & (rows < span.stop)]
-        if len(held):
-            frames = normalise_rows(store.read_embeddings(span)[held - span.start])  # (rows, A, F, E)
+        own_rows = rows[(rows >= span.start) & (rows < span.stop)]
+        if len(own_rows):
+            frames = normalise_rows(store.read_embeddings(span)[own_rows - span.start])  # (rows, A, F, E)
             scores.append(pool_frames(frames) @ classes.T)
             own += [video[0][~np.isnan(video[0, :, 0])] @ classes.T for video in frames]
     return ZeroShot(rows, tuple(prompts), np.concatenate(scores), own)

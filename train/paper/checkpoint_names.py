@@ -203,13 +203,13 @@ def _read_shape(
     if side_width % 64:
         raise WeightsError(f"{path} has side blocks of width {side_width}: Side4Video's are a multiple of 64")
     is_retrieval = task == "retrieval"
-    chosen = _resolve_layers(path, num_blocks, depth, layers)
-    if is_retrieval and depth is not None and chosen[-1] != depth - 1:
+    read_layers = _resolve_layers(path, num_blocks, depth, layers)
+    if is_retrieval and depth is not None and read_layers[-1] != depth - 1:
         raise WeightsError(f"{path} is of retrieval, which reads the last block, {depth - 1}: --layers must hold it")
     return SideShape(
         name=Side4Video.name,
         num_classes=0 if is_retrieval else len(ours["classifier.bias"]),
-        layers=chosen,
+        layers=read_layers,
         width=ours["taps.0.project.weight"].shape[1],
         num_patches=num_positions - (is_retrieval and family == "clip"),
         patch_px=round((ours["stem.weight"].shape[2] / 3) ** 0.5),
@@ -300,16 +300,16 @@ def _recognise_variant(
     path: Path, tensors: Mapping[str, torch.Tensor], ours: Mapping[str, torch.Tensor]
 ) -> tuple[str, Family]:
     families: dict[Family, str] = {"clip": ".side_transformer.", "eva": ".side_blocks."}
-    found = [family for family, part in families.items() if any(part in name for name in tensors)]
+    matching = [family for family, part in families.items() if any(part in name for name in tensors)]
     tasks: dict[str, str] = {"recognition": "classifier.weight", "retrieval": "widen.weight"}
     meant = [task for task, name in tasks.items() if name in ours]
     needed = ["position", "stem.weight", "taps.0.project.weight"]
     needed += {"recognition": ["classifier.bias"], "retrieval": ["end.project.weight"]}[meant[0]] if meant else []
-    if len(found) == len(meant) == 1 and all(name in ours for name in needed):
-        return meant[0], found[0]
+    if len(matching) == len(meant) == 1 and all(name in ours for name in needed):
+        return meant[0], matching[0]
     problems = [f"no {name}" for name in needed if name not in ours]
-    if len(found) != 1:
-        problems.append("side blocks of CLIP and of EVA" if found else "no side block")
+    if len(matching) != 1:
+        problems.append("side blocks of CLIP and of EVA" if matching else "no side block")
     if len(meant) != 1:
         problems.append(
             "a classifier (recognition) and visual.side_proj (retrieval)"
@@ -325,8 +325,8 @@ def _count_backbone_blocks(names: Mapping[str, torch.Tensor]) -> int | None:
 
 
 def _resolve_layers(path: Path, num_blocks: int, depth: int | None, layers: tuple[int, ...] | None) -> tuple[int, ...]:
-    held = "no backbone" if depth is None else f"a backbone of {depth} blocks"
-    facts = f"{path} holds {num_blocks} side blocks and {held}"
+    backbone = "no backbone" if depth is None else f"a backbone of {depth} blocks"
+    facts = f"{path} holds {num_blocks} side blocks and {backbone}"
     if layers is not None:
         chosen = tuple(sorted(set(layers)))
         if len(chosen) != num_blocks:

@@ -233,14 +233,14 @@ def require_rows(store: StoreReader, training: LabelledRows, config: TrainConfig
     table = store.read_manifest(["split", "status", "label"])
     counts = table.group_by(["split", "status"]).aggregate([("label", "count"), ("status", "count")]).to_pylist()
     by_label = kind == "labelled"
-    found = ", ".join(
+    described = ", ".join(
         f"{c['split']}: {c['label_count'] if by_label else c['status_count']} {'labelled ' * by_label}{c['status']}"
         for c in counts
     )
     splits = set(table["split"].to_pylist())
     if not len(training):
         raise StoreMismatchError(
-            f"{store.path} has no good, {kind} video in split {config.train_split!r}. It has {found}. "
+            f"{store.path} has no good, {kind} video in split {config.train_split!r}. It has {described}. "
             f"Name another --train-split, or extract a data set with {labels}."
         )
     if config.val_split not in splits and config.val_split != type(config).__dataclass_fields__["val_split"].default:
@@ -248,7 +248,7 @@ def require_rows(store: StoreReader, training: LabelledRows, config: TrainConfig
             f"{store.path} has no split {config.val_split!r} (--val-split); it has {', '.join(sorted(splits))}"
         )
     if any(c["status"] == "pending" for c in counts):
-        _log.warning("%s is not finished: %s. Training on what is there.", store.path, found)
+        _log.warning("%s is not finished: %s. Training on what is there.", store.path, described)
 
 
 def require_split(store: StoreReader, rows: LabelledRows, split: str, kind: str) -> None:

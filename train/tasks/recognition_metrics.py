@@ -64,8 +64,8 @@ def find_calibration(result: Evaluation, num_bins: int = 15) -> list[Calibration
     confidence = result.probabilities.max(axis=1).astype(np.float64)
     right = result.predictions == result.labels
     places = np.minimum((confidence * num_bins).astype(int), num_bins - 1)
-    chosen = (places == place for place in np.unique(places))
-    return [CalibrationBin(int(c.sum()), float(confidence[c].mean()), float(right[c].mean())) for c in chosen]
+    members = (places == place for place in np.unique(places))
+    return [CalibrationBin(int(c.sum()), float(confidence[c].mean()), float(right[c].mean())) for c in members]
 
 
 def find_calibration_error(result: Evaluation) -> float:

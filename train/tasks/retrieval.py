@@ -187,13 +187,13 @@ class Retrieval(Task):
         if self._config.negatives != "reference":
             is_same = (identities[:, None] == identities[None]).any(dim=2)
         frames = gather(output.float())
-        found = network.interaction(texts, frames)
+        interaction = network.interaction(texts, frames)
         choices = None
         if self._config.negatives == "all":
-            choices = self._compare_with_all(network, frames, found.similarities.diagonal(), identities)
+            choices = self._compare_with_all(network, frames, interaction.similarities.diagonal(), identities)
         self._logit_scale = self._logit_scale.to(output.device)  # once: a copy holds up the host
         scale = self._logit_scale if network.logit_scale is None else network.logit_scale
-        return contrastive_loss(found.similarities, scale, is_same, choices) + found.loss
+        return contrastive_loss(interaction.similarities, scale, is_same, choices) + interaction.loss
 
     def _compare_with_all(
         self, network: FrameNetwork, frames: torch.Tensor, own: torch.Tensor, identities: torch.Tensor
@@ -337,11 +337,11 @@ def read_frozen_clips(store: StoreReader, data: LabelledRows, num_frames: int) -
     frames = np.empty((len(data), num_frames, store.layout.embed_dim), dtype=np.float32)
     for shard in range(store.layout.num_shards):
         span = store.layout.shard_rows(shard)
-        chosen = np.flatnonzero((data.rows >= span.start) & (data.rows < span.stop))
-        if len(chosen):
+        own = np.flatnonzero((data.rows >= span.start) & (data.rows < span.stop))
+        if len(own):
             embeddings = store.read_embeddings(span)  # (rows, A, F, E)
-            rows, views = data.rows[chosen, None] - span.start, plan.views[chosen, None]
-            frames[chosen] = embeddings[rows, views, plan.places[chosen]]
+            rows, views = data.rows[own, None] - span.start, plan.views[own, None]
+            frames[own] = embeddings[rows, views, plan.places[own]]
     return frames
 
 
