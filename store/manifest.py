@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -209,17 +210,22 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     try:
         if path.is_dir():  # as a data set of no files it would read as an empty table
             raise IsADirectoryError("a folder is in its place")
-        table = pq.read_table(path, page_checksum_verification=True, **_columns_there(path, columns))
+        # Opened once: by its path pyarrow opens a file for its schema and again for its pages, and between the two it
+        # may have been replaced.
+        with path.open("rb") as file:
+            there = _columns_there(file, columns)
+            file.seek(0)
+            table = pq.read_table(file, page_checksum_verification=True, **there)
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise StoreDamagedError(f"{path} is missing or damaged: {error}. Extract the store anew.") from error
     return with_later_columns(table, columns)
 
 
-def _columns_there(path: Path, columns: list[str] | None) -> dict[str, list[str]]:
+def _columns_there(file: BinaryIO, columns: list[str] | None) -> dict[str, list[str]]:
     """What to ask a file for: columns that it is too old to have are null."""
     if columns is None or not _LATER_COLUMNS & set(columns):
         return {} if columns is None else {"columns": columns}
-    there = set(pq.read_schema(path).names)
+    there = set(pq.read_schema(file).names)
     return {"columns": [name for name in columns if name in there or name not in _LATER_COLUMNS]}
 
 
