@@ -1,4 +1,4 @@
-"""Where to compute: the one meaning of `--device auto`, and the cores that this process may use."""
+"""Where to compute: the one meaning of `--device auto`, the cores of this process, and its place among others."""
 
 from __future__ import annotations
 
@@ -44,6 +44,11 @@ def find_device(name: str, *, own_gpu: int | None = None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"--device {name} is not available here: {reason}. Use --device auto.") from error
+
+
+def is_first_process() -> bool:
+    """Whether this is the first of the processes that `torchrun` started, or the only one: it speaks and writes."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def count_cores() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,7 @@ import typer
 
 from ..terminal import print_lines
 from ._options import is_typed
-from .front import Device, Json, run_command
+from .front import Device, Json, hush_all_but_first, run_command
 
 
 def evaluate(
@@ -34,10 +33,7 @@ def evaluate(
 
     Under torchrun the processes share the clips.
     """
-    # Of several processes under torchrun the first one speaks.
-    is_first = os.environ.get("RANK", "0") == "0"
-    if not is_first:
-        logging.getLogger("s4v").setLevel(logging.ERROR)
+    is_first = hush_all_but_first()
     with run_command("eval", as_json and is_first) as result:
         from ..train.run_folder import find_newest_run, open_run
 

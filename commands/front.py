@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..device import is_first_process
 from ..errors import S4vError
 from ..terminal import print_lines
 
@@ -79,6 +81,14 @@ def _fail(name: str, as_json: bool, message: object, kind: str, code: int) -> No
     if as_json:
         print_lines(json.dumps({"command": name, "ok": False, "error": {"type": kind, "message": str(message)}}))
     raise typer.Exit(code)
+
+
+def hush_all_but_first() -> bool:
+    """Whether this process speaks: of several under `torchrun` the first does, and the log of the others is off."""
+    is_first = is_first_process()
+    if not is_first:
+        logging.getLogger("s4v").setLevel(logging.ERROR)
+    return is_first
 
 
 def say(*messages: str) -> None:

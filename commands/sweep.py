@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +11,7 @@ from ..errors import ConfigError
 from ..terminal import print_lines
 from ..train.config import TrainConfig
 from ._options import Options, Spelling, takes_options
-from .front import Json, run_command, say
+from .front import Json, hush_all_but_first, run_command, say
 
 _NUMBERS = "One or several, such as 1e-3,1e-2."
 
@@ -47,9 +45,7 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Train several rates, decays and seeds in one read of a store, and the best on all of train."""
-    is_first = os.environ.get("RANK", "0") == "0"
-    if not is_first:
-        logging.getLogger("s4v").setLevel(logging.ERROR)
+    is_first = hush_all_but_first()
     with run_command("sweep", as_json and is_first) as result:
         values = options.parse()
         rates, decays = values.pop("learning_rate"), values.pop("weight_decay")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -14,7 +12,7 @@ from ..progress import show_progress
 from ..terminal import print_lines
 from ..train.config import TrainConfig
 from ._options import Options, Spelling, takes_options
-from .front import Json, run_command, say
+from .front import Json, hush_all_but_first, run_command, say
 
 if TYPE_CHECKING:
     from ..store.reader import StoreReader
@@ -30,10 +28,7 @@ if TYPE_CHECKING:
 )
 def train(options: Options, as_json: Json = False) -> None:
     """Train a side network (or a baseline) from a store alone: no backbone, no video."""
-    # Of several processes under torchrun the first one speaks.
-    is_first = os.environ.get("RANK", "0") == "0"
-    if not is_first:
-        logging.getLogger("s4v").setLevel(logging.ERROR)
+    is_first = hush_all_but_first()
     with run_command("train", as_json and is_first) as result:
         values = options.parse()
         out = values["out"]

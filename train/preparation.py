@@ -13,6 +13,7 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import TorchElasticEnvironment
 
+from ..device import is_first_process
 from ..errors import ConfigError
 from ..store.reader import StoreReader, open_store
 from .batches import StepShares, keep_recorded_batches, warn_of_other_step
@@ -51,7 +52,7 @@ def begin_heads(
     configs: Sequence[TrainConfig], state_path: Path, say: Callable[[str], None]
 ) -> tuple[list[Head], StoreReader, Task, Fabric]:
     """Resolve what the options leave open, build all networks, and make their runs' folders."""
-    is_first = int(os.environ.get("RANK", "0")) == 0
+    is_first = is_first_process()
     can_resume = [config.resume and (config.out / CONFIG_NAME).is_file() for config in configs]
     for config, can in zip(configs, can_resume, strict=True):
         if is_first and not can:

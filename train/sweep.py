@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..device import is_first_process
 from ..errors import ConfigError, EnvironmentFailedError, RunExistsError
 from ..files import read_json, write_json
 from ..store.reader import StoreReader, open_store
@@ -148,7 +149,7 @@ def sweep_heads(
         held_out_videos=len(np.unique(task.validation.rows)),
         reads=-(-len(configs) // per_read),
     )
-    if _is_first():
+    if is_first_process():
         saved = read_json(base.out / SWEEP_NAME)
         write_json(base.out / SWEEP_NAME, {**saved, **sweep.describe()})
     return sweep
@@ -196,10 +197,6 @@ def render_sweep(sweep: Sweep) -> list[str]:
     ]
 
 
-def _is_first() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def _begin(
     base: TrainConfig,
     configs: Sequence[TrainConfig],
@@ -227,7 +224,7 @@ def _begin(
             )
         return int(saved["heads_per_read"])
     per_read = heads_per_read or min(len(configs), count_heads_in_memory(configs[0], store))
-    if _is_first():
+    if is_first_process():
         if base.out.exists() and (not base.out.is_dir() or any(base.out.iterdir())):
             raise RunExistsError(f"{base.out} exists and holds no sweep: choose another --out, or remove it.")
         base.out.mkdir(parents=True, exist_ok=True)
