@@ -156,7 +156,7 @@ def tiny_config(root: Path, out: Path, **changes: object) -> ExtractConfig:
         "frames": {"train": 6, "": 4},
         "dtype": "float32",
         "device": "cpu",
-        "num_decoders": 2,
+        "num_decoders": 1,
     }
     return ExtractConfig(**{**values, **changes})  # type: ignore[arg-type]
 

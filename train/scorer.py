@@ -58,11 +58,14 @@ def join_team() -> Iterator[Team]:
     if not dist.is_torchelastic_launched():
         yield ALONE
         return
-    dist.init_process_group("gloo")  # on any device: what they tell each other lies on the host
+    is_begun = dist.is_initialized()  # by a training of the same processes
+    if not is_begun:
+        dist.init_process_group("gloo")  # on any device: what they tell each other lies on the host
     try:
         yield Team(dist.get_rank(), dist.get_world_size())
     finally:
-        dist.destroy_process_group()
+        if not is_begun:
+            dist.destroy_process_group()
 
 
 @dataclass(frozen=True, slots=True)

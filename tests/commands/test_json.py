@@ -16,7 +16,7 @@ EXTRACT = f"extract --model tiny-clip {TABLE} --resize 224 --device cpu"
 CAPTIONS = "--column caption=caption"
 TRAIN = "train --features store/w.zarr --device cpu --epochs 1 --batch-size 4"
 JOURNEY = {
-    "world": "world --out w --train 12 --val 6 --novel 0",
+    "world": "world --out w --train 6 --val 4 --novel 0",
     "datasets": "datasets",
     "scan": f"scan {TABLE} --out scan.parquet",
     "scan, strict": f"scan {TABLE} --out scan.parquet --strict",

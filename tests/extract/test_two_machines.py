@@ -126,7 +126,7 @@ STOPS = {
 
 
 @pytest.mark.parametrize(
-    "first", [name if name in ("extract", "part 1") else pytest.param(name, marks=pytest.mark.slow) for name in STOPS]
+    "first", [name if name == "extract" else pytest.param(name, marks=pytest.mark.slow) for name in STOPS]
 )
 def test_what_a_second_machine_does_meanwhile_is_refused_or_side_by_side(  # C4
     first, two_machines, half_store, captioned_store, captioned_folder, make_captioned_config, tmp_path, monkeypatch
@@ -219,7 +219,7 @@ def test_a_command_begun_twice_at_once_is_refused_once(two_machines, video_folde
     assert verify_store(open_store(out)) == []
 
 
-@pytest.mark.parametrize("point", ["shard durable", "shard written"])
+@pytest.mark.parametrize("point", [pytest.param("shard durable", marks=pytest.mark.slow), "shard written"])
 def test_an_owner_that_was_stopped_for_long_leaves_the_store_to_whoever_took_over(  # C4
     point, video_folder, float_store, make_config, contents, tmp_path, monkeypatch
 ):

@@ -4,13 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-# Each line of the file that it is given is the arguments of one `s4v train`; all ranks come here, by torchrun.
-# One that begins with `stop` is interrupted in its sixth step, as by Ctrl-C.
-TRAIN_ONE_AFTER_ANOTHER = """
-import json, sys
+NORMS = Path(__file__).with_name("norms_of_processes.py")
+"""Looks at norms whose groups span processes; its argument is how many."""
+
+# Each line of the file that it is given is the arguments of one `s4v`, or of `python`; all ranks come here, by
+# torchrun. One that begins with `stop` is interrupted in its sixth step, as by Ctrl-C.
+RUN_ONE_AFTER_ANOTHER = """
+import json, runpy, sys
 from s4v import cli
 from s4v.train.tasks import recognition
 loss, seen = recognition.classification_loss, []
@@ -21,14 +25,33 @@ def stop(*arguments):
     return loss(*arguments)
 for line in open(sys.argv[1]):
     arguments = json.loads(line)
+    if arguments[0] == "python":
+        sys.argv = arguments[1:]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        continue
     is_stopped = arguments[0] == "stop"
     recognition.classification_loss = stop if is_stopped else loss
-    sys.argv[1:] = arguments[is_stopped:]
+    sys.argv = ["s4v", *arguments[is_stopped:]]
     try:
         cli.main()
     except SystemExit as end:
         assert end.code == (130 if is_stopped else None) or not (is_stopped or end.code), line
 """
+
+
+EVALUATE = ["--split", "train", "--device", "cpu", "--json"]
+
+
+def run_torchrun(processes, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="session")
+def processes_run():
+    """Run a script or a module under torchrun in so many processes."""
+    return run_torchrun
 
 
 @pytest.fixture(scope="session")
@@ -72,6 +95,8 @@ def train():
 def trained_by_two(build_once, int8_store, captioned_store):
     """Trainings in two processes, one torchrun for all: runs below a folder by name, and `said`, what was printed.
 
+    First the two look at the norms that they share. Last they evaluate `plain`, on its training videos.
+
     plain is at the usual rate. The others move no weight: AdamW makes much of differences in the last bit of a gradient
     near zero. `groups` has norms of two clips, one process's; `stopped` is the same, interrupted in its sixth step.
     """
@@ -87,16 +112,16 @@ def trained_by_two(build_once, int8_store, captioned_store):
     common = ["--epochs", "2", "--warmup-epochs", "1", "--device", "cpu", "--checkpoint-minutes", "0", "--json"]
 
     def run(folder):
-        with (folder / "trainings").open("w") as file:
+        with (folder / "commands").open("w") as file:
+            file.write(json.dumps(["python", str(NORMS), "2"]) + "\n")
             for name, (store, options) in trainings.items():
                 width = [] if name == "linear" else ["--side-width", "64"]
                 where = ["--features", str(store), "--out", str(folder / name)]
                 stop = ["stop"] if name == "stopped" else []
                 file.write(json.dumps([*stop, "train", *where, *common, *width, *options]) + "\n")
-        (folder / "train.py").write_text(TRAIN_ONE_AFTER_ANOTHER)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command += [folder / "train.py", folder / "trainings"]
-        done = subprocess.run(command, capture_output=True, text=True)
+            file.write(json.dumps(["eval", "--run", str(folder / "plain"), *EVALUATE]) + "\n")
+        (folder / "commands.py").write_text(RUN_ONE_AFTER_ANOTHER)
+        done = run_torchrun(2, folder / "commands.py", folder / "commands")
         assert done.returncode == 0, done.stderr
         (folder / "said").write_text(done.stdout)
 

@@ -4,15 +4,15 @@ import json
 import logging
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from s4v.cli import app
 from s4v.errors import EnvironmentFailedError, StoreMismatchError
 from s4v.extract.extraction import extract_dataset
 from s4v.store.manifest import read_table
@@ -31,7 +31,6 @@ from s4v.train.tasks.recognition_page import write_results
 from s4v.train.tasks.retrieval import embed_clips
 
 CPU = torch.device("cpu")
-TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
 
 
 def config_for(store, out, **changes):
@@ -48,20 +47,32 @@ def several(video_folder, make_config, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("name", ["plain", pytest.param("retrieval", marks=pytest.mark.slow)])
-def test_processes_share_the_clips_of_an_evaluation(trained_by_two, tmp_path, name):
-    runs = {processes: shutil.copytree(trained_by_two / name, tmp_path / str(processes)) for processes in (1, 2)}
-    said = {}
-    for processes, run in runs.items():
-        # Without the dashes torchrun takes --run for a beginning of its own --run-path.
-        command = [sys.executable, "-m", *TORCHRUN[: 6 * (processes > 1)], "s4v", "eval", "--run", str(run), "--json"]
-        done = subprocess.run([*command, "--split", "train", "--device", "cpu"], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        (line,) = done.stdout.strip().splitlines()
-        said[processes] = {k: v for k, v in json.loads(line).items() if k not in ("run", "seconds")}
-    assert said[1] == said[2], "one process speaks, and its figures are those of all clips"
-    for path in runs[1].glob("*_train.parquet"):
-        assert read_table(path).equals(read_table(runs[2] / path.name))
+def same_evaluation(folder, other, said):
+    """Whether two folders of a run were evaluated alike; `said` is what each printed."""
+    one, two = ({k: v for k, v in json.loads(line).items() if k not in ("run", "seconds")} for line in said)
+    tables = sorted(path.name for path in folder.glob("*_train.parquet"))
+    assert tables
+    return one == two and all(read_table(folder / name).equals(read_table(other / name)) for name in tables)
+
+
+def test_processes_share_the_clips_of_an_evaluation(trained_by_two, tmp_path):
+    said = (trained_by_two / "said").read_text().strip().splitlines()[-1]
+    leave_out = shutil.ignore_patterns("*_train.*")
+    run = shutil.copytree(trained_by_two / "plain", tmp_path / "plain", ignore=leave_out)
+    alone = CliRunner().invoke(app, ["eval", "--run", str(run), "--split", "train", "--device", "cpu", "--json"])
+    assert same_evaluation(trained_by_two / "plain", run, (said, alone.stdout.strip().splitlines()[-1]))
+
+
+@pytest.mark.slow
+def test_processes_share_the_texts_of_an_evaluation(trained_by_two, processes_run, tmp_path):
+    """As documented: without the dashes torchrun takes --run for a beginning of its own --run-path."""
+    one, two = (shutil.copytree(trained_by_two / "retrieval", tmp_path / name) for name in ("one", "two"))
+    command = ["eval", "--split", "train", "--device", "cpu", "--json", "--run"]
+    done = processes_run(2, "-m", "--", "s4v", *command, str(two))
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.strip().splitlines()
+    alone = CliRunner().invoke(app, [*command, str(one)])
+    assert same_evaluation(one, two, (alone.stdout.strip().splitlines()[-1], line))
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """Batch norms count groups of clips, however a step is shared out."""
 
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,86 +86,17 @@ def test_every_norm_of_a_network_holds_the_groups():
     assert network[0].groups is network[1][0].groups is groups
 
 
-SEVERAL = """
-import os, sys, torch, torch.distributed as dist
-
-from s4v.train.networks import norms
-from s4v.train.networks.norms import BatchNorm, NormGroups, average_statistics
-from s4v.train.networks.parts import make_again
-from s4v.train.networks.side4video import SideNetwork
-from torch.utils.checkpoint import checkpoint
-
-dist.init_process_group("gloo")
-rank, world, span = dist.get_rank(), dist.get_world_size(), int(sys.argv[1])
-exchanges = []
-for name in ("all_gather", "all_reduce"):
-    def count(*arguments, _call=getattr(dist, name), _name=name, **options):
-        exchanges.append(_name)
-        return _call(*arguments, **options)
-    setattr(dist, name, count)
-
-
-def make(groups):
-    torch.manual_seed(1)
-    norm = BatchNorm(192)
-    torch.nn.init.normal_(norm.weight)
-    norm.groups = groups
-    return norm
-
-
-torch.manual_seed(2)
-# Numbers far from zero: sums of their squares would cancel.
-whole = torch.randn(8 * world, 192, 2, 2) + 1000
-own = whole.chunk(world)[rank].clone().requires_grad_()
-processes = None
-for first in range(0, world, span) if span > 1 else ():
-    group = dist.new_group(list(range(first, first + span)))
-    processes = group if first <= rank < first + span else processes
-groups = None if span == world else NormGroups(8 * span, processes)
-norm = make(groups)
-outer = lambda x: make_again(lambda x: norm(x).sin(), x, side_width=192)
-out = checkpoint(outer, own, use_reentrant=False, context_fn=norms.recomputing)
-weights = torch.linspace(-1, 1, whole.numel()).view(whole.shape)
-(out * weights.chunk(world)[rank]).sum().backward()
-found = list(exchanges)
-if groups is not None:
-    exchanges.clear()
-    average_statistics(torch.nn.Sequential(norm, BatchNorm(3)))
-    assert exchanges == ["all_reduce"], exchanges
-assert found == ([] if span == 1 else ["all_gather", "all_reduce"]), found
-
-# The same in one process, group by group.
-expected, x = torch.nn.BatchNorm2d(192), whole.clone().requires_grad_()
-expected.load_state_dict(make(None).state_dict())
-parts, statistics = [], []
-for part in x.chunk(world // span):
-    expected.running_mean, expected.running_var = torch.zeros(192), torch.ones(192)
-    parts.append(expected(part).sin())
-    statistics.append((expected.running_mean, expected.running_var))
-(torch.cat(parts) * weights).sum().backward()
-close = dict(rtol=1e-2, atol=1e-2)
-torch.testing.assert_close(out, torch.cat(parts).chunk(world)[rank], **close)
-torch.testing.assert_close(own.grad, x.grad.chunk(world)[rank], **close)
-gradient = norm.weight.grad
-dist.all_reduce(gradient)
-torch.testing.assert_close(gradient, expected.weight.grad, **close)
-for ours, theirs in zip((norm.running_mean, norm.running_var), zip(*statistics), strict=True):
-    torch.testing.assert_close(ours, torch.stack(theirs).mean(0), **close)
-dist.barrier()
-"""
-
-
 @pytest.mark.parametrize(
     ("world", "span"),
     [(2, 2), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((2, 1), (4, 2)))],
 )
-def test_processes_have_the_norms_of_one_with_one_exchange_each_way(world, span, tmp_path):
+def test_processes_have_the_norms_of_one_with_one_exchange_each_way(world, span, request, processes_run):
     """Also where the layer is computed again, inside a layer that is computed again."""
-    (tmp_path / "norms.py").write_text(SEVERAL)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, tmp_path / "norms.py", str(span)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    if (world, span) == (2, 2):
+        assert "norms of 2 of 2 processes" in (request.getfixturevalue("trained_by_two") / "said").read_text()
+    else:
+        done = processes_run(world, Path(__file__).with_name("norms_of_processes.py"), str(span))
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
