@@ -20,8 +20,6 @@ RECIPES = {
     **{name: {**RETRIEVAL, "recipe": name} for name in ("msrvtt", "msvd", "vatex")},
 }
 CAPTIONED = ("msrvtt", "msvd", "vatex")
-QUICK = ("ssv2",)
-"""Looked at in every run of the tests; k400 and msrvtt are in test_documented_lines.py."""
 
 
 def run(*arguments):
@@ -73,9 +71,8 @@ def check_store(path, expected):
             assert row["validation_clip"] is None and one == shown[:1]
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
-)
+@pytest.mark.slow  # k400's and msrvtt's lines are run with every test: test_documented_lines.py
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_data_set_goes_to_its_figure(name, write_miniature, tmp_path):
     root, store, out = write_miniature(name, tmp_path / "videos"), tmp_path / "s.zarr", tmp_path / "run"
     expected = RECIPES[name]

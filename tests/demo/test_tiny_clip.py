@@ -167,6 +167,7 @@ def small(**changes):
     return replace(Recipe(steps=3, window_share=0.67, batch_size=4, num_colours=2), **changes)
 
 
+@pytest.mark.slow
 def test_training_depends_on_its_seed_alone():
     """To the bit, with threads that share the work."""
 

@@ -165,6 +165,7 @@ def run_command(store, out, processes=1):
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_sweep_that_was_killed_at_random_moments_goes_on_to_the_same_bit(
     assert_same_run, whole, int8_store, tmp_path
 ):
