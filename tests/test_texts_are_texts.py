@@ -94,7 +94,7 @@ def test_an_error_is_one_line_whatever_it_names(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["größer", "猫", "😀"])
-@pytest.mark.parametrize("charset", ["ascii", "latin-1"])
+@pytest.mark.parametrize("charset", ["ascii", pytest.param("latin-1", marks=pytest.mark.slow)])
 def test_an_encoding_that_lacks_a_letter_gets_it_spelled_out(make_video, tmp_path, name, charset):
     """C6: PYTHONIOENCODING=ascii, or a C locale."""
     make_video(tmp_path / f"v/{name}.mp4", num_frames=6)

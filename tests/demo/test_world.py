@@ -162,7 +162,9 @@ def read_frames(path):
     return decode({**request, "start_s": None, "end_s": None, "decoder": "auto"}, lambda _: None)
 
 
-@pytest.mark.parametrize("codec", FORMATS)
+@pytest.mark.parametrize(
+    "codec", [codec if codec == "h264" else pytest.param(codec, marks=pytest.mark.slow) for codec in FORMATS]
+)
 def test_one_seed_gives_one_world(codec, tmp_path):
     config = WorldConfig(num_train=4, num_val=2, num_novel=2, codec=codec)
     for name in ("a", "b"):

@@ -310,7 +310,7 @@ def test_a_shard_that_kills_its_workers_is_set_aside_and_the_rest_goes_on(
     assert contents(config.out, "zarr.json") == contents(float_store, "zarr.json")
 
 
-@pytest.mark.parametrize(("deaths_of_a_task", "tells"), [(4, True), (1, False)])
+@pytest.mark.parametrize(("deaths_of_a_task", "tells"), [(4, True), pytest.param(1, False, marks=pytest.mark.slow)])
 def test_several_such_shards_are_told_whatever_the_scheduler_allows(
     video_folder, make_config, tmp_path, monkeypatch, poison, deaths_of_a_task, tells
 ):  # B9

@@ -105,7 +105,14 @@ def test_an_option_against_what_is_recorded_is_refused(extract):
         extract(frames={"": 8})
 
 
-@pytest.mark.parametrize("how", [{}, {"repair": True, "part": (1, 1)}, {"append": True, "retry_failed": True}])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        pytest.param({"repair": True, "part": (1, 1)}, marks=pytest.mark.slow),
+        pytest.param({"append": True, "retry_failed": True}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_store_from_before_recipes_goes_on_as_it_was_begun(how, extract, make_video, kinetics):
     before = dict(frames={"train": 16, "": 8}, sampling="uniform", clips={"": 1}, resize="256", views={"": "centre"})
     config = extract(**before, limit=1)

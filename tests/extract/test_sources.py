@@ -54,7 +54,9 @@ def test_every_row_knows_its_file(made):
         assert [row[name] for name in SOURCE] == [getattr(facts, name) for name in SOURCE]
 
 
-@pytest.mark.parametrize("changes", [{}, {"retry_failed": True}, {"repair": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"repair": True}, pytest.param({"retry_failed": True}, marks=pytest.mark.slow)]
+)
 def test_a_replaced_video_is_told_and_its_row_keeps_every_byte(made, make_video, contents, caplog, changes):
     # A2, B1: whatever the command.
     before = contents(made.out)
@@ -124,7 +126,14 @@ def test_a_row_is_pending_while_its_arrays_are_replaced(made, make_video, monkey
     assert open_store(made.out).read_manifest(["status"])["status"].to_pylist()[4] == "ok"
 
 
-@pytest.mark.parametrize("point", ["swap prepared", "swap begun", "swap pending", "swap moved", "swap done"])
+@pytest.mark.parametrize(
+    "point",
+    [
+        "swap begun",
+        "swap moved",
+        *(pytest.param(f"swap {at}", marks=pytest.mark.slow) for at in ("prepared", "pending", "done")),
+    ],
+)
 def test_a_redo_that_is_killed_is_completed_by_the_same_command(made, make_video, monkeypatch, point):
     replace_videos(made, make_video, 4)
 

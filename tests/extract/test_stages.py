@@ -189,7 +189,7 @@ class LateBuffers(BatchBuffers):
         return super().read()
 
 
-@pytest.mark.parametrize("num_ahead", [1, 2])
+@pytest.mark.parametrize("num_ahead", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_batches_that_are_under_way_together_do_not_mix(
     num_ahead, video_folder, make_config, tmp_path, monkeypatch, contents
 ):

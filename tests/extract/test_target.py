@@ -80,6 +80,7 @@ def test_a_captioned_store_is_resumed_with_two_openings(captioned_folder, make_c
     assert opened(config.out) == (2, 2)
 
 
+@pytest.mark.slow
 def test_a_fresh_run_opens_its_store_once(video_folder, make_config, opened, tmp_path):
     config = make_config(video_folder, tmp_path / "s.zarr", dtype="int8")
     extract_dataset(config)

@@ -197,7 +197,7 @@ def test_names_as_long_as_names_may_be_are_written(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["k.zarr.old", "k.zarr.partial", ".k.zarr.partial"])
-@pytest.mark.parametrize("is_there", [False, True])
+@pytest.mark.parametrize("is_there", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_extracting_leaves_neighbours_alone(is_there, name, video_folder, make_config, tmp_path):  # C1
     """A store that was moved to `k.zarr.old` is not the one that `--out k.zarr` replaces."""
     config = make_config(video_folder, tmp_path / "k.zarr", limit=1, splits=("val",))

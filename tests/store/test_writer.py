@@ -58,7 +58,10 @@ def test_a_skeleton_or_manifest_that_has_no_room_is_told_in_one_line(
     assert not (tmp_path / "new.zarr").exists()
 
 
-@pytest.mark.parametrize("point", ["swap prepared", "swap begun", "swap moved", "swap done"])
+@pytest.mark.parametrize(
+    "point",
+    ["swap begun", "swap moved", *(pytest.param(f"swap {at}", marks=pytest.mark.slow) for at in ("prepared", "done"))],
+)
 def test_a_shard_is_replaced_from_any_point_on(
     point, float_store, video_folder, make_video, make_config, tmp_path, monkeypatch
 ):

@@ -49,6 +49,7 @@ TRAININGS = {
     "the reference's": {"task": "retrieval", "negatives": "reference", "optimizer": "uncorrected-adam"},
     "all captions": {"task": "retrieval", "negatives": "all"},
 }
+QUICK = ("side4video", "groups", "linear", "words", "the reference's")
 
 
 def config_for(int8_store, captioned_store, out, name, **changes):
@@ -85,7 +86,9 @@ def test_what_holds_up_the_host_is_seen():
     assert len(mode.asked) == 3
 
 
-@pytest.mark.parametrize("name", TRAININGS)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TRAININGS]
+)
 def test_a_step_asks_a_gpu_for_nothing(int8_store, captioned_store, tmp_path, monkeypatch, name):
     mode = AskedOf()
     with around_steps(monkeypatch, lambda: mode) as seen:

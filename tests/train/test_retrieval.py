@@ -180,7 +180,7 @@ def test_two_processes_share_their_negatives(trained_by_two, captioned_store, tm
         assert (ours[name] - theirs[name]).abs().max() <= 1e-3 * largest + 1e-6, name
 
 
-@pytest.mark.parametrize("step", [1, 4])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_stopped_run_goes_on_to_the_same_bit(assert_same_run, step, trained, captioned_store, tmp_path, monkeypatch):
     seen, loss = [], retrieval.contrastive_loss
 

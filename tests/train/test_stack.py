@@ -118,7 +118,14 @@ def test_a_head_that_gets_no_better_stops_alone(assert_same_run, options, int8_s
     assert summaries[0]["epochs"] == 3
 
 
-@pytest.mark.parametrize(("batch", "options"), [(0, SIDE), (4, SIDE), (10, SIDE), (4, LINEAR), (10, LINEAR)])
+@pytest.mark.parametrize(
+    ("batch", "options"),
+    [
+        (4, SIDE),
+        (10, LINEAR),
+        *(pytest.param(*at, marks=pytest.mark.slow) for at in ((0, SIDE), (10, SIDE), (4, LINEAR))),
+    ],
+)
 def test_heads_that_were_stopped_go_on_to_the_same_bit(
     assert_same_run, batch, options, int8_store, tmp_path, monkeypatch
 ):
