@@ -75,7 +75,7 @@ class ExtractConfig:
     All rows of a video are about as long.
     """
     sampling: str | None = None
-    """Which frames: uniform, reference-k400, reference-sth, reference-retrieval."""
+    """Which frames: uniform, dense, reference-k400, reference-sth, reference-retrieval, reference-dist."""
     clips: dict[str, int] | None = None
     """Evaluation clips, which share the frames; by split: test=4,1.
 
@@ -308,8 +308,9 @@ class ExtractConfig:
         return int(split != "train" and split in self.recipe.validation_clip)
 
     def sampling_of(self, split: str) -> str:
-        """Which frames of this split are cached: of training rows, from which clips are drawn, uniform ones."""
-        return PLAIN_RECIPE.sampling if split == "train" else self.recipe.sampling
+        """Which frames of this split are cached: of training rows, of which clips take parts, uniform or dense ones."""
+        sampling = self.recipe.sampling
+        return PLAIN_RECIPE.sampling if split == "train" and sampling != "dense" else sampling
 
     def views_of(self, split: str) -> str:
         """The name of the views of a row of this split."""

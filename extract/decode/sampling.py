@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 
 from ...errors import ConfigError
+
+_WINDOW = 128
+"""Frames of a video that a dense clip spans."""
 
 
 def sample_uniform(num_frames: int, num_steps: int) -> list[int]:
@@ -66,6 +70,30 @@ def _sample_retrieval_clips(num_frames: int, num_steps: int, num_clips: int) -> 
     return [[math.floor(tick / 2 + tick * step) if is_long else 0 for step in range(num_steps)]]
 
 
+def _sample_dense_clips(num_frames: int, num_steps: int, num_clips: int) -> list[list[int]]:
+    """Windows of 128 frames, their starts spread over the video; a shorter video begins again.
+
+    Of one clip the reference draws the start; here it is the window in the middle.
+    """
+    free = max(0, num_frames - _WINDOW)
+    starts = [free // 2] if num_clips == 1 else [clip * (free // (num_clips - 1)) for clip in range(num_clips)]
+    return [[(start + _WINDOW * step // num_steps) % num_frames for step in range(num_steps)] for start in starts]
+
+
+def _sample_dist_clips(num_frames: int, num_steps: int, num_clips: int) -> list[list[int]]:
+    """DiST: the frames that its backbone sees, those of every second part; each clip at another place of a part.
+
+    Source:
+        https://github.com/alibaba-mmai-research/DiST; it computes in float32, exact fractions give the same frames.
+    """
+    tick = Fraction(num_frames, 2 * num_steps)
+    shifts = [Fraction(1, 2)] if num_clips == 1 else [Fraction(clip + 1, num_clips) for clip in range(num_clips)]
+    return [
+        [round(min(Fraction(num_frames - 1), tick * (2 * step + shift))) for step in range(num_steps)]
+        for shift in shifts
+    ]
+
+
 def sample_clips(
     name: str, num_frames: int, num_steps: int, num_clips: int, *, holds_validation_clip: bool = False
 ) -> list[list[int]]:
@@ -87,11 +115,13 @@ SAMPLINGS: dict[str, Callable[[int, int, int], list[list[int]]]] = {
     "reference-k400": _sample_k400_clips,
     "reference-sth": _sample_something_clips,
     "reference-retrieval": _sample_retrieval_clips,
+    "reference-dist": _sample_dist_clips,
+    "dense": _sample_dense_clips,
 }
 """By the name that `--sampling` takes: (frames of the video, frames of a clip, clips) -> indices of each clip.
 
-What is cached of training videos is uniform under every name: the reference draws their frames anew in each epoch, and
-a clip here draws one of each part of what is cached.
+What is cached of training videos is uniform under every name but `dense`: the reference draws their frames anew in each
+epoch, and a clip here draws one of each part of what is cached. Of a dense window it then draws such parts.
 
 Source:
     The formulas of https://github.com/HJYao00/Side4Video at 5d72352; Python's rounding is half to even, as NumPy's.

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -74,6 +76,14 @@ def test_frames_option_is_read(text, frames):
         ),
         ("reference-retrieval", (50, 12, 1), [[2, 6, 10, 14, 18, 22, 27, 31, 35, 39, 43, 47]]),
         ("reference-retrieval", (12, 12, 1), [[0] * 12]),
+        ("dense", (300, 8, 1), [[86, 102, 118, 134, 150, 166, 182, 198]]),
+        (
+            "dense",
+            (301, 4, 3),  # 173 free frames, starts 0, 86 and 172
+            [[0, 32, 64, 96], [86, 118, 150, 182], [172, 204, 236, 268]],
+        ),
+        ("dense", (50, 4, 2), [[0, 32, 14, 46]] * 2),
+        ("dense", (128, 5, 1), [[0, 25, 51, 76, 102]]),
     ],
 )
 def test_clips_are_those_of_the_formulas(name, counts, clips):
@@ -142,6 +152,22 @@ def test_every_clip_is_the_references(name, num_steps, num_clips):
     for num_frames in (*range(1, 4 * num_steps + 2), 99, 250, 300, 1001):
         expected = sample_as_the_reference(name, num_frames, num_steps, num_clips)
         assert SAMPLINGS[name](num_frames, num_steps, num_clips) == expected, num_frames
+
+
+def test_frames_of_dist_are_its_own(data_path):
+    """Of its own function; the backbone sees every second one of them."""
+    cases = json.loads((data_path / "dist_frames.json").read_text())["cases"]
+    assert len(cases) == 20
+    for case in cases:
+        expected = [clip[::2] for clip in case["dense"]]
+        assert SAMPLINGS["reference-dist"](case["n"], case["T"], case["clips"]) == expected, case
+
+
+def test_dense_training_rows_are_dense(make_config, tmp_path):
+    config = make_config(tmp_path, tmp_path / "s.zarr", sampling="dense")
+    assert (config.sampling_of("train"), config.sampling_of("val")) == ("dense", "dense")
+    config = make_config(tmp_path, tmp_path / "s.zarr", sampling="reference-dist")
+    assert (config.sampling_of("train"), config.sampling_of("val")) == ("uniform", "reference-dist")
 
 
 def test_starts_of_short_videos_are_rounded_down():
