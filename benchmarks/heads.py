@@ -1,10 +1,11 @@
 """Several heads in one read of the store, against one head alone and against trainings of their own.
 
-    python benchmarks/heads.py [--rounds 3] [--videos 2400] [--heads 8] [--side-videos 96] [--side-heads 3] [--only probes]
+    python benchmarks/heads.py [--rounds 3] [--videos 2400] [--side-videos 96] [--only probes] [--device cuda]
 
-Stores are of random tokens: of ViT-B/16's sizes, and of the demo's; of as many videos as the demo has for training.
-With few videos the files of eight runs would count for more than they do in a training. Rounds are paired: in each of them every arm
-trains the same epochs on the same clips, one after another, and the ratio is the middle one of the rounds' ratios.
+Stores are of random tokens: of ViT-B/16's sizes, and of the demo's. Probes learn from as many videos as the demo
+trains on: with few, the files of eight runs would count for more than they do in a training. Rounds are paired: in each
+of them every arm trains the same epochs on the same clips, one after another, and the ratio is the middle one of the
+rounds' ratios.
 """
 
 from __future__ import annotations
