@@ -86,20 +86,25 @@ def read_peak_flops(device_name: str) -> float | None:
 
 
 def parse_layers(text: str, depth: int) -> tuple[int, ...]:
-    """Read `--layers`: `paper`, `all`, or 0-based blocks such as `1,3,5`; the last block is always tapped.
+    """Read `--layers`: `paper`, `all`, `last4`, or 0-based blocks such as `1,3,5`; the last block is always tapped.
 
     Raises:
-        ConfigError: If a layer is no number or out of range.
+        ConfigError: If a layer is no number or out of range, or there are fewer blocks than the last ones asked for.
     """
     if text == "all":
         return tuple(range(depth))
     if text == "paper":
         step = 1 if depth <= _EVERY_BLOCK_UP_TO else 2
         return tuple(range(depth - 1, -1, -step))[::-1]
+    if last := re.fullmatch(r"last(\d+)", text):
+        count = int(last[1])
+        if not 1 <= count <= depth:
+            raise ConfigError(f"--layers must be last1 to last{depth} for this model; found {text}")
+        return tuple(range(depth - count, depth))
     try:
         layers = {int(part) for part in text.split(",")}
     except ValueError:
-        raise ConfigError(f"--layers takes paper, all or numbers such as 1,3,5; found {text!r}") from None
+        raise ConfigError(f"--layers takes paper, all, last4 or numbers such as 1,3,5; found {text!r}") from None
     if outside := sorted(layer for layer in layers if not 0 <= layer < depth):
         raise ConfigError(f"--layers must lie in 0 to {depth - 1} for this model; found {outside}")
     return tuple(sorted(layers | {depth - 1}))

@@ -95,7 +95,7 @@ class ExtractConfig:
     The key "" is for splits that are not named.
     """
     layers: str = "paper"
-    """paper, all, or 0-based blocks: 1,3,5."""
+    """paper, all, last4, or 0-based blocks: 1,3,5."""
     dtype: PatchDtype = "int8"
     """Of stored patch tokens: int8, float16, float32."""
     channels: int | None = None

@@ -291,10 +291,15 @@ def test_paper_layers():
     assert parse_layers("paper", 24) == tuple(range(24))
     assert parse_layers("paper", 64) == tuple(range(1, 64, 2))
     assert parse_layers("all", 64) == tuple(range(64))
+    assert parse_layers("last4", 12) == (8, 9, 10, 11)
+    assert parse_layers("last12", 12) == parse_layers("all", 12)
+    for text in ("last0", "last13"):
+        with pytest.raises(ConfigError, match=f"must be last1 to last12 for this model; found {text}"):
+            parse_layers(text, 12)
     assert parse_layers("3,1", 12) == (1, 3, 11), "the last block is always tapped"
     with pytest.raises(ConfigError, match=r"must lie in 0 to 11 for this model; found \[12, 40\]"):
         parse_layers("1,12,40", 12)
-    with pytest.raises(ConfigError, match="--layers takes paper, all or numbers"):
+    with pytest.raises(ConfigError, match="--layers takes paper, all, last4 or numbers"):
         parse_layers("first", 12)
 
 
