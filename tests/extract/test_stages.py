@@ -479,7 +479,7 @@ def test_absurd_length_in_a_container_costs_only_its_video(tmp_path, make_config
 
 def test_options_out_of_range_are_refused_before_any_work(video_folder, tmp_path, make_config):
     for changes, message in (
-        ({"sampling": "dense"}, "--sampling takes uniform, reference-k400, .*; found 'dense'"),
+        ({"sampling": "sparse"}, "--sampling takes uniform, reference-k400, .*; found 'sparse'"),
         ({"resize": "300"}, "--resize takes 256, 256x320, 224; found '300'"),
         ({"views": {"": "ten"}}, "--views takes centre, flip, three; found 'ten'"),
         ({"dataset": "ssv2", "views": {"": "flip"}}, "--views flip would turn left into right"),
