@@ -38,7 +38,7 @@ def tower():
 def world_store(tmp_path_factory):
     """A small world through the ordinary pipeline."""
     folder = tmp_path_factory.mktemp("world")
-    write_world(folder / "videos", WorldConfig(num_train=0, num_val=60, num_novel=24, seed=77))
+    write_world(folder / "videos", WorldConfig(num_train=0, num_val=120, num_novel=48, seed=77))
     config = ExtractConfig(
         model="tiny-clip",
         dataset="table",
@@ -97,7 +97,7 @@ def test_fresh_stills_are_named(tower, kind):
     """40 names; the bar is 97 % on known combinations. Novel ones are measured beside it."""
     backbone = build_backbone("tiny-clip", weights=None, device=CPU).load_weights()
     rng = np.random.default_rng(2_000_000)
-    stills = [draw_still(rng, kind=kind) for _ in range(500 if kind == "known" else 150)]
+    stills = [draw_still(rng, kind=kind) for _ in range(1000 if kind == "known" else 300)]
     pixels = torch.from_numpy(np.stack([still.pixels for still in stills]))
     images = np.concatenate([backbone.encode_frames(part, [5]).embedding.numpy() for part in pixels.split(100)])
     texts = normalise_rows(tower.encode([f"a {colour} {shape}" for colour, shape in NAMES]))

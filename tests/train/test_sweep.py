@@ -181,9 +181,11 @@ def test_a_sweep_that_was_killed_at_random_moments_goes_on_to_the_same_bit(
             time.sleep(0.0005)
         process.kill()
         process.communicate()
-    config = replace(whole[0], out=out)
-    found = sweep_heads(config, **GRID)
-    train_winner(config, found)
+    process = run_command(int8_store, out)
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    answer = json.loads(stdout.splitlines()[-1])
+    assert answer["ok"] and len(answer["heads"]) == NUM_HEADS and answer["run"] == str(out / "winner")
     assert_same_sweep(assert_same_run, out, whole[0].out)
 
 
