@@ -71,7 +71,6 @@ def pids(cluster):
     return [worker.pid for worker in cluster.workers.values()]
 
 
-@pytest.mark.slow
 def test_local_workers_make_the_store_that_one_process_makes(
     video_folder, make_config, float_store, tmp_path, contents
 ):
