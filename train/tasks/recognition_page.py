@@ -89,14 +89,13 @@ def _describe_training(run: Run) -> list[str]:
         then = [one["epoch"] for one in validated]
         left.plot(then, [one["val_loss"] for one in validated], color=ACCENT, label="validation loss")
         right.plot(then, [100 * one["val_top1"] for one in validated], color=ACCENT, label="validation top-1, %")
-    right.plot(epochs, [100 * one["learning_rate"] / _peak(metrics) for one in metrics], color=MUTED, linestyle=":")
-    right.set_title("dotted: learning rate, % of its peak", fontsize=9, color=MUTED)
+    rates = [100 * one["learning_rate"] / _peak(metrics) for one in metrics]
+    right.plot(epochs, rates, color=MUTED, linestyle=":", label="learning rate, % of its peak")
     for axes in (left, right):
         axes.set(xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=9)  # on no curve
     return ["<h2>Training</h2>", draw_picture(render_figure(figure), "losses and accuracy by epoch")]
 
 
