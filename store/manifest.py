@@ -231,10 +231,11 @@ def _columns_there(file: BinaryIO, columns: list[str] | None) -> dict[str, list[
 
 def with_later_columns(table: pa.Table, columns: list[str] | None = None) -> pa.Table:
     """A manifest or a part with null columns for what it is too old to have; other tables as they are."""
-    if "status" not in table.column_names and columns is None:
+    there = set(table.column_names)  # asked once: it is made anew each time, and a store has thousands of parts
+    if "status" not in there and columns is None:
         return table
-    names = [*table.column_names, *RESULT_SCHEMA.names] if columns is None else columns
-    for name in names:
-        if name in _LATER_COLUMNS and name not in table.column_names:
-            table = table.append_column(RESULT_SCHEMA.field(name), pa.nulls(len(table), RESULT_SCHEMA.field(name).type))
+    missing = (_LATER_COLUMNS if columns is None else _LATER_COLUMNS & set(columns)) - there
+    for field in RESULT_SCHEMA if missing else ():
+        if field.name in missing:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
     return table if columns is None else table.select(columns)
