@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any, Generic, TypeVar
@@ -165,9 +165,15 @@ def set_up_job(
     _warn_of_unused_splits(config, {record.split for record in records})
     with clock.stage("start"):
         backbone = _build_backbone(config)
-        layout = plan_layout(config, backbone, len(records), max(num_frames), max(num_views))
-        if target.reader is not None:
-            layout = replace(layout, rows_per_shard=target.reader.layout.rows_per_shard)
+        layout = plan_layout(
+            config,
+            backbone,
+            len(records),
+            max(num_frames),
+            max(num_views),
+            frames_held=sum(frames * views for frames, views in zip(num_frames, num_views, strict=True)),
+            like=None if target.reader is None else target.reader.layout,
+        )
         recipe = config.recipe.name if target.reader is None else target.reader.facts.recipe
         attributes = _describe(config, backbone, ClassList.of(records).names, pool.library_versions(), recipe)
     return Job(
@@ -198,7 +204,7 @@ def join_job(config: ExtractConfig, store: StoreReader, pool: DecoderPool, clock
     sizes = store.layout
     with clock.stage("start"):
         backbone = _build_backbone(config)
-        layout = plan_layout(config, backbone, sizes.num_rows, sizes.num_frames, sizes.num_views)
+        layout = plan_layout(config, backbone, sizes.num_rows, sizes.num_frames, sizes.num_views, like=sizes)
         versions = pool.library_versions()
         attributes = _describe(config, backbone, store.classes.names, versions, store.facts.recipe)
     return Job(
@@ -208,7 +214,7 @@ def join_job(config: ExtractConfig, store: StoreReader, pool: DecoderPool, clock
         num_frames=RowsAtHand(sizes.num_rows),
         num_views=RowsAtHand(sizes.num_rows),
         backbone=backbone,
-        layout=replace(layout, rows_per_shard=sizes.rows_per_shard),
+        layout=layout,
         attributes=attributes,
         pool=pool,
         clock=clock,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from ..backbone.vision_tower import Backbone, parse_layers
 from ..errors import ConfigError, StoreMismatchError
-from ..store.layout import StoreLayout
+from ..store.layout import StoreLayout, choose_block
 from ..store.reader import StoreReader, open_store
 from .config import ExtractConfig
 
@@ -14,9 +14,25 @@ _DEFAULT_INT8_CHANNELS = 256
 
 
 def plan_layout(
-    config: ExtractConfig, backbone: Backbone, num_rows: int, num_frames: int, num_views: int
+    config: ExtractConfig,
+    backbone: Backbone,
+    num_rows: int,
+    num_frames: int,
+    num_views: int,
+    *,
+    frames_held: int | None = None,
+    like: StoreLayout | None = None,
 ) -> StoreLayout:
     """The sizes of the store that an extraction makes.
+
+    Args:
+        config: The extraction.
+        backbone: Its weights are not needed.
+        num_rows: V.
+        num_frames: F.
+        num_views: A.
+        frames_held: Cached frames of all rows and views together; None takes those of rows that are all full.
+        like: Of the store that is there, which keeps the division into files that it was begun with.
 
     Raises:
         ConfigError: If `--channels` or `--layers` ask for what the backbone does not have.
@@ -28,7 +44,7 @@ def plan_layout(
         channels = _check_codec_source(config, backbone, open_store(config.codec_from))
     if channels > info.width:
         raise ConfigError(f"--channels {channels} is more than the {info.width} channels of {config.model}")
-    return StoreLayout(
+    layout = StoreLayout(
         num_rows=num_rows,
         num_views=num_views,
         num_frames=num_frames,
@@ -42,6 +58,11 @@ def plan_layout(
         keep_bits=config.keep_bits,
         with_pixels=config.with_pixels,
     )
+    if like is not None:
+        return replace(layout, rows_per_shard=like.rows_per_shard, frames_per_block=like.frames_per_block)
+    frame_bytes = num_views * sum(layout.bytes_per_frame.values())
+    rows = layout.rows_per_shard if frames_held is None else layout.choose_rows(frames_held)
+    return replace(layout, rows_per_shard=rows, frames_per_block=choose_block(num_frames, frame_bytes))
 
 
 def _check_codec_source(config: ExtractConfig, backbone: Backbone, source: StoreReader) -> int:

@@ -42,20 +42,21 @@ class DamagedChunkError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Geometry:
-    """Chunks are (1, 1, f, ...) in shards of (rows, views, F, ...): only the first three axes are divided."""
+    """Chunks are (1, 1, f, ...) in shards of (rows, views, frames, ...): only the first three axes are divided."""
 
     tail: tuple[int, ...]
     """Axes behind row, view and frame."""
     dtype: np.dtype
     rows_per_shard: int
     views_per_shard: int
-    frames: int
-    """F."""
+    frames_per_shard: int
+    """Of a row: a block."""
     frames_per_chunk: int
 
     @property
     def chunks_per_view(self) -> int:
-        return self.frames // self.frames_per_chunk
+        """Of a row, in one shard."""
+        return self.frames_per_shard // self.frames_per_chunk
 
     @property
     def chunks_per_shard(self) -> int:
@@ -116,68 +117,77 @@ class ShardedArray:
         views: np.ndarray,
         places: np.ndarray,
         layers: Sequence[int] | None,
-        threads: ThreadPoolExecutor,
+        threads: ThreadPoolExecutor | None,
         allocate: Callable[[tuple[int, ...], np.dtype], np.ndarray] = np.empty,
     ) -> ClipsUnderWay:
-        """Begin to read clips, one task for each.
+        """Begin to read clips, one task for each; without threads, read them.
 
         Args:
             rows: (B,).
             views: (B,).
-            places: (B, T) on the axis F.
+            places: (B, T) on the axis F; what is below zero is no frame, and comes out as zeros.
             layers: Places on the first axis behind the frame's; None takes all.
-            threads: What reads.
+            threads: What reads; of small chunks one thread reads as fast, and tasks take longer than they do.
             allocate: Makes room for the clips.
 
         Returns:
             (B, T, ...), the axes behind the frame's, to be waited for.
 
         Raises:
-            DamagedChunkError: If the first clip's shard is none.
+            DamagedChunkError: If the first clip's shard is none; without threads, for the first clip that has one.
         """
         tail = self._geometry.tail
         if len(rows):  # before room is made: a store that promises more than its files hold gets none
-            self._shard(int(rows[0]), int(views[0]))
+            self._shard(int(rows[0]), int(views[0]), max(0, int(places[0, 0])) if places.size else 0)
         if layers is not None:
             tail = (len(layers), *tail[1:])
         clips = allocate((*places.shape, *tail), self._geometry.dtype)
-        tasks = [
-            threads.submit(self._read_clip, int(row), int(view), steps, layers, clip)
-            for row, view, steps, clip in zip(rows, views, places, clips, strict=True)
-        ]
-        return ClipsUnderWay(clips, tasks)
+        each = zip(rows.tolist(), views.tolist(), places, clips, strict=True)
+        if threads is not None:
+            return ClipsUnderWay(
+                clips, [threads.submit(self._read_clip, row, view, p, layers, c) for row, view, p, c in each]
+            )
+        for row, view, steps, clip in each:
+            self._read_clip(row, view, steps, layers, clip)
+        return ClipsUnderWay(clips, [])
 
     def _read_clip(
         self, row: int, view: int, places: np.ndarray, layers: Sequence[int] | None, clip: np.ndarray
     ) -> None:
         """Read the frames of one clip, (T, ...), each chunk once."""
         geometry = self._geometry
-        size = geometry.frames_per_chunk
-        shard = self._shard(row, view)
+        size, per_view = geometry.frames_per_chunk, geometry.chunks_per_view
         in_shard = row % geometry.rows_per_shard * geometry.views_per_shard + view % geometry.views_per_shard
-        first_chunk = in_shard * geometry.chunks_per_view
-        if size == 1 and layers is None:
-            for place, frame in zip(places.tolist(), clip, strict=True):
-                shard.read_chunk(first_chunk + place, frame, row)
-            return
-        chunk = np.empty((size, *geometry.tail), dtype=geometry.dtype)
-        if size == 1:
-            assert layers is not None
-            for place, frame in zip(places.tolist(), clip, strict=True):
-                shard.read_chunk(first_chunk + place, chunk, row)
-                for tokens, layer in zip(frame, layers, strict=True):
-                    tokens[...] = chunk[0, layer]
-            return
-        for number in np.unique(places // size).tolist():
-            shard.read_chunk(first_chunk + number, chunk, row)
-            own = np.flatnonzero(places // size == number)
-            frames = chunk[places[own] % size]
-            clip[own] = frames if layers is None else frames[:, layers]
+        first_chunk, open_block = in_shard * per_view, -1
+        is_direct = size == 1 and layers is None
+        chunk = None if is_direct else np.empty((size, *geometry.tail), dtype=geometry.dtype)
+        numbers = places // size  # of chunks, counted along F; below zero there is none
+        steps = enumerate(numbers.tolist()) if size == 1 else enumerate(np.unique(numbers).tolist())
+        for step, number in steps:
+            own = step if size == 1 else np.flatnonzero(numbers == number)
+            if number < 0:
+                clip[own] = 0
+                continue
+            block, in_block = divmod(number, per_view)
+            if block != open_block:
+                shard, open_block = self._shard(row, view, block * geometry.frames_per_shard), block
+            if chunk is None:
+                shard.read_chunk(first_chunk + in_block, clip[own], row)
+                continue
+            shard.read_chunk(first_chunk + in_block, chunk, row)
+            frames = chunk[0] if size == 1 else chunk[places[own] % size]
+            if layers is None:
+                clip[own] = frames
+            elif size == 1:
+                for tokens, layer in zip(clip[own], layers, strict=True):
+                    tokens[...] = frames[layer]
+            else:
+                clip[own] = frames[:, layers]
 
-    def _shard(self, row: int, view: int) -> _Shard:
+    def _shard(self, row: int, view: int, frame: int) -> _Shard:
         geometry = self._geometry
-        place = (row // geometry.rows_per_shard, view // geometry.views_per_shard)
-        key = ".".join(["c", *map(str, place), *["0"] * (1 + len(geometry.tail))])
+        place = (row // geometry.rows_per_shard, view // geometry.views_per_shard, frame // geometry.frames_per_shard)
+        key = ".".join(["c", *map(str, place), *["0"] * len(geometry.tail)])
         with self._lock:
             if (shard := self._shards.get(key)) is not None:
                 self._shards.move_to_end(key)
@@ -375,13 +385,13 @@ def _find_geometry(spec: ArraySpec) -> _Geometry | None:
     if sys.byteorder != "little" or spec.is_compressed or spec.chunk_shape is None:
         return None
     shape, chunk, shard = spec.shape, spec.chunk_shape, spec.shard_shape
-    if chunk[:2] != (1, 1) or chunk[3:] != shape[3:] or shard[2:] != shape[2:] or shape[2] % chunk[2]:
+    if chunk[:2] != (1, 1) or chunk[3:] != shape[3:] or shard[3:] != shape[3:] or shard[2] % chunk[2]:
         return None
     return _Geometry(
         tail=shape[3:],
         dtype=np.dtype(spec.dtype),
         rows_per_shard=shard[0],
         views_per_shard=shard[1],
-        frames=shape[2],
+        frames_per_shard=shard[2],
         frames_per_chunk=chunk[2],
     )

@@ -22,6 +22,7 @@ _MOST = {
     "channels": 2**18,
     "embed_dim": 2**18,
     "rows_per_shard": 2**20,
+    "frames_per_block": 2**20,
 }
 """Sizes from 1 to these; far above any model, far below what overflows."""
 _MOST_LAYERS = 2**12
@@ -32,6 +33,8 @@ _MOST_CHUNK_BYTES = 2**31 - 2**20
 """Of what one read fetches: ViT-E's 64 layers in float32 take 117 MB."""
 _MOST_CHUNKS = 2**24
 """In one shard's file, of which the index takes 16 bytes each."""
+_MOST_FILES = 2**18
+"""Of one shard of rows in one array: a row of more than a day and a half, at 25 frames a second."""
 
 
 class Attributes(dict[str, Any]):
@@ -100,7 +103,7 @@ def parse_layout(path: Path, recorded: dict[str, Any]) -> StoreLayout:
 def _find_wrong_sizes(sizes: dict[str, Any]) -> list[str]:
     problems = []
     for name, most in _MOST.items():
-        if name == "rows_per_shard" and not sizes.get(name, 0):
+        if name in ("rows_per_shard", "frames_per_block") and not sizes.get(name, 0):
             continue  # 0, or a store from before it was recorded: a function of the others
         if not _is_int(sizes.get(name), 1, most):
             problems.append(f"{name} must be from 1 to {most}, found {_shorten(sizes.get(name))}")
@@ -127,10 +130,10 @@ def _find_wrong_chunks(spec: ArraySpec) -> list[str]:
     chunk = math.prod(spec.chunk_shape or spec.shard_shape) * np.dtype(spec.dtype).itemsize
     if chunk > _MOST_CHUNK_BYTES:
         return [f"one chunk of {spec.name} would take {chunk:,} bytes"]
-    if spec.chunk_shape is not None:
-        chunks = math.prod(a // b for a, b in zip(spec.shard_shape, spec.chunk_shape, strict=True))
-        if chunks > _MOST_CHUNKS:
-            return [f"one shard of {spec.name} would have {chunks:,} chunks"]
+    if spec.chunks_per_shard > _MOST_CHUNKS:
+        return [f"one shard of {spec.name} would have {spec.chunks_per_shard:,} chunks"]
+    if spec.files_per_shard > _MOST_FILES:
+        return [f"one shard of {spec.name} would have {spec.files_per_shard:,} files"]
     return []
 
 

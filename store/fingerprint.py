@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from pathlib import Path
 
@@ -37,7 +36,7 @@ def fingerprint_shard(path: Path, spec: ArraySpec) -> str:
         size = os.fstat(handle).st_size
         if spec.chunk_shape is None:
             return _digest(os.pread(handle, _CHECKSUM_BYTES, max(0, size - _CHECKSUM_BYTES)), size)
-        num_chunks = math.prod(a // b for a, b in zip(spec.shard_shape, spec.chunk_shape, strict=True))
+        num_chunks = spec.chunks_per_shard
         index_bytes = 16 * num_chunks
         data = os.pread(handle, index_bytes, size - index_bytes - _CHECKSUM_BYTES) if size > index_bytes else b""
         if len(data) != index_bytes:

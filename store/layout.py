@@ -15,14 +15,18 @@ V, A and F are maxima: what a row does not use is absent from its shard and cost
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-FORMAT_VERSION = 2
-"""Of new stores. A store of version 1 keeps its done-markers in Parquet, and stays of that version."""
+FORMAT_VERSION = 3
+"""Of new stores, whose arrays are cut along F. A store of version 2 is not, one of version 1 keeps its done-markers in
+Parquet, too; each stays of its version."""
+
+_UNCUT_VERSION = 2
 
 STATS_NAME = "stats.json"
 """File of a store that says how long its last extraction took."""
@@ -35,7 +39,18 @@ PATCH_DTYPES: tuple[PatchDtype, ...] = ("int8", "float16", "float32")
 _SHARD_BYTES = 512 * 2**20
 _MAX_VIDEOS_PER_SHARD = 64
 _MIN_SHARDS = 16
-_SPLIT_VIEWS_ABOVE_BYTES = 10**9
+_SPLIT_ABOVE_BYTES = 10**9
+_FRAMES_PER_BLOCK = 16
+
+
+def choose_block(num_frames: int, bytes_per_frame: int) -> int:
+    """Frames of a row that lie in one file of a new store: 16, of shorter rows all, fewer where they pass 1 GB.
+
+    Args:
+        num_frames: F.
+        bytes_per_frame: Of all arrays and views.
+    """
+    return max(1, min(_FRAMES_PER_BLOCK, num_frames, _SPLIT_ABOVE_BYTES // max(1, bytes_per_frame)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,10 +67,33 @@ class ArraySpec:
     dimension_names: tuple[str, ...] = ()
     is_compressed: bool = False
 
+    @property
+    def parts_shape(self) -> tuple[int, ...]:
+        """How many files lie along each axis behind the rows': those of a shard of rows."""
+        return tuple(math.ceil(size / own) for size, own in zip(self.shape[1:], self.shard_shape[1:], strict=True))
+
+    @property
+    def files_per_shard(self) -> int:
+        """Files of one shard of rows: one, or several where a row is split along its views or its frames."""
+        return math.prod(self.parts_shape)
+
+    def shard_parts(self) -> list[tuple[int, ...]]:
+        """Where the files of one shard of rows lie on the axes behind the rows', counted in files."""
+        return list(itertools.product(*map(range, self.parts_shape)))
+
+    def shard_key(self, shard: int, part: tuple[int, ...]) -> str:
+        """Name of one file of a shard of rows."""
+        return ".".join(["c", str(shard), *map(str, part)])
+
     def shard_keys(self, shard: int) -> list[str]:
-        """Names of the files of one shard of rows: one, or several where a row is split along its views."""
-        views = math.ceil(self.shape[1] / self.shard_shape[1])
-        return [".".join(["c", str(shard), str(view), *["0"] * (len(self.shape) - 2)]) for view in range(views)]
+        """Names of the files of one shard of rows, in the order of `shard_parts`."""
+        return [self.shard_key(shard, part) for part in self.shard_parts()]
+
+    @property
+    def chunks_per_shard(self) -> int:
+        """Places in the index of one file; 1 where the file is a chunk."""
+        chunk = self.chunk_shape or self.shard_shape
+        return math.prod(own // size for own, size in zip(self.shard_shape, chunk, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,12 +127,25 @@ class StoreLayout:
     rows_per_shard: int = 0
     """Rows in one shard, the same for all arrays. 0 takes a pure function of V and sizes; a store that rows are added
     to keeps the number that it was begun with."""
+    frames_per_block: int = 0
+    """Frames of a row in one file, of every array. 0 is all of them in one: so are stores of format 1 and 2, whose
+    embeddings are one chunk a file."""
 
     def __post_init__(self) -> None:
         if not self.rows_per_shard:
-            by_bytes = _SHARD_BYTES // max(1, self.bytes_per_row)
-            rows = max(1, min(by_bytes, _MAX_VIDEOS_PER_SHARD, math.ceil(self.num_rows / _MIN_SHARDS)))
-            object.__setattr__(self, "rows_per_shard", rows)
+            object.__setattr__(
+                self, "rows_per_shard", self.choose_rows(self.num_rows * self.num_views * self.num_frames)
+            )
+
+    def choose_rows(self, frames_held: int) -> int:
+        """Rows in one shard of a new store: as many as hold half a GB together, 64 at most, a sixteenth of all at most.
+
+        Args:
+            frames_held: Cached frames of all rows and views together.
+        """
+        bytes_per_row = frames_held * sum(self.bytes_per_frame.values()) // self.num_rows
+        by_bytes = _SHARD_BYTES // max(1, bytes_per_row)
+        return max(1, min(by_bytes, _MAX_VIDEOS_PER_SHARD, math.ceil(self.num_rows / _MIN_SHARDS)))
 
     @property
     def cls_dtype(self) -> str:
@@ -125,11 +176,22 @@ class StoreLayout:
         first = shard * self.rows_per_shard
         return range(first, min(first + self.rows_per_shard, self.num_rows))
 
+    @property
+    def format_version(self) -> int:
+        """The first format that has such arrays."""
+        return FORMAT_VERSION if self.frames_per_block else _UNCUT_VERSION
+
+    @property
+    def block(self) -> int:
+        """Frames of a row in one file, of every array."""
+        return self.frames_per_block or self.num_frames
+
     def array_specs(self) -> tuple[ArraySpec, ...]:
         """Every array that holds frames, with its shards and chunks."""
-        rows = self.rows_per_shard
-        views = 1 if self.bytes_per_row > _SPLIT_VIEWS_ABOVE_BYTES else self.num_views
-        return tuple(replace(spec, shard_shape=(rows, views, *spec.shape[2:])) for spec in self._unsharded_specs())
+        block_bytes = self.num_views * self.block * sum(self.bytes_per_frame.values())
+        views = 1 if block_bytes > _SPLIT_ABOVE_BYTES else self.num_views
+        shard = (self.rows_per_shard, views, self.block)
+        return tuple(replace(spec, shard_shape=(*shard, *spec.shape[3:])) for spec in self._unsharded_specs())
 
     def _unsharded_specs(self) -> list[ArraySpec]:
         v, a, f = self.num_rows, self.num_views, self.num_frames
@@ -151,8 +213,8 @@ class StoreLayout:
                 shape=(v, a, f, num_layers, self.width),
                 dtype=self.cls_dtype,
                 shard_shape=(),
-                # One chunk holds all frames of a row: a clip's class tokens are one small read.
-                chunk_shape=(1, 1, f, num_layers, self.width),
+                # One chunk holds all frames of a block: a clip's class tokens are few small reads.
+                chunk_shape=(1, 1, self.block, num_layers, self.width),
                 dimension_names=(*place, "layer", "channel"),
             ),
             ArraySpec(
@@ -160,6 +222,7 @@ class StoreLayout:
                 shape=(v, a, f, self.embed_dim),
                 dtype="float32",
                 shard_shape=(),
+                chunk_shape=(1, 1, self.block, self.embed_dim) if self.frames_per_block else None,
                 dimension_names=(*place, "channel"),
             ),
         ]

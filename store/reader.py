@@ -30,6 +30,9 @@ from .layout import FORMAT_VERSION, ArraySpec
 from .markers import PARTS_NAME, Marker, find_markers, marker_path, read_joined, read_marker
 from .row_checks import check_captions, check_rows
 
+PADDING = -1
+"""In a clip's places: no frame. Its codes, class tokens and pixels are zeros."""
+
 _CLIP_ARRAYS = ("patches", "cls", "pixels")
 _HEAD_AXES = 2
 _MOST_HEAD_ARRAYS = 64
@@ -52,6 +55,14 @@ class Clips:
     """(B, T, L, D) float16 or float32."""
     pixels: np.ndarray | None
     """(B, T, O, H, W, 3) uint8."""
+
+
+def pad_places(places: Sequence[Sequence[int]]) -> np.ndarray:
+    """Clips of different lengths as (B, T), T the longest: what `read_clips` takes, `PADDING` behind the others."""
+    padded = np.full((len(places), max(map(len, places), default=0)), PADDING, dtype=np.int64)
+    for row, clip in zip(padded, places, strict=True):
+        row[: len(clip)] = clip
+    return padded
 
 
 class StoreReader:
@@ -216,14 +227,14 @@ class StoreReader:
 
         Args:
             videos: (B,) row numbers.
-            frames: (B, T) places on the axis F, the same number for every clip.
+            frames: (B, T) places on the axis F, the same number for every clip; `PADDING` is no frame (`pad_places`).
             view: One view for all clips, or (B,) views.
             layers: Backbone blocks to return, all cached ones by default.
             arrays: Which arrays to read.
             allocate: Makes room for each array, from its shape and dtype; say in pinned memory.
 
         Returns:
-            Codes, class tokens and pixels in the order asked for.
+            Codes, class tokens and pixels in the order asked for; zeros where there is no frame.
 
         Raises:
             StoreMismatchError: If a row is not ok, or a frame, view, layer or array is not in the store.
@@ -293,25 +304,59 @@ class StoreReader:
             rows: Consecutive rows; None takes all.
 
         Returns:
-            (V, A, F, E) float32, not normalised; NaN where a row has no such frame.
+            (rows, A, f, E) float32, not normalised, f the most frames that one of them holds; NaN where a row has no
+            such frame.
         """
         rows = range(self.layout.num_rows) if rows is None else rows
-        spec = self._spec("embedding")
-        is_ok = self._row_states[0]
-        pieces = [self._read_embedding_shard(spec, shard, rows, is_ok) for shard in self._shards_of(rows)]
-        return np.concatenate([np.empty((0, *spec.shape[1:]), np.float32), *pieces])
+        is_ok, num_frames, _ = self._row_states
+        longest = int(np.where(is_ok, num_frames, 0)[rows.start : rows.stop].max(initial=0))
+        pieces = [self._read_embedding_shard(shard, rows, longest) for shard in self._shards_of(rows)]
+        empty = np.empty((0, self.layout.num_views, longest, self.layout.embed_dim), np.float32)
+        return np.concatenate([empty, *pieces])
 
     def _shards_of(self, rows: range) -> range:
         size = self.layout.rows_per_shard
         return range(rows.start // size, -(-rows.stop // size) if len(rows) else rows.start // size)
 
-    def _read_embedding_shard(self, spec: ArraySpec, shard: int, rows: range, is_ok: np.ndarray) -> np.ndarray:
-        """Those of some rows that lie in one shard, (rows, A, F, E); NaN where there is no such frame."""
+    def _read_embedding_shard(self, shard: int, rows: range, num_frames: int) -> np.ndarray:
+        """Those of some rows that lie in one shard, (rows, A, f, E); NaN where there is no such frame."""
+        spec, is_ok = self._spec("embedding"), self._row_states[0]
         shard_rows = self.layout.shard_rows(shard)
         taken = range(max(rows.start, shard_rows.start), min(rows.stop, shard_rows.stop))
         good = taken.start + np.flatnonzero(is_ok[taken.start : taken.stop])
+        values = np.full((len(taken), spec.shape[1], num_frames, spec.shape[3]), np.nan, np.float32)
         if not len(good):
-            return np.full((len(taken), *spec.shape[1:]), np.nan, np.float32)
+            return values
+        if spec.chunk_shape is None:
+            self._read_whole_embeddings(spec, shard, good, values, taken.start)
+        else:
+            self._read_cut_embeddings(good, values, taken.start)
+        missing = np.isnan(values[good - taken.start, 0, 0, 0])
+        if missing.any():
+            raise self._damage("embedding", good[missing], "the chunk is missing")
+        return values
+
+    def _read_cut_embeddings(self, good: np.ndarray, values: np.ndarray, first: int) -> None:
+        """Fill in the good rows of an array whose chunks hold single rows."""
+        sharded = self._sharded("embedding")
+        _, num_frames, num_views = self._row_states
+        rows, views = np.repeat(good, num_views[good]), np.concatenate([np.arange(n) for n in num_views[good]])
+        places = np.arange(values.shape[2])
+        places = np.where(places < num_frames[rows, None], places, -1)
+        if sharded is None:
+            found = self._read_with_tensorstore("embedding", rows, views, places, None)
+        else:
+            try:
+                found = sharded.read(rows, views, places, None, threads=None).clips
+            except DamagedChunkError as error:
+                raise self._damage("embedding", np.array([error.row]), str(error)) from error
+        found[places < 0] = np.nan
+        values[rows - first, views] = found
+
+    def _read_whole_embeddings(
+        self, spec: ArraySpec, shard: int, good: np.ndarray, values: np.ndarray, first: int
+    ) -> None:
+        """Fill in the good rows of an array whose files are one chunk each, one for each part of the views."""
         pieces = []
         for key in spec.shard_keys(shard):
             file = names.locate(self.path, f"embedding/{key}")
@@ -321,11 +366,8 @@ class StoreReader:
                 why = "the chunk is missing" if not file.exists() else str(error)
                 raise self._damage("embedding", good, why) from error
         whole = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)[:, : spec.shape[1]]
-        values = whole[taken.start - shard_rows.start : taken.stop - shard_rows.start]
-        missing = np.isnan(values[good - taken.start, 0, 0, 0])
-        if missing.any():
-            raise self._damage("embedding", good[missing], "the chunk is missing")
-        return values
+        start = self.layout.shard_rows(shard).start
+        values[good - first] = whole[good - start, :, : values.shape[2]]
 
     def read_row(self, row: int, num_views: int, num_frames: int) -> dict[str, np.ndarray]:
         """All that a row has in the arrays, whatever the manifest says of it.
@@ -419,7 +461,7 @@ class StoreReader:
         if not is_ok[rows].all():
             bad = rows[~is_ok[rows]]
             raise StoreMismatchError(f"rows {_join(bad)} of {self.path} are not ok: see their reason in the manifest")
-        beyond = (places < 0).any(axis=1) | (places >= num_frames[rows, None]).any(axis=1)
+        beyond = (places < PADDING).any(axis=1) | (places >= num_frames[rows, None]).any(axis=1)
         beyond |= (views < 0) | (views >= num_views[rows])
         if beyond.any():
             first = int(np.flatnonzero(beyond)[0])
@@ -455,9 +497,9 @@ class StoreReader:
     def _read_with_tensorstore(
         self, name: str, rows: np.ndarray, views: np.ndarray, places: np.ndarray, layer_places: list[int] | None
     ) -> np.ndarray:
-        self._check_shard_files(name, rows, views)
-        shape = places.shape
-        index = (np.broadcast_to(rows[:, None], shape), np.broadcast_to(views[:, None], shape), places)
+        self._check_shard_files(name, rows, views, places)
+        shape, held = places.shape, np.maximum(places, 0)
+        index = (np.broadcast_to(rows[:, None], shape), np.broadcast_to(views[:, None], shape), held)
         selected = self._array(name).vindex[index]
         if layer_places is not None:
             selected = selected[:, :, layer_places]
@@ -465,7 +507,8 @@ class StoreReader:
             values = selected.read().result()
         except ValueError as error:
             raise self._damage(name, self._find_unreadable(name, rows, views, places), str(error)) from error
-        self._check_present(name, values, rows, views)
+        self._check_present(name, values, rows)
+        values[places < 0] = 0
         return values
 
     def _find_unreadable(self, name: str, rows: np.ndarray, *places: np.ndarray) -> np.ndarray:
@@ -477,7 +520,7 @@ class StoreReader:
                 return rows[place : place + 1]
         return rows
 
-    def _check_present(self, name: str, values: np.ndarray, rows: np.ndarray, views: np.ndarray) -> None:
+    def _check_present(self, name: str, values: np.ndarray, rows: np.ndarray) -> None:
         """A missing chunk reads as the fill value, which no written token has; a black pixel has it."""
         if values.size == 0:
             return
@@ -489,13 +532,15 @@ class StoreReader:
         if missing.any():
             raise self._damage(name, rows[missing.any(axis=1)], "the chunk is missing")
 
-    def _check_shard_files(self, name: str, rows: np.ndarray, views: np.ndarray) -> None:
+    def _check_shard_files(self, name: str, rows: np.ndarray, views: np.ndarray, places: np.ndarray) -> None:
         """Refuse what tensorstore would wait for, follow, or take for black pixels: a pipe, a link, no file."""
         spec = self._spec(name)
-        shards = np.stack([rows // spec.shard_shape[0], views // spec.shard_shape[1]], axis=1)
-        for shard, view in np.unique(shards, axis=0).tolist():
+        axes = np.broadcast_arrays(rows[:, None], views[:, None], places)
+        files = np.stack([axis // size for axis, size in zip(axes, spec.shard_shape, strict=False)], axis=-1)
+        rest = (0,) * (len(spec.shape) - 3)
+        for shard, *part in np.unique(files[places >= 0], axis=0).tolist():
             try:
-                names.require_file(self.path, f"{name}/{spec.shard_keys(shard)[view]}")
+                names.require_file(self.path, f"{name}/{spec.shard_key(shard, (*part, *rest))}")
             except StoreDamagedError as error:
                 raise self._damage(name, rows[rows // spec.shard_shape[0] == shard], str(error)) from error
 

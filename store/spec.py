@@ -12,7 +12,7 @@ import pyarrow as pa
 from ..errors import StoreError
 from . import manifest
 from .codecs.contract import Codec
-from .layout import DEFAULT_CODEC, FORMAT_VERSION, StoreLayout
+from .layout import DEFAULT_CODEC, StoreLayout
 from .reader import StoreReader, open_store
 from .records import VideoRecord
 
@@ -62,8 +62,10 @@ class StoreSpec:
         """The group's `s4v` attribute; with a codec alone."""
         assert self.codec is not None
         sizes = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.layout).items()}
+        if not self.layout.frames_per_block:
+            del sizes["frames_per_block"]  # of formats that do not know it
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": self.layout.format_version,
             **self.attributes,
             "layout": {**sizes, "pixel_offsets_unit": "frame"},
             "codec": _describe_codec(self.codec),

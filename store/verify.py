@@ -204,15 +204,16 @@ def check_shard(store: StoreReader, shard: int, video_ids: list[str] | None) -> 
     counts = np.zeros((len(rows), 2), dtype=np.int64)  # views and frames of each row
     is_pending = np.zeros(store.layout.rows_per_shard, dtype=bool)  # such a row may have chunks or not
     is_pending[len(part) : len(rows)] = True
-    for place, row in enumerate(part.select(["status", "num_views", "num_cached_frames"]).to_pylist()):
-        is_pending[place] = row["status"] == "pending"
+    for number, row in enumerate(part.select(["status", "num_views", "num_cached_frames"]).to_pylist()):
+        is_pending[number] = row["status"] == "pending"
         if row["status"] == "ok":
-            counts[place] = row["num_views"] or 0, row["num_cached_frames"] or 0
+            counts[number] = row["num_views"] or 0, row["num_cached_frames"] or 0
     ids = part["video_id"].to_pylist()
     damage = []
     for spec in store.layout.array_specs():
-        for place, key in enumerate(spec.shard_keys(shard)):
-            due = _wanted_chunks(spec, counts, place * spec.shard_shape[1])
+        for place in spec.shard_parts():
+            key = spec.shard_key(shard, place)
+            due = _wanted_chunks(spec, counts, place[0] * spec.shard_shape[1], place[1] * spec.shard_shape[2])
             problems = _check_file(store, spec, shard, key, due, is_pending, ids) if due.any() else []
             damage += problems or _check_fingerprint(store, spec, shard, key, read)
     return part, damage
@@ -234,13 +235,14 @@ def _check_fingerprint(store: StoreReader, spec: ArraySpec, shard: int, key: str
     return [Damage(where=name, what=what, shard=shard, rows=rows)]
 
 
-def _wanted_chunks(spec: ArraySpec, counts: np.ndarray, first_view: int) -> np.ndarray:
-    """(rows, views, chunks along F) bool: which chunks the manifest says the shard holds."""
-    rows, views, frames = spec.shard_shape[:3]
+def _wanted_chunks(spec: ArraySpec, counts: np.ndarray, first_view: int, first_frame: int) -> np.ndarray:
+    """(rows, views, chunks along F) bool: which chunks the manifest says that one file of a shard holds."""
+    _, views, frames = spec.shard_shape[:3]
     size = frames if spec.chunk_shape is None else spec.chunk_shape[2]
-    is_due = np.zeros((rows, views, frames // size), dtype=bool)
-    for place, (num_views, num_frames) in enumerate(counts):
-        is_due[place, : max(0, num_views - first_view), : -(-num_frames // size)] = num_frames > 0
+    has_view = first_view + np.arange(views) < counts[:, :1]
+    has_frame = first_frame + np.arange(0, frames, size) < counts[:, 1:]
+    is_due = np.zeros((spec.shard_shape[0], views, frames // size), dtype=bool)
+    is_due[: len(counts)] = has_view[:, :, None] & has_frame[:, None]
     return is_due
 
 
