@@ -20,7 +20,7 @@ from .datasets import (
     read_listing,
     resolve_protocol,
 )
-from .decode.sampling import SAMPLINGS
+from .decode.sampling import SAMPLINGS, check_sampling, is_open_ended
 from .decode.views import RESIZES, VIEWS
 
 RECIPE_FIELDS = ("frames", "sampling", "clips", "validation_clip", "resize", "views")
@@ -75,7 +75,10 @@ class ExtractConfig:
     All rows of a video are about as long.
     """
     sampling: str | None = None
-    """Which frames: uniform, dense, reference-k400, reference-sth, reference-retrieval, reference-dist."""
+    """Which frames: uniform, dense, fps:2, all, reference-k400, -sth, -retrieval, -dist.
+
+    `fps:X` and `all` take as many frames as a video is long.
+    """
     clips: dict[str, int] | None = None
     """Evaluation clips, which share the frames; by split: test=4,1.
 
@@ -193,8 +196,11 @@ class ExtractConfig:
             if self.codec not in CODECS:
                 raise ConfigError(f"--codec takes {', '.join(CODECS)}; found {self.codec!r}")
         recipe = self.recipe
-        _check_choice("--sampling", recipe.sampling, SAMPLINGS)
-        SAMPLINGS[recipe.sampling](1, 1, max(recipe.clips.values(), default=1))  # refuses clips that it does not have
+        check_sampling(recipe.sampling)
+        if self.is_open_ended:
+            self._refuse_shares()
+        else:  # refuses clips that it does not have
+            SAMPLINGS[recipe.sampling](1, 1, max(recipe.clips.values(), default=1))
         _check_choice("--resize", recipe.resize, RESIZES)
         for name in recipe.views.values():
             _check_choice("--views", name, VIEWS)
@@ -278,8 +284,18 @@ class ExtractConfig:
                 "what is finished is kept. Bring it back and run the same command again."
             )
 
+    def find_part(self, num_shards: int) -> range:
+        """The shards that are this run's: all of so many, or those of its part."""
+        part, num_parts = self.part or (1, 1)
+        return range((part - 1) * num_shards // num_parts, part * num_shards // num_parts)
+
+    @property
+    def is_open_ended(self) -> bool:
+        """Whether rows hold as many frames as they are long, and not a number of their split's."""
+        return is_open_ended(self.recipe.sampling)
+
     def frames_of(self, split: str) -> int:
-        """Frames that a row of this split caches.
+        """Frames that a row of this split caches, where that does not depend on its length.
 
         Raises:
             ConfigError: If `--frames` names other splits only.
@@ -310,15 +326,30 @@ class ExtractConfig:
     def sampling_of(self, split: str) -> str:
         """Which frames of this split are cached: of training rows, of which clips take parts, uniform or dense ones."""
         sampling = self.recipe.sampling
-        return PLAIN_RECIPE.sampling if split == "train" and sampling != "dense" else sampling
+        is_drawn = sampling != "dense" and not self.is_open_ended
+        return PLAIN_RECIPE.sampling if split == "train" and is_drawn else sampling
 
     def views_of(self, split: str) -> str:
         """The name of the views of a row of this split."""
         return self.recipe.views.get(split, self.recipe.views.get("", "centre"))
 
+    def _refuse_shares(self) -> None:
+        """Rows that are as long as their videos are not shared out."""
+        shares = {"--frames": self.recipe.frames, "--validation-clip": self.recipe.validation_clip}
+        given = [name for name, value in shares.items() if value]
+        if set(self.recipe.clips.values()) != {1}:
+            given.append("--clips")
+        if given:
+            raise ConfigError(
+                f"--sampling {self.recipe.sampling} takes as many frames as a video is long, in one clip: leave out "
+                f"{', '.join(given)}"
+            )
+
     def _find_recipe(self) -> ExtractionRecipe:
         recipe = find_reader(self.dataset).recipe
-        if (self.frames, self.clips) != (None, None):
+        if self.sampling is not None and is_open_ended(self.sampling):
+            recipe = replace(recipe, frames={}, clips={"": 1}, validation_clip=())
+        elif (self.frames, self.clips) != (None, None):
             plain = {name: getattr(PLAIN_RECIPE, name) for name in ("frames", "clips", "validation_clip")}
             recipe = replace(recipe, **plain)
         given = {name: value for name in RECIPE_FIELDS if (value := getattr(self, name)) is not None}

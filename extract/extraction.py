@@ -28,6 +28,7 @@ from .pipeline.dask_cluster import Unfinished, run_on_workers
 from .pipeline.stages import Pipeline
 from .recipe import describe_recipe, settle_recipe
 from .repair import mend_store
+from .row_frames import warn_of_repeated_frames
 from .segments import list_rows_and_missing
 from .summary import ExtractSummary, refuse_damage, refuse_no_good_video, summarise_store
 from .target import Target
@@ -84,6 +85,7 @@ def extract_dataset(
                 note_redone(config.out, _count_redone(table, changed, before))
         write_codec_report(job, store, table)
         write_caption_texts(job, store)
+    warn_of_repeated_frames(config, table)
     seconds = time.perf_counter() - start
     still_changed = find_changed_rows(store, config.root) if changed and config.redo_changed else changed
     summary = summarise_store(config.out, table, seconds, warn_of_changed(store, still_changed))
@@ -123,10 +125,12 @@ def open_writer(job: Job) -> StoreWriter:
 
 
 def _go_on(job: Job, store: StoreReader) -> StoreWriter:
-    """Go on with a store, which gets the rows that are new."""
+    """Go on with a store, which gets the rows that are new, and room for rows that are longer than all before."""
     config = job.config
     store.require_arrays()
-    if config.append and len(job.records) > store.layout.num_rows:
+    has_new_rows = len(job.records) > store.layout.num_rows
+    has_longer_rows = config.is_open_ended and job.layout.num_frames > store.layout.num_frames
+    if config.append if has_new_rows else has_longer_rows:
         first = store.layout.num_rows // store.layout.rows_per_shard
         _require_room(job, job.limit_shards(range(first, job.layout.num_shards)))
         append_rows(config.out, job.spec)

@@ -22,6 +22,7 @@ from .datasets import PLAIN_RECIPE, Listing, find_reader, resolve_protocol
 from .decode.pool import DecodedVideo, DecoderPool, decode_records
 from .decode.views import NUM_VIEWS
 from .meter import Meter, ReportProgress, StageClock
+from .row_frames import count_frames
 from .store_layout import plan_layout
 from .target import Target
 
@@ -118,8 +119,8 @@ class Job:
         """First shard of this machine's part and the first after it; None where all shards are this machine's."""
         if self.config.part is None:
             return None
-        part, num_parts = self.config.part
-        return (part - 1) * self.layout.num_shards // num_parts, part * self.layout.num_shards // num_parts
+        own = self.config.find_part(self.layout.num_shards)
+        return own.start, own.stop
 
     def limit_shards(self, shards: Sequence[int]) -> list[int]:
         """Those of this machine's part, of them the first that hold `limit` rows together, the last one whole."""
@@ -160,7 +161,7 @@ def set_up_job(
         S4vError: If model, device, data set or options do not fit together.
     """
     records = listing.records
-    num_frames = [config.frames_of(record.split) for record in records]
+    num_frames = count_frames(config, records, target, pool, report)
     num_views = [NUM_VIEWS[config.views_of(record.split)] for record in records]
     _warn_of_unused_splits(config, {record.split for record in records})
     with clock.stage("start"):
@@ -169,7 +170,7 @@ def set_up_job(
             config,
             backbone,
             len(records),
-            max(num_frames),
+            _find_longest(config, num_frames, target),
             max(num_views),
             frames_held=sum(frames * views for frames, views in zip(num_frames, num_views, strict=True)),
             like=None if target.reader is None else target.reader.layout,
@@ -190,6 +191,12 @@ def set_up_job(
         report=report,
         missing=listing.missing,
     )
+
+
+def _find_longest(config: ExtractConfig, num_frames: Sequence[int], target: Target) -> int:
+    """F: the most frames of a row; where rows are as long as their videos, at least what the store has room for."""
+    room = 1 if target.reader is None else target.reader.layout.num_frames
+    return max(room, *num_frames) if config.is_open_ended else max(num_frames)
 
 
 def join_job(config: ExtractConfig, store: StoreReader, pool: DecoderPool, clock: StageClock) -> Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from .decode.pool import DecoderPool
 from .decode.views import NUM_VIEWS
 from .disk_space import free_bytes
 from .recipe import settle_recipe
+from .row_frames import count_frames
 from .segments import list_rows
 from .store_layout import plan_layout
 from .target import Target
@@ -36,8 +38,8 @@ class SplitPlan:
     """What one split adds to an extraction."""
 
     videos: int
-    frames_per_video: int
-    """Cached, of one view."""
+    frames_per_video: float
+    """Cached, of one view; a mean where rows are as long as their videos."""
     views: int
     """Of each video."""
     share: float
@@ -82,7 +84,7 @@ class Plan:
 
 def plan_extraction(
     layout: StoreLayout,
-    frames_by_split: Mapping[str, tuple[int, int]],
+    frames_by_split: Mapping[str, tuple[int, float]],
     *,
     views_by_split: Mapping[str, int] | None = None,
     num_captions: int = 0,
@@ -96,7 +98,7 @@ def plan_extraction(
 
     Args:
         layout: Of the store; its number of rows does not matter.
-        frames_by_split: Videos and cached frames of each video, by split.
+        frames_by_split: Videos and cached frames of each video, or their mean, by split.
         views_by_split: Views of each video; None is one of all.
         num_captions: Of all videos; their texts are stored too.
         clip_frames: T, frames of a training clip.
@@ -107,7 +109,7 @@ def plan_extraction(
     """
     videos = sum(count for count, _ in frames_by_split.values())
     views = views_by_split or {}
-    frames = sum(count * cached * views.get(split, 1) for split, (count, cached) in frames_by_split.items())
+    frames = round(sum(count * cached * views.get(split, 1) for split, (count, cached) in frames_by_split.items()))
     splits = {
         split: SplitPlan(
             videos=count,
@@ -173,14 +175,23 @@ def plan_command(
     """
     if videos is not None and config.segment_s is not None:
         raise ConfigError("--segment needs the videos' lengths: name a --dataset, or count the segments in --videos")
+    if videos is not None and config.is_open_ended:
+        raise ConfigError(
+            f"--sampling {config.recipe.sampling} needs the videos' lengths: name a --dataset, or state the frames of "
+            "a video (--sampling uniform --frames N)"
+        )
     config = settle_recipe(config, Target(config.out))
-    records = [] if videos is not None else _read_rows(config)
+    records, counts = ([], []) if videos is not None else _read_rows(config)
     splits = {"train": videos} if videos is not None else Counter(record.split for record in records)
     backbone = build_backbone(
         config.model, weights="random", device=find_device(config.device), precision=config.precision
     )
-    by_split = {split: (count, config.frames_of(split)) for split, count in splits.items()}
-    num_rows, num_frames = sum(splits.values()), max(cached for _, cached in by_split.values())
+    by_split: dict[str, tuple[int, float]] = {}
+    for split, count in splits.items():
+        own = [frames for record, frames in zip(records, counts, strict=True) if record.split == split]
+        by_split[split] = (count, statistics.mean(own) if config.is_open_ended else config.frames_of(split))
+    num_rows = sum(splits.values())
+    num_frames = max(1, *counts) if config.is_open_ended else max(config.frames_of(split) for split in splits)
     views = {split: NUM_VIEWS[config.views_of(split)] for split in splits}
     layout = plan_layout(config, backbone, num_rows, num_frames, max(views.values()))
     if with_probe:
@@ -198,11 +209,14 @@ def plan_command(
     )
 
 
-def _read_rows(config: ExtractConfig) -> list[VideoRecord]:
-    if config.segment_s is None:
-        return config.read_records()
+def _read_rows(config: ExtractConfig) -> tuple[list[VideoRecord], list[int]]:
+    """The rows of an extraction, and their cached frames."""
+    if config.segment_s is None and not config.is_open_ended:
+        records = config.read_records()
+        return records, [config.frames_of(record.split) for record in records]
     with DecoderPool(config.num_decoders) as pool:
-        return list_rows(config, Target.find(config), pool)
+        records = list_rows(config, Target.find(config), pool)
+        return records, count_frames(config, records, Target(config.out), pool)
 
 
 def probe_backbone(backbone: Backbone, layout: StoreLayout, batch_size: int, seconds: float = 20.0) -> float:
@@ -264,7 +278,7 @@ def render_plan(plan: Plan, epochs: int) -> list[str]:
 def _render_split(name: str, split: SplitPlan) -> str:
     """Views beyond the first are for tests, but in training: their share is told apart."""
     views = f" x {split.views} views" if split.views > 1 else ""
-    frames = f"{split.videos:,} x {split.frames_per_video} frames{views}"
+    frames = f"{split.videos:,} x {split.frames_per_video:.4g} frames{views}"
     return f"  {name:11} {frames}: {split.share:.1%} of the frames and bytes"
 
 

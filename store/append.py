@@ -28,6 +28,7 @@ _MOST_TO_DO_BYTES = 2**16
 
 # What new rows change.
 _GROWING = ("layout.num_rows ", "classes.")
+_LENGTHENING = "layout.num_frames "
 
 
 def append_rows(path: Path, spec: StoreSpec) -> None:
@@ -116,7 +117,10 @@ def _hold(path: Path) -> Lease:
 
 def _require_same_rows(store: StoreReader, spec: StoreSpec) -> None:
     expected = spec.with_codec(store.codec).full_attributes()
-    differences = [one for one in list_differences(store.attributes, expected) if not one.startswith(_GROWING)]
+    growing = _GROWING
+    if store.layout.frames_per_block and spec.layout.num_frames > store.layout.num_frames:
+        growing += (_LENGTHENING,)  # files hold blocks of frames: those that are there stay
+    differences = [one for one in list_differences(store.attributes, expected) if not one.startswith(growing)]
     differences += list_codec_differences(store, spec)
     known = spec.records[: store.layout.num_rows]
     inputs = manifest.input_table(known, manifest.ClassList.of(known))

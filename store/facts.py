@@ -179,8 +179,16 @@ class StoreFacts:
 
     @property
     def frames(self) -> dict[str, int]:
-        """Cached frames of a row, by split; the key "" is for splits that are not named."""
+        """Cached frames of a row, by split; the key "" is for splits that are not named.
+
+        Empty where rows are as long as their videos.
+        """
         return dict(self.attributes["frames"])
+
+    @property
+    def is_open_ended(self) -> bool:
+        """Whether rows hold as many frames as they are long, and not a number of their split's."""
+        return not self.frames
 
     @property
     def clips(self) -> dict[str, int]:

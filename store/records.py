@@ -16,6 +16,7 @@ REASONS = {
     "unreadable": "no decoder knows the container",
     "no-video-stream": "the container has no video stream",
     "no-frames": "the video stream has no frame, or the segment lies outside the video",
+    "too-short": "--sampling fps:X takes its first frame later than the video or segment ends",
     "truncated": "more frames are announced than can be decoded",
     "decode-error": "the decoder reported an error",
     "timeout": "decoding took longer than --decode-timeout allows",

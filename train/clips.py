@@ -17,7 +17,7 @@ import torch
 from ..errors import ConfigError, StoreMismatchError
 from ..files import hash_text
 from ..store.codecs.contract import Codec
-from ..store.reader import Clips, StoreReader
+from ..store.reader import Clips, StoreReader, pad_places
 from ..store.texts import TextReader, Texts
 from .networks.contract import Network
 from .networks.text_interaction import TextBatch
@@ -29,6 +29,8 @@ _BATCHES_AHEAD = 3
 READ_AHEAD_BYTES = 2**30
 """Of batches that are read, or read ahead of their step; those of a GPU are pinned memory."""
 DEFAULT_CLIP_FRAMES = 8
+_BATCHES_SORTED = 16
+"""So many batches' worth of rows are put in the order of their lengths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,10 +229,14 @@ def resolve_clip_frames(
 ) -> int:
     """T: what was asked for if every row holds as many frames, else the default or the fewest that a row holds.
 
+    Rows that are as long as their videos may be shorter: clips of those show frames twice.
+
     Raises:
         StoreMismatchError: If a row holds fewer frames than were asked for.
     """
     fewest = int(available.min())
+    if store.facts.is_open_ended:
+        return wanted or default
     if wanted is None:
         return min(default, fewest)
     if wanted > fewest:
@@ -254,8 +260,8 @@ def plan_training_epoch(
 ) -> list[ClipPlan]:
     """The batches of one epoch: a pure function of rows, seed and epoch, so that its rest can be trained later.
 
-    A clip takes one random frame of each of T equal parts of the cached ones. What does not fill a step is left out of
-    this epoch, unless there is no full step.
+    A clip takes one random frame of each of T equal parts of the cached ones; where those are fewer, some stand for
+    several parts. What does not fill a step is left out of this epoch, unless there is no full step.
 
     Args:
         data: Which videos.
@@ -280,15 +286,16 @@ def plan_training_epoch(
     generator = np.random.default_rng([seed, epoch])
     order = generator.permutation(len(data))
     bounds = np.arange(num_frames + 1) * data.num_cached_frames[:, None] // num_frames
-    places = np.stack([generator.integers(bounds[:, :-1], bounds[:, 1:]) for _ in range(views_per_video)], axis=1)
+    first, stop = bounds[:, :-1], np.maximum(bounds[:, 1:], bounds[:, :-1] + 1)
+    places = np.stack([generator.integers(first, stop) for _ in range(views_per_video)], axis=1)
     # A random order of each row's views, those it does not have last.
     chances = generator.random((len(data), int(data.num_views.max(initial=1))))
     chances[np.arange(chances.shape[1]) >= data.num_views[:, None]] = 2
     views = chances.argsort(axis=1)[:, :views_per_video]
     size = min(batch_size // views_per_video, len(order) // num_ranks)
     plans = []
-    for first in range(0, len(order) - size * num_ranks + 1, size * num_ranks):
-        videos = order[first + rank * size :][:size]
+    for begin in range(0, len(order) - size * num_ranks + 1, size * num_ranks):
+        videos = order[begin + rank * size :][:size]
         which, view = np.nonzero(np.arange(views.shape[1]) < data.num_views[videos, None])
         clips = videos[which]
         plans.append(ClipPlan(data.rows[clips], views[clips, view], places[clips, view], data.labels[clips]))
@@ -327,11 +334,45 @@ def plan_evaluation(
     return plans, owner
 
 
+def plan_whole_rows(data: LabelledRows, *, batch_size: int, seed: int, epoch: int) -> list[ClipPlan]:
+    """Batches of all frames of each row, of its centre view, padded behind the shorter ones.
+
+    Rows of like length stand together: of each few batches' worth, drawn at random, the order is that of their lengths;
+    the batches then come in a random order. A pure function of rows, seed and epoch.
+
+    Args:
+        data: Which videos.
+        batch_size: Rows in a batch; the last one may have fewer.
+        seed: Of the run.
+        epoch: From 0.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(len(data))
+    window = _BATCHES_SORTED * batch_size
+    batches = []
+    for begin in range(0, len(order), window):
+        drawn = order[begin : begin + window]
+        drawn = drawn[np.argsort(data.num_cached_frames[drawn], kind="stable")]
+        batches += [drawn[first : first + batch_size] for first in range(0, len(drawn), batch_size)]
+    views = np.array([_centre_of(data, video) for video in range(len(data))], dtype=np.int64)
+    plans = []
+    for number in generator.permutation(len(batches)):
+        own = batches[number]
+        places = pad_places([range(count) for count in data.num_cached_frames[own]])
+        plans.append(ClipPlan(data.rows[own], views[own], places, data.labels[own]))
+    return plans
+
+
+def _centre_of(data: LabelledRows, video: int) -> int:
+    """The view of a row that shows the centre of the picture as it is."""
+    return 0 if data.centre_views is None else int(data.centre_views[video])
+
+
 def _views_of(data: LabelledRows, video: int) -> Sequence[int]:
     """The views of a row that an evaluation looks at."""
     if not data.shows_centre_alone:
         return range(data.num_views[video])
-    return (0 if data.centre_views is None else int(data.centre_views[video]),)
+    return (_centre_of(data, video),)
 
 
 def thin(clip: Sequence[int], num_frames: int) -> list[int]:
@@ -356,9 +397,13 @@ def find_clip_lengths(data: LabelledRows, *, only_first: bool = False) -> np.nda
 def require_long_clips(data: LabelledRows, num_frames: int, store: StoreReader, *, only_first: bool = False) -> None:
     """Refuse recorded evaluation clips that are shorter than a head's: frames would be shown twice.
 
+    Of rows that are as long as their videos they are.
+
     Raises:
         StoreMismatchError: With both numbers.
     """
+    if store.facts.is_open_ended:
+        return
     fewest = int(find_clip_lengths(data, only_first=only_first).min(initial=num_frames))
     if fewest < num_frames:
         raise StoreMismatchError(
@@ -379,7 +424,8 @@ def warn_of_short_splits(
         known: Splits that were looked at already.
         find_rows: What there is to evaluate in a split.
     """
-    for split in sorted(set(store.read_manifest(["split"])["split"].to_pylist()) - set(known)):
+    splits = set() if store.facts.is_open_ended else set(store.read_manifest(["split"])["split"].to_pylist())
+    for split in sorted(splits - set(known)):
         fewest = int(find_clip_lengths(find_rows(store, split)).min(initial=num_frames))
         if fewest < num_frames:
             _log.warning(
@@ -516,7 +562,7 @@ class ClipLoader:
             wait([future for _, future, _ in pending])  # none reads on once the caller has gone
 
     def _read(self, plan: ClipPlan) -> _Read:
-        places, step = np.maximum(plan.places, 0), self._frames_per_token
+        places, step = plan.places, self._frames_per_token
         if step == 1:
             clips = self._read_arrays(plan, places, self._arrays)
         else:  # tokens of some frames, pixels of all
@@ -563,7 +609,12 @@ class ClipLoader:
             self._copy(read.labels),
             None if read.texts is None else hand_over_texts(read.texts, self._device),
         )
-        return batch if read.is_frame is None else self._blank(batch, self._copy(read.is_frame))
+        if read.is_frame is None:
+            return batch
+        is_frame = self._copy(read.is_frame)
+        if batch.pixels is not None:  # a black frame, normalised, is none of zeros
+            batch.pixels.mul_(is_frame.view(*is_frame.shape, *(1,) * (batch.pixels.ndim - 2)))
+        return replace(batch, frame_mask=is_frame)
 
     def _normalise(self, raw: torch.Tensor) -> torch.Tensor:
         """(B, T, O, H, W, 3) as stored to (B, T, 3, H, W), of several offsets (B, T, O, 3, H, W)."""
@@ -571,20 +622,6 @@ class ClipLoader:
         offsets = [raw[:, :, place] for place in self._shown]
         shown = torch.stack(offsets, dim=2) if len(offsets) > 1 else offsets[0]
         return shown.movedim(-1, -3).float().div_(255).sub_(self._mean).div_(self._std)
-
-    def _blank(self, batch: ClipBatch, is_frame: torch.Tensor) -> ClipBatch:
-        """Zeros where there is no frame."""
-        is_token = is_frame[:, :: self._frames_per_token]
-        blank = lambda values, mask: (  # noqa: E731
-            None if values is None else values * mask.view(*mask.shape, *(1,) * (values.ndim - 2)).to(values.dtype)
-        )
-        return replace(
-            batch,
-            pixels=blank(batch.pixels, is_frame),
-            patches=blank(batch.patches, is_token),
-            cls=blank(batch.cls, is_token),
-            frame_mask=is_frame,
-        )
 
 
 def hand_over_texts(texts: Texts, device: torch.device) -> TextBatch:

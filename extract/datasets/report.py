@@ -38,6 +38,10 @@ def list_cached(recipe: Mapping[str, Any]) -> list[str]:
     parts = []
     for split in _list_splits(frames, clips, views, held):
         count = frames.get(split, frames.get(""))
+        if not frames:
+            parts.append(
+                f"{split or 'all splits'}: as many frames as a video is long, views {views.get(split, 'centre')}"
+            )
         if count is None:
             continue
         own, more = (1, 0) if split == "train" else (clips.get(split, clips.get("", 1)), int(split in held))

@@ -35,13 +35,18 @@ _KILLED = "killed"
 """Code of a decoder that ended by SIGKILL, which no file causes: it never stands in a row."""
 
 
+_AS_MANY_AS_THERE_ARE = 1
+"""Frames that are asked for where the row's length decides: any number but 0."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeRequest:
     """Which frames of which file, and how they are to look."""
 
     path: str
     num_frames: int
-    """0 asks for the video's length alone."""
+    """0 asks for the video's length alone, and for how many frames `all` or `fps:X` would take; else those take what
+    they take."""
     sampling: str
     resize: str
     crop_px: int
@@ -64,9 +69,11 @@ class DecodeRequest:
         """What an extraction asks of one video's decoding: what its split caches, or so many frames of one view."""
         split = record.split
         is_sample = num_frames is not None
+        if num_frames is None:
+            num_frames = _AS_MANY_AS_THERE_ARE if config.is_open_ended else config.frames_of(split)
         return cls(
             path=str(config.root.resolve() / record.path),
-            num_frames=config.frames_of(split) if num_frames is None else num_frames,
+            num_frames=num_frames,
             sampling="uniform" if is_sample else config.sampling_of(split),
             num_clips=1 if is_sample else config.clips_of(split),
             holds_validation_clip=not is_sample and bool(config.validation_clips_of(split)),

@@ -128,6 +128,69 @@ Source:
 """
 
 
+_EVERY_FRAME = "all"
+_RATE = "fps:"
+_MOST_FPS = 1000
+_ROUNDING = 1e-6
+"""Of a frame: times are floats, and a frame in the middle between two steps belongs to the later one."""
+
+
+def is_open_ended(name: str) -> bool:
+    """Whether a sampling takes as many frames as a row is long: `all` and `fps:X`."""
+    return name == _EVERY_FRAME or name.startswith(_RATE)
+
+
+def check_sampling(name: str) -> None:
+    """Refuse a name that is no sampling.
+
+    Raises:
+        ConfigError: With the names that are.
+    """
+    if name in SAMPLINGS or name == _EVERY_FRAME:
+        return
+    if not name.startswith(_RATE):
+        raise ConfigError(f"--sampling takes {', '.join(SAMPLINGS)}, all, or fps:X; found {name!r}")
+    _parse_rate(name)
+
+
+def _parse_rate(name: str) -> Fraction:
+    try:
+        rate = Fraction(name.removeprefix(_RATE))
+    except (ValueError, ZeroDivisionError):
+        rate = Fraction(0)
+    if not 0 < rate <= _MOST_FPS:
+        raise ConfigError(
+            f"--sampling {_RATE}X takes frames a second above 0, at most {_MOST_FPS}: fps:2, fps:0.5, fps:1/3; "
+            f"found {name!r}"
+        )
+    return rate
+
+
+def sample_open_ended(name: str, times_s: np.ndarray, length_s: float) -> list[int]:
+    """The frames of a row that is as long as its video, or as its part of one.
+
+    At a rate, frame k stands at the middle of second k to k + 1 of a clock that ticks X times a second: what ffmpeg's
+    filter `fps=X` shows there. Above the video's own rate frames repeat.
+
+    Args:
+        name: `all`, or `fps:X`.
+        times_s: (n,) of its frames from its beginning, rising; what stands before it is below zero.
+        length_s: Of the row.
+
+    Returns:
+        Places among the frames, never falling; none where the row is shorter than half a tick.
+
+    Source:
+        https://ffmpeg.org/ffmpeg-filters.html#fps, at its defaults (round=near).
+    """
+    if name == _EVERY_FRAME:
+        return np.flatnonzero(times_s >= 0).tolist()
+    rate = float(_parse_rate(name))
+    ticks = np.floor(times_s * rate + 0.5 + _ROUNDING)
+    steps = np.arange(math.floor(length_s * rate + 0.5 + _ROUNDING))
+    return np.maximum(np.searchsorted(ticks, steps, side="right") - 1, 0).tolist()
+
+
 def parse_frames(text: str) -> dict[str, int]:
     """Read `--frames`: one number for all splits, or `train=16,val=8`.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import resource
 import signal
@@ -23,7 +24,7 @@ import av
 import numpy as np
 
 from ...store.records import View
-from .sampling import sample_clips
+from .sampling import is_open_ended, sample_clips, sample_open_ended
 from .source import Fingerprint, SourceFacts, read_source, take_fingerprint
 from .trouble import MEMORY_LIMIT, DecodeTrouble, as_failure, unexpected_failure, verdict_of
 from .video_file import ALLOWED_LOSS_SHARE, DecodeFailure, Timeline, VideoFile, decord
@@ -93,7 +94,8 @@ def decode(
     """Decode, resize and crop the wanted frames of one video.
 
     Args:
-        request: path, num_frames (0 asks for the video's length alone), sampling, num_clips, holds_validation_clip,
+        request: path, num_frames (0 asks for the video's length alone, and the frames that `all` or `fps:X` would
+            take; else those take what they take), sampling, num_clips, holds_validation_clip,
             start_s, end_s, resize, crop_px, views, decoder; allow_loss; frame_fps for folders of pictures.
         announce: Called with the CPU seconds that the video's length is worth, as soon as it is known.
         last_video: What the request before this one has left open.
@@ -160,7 +162,8 @@ def _decode_open(
     MEMORY_LIMIT.set(_MEMORY_BYTES + _BYTES_PER_PIXEL * timeline.frame_pixels)
     announce(min(timeline.duration_s or 0.0, _MOST_PER_PACKET_S * len(timeline.times_s), _MAX_BUDGET_S))
     if request["num_frames"] == 0:
-        return {"duration_s": timeline.duration_s, "reason": None, "views": []}, np.empty(0, np.uint8)
+        own = {"count": len(_choose_frames(timeline.times_s, timeline, request))} if _is_open(request) else {}
+        return {"duration_s": timeline.duration_s, "reason": None, "views": [], **own}, np.empty(0, np.uint8)
     renderer = _Renderer(request)
     decoded = video.decode(
         request["decoder"],
@@ -196,12 +199,18 @@ def _find_clips(indices: Sequence[int], num_clips: int, holds_validation_clip: b
     return {"eval_clips": clips[:num_clips], "validation_clip": clips[num_clips] if holds_validation_clip else None}
 
 
+def _is_open(request: dict[str, Any]) -> bool:
+    return is_open_ended(request["sampling"])
+
+
 def _choose_frames(times_s: np.ndarray, timeline: Timeline, request: dict[str, Any]) -> list[int]:
     """Sample among the frames of the wanted segment, clip after clip; a whole video is one segment.
 
     In a segment without a frame of its own, the last frame before it is on the screen.
     """
     start_s, end_s = request["start_s"], request["end_s"]
+    if _is_open(request):
+        return _choose_open_ended(times_s, timeline, request)
     if np.isnan(times_s).any() and (start_s, end_s) != (None, None):
         raise DecodeFailure("no-frames", "a segment was asked for, and the rate of the frames is not known")
     first = 0 if start_s is None else int(np.searchsorted(times_s, start_s))
@@ -218,6 +227,22 @@ def _choose_frames(times_s: np.ndarray, timeline: Timeline, request: dict[str, A
         request["sampling"], last - first, num_steps, num_clips, holds_validation_clip=holds_validation_clip
     )
     return [first + index for clip in clips for index in clip]
+
+
+def _choose_open_ended(times_s: np.ndarray, timeline: Timeline, request: dict[str, Any]) -> list[int]:
+    """The frames of a row that is as long as its segment; at a rate the one before it may be on the screen at first."""
+    name, start_s, end_s = request["sampling"], request["start_s"], request["end_s"]
+    if np.isnan(times_s).any():
+        if name == "all" and (start_s, end_s) == (None, None):
+            return list(range(len(times_s)))
+        raise DecodeFailure("no-frames", f"{name} was asked for, and the rate of the frames is not known")
+    begin_s, stop_s = start_s or 0.0, min(timeline.end_s, math.inf if end_s is None else end_s)
+    stop = len(times_s) if end_s is None else int(np.searchsorted(times_s, end_s))
+    indices = sample_open_ended(name, times_s[:stop] - begin_s, stop_s - begin_s) if begin_s < stop_s else []
+    if not indices:
+        length_s = max(0.0, stop_s - begin_s)
+        raise DecodeFailure("too-short", f"{length_s:.3g} s, in which --sampling {name} takes no frame")
+    return indices
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:

@@ -221,9 +221,11 @@ class _HandingOut:
 
     def _hand_out(self, shard: int) -> HandedOut:
         # Captions are the command's: no worker need hold them.
-        records = [replace(self._job.records[row], captions=()) for row in self._job.layout.shard_rows(shard)]
+        rows = self._job.layout.shard_rows(shard)
+        records = [replace(self._job.records[row], captions=()) for row in rows]
+        num_frames = [self._job.num_frames[row] for row in rows]
         known = () if self._markers[shard] is not None else tuple(self._kept_rows.of_manifest(shard))
-        return HandedOut(marker=self._markers[shard], records=records, known=known)
+        return HandedOut(marker=self._markers[shard], records=records, num_frames=num_frames, known=known)
 
     def _note_result(self, shards: Sequence[int], done: dict[str, Any]) -> None:
         self._losses_in_a_row = 0

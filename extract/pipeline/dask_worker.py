@@ -46,6 +46,8 @@ class HandedOut:
     """The done-marker that it had when it was handed out."""
     records: Sequence[VideoRecord]
     """Of its rows, without captions."""
+    num_frames: Sequence[int]
+    """Cached frames of its rows."""
     known: Sequence[VideoResult] = ()
     """What the manifest has of them, where the done-marker is gone."""
 
@@ -205,14 +207,13 @@ class WorkerJob:
     def _hold(self, shards: Mapping[int, HandedOut]) -> None:
         """Know the rows of these shards alone."""
         job, config = self._job, self._config
-        records = {
-            row: record
-            for shard, task in shards.items()
-            for row, record in zip(job.layout.shard_rows(shard), task.records, strict=True)
-        }
+        records, num_frames = {}, {}
+        for shard, task in shards.items():
+            for row, record, frames in zip(job.layout.shard_rows(shard), task.records, task.num_frames, strict=True):
+                records[row], num_frames[row] = record, frames
         for rows, values in (
             (job.records, records),
-            (job.num_frames, {row: config.frames_of(record.split) for row, record in records.items()}),
+            (job.num_frames, num_frames),
             (job.num_views, {row: NUM_VIEWS[config.views_of(record.split)] for row, record in records.items()}),
         ):
             assert isinstance(rows, RowsAtHand)

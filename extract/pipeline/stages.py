@@ -79,7 +79,13 @@ class _Batch:
     @property
     def is_empty(self) -> bool:
         """Whether all its videos failed: nothing goes through the backbone."""
-        return all(self.shard.videos[row].pixels is None for row, _, _ in self.slots)
+        return all(self.find_pixels(slot) is None for slot in self.slots)
+
+    def find_pixels(self, slot: Slot) -> np.ndarray | None:
+        """(O, H, W, 3) of one frame; None where its video failed, or has fewer frames than were counted on."""
+        row, view, frame = slot
+        pixels = self.shard.videos[row].pixels
+        return None if pixels is None or frame >= pixels.shape[1] else pixels[view, frame]
 
 
 class Pipeline:
@@ -132,13 +138,16 @@ class Pipeline:
         for number in shards:
             shard = _Shard(number, self._layout.shard_rows(number), plan(number))
             frames, views = ([counts[row] for row in shard.rows] for counts in (job.num_frames, job.num_views))
-            batches = batch_slots(frames, views, job.config.batch_size)
+            batches = batch_slots(frames, views, job.config.batch_size) or [[]]
             for slots in batches:
-                while len(shard.videos) <= slots[-1][0]:
+                is_last = slots is batches[-1]
+                needed = len(shard.rows) if is_last else slots[-1][0] + 1
+                while len(shard.videos) < needed:
+                    row = shard.rows[len(shard.videos)]
                     with job.clock.stage("waiting for decoders"):
-                        is_kept = shard.rows[len(shard.videos)] in shard.plan.kept
-                        shard.videos.append(_KEPT if is_kept else next(videos))
-                yield _Batch(shard, slots, is_last=slots is batches[-1], buffers=next(self._buffers))
+                        is_kept = row in shard.plan.kept
+                        shard.videos.append(_KEPT if is_kept else _check_length(next(videos), job.num_frames[row]))
+                yield _Batch(shard, slots, is_last=is_last, buffers=next(self._buffers))
             del plans[number]
 
     def forward(self, batches: Iterable[_Batch]) -> Iterator[tuple[_Batch, FrameTokens | None]]:
@@ -204,9 +213,9 @@ class Pipeline:
         shown = self._layout.pixel_offsets.index(0)
         with self._job.clock.stage("backbone"):
             pixels = batch.buffers.pixels
-            for place, (row, view, frame) in enumerate(batch.slots):
-                video = batch.shard.videos[row].pixels
-                pixels[place] = 0 if video is None else video[view, frame, shown]
+            for place, slot in enumerate(batch.slots):
+                frame = batch.find_pixels(slot)
+                pixels[place] = 0 if frame is None else frame[shown]
             return self._job.backbone.encode_frames(batch.buffers.upload(len(batch.slots)), self._layout.layers)
 
     def _place_results(self, batch: _Batch) -> Iterator[_Shard]:
@@ -226,7 +235,7 @@ class Pipeline:
         shard = batch.shard
         for place, (row, view, frame) in enumerate(batch.slots):
             pixels, number = shard.videos[row].pixels, shard.rows[row]
-            if pixels is None:
+            if pixels is None or batch.find_pixels((row, view, frame)) is None:
                 continue
             if number not in shard.tokens:
                 shard.tokens[number] = self._allocate(pixels)
@@ -243,6 +252,17 @@ class Pipeline:
             embedding=np.empty((*place, layout.embed_dim), dtype=np.float32),
             pixels=pixels if layout.with_pixels else None,
         )
+
+
+def _check_length(video: DecodedVideo, num_frames: int) -> DecodedVideo:
+    """A video, unless it has more frames than it had when they were counted: then its row waits for the next run.
+
+    Fewer are no surprise: some that are announced may not decode.
+    """
+    if video.pixels is None or video.pixels.shape[1] <= num_frames:
+        return video
+    why = f"source-changing: {num_frames} frames when they were counted, {video.pixels.shape[1]} now"
+    return DecodedVideo(None, {"reason": why}, is_pending=True)
 
 
 def _as_result(record: VideoRecord, video: DecodedVideo) -> VideoResult:

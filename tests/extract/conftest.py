@@ -82,7 +82,11 @@ def hand_out() -> Callable[..., dict[int, HandedOut]]:
         store = open_store(config.out)
         records, layout = order_records(store, config.read_records()), store.layout
         return {
-            shard: HandedOut(marker=marker, records=[records[row] for row in layout.shard_rows(shard)])
+            shard: HandedOut(
+                marker=marker,
+                records=[records[row] for row in layout.shard_rows(shard)],
+                num_frames=[config.frames_of(records[row].split) for row in layout.shard_rows(shard)],
+            )
             for shard, marker in markers.items()
         }
 
