@@ -36,6 +36,8 @@ from .trained_frames import TrainedFrames
 
 FORMAT_VERSION = 2
 _FACTS_NAME = "index.json"
+_BYTES_TOGETHER = 2**28
+"""Of embeddings that are in memory at once."""
 
 Report = Callable[[str, int, int], None]
 
@@ -223,9 +225,11 @@ def _write_arrays(
     np.save(folder / "offsets.npy", offsets)
     place, rounding = 0, 0.0
     while place < len(good):
-        rows = store.layout.shard_rows(int(good[place]) // store.layout.rows_per_shard)
-        here = slice(place, int(np.searchsorted(good, rows.stop)))
+        shard = store.layout.shard_rows(int(good[place]) // store.layout.rows_per_shard)
+        stop = int(np.searchsorted(good, shard.stop))
+        here = slice(place, place + _count_together(facts.num_frames[place:stop], store.layout.num_views * width))
         held, span = good[here], slice(offsets[here.start], offsets[here.stop])
+        rows = range(int(held[0]), int(held[-1]) + 1)
         if trained is None:
             vectors = normalise_rows(store.read_embeddings(rows)[held - rows.start])
             if (np.isfinite(vectors[:, 0]).all(axis=2).sum(axis=1) != counts[here]).any():
@@ -249,6 +253,12 @@ def _write_arrays(
         with file.open("rb+") as written:
             os.fsync(written.fileno())
     return rounding
+
+
+def _count_together(num_frames: np.ndarray, values_per_frame: int) -> int:
+    """How many of some rows are read at once: all take the room of the longest of them."""
+    most = np.maximum.accumulate(num_frames) * np.arange(1, len(num_frames) + 1) * values_per_frame * 4
+    return max(1, int((most <= _BYTES_TOGETHER).sum()))
 
 
 def measure_rounding(vectors: np.ndarray, rounded: np.ndarray) -> float:

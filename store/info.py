@@ -80,8 +80,8 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
     Returns:
         rows (and files) by status, rows by split, failures and pending rows by reason code, arrays with shape, dtype
         and bytes on disk, bytes of one cached frame, backbone, codec and what it costs (fidelity; None where that is
-        not known), layers, frames, sampling, resize, clips, views, validation_clip and recipe (None where there was
-        none), classes, captions.
+        not known), layers, frames (frame_range by split where rows are as long as their videos), sampling, resize,
+        clips, views, validation_clip and recipe (None where there was none), classes, captions.
     """
     table = store.read_manifest(["path", "split", "status", "reason", "num_cached_frames", "num_views"])
     attributes, facts = store.attributes, store.facts
@@ -120,6 +120,7 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
         "backbone": attributes["backbone"],
         "layers": list(store.layout.layers),
         "frames": attributes["frames"],
+        **({"frame_range": _find_frame_range(table)} if facts.is_open_ended else {}),
         "sampling": facts.sampling,
         "resize": facts.resize,
         **{name: getattr(facts, name) for name in ("clips", "views", "validation_clip", "recipe")},
@@ -134,6 +135,20 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
         "captions": len(store.read_captions()),
         "libraries": attributes["libraries"],
     }
+
+
+def _find_frame_range(table: pa.Table) -> dict[str, list[int]]:
+    """By split the fewest and the most frames that a good row holds."""
+    good = table.filter(pa.compute.equal(table["status"], "ok")).group_by("split")
+    ranges = good.aggregate([("num_cached_frames", "min"), ("num_cached_frames", "max")]).to_pylist()
+    return {one["split"]: [one["num_cached_frames_min"], one["num_cached_frames_max"]] for one in ranges}
+
+
+def _describe_frames(facts: Mapping[str, Any], split: str) -> str:
+    """Of a row of a split: their number, or the fewest and the most."""
+    if "frame_range" not in facts:
+        return str(facts["frames"].get(split, facts["frames"].get("")))
+    return " to ".join(map(str, facts["frame_range"].get(split, ["none"])))
 
 
 def _folder_bytes(folder: str) -> int:
@@ -160,7 +175,7 @@ def render_info(facts: Mapping[str, Any]) -> list[str]:
         "store": f"{facts['store']} (format {facts['format_version']}, {facts['created']})",
         "videos": _describe_counts(facts["videos"], facts["files"]),
         "splits": "; ".join(
-            f"{name}: {sum(counts.values())} (frames {facts['frames'].get(name, facts['frames'].get(''))})"
+            f"{name}: {sum(counts.values())} (frames {_describe_frames(facts, name)})"
             for name, counts in sorted(facts["splits"].items())
         ),
         "failures": _describe_reasons(facts["failures"]) or "none",

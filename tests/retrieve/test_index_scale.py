@@ -3,8 +3,11 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from s4v.errors import StoreDamagedError
+from s4v.retrieve import index_writer
 from s4v.retrieve.index_writer import RowFacts, build_index
 from s4v.store.codecs.affine import AffineCodec
 from s4v.store.layout import StoreLayout
@@ -134,3 +137,13 @@ def test_good_rows_without_times_are_named(make_store, tmp_path):
     with pytest.raises(StoreDamagedError, match=r"32 rows are ok and lacks their times"):
         build_index(make_store(times=False), tmp_path / "index")
     assert not (tmp_path / "index").exists()
+
+
+@given(counts=st.lists(st.integers(1, 10**6), min_size=1, max_size=64))
+def test_a_long_row_is_read_with_few_others(counts):
+    counts = np.asarray(counts)
+    together = index_writer._count_together(counts, 512)
+    assert 1 <= together <= len(counts)
+    assert together == 1 or together * counts[:together].max() * 512 * 4 <= 2**28
+    if together < len(counts):
+        assert (together + 1) * counts[: together + 1].max() * 512 * 4 > 2**28

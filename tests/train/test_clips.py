@@ -5,17 +5,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s4v.errors import ConfigError, StoreMismatchError
-from s4v.store.reader import open_store
+from s4v.extract.extraction import extract_dataset
+from s4v.store.reader import PADDING, open_store
 from s4v.train.clips import (
     ClipLoader,
     LabelledRows,
     find_labelled_rows,
     plan_evaluation,
     plan_training_epoch,
+    plan_whole_rows,
     resolve_clip_frames,
     spread_clips,
     thin,
 )
+from s4v.train.config import TrainConfig
+from s4v.train.evaluate import evaluate_run
+from s4v.train.loop import train_run
 
 
 def rows(count, cached=16, views=1):
@@ -151,3 +156,59 @@ def test_loader_hands_over_planned_clips_in_order(float_store):
         mean, std = (np.array(store.attributes["backbone"][k]) for k in ("mean", "std"))
         by_hand = (expected.pixels[0, 0, 0] / 255 - mean) / std
         np.testing.assert_allclose(batch.pixels[0, 0].permute(1, 2, 0), by_hand, atol=1e-5)
+
+
+def uneven_rows(counts):
+    counts = np.asarray(counts)
+    places, one = np.arange(len(counts)), np.ones(len(counts), dtype=int)
+    return LabelledRows(places, places % 3, counts, one, [[list(range(count))] for count in counts])
+
+
+@given(counts=st.lists(st.integers(1, 90), min_size=1, max_size=120), batch=st.integers(1, 9), epoch=st.integers(0, 3))
+def test_whole_rows_are_padded_beside_rows_of_like_length(counts, batch, epoch):
+    data = uneven_rows(counts)
+    plans = plan_whole_rows(data, batch_size=batch, seed=0, epoch=epoch)
+    assert sorted(np.concatenate([plan.rows for plan in plans])) == list(range(len(counts)))
+    for plan in plans:
+        lengths = data.num_cached_frames[plan.rows]
+        assert plan.places.shape == (len(plan.rows), lengths.max()) and len(plan.rows) <= batch
+        for clip, length in zip(plan.places, lengths, strict=True):
+            assert clip.tolist() == [*range(length), *[PADDING] * (len(clip) - length)]
+        assert np.array_equal(plan.labels, plan.rows % 3)
+    again = plan_whole_rows(data, batch_size=batch, seed=0, epoch=epoch)
+    assert all(np.array_equal(one.rows, other.rows) for one, other in zip(plans, again, strict=True))
+
+
+def test_batches_by_length_waste_little():
+    counts = np.random.default_rng(0).integers(1, 400, 640)
+    plans = plan_whole_rows(uneven_rows(counts), batch_size=8, seed=0, epoch=0)
+    padding = sum(int((plan.places == PADDING).sum()) for plan in plans)
+    assert padding < 0.1 * counts.sum(), "at random it would be two thirds"
+
+
+@given(counts=st.lists(st.integers(1, 20), min_size=3, max_size=30), frames=st.integers(1, 12))
+def test_a_clip_of_a_short_row_shows_frames_twice(counts, frames):
+    data = uneven_rows(counts)
+    for plan in plan_training_epoch(data, num_frames=frames, batch_size=4, seed=0, epoch=0):
+        lengths = data.num_cached_frames[plan.rows][:, None]
+        assert ((plan.places >= 0) & (plan.places < lengths)).all() and (np.diff(plan.places, axis=1) >= 0).all()
+
+
+def test_rows_of_any_length_are_trained_on(make_config, video_folder, tmp_path):
+    config = make_config(video_folder, tmp_path / "s.zarr", sampling="fps:5", frames=None)
+    extract_dataset(config)
+    store = open_store(config.out)
+    data = find_labelled_rows(store, "train")
+    assert resolve_clip_frames(None, data.num_cached_frames, store) == 8, "though the shortest row has six frames"
+    loader = ClipLoader(
+        store, arrays=("patches", "cls", "pixels"), layers=store.layout.layers, device=torch.device("cpu")
+    )
+    plans = plan_whole_rows(data, batch_size=3, seed=0, epoch=0)
+    for plan, batch in zip(plans, loader.load(plans), strict=True):
+        is_frame = torch.from_numpy(plan.places >= 0)
+        assert (batch.frame_mask is None) == bool(is_frame.all())
+        for values in (batch.pixels, batch.patches, batch.cls):
+            assert not values[~is_frame].any() and values[is_frame].flatten(1).any(dim=1).all()
+    config = TrainConfig(features=store.path, head="linear", out=tmp_path / "run", epochs=1, device="cpu", batch_size=4)
+    train_run(config)
+    assert evaluate_run(tmp_path / "run")["videos"] == 2
