@@ -93,6 +93,11 @@ class TrainConfig:
 
     Different ones; None takes the preset's where all training rows hold as many.
     """
+    min_video_frames: int | None = None
+    """Leave out training videos with fewer frames. [preset, or 0]
+
+    Of the video itself, as the store records it. The reference does so of Kinetics-400, with 8.
+    """
     learning_rate: float | None = None
     """[preset, or the reference's for the backbone]
 
@@ -221,6 +226,7 @@ class TrainConfig:
             "--warmup-epochs": self.warmup_epochs,
             "--weight-decay": self.weight_decay,
             "--checkpoint-minutes": self.checkpoint_minutes,
+            "--min-video-frames": self.min_video_frames,
         }
         for option, value in not_negative.items():
             if value is not None and not 0 <= value < math.inf:

@@ -20,7 +20,8 @@ from .config import TrainConfig
 from .fabric import resolve_device
 from .loop import ReportEpoch, ReportHeads, train_heads, train_run
 from .networks import find_network
-from .settings import plan_network, resolve_preset
+from .run_folder import CONFIG_NAME, open_run
+from .settings import plan_network, resolve_preset, take_recorded
 from .tasks import find_task
 
 SWEEP_NAME = "sweep.json"
@@ -131,6 +132,8 @@ def sweep_heads(
         replace(config, learning_rate=full.learning_rate, weight_decay=full.weight_decay)
         for config, full in ((config, resolve_preset(config, store)) for config in configs)
     ]
+    base = replace(base, min_video_frames=_find_shortest(configs[0], store))
+    configs = [replace(config, min_video_frames=base.min_video_frames) for config in configs]
     task = find_task(base.task)(base, store)
     per_read = _begin(base, configs, task.validation.rows, store, heads_per_read)
     summaries: list[dict[str, Any]] = []
@@ -195,6 +198,13 @@ def render_sweep(sweep: Sweep) -> list[str]:
         f"Heads in {reads} share batches: they are no independent trainings. Each was trained on "
         f"{sweep.training_videos} training videos; the last epoch's {figure} on {sweep.held_out_videos} others chose.",
     ]
+
+
+def _find_shortest(config: TrainConfig, store: StoreReader) -> int | None:
+    """`min_video_frames` of a sweep's first head: what it was begun with, else what its options come to."""
+    if (config.out / CONFIG_NAME).is_file():
+        config = take_recorded(config, open_run(config.out))
+    return resolve_preset(config, store).min_video_frames
 
 
 def _begin(
