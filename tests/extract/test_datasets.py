@@ -190,7 +190,7 @@ def test_of_a_path_that_is_not_there_a_message_says_what_is(tmp_path, name):
     (lists / "train.csv").write_text("path,label\na.mp4,0\n" if name == "table" else "a.mp4 0\n")
     (lists / "zz.link").symlink_to(tmp_path / "away.csv")
     for given, told in (
-        (lists / "trian.csv", f"{lists} holds train.csv, and no trian.csv: correct the path, or put the annotations th"),
+        (lists / "trian.csv", f"{lists} holds train.csv, and no trian.csv: correct the path, or put"),
         (tmp_path / "lost/train.csv", f"{tmp_path} holds lists, and no lost: correct the path"),
         (tmp_path / "zzz/train.csv", f"{tmp_path} holds no zzz: correct the path"),
         (lists / "zz.link", f"{lists / 'zz.link'} is a link to nothing: correct the path"),
@@ -204,8 +204,8 @@ def test_of_a_path_that_is_not_there_a_message_says_what_is(tmp_path, name):
         (table, f"{table} is a file"),
     ):
         expected = (
-            f"the folder {root} is not there (--root): paths in {table} are relative to it. {told}: name the folder that "
-            "holds the videos"
+            f"the folder {root} is not there (--root): paths in {table} are relative to it. {told}: name the folder "
+            "that holds the videos"
         )
         with pytest.raises(DataNotFoundError, match=f"^{re.escape(expected)}$"):
             read_dataset(name, root, annotations=table)
