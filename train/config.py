@@ -99,9 +99,10 @@ class TrainConfig:
     Of the video itself, as the store records it. The reference does so of Kinetics-400, with 8.
     """
     learning_rate: float | None = None
-    """[preset, or the reference's for the backbone]
+    """[preset, or the network's own]
 
-    Of AdamW, after the warm-up. The reference's is 1e-3 for B, else 1e-4; for retrieval 1e-4.
+    Of AdamW, after the warm-up. Of a side network it is the reference's: 1e-3 for B, else 1e-4; for retrieval 1e-4.
+    The linear probe's is 3e-3, the attentive probe's 1e-3.
     """
     warmup_epochs: float | None = None
     """The rate rises over these. [preset, or 4; retrieval a tenth]

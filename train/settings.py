@@ -18,8 +18,8 @@ from .recipe import Optimisation, Preset, Recipe
 from .run_folder import Run
 from .tasks import find_task
 
-_KEPT_OF_A_RUN = ("interaction", "optimizer", "undecayed", "min_video_frames")
-"""Options that follow from a preset today, and did not when older runs were begun."""
+_KEPT_OF_A_RUN = ("interaction", "optimizer", "undecayed", "min_video_frames", "learning_rate", "weight_decay")
+"""Options that follow from a preset or a network today, and did not when older runs were begun."""
 
 
 def plan_network(config: TrainConfig, store: StoreReader, begun: NetworkShape | None = None) -> NetworkShape:

@@ -128,12 +128,8 @@ def sweep_heads(
         replace(base, learning_rate=rate, weight_decay=decay, seed=seed, out=base.out / "heads" / f"{place:03d}")
         for place, (rate, decay, seed) in enumerate(combinations)
     ]
-    configs = [
-        replace(config, learning_rate=full.learning_rate, weight_decay=full.weight_decay)
-        for config, full in ((config, resolve_preset(config, store)) for config in configs)
-    ]
-    base = replace(base, min_video_frames=_find_shortest(configs[0], store))
-    configs = [replace(config, min_video_frames=base.min_video_frames) for config in configs]
+    configs = _settle(configs, store)
+    base = replace(base, min_video_frames=configs[0].min_video_frames)
     task = find_task(base.task)(base, store)
     per_read = _begin(base, configs, task.validation.rows, store, heads_per_read)
     summaries: list[dict[str, Any]] = []
@@ -200,11 +196,16 @@ def render_sweep(sweep: Sweep) -> list[str]:
     ]
 
 
-def _find_shortest(config: TrainConfig, store: StoreReader) -> int | None:
-    """`min_video_frames` of a sweep's first head: what it was begun with, else what its options come to."""
-    if (config.out / CONFIG_NAME).is_file():
-        config = take_recorded(config, open_run(config.out))
-    return resolve_preset(config, store).min_video_frames
+def _settle(configs: Sequence[TrainConfig], store: StoreReader) -> list[TrainConfig]:
+    """Heads with rate, decay and shortest video as the first one was begun, else as their options come to."""
+    first = configs[0].out
+    begun = open_run(first) if (first / CONFIG_NAME).is_file() else None
+    settled = []
+    for config in configs:
+        full = resolve_preset(config if begun is None else take_recorded(config, begun), store)
+        names = ("learning_rate", "weight_decay", "min_video_frames")
+        settled.append(replace(config, **{name: getattr(full, name) for name in names}))
+    return settled
 
 
 def _begin(
