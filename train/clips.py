@@ -172,6 +172,30 @@ def _make_rows(rows: np.ndarray, labels: np.ndarray, table: pa.Table, store: Sto
     )
 
 
+def leave_out_short_videos(data: LabelledRows, store: StoreReader, min_frames: int) -> LabelledRows:
+    """The rows whose videos have so many frames or more; of what is cached all rows may hold as many.
+
+    Args:
+        data: Which rows.
+        store: Theirs.
+        min_frames: Frames of a video, as its decoder counted them.
+
+    Raises:
+        StoreMismatchError: If no row is left.
+    """
+    if not min_frames or not len(data):
+        return data
+    counts = store.read_manifest(["num_frames"])["num_frames"].take(data.rows)
+    # A row whose video nobody counted stays: nothing says that it is short.
+    is_short = pyarrow.compute.fill_null(pyarrow.compute.less(counts, min_frames), False).to_numpy()
+    if is_short.all():
+        raise StoreMismatchError(
+            f"every training video of {store.path} has fewer than {min_frames} frames (--min-video-frames): none is "
+            "left. --min-video-frames 0 takes them all."
+        )
+    return data.take(np.flatnonzero(~is_short)) if is_short.any() else data
+
+
 def hold_out_rows(
     data: LabelledRows, store: StoreReader, share: float, *, seed: int, by_class: bool
 ) -> tuple[LabelledRows, LabelledRows]:

@@ -98,7 +98,8 @@ def compare_methods(
     if seeds < 1:
         raise ConfigError(f"--seeds must be at least 1; found {seeds}")
     store = open_store(base.features)
-    # All are trained as long, on as many clips a step, as the side network; rates and weight decay are each one's own.
+    # All are trained as long, on as many clips a step and on the same videos as the side network; rates and weight
+    # decay are each one's own.
     side = resolve_preset(replace(base, head=known[0]), store)
     base = replace(base, epochs=side.epochs, batch_size=side.batch_size, warmup_epochs=side.warmup_epochs)
     lines: list[Compared] = []
@@ -107,7 +108,8 @@ def compare_methods(
         if not NETWORKS[method].is_trained:
             line, own = _ask(NETWORKS[method], store, base.val_split, untrained or {}, say)
         else:
-            line, own = _train_and_evaluate(base, method, seeds, say)
+            shortest = _find_shortest(base, side, method)
+            line, own = _train_and_evaluate(replace(base, min_video_frames=shortest), method, seeds, say)
         if line is not None:
             lines.append(replace(line, differences=_find_differences(own, answers)))
             answers[method] = own
@@ -163,6 +165,20 @@ def compare_runs(
         table = render_runs(lines)
         _write_all(out, {"store": str(features), "split": split, "checkpoint": checkpoint, "runs": lines}, table)
     return lines
+
+
+def _find_shortest(base: TrainConfig, side: TrainConfig, method: str) -> int | None:
+    """`min_video_frames` of a method: the side network's, for all learn from the same videos.
+
+    What was begun goes on with what it has.
+    """
+    if base.min_video_frames is not None:
+        return base.min_video_frames
+    for folder in (f"{method}-0", f"{method}-choice/heads/000", f"{side.head}-0"):
+        if (base.out / folder / CONFIG_NAME).is_file():
+            recorded: int = open_run(base.out / folder).config.get("min_video_frames", 0)
+            return recorded
+    return side.min_video_frames
 
 
 def _find_differences(own: Answers | None, others: Mapping[str, Answers | None]) -> tuple[Difference, ...]:

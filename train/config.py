@@ -93,10 +93,16 @@ class TrainConfig:
 
     Different ones; None takes the preset's where all training rows hold as many.
     """
-    learning_rate: float | None = None
-    """[preset, or the reference's for the backbone]
+    min_video_frames: int | None = None
+    """Leave out training videos with fewer frames. [preset, or 0]
 
-    Of AdamW, after the warm-up. The reference's is 1e-3 for B, else 1e-4; for retrieval 1e-4.
+    Of the video itself, as the store records it. The reference does so of Kinetics-400, with 8.
+    """
+    learning_rate: float | None = None
+    """[preset, or the network's own]
+
+    Of AdamW, after the warm-up. Of a side network it is the reference's: 1e-3 for B, else 1e-4; for retrieval 1e-4.
+    The linear probe's is 3e-3, the attentive probe's 1e-3.
     """
     warmup_epochs: float | None = None
     """The rate rises over these. [preset, or 4; retrieval a tenth]
@@ -221,6 +227,7 @@ class TrainConfig:
             "--warmup-epochs": self.warmup_epochs,
             "--weight-decay": self.weight_decay,
             "--checkpoint-minutes": self.checkpoint_minutes,
+            "--min-video-frames": self.min_video_frames,
         }
         for option, value in not_negative.items():
             if value is not None and not 0 <= value < math.inf:

@@ -81,7 +81,7 @@ def train_run(
         config: What to train, and how.
         report: Told about each epoch.
         progress: Told after each step.
-        say: Told once how a step's clips are shared out.
+        say: Told once how a step's clips are shared out, and how many videos are too short.
 
     Returns:
         run, preset, epochs, best (metrics of the best epoch), last, parameters, seconds, data_wait_share.
@@ -118,7 +118,7 @@ def train_heads(
         state_path: The file that holds what all of them go on from.
         report: Told about each epoch.
         progress: Told after each step.
-        say: Told once how a step's clips are shared out.
+        say: Told once how a step's clips are shared out, and how many videos are too short.
 
     Returns:
         Of each head what `train_run` returns, and `stopped`: why it stopped alone, else None.

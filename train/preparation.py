@@ -30,6 +30,7 @@ from .logs import require_wandb
 from .networks import find_network
 from .networks.contract import Network, NetworkKind, NetworkShape
 from .networks.norms import has_norms
+from .recipe import Recipe
 from .run_folder import (
     CONFIG_NAME,
     Run,
@@ -89,6 +90,8 @@ def begin_heads(
     if given.norm_clips is not None and not has_norms(networks[0]):
         raise ConfigError(f"--norm-clips has no effect on --head {config.head}, which has no batch norm: leave it out")
     say(shares.describe(available, has_norms=has_norms(networks[0])))
+    if task.num_left_out:
+        say(_describe_left_out(task.num_left_out, config, find_recipe(config, store)))
     fabric = make_fabric(config, device_type)
     runs = [
         plan_run(config, frames, shape, store, task.training.rows, num_processes=num_processes, device_type=device_type)
@@ -121,6 +124,15 @@ def _warn_of_no_validation(store: StoreReader, task: Task, config: TrainConfig) 
             store.path,
             config.val_split,
         )
+
+
+def _describe_left_out(count: int, config: TrainConfig, recipe: Recipe) -> str:
+    whose = f", as {config.preset} has it" if config.min_video_frames == recipe.min_video_frames else ""
+    videos = "training video" if count == 1 else "training videos"
+    return (
+        f"{count} {videos} of fewer than {config.min_video_frames} frames left out{whose} "
+        "(--min-video-frames 0 takes them)"
+    )
 
 
 def _build(

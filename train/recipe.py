@@ -45,6 +45,8 @@ class Recipe:
     optimizer: OptimizerName = "adamw"
     undecayed: Undecayed = "nothing"
     """What weight decay spares."""
+    min_video_frames: int = 0
+    """Frames of a video, of which training leaves out those with fewer; 0 leaves out none."""
 
     def describe(self, epochs: int | None) -> dict[str, Any]:
         """Values of the options of the same names; `epochs` are those that were asked for.

@@ -18,8 +18,8 @@ from .recipe import Optimisation, Preset, Recipe
 from .run_folder import Run
 from .tasks import find_task
 
-_KEPT_OF_A_RUN = ("interaction", "optimizer", "undecayed")
-"""Options that follow from a preset today, and did not when older runs were begun."""
+_KEPT_OF_A_RUN = ("interaction", "optimizer", "undecayed", "min_video_frames", "learning_rate", "weight_decay")
+"""Options that follow from a preset or a network today, and did not when older runs were begun."""
 
 
 def plan_network(config: TrainConfig, store: StoreReader, begun: NetworkShape | None = None) -> NetworkShape:
@@ -73,9 +73,9 @@ def resolve_preset(config: TrainConfig, store: StoreReader, *, num_processes: in
 
     Returns:
         The configuration with the preset's name, and neither rate, epochs, warm-up, weight decay and what it spares,
-        optimiser, batch size, interaction nor, for recognition, label smoothing None. `layers` and `side_width` stay
-        None without a preset: they follow from the store. `frames` stays None unless a preset was named, and
-        `views_per_video` in any case: they follow from the rows, `resolve_views`.
+        optimiser, batch size, interaction, shortest video nor, for recognition, label smoothing None. `layers` and
+        `side_width` stay None without a preset: they follow from the store. `frames` stays None unless a preset was
+        named, and `views_per_video` in any case: they follow from the rows, `resolve_views`.
 
     Raises:
         ConfigError: If there is no such preset, the network has no use for one, or a step cannot be shared out.

@@ -20,7 +20,8 @@ from .config import TrainConfig
 from .fabric import resolve_device
 from .loop import ReportEpoch, ReportHeads, train_heads, train_run
 from .networks import find_network
-from .settings import plan_network, resolve_preset
+from .run_folder import CONFIG_NAME, open_run
+from .settings import plan_network, resolve_preset, take_recorded
 from .tasks import find_task
 
 SWEEP_NAME = "sweep.json"
@@ -127,10 +128,8 @@ def sweep_heads(
         replace(base, learning_rate=rate, weight_decay=decay, seed=seed, out=base.out / "heads" / f"{place:03d}")
         for place, (rate, decay, seed) in enumerate(combinations)
     ]
-    configs = [
-        replace(config, learning_rate=full.learning_rate, weight_decay=full.weight_decay)
-        for config, full in ((config, resolve_preset(config, store)) for config in configs)
-    ]
+    configs = _settle(configs, store)
+    base = replace(base, min_video_frames=configs[0].min_video_frames)
     task = find_task(base.task)(base, store)
     per_read = _begin(base, configs, task.validation.rows, store, heads_per_read)
     summaries: list[dict[str, Any]] = []
@@ -195,6 +194,18 @@ def render_sweep(sweep: Sweep) -> list[str]:
         f"Heads in {reads} share batches: they are no independent trainings. Each was trained on "
         f"{sweep.training_videos} training videos; the last epoch's {figure} on {sweep.held_out_videos} others chose.",
     ]
+
+
+def _settle(configs: Sequence[TrainConfig], store: StoreReader) -> list[TrainConfig]:
+    """Heads with rate, decay and shortest video as the first one was begun, else as their options come to."""
+    first = configs[0].out
+    begun = open_run(first) if (first / CONFIG_NAME).is_file() else None
+    settled = []
+    for config in configs:
+        full = resolve_preset(config if begun is None else take_recorded(config, begun), store)
+        names = ("learning_rate", "weight_decay", "min_video_frames")
+        settled.append(replace(config, **{name: getattr(full, name) for name in names}))
+    return settled
 
 
 def _begin(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import stat
@@ -33,6 +34,9 @@ _LONGEST_ENDING = 10
 _STORE_MARK = "zarr.json"
 _PICTURE_TAILS = frozenset(ending[-4:] for ending in PICTURE_ENDINGS)
 _NOT_OURS = frozenset({errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
+
+_MOST_LIKE = 3
+"""Names that are told where one is not there."""
 
 _ANNOTATION_FOLDERS = ("", "annotations", "labels")
 """Below the root, for every data set."""
@@ -203,7 +207,22 @@ class DatasetFiles:
             DataNotFoundError: In that case.
         """
         if self.annotations is not None and not self.annotations.exists():
-            raise DataNotFoundError(f"{self.annotations} is not there (--annotations)")
+            raise DataNotFoundError(
+                f"{self.annotations} is not there (--annotations). {_say_what_is(self.annotations)}: correct the path, "
+                "or put the annotations there"
+            )
+
+    def require_root(self) -> None:
+        """Refuse a root that is not there, where annotation files name videos below it.
+
+        Raises:
+            DataNotFoundError: In that case.
+        """
+        if not self.root.is_dir():
+            raise DataNotFoundError(
+                f"the folder {self.root} is not there (--root): paths in {self.annotations} are relative to it. "
+                f"{_say_what_is(self.root)}: name the folder that holds the videos"
+            )
 
     @property
     def named_file(self) -> Path | None:
@@ -427,3 +446,22 @@ def _best(paths: Sequence[str], near: tuple[str, ...]) -> str | None:
         return not is_replacement, -len({*near} & {*folders}), not is_video_name(path), path
 
     return min(paths, key=rank)
+
+
+def _say_what_is(path: Path) -> str:
+    """Of a path that is not there as asked: the last folder of it that is, and the most similar names in that."""
+    whole = path.absolute()
+    folder = next((one for one in whole.parents if one.is_dir()), Path(whole.anchor))
+    missing = whole.relative_to(folder).parts[0]
+    place = folder / missing
+    if place.is_symlink() and not place.exists():
+        return f"{place} is a link to nothing"
+    if place.exists():
+        return f"{place} is a file"
+    try:
+        names = sorted(one.name for one in folder.iterdir())
+    except OSError:  # a folder that may be passed through and not listed
+        names = []
+    like = difflib.get_close_matches(missing, names, _MOST_LIKE)
+    found = f"{', '.join(map(show_name, like))}, and no" if like else "no"
+    return f"{folder} holds {found} {show_name(missing)}"

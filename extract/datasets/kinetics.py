@@ -156,7 +156,8 @@ def _make_reader(number: int) -> DatasetReader:
             ),
             counts=_COUNTS[number],
             num_classes=number,
-            clip_settings="Side4Video: 8 or 16 frames, short side 256, test with 3 crops x 4 clips",
+            clip_settings="Side4Video: 8 or 16 frames, short side 256, test with 3 crops x 4 clips; no training on "
+            "videos below 8 frames",
             recipe=KINETICS_RECIPE if name == KINETICS_RECIPE.name else SMALL_RECIPE,
         ),
     )

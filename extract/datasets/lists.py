@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import ConfigError, DataNotFoundError, DatasetError
+from ...errors import ConfigError, DatasetError
 from ...store.records import VideoRecord
 from ._files import VIDEO_ENDINGS, DatasetFiles, VideoTree, is_video_name
 from ._names import check_path, list_bases
@@ -62,8 +62,7 @@ def read_lists(files: DatasetFiles, options: ReadOptions | None = None) -> list[
     if files.annotations is None:
         raise ConfigError("--dataset lists needs --annotations, a list file or a folder of them")
     files.require_annotations()
-    if not files.root.is_dir():
-        raise DataNotFoundError(f"the folder {files.root} is not there: paths in lists are relative to it (--root)")
+    files.require_root()
     lists = [files.named_file] if files.named_file else _find_lists(files)
     for file in lists:
         _refuse_table(file, files.tree)

@@ -58,10 +58,10 @@ def read_table_file(files: DatasetFiles, options: ReadOptions) -> list[VideoReco
     table, tree, columns = files.annotations, files.tree, options.columns
     if table is None:
         raise ConfigError("--dataset table needs --annotations, a file ending in .csv, .tsv, .jsonl or .parquet")
-    if not table.is_file():
-        raise DataNotFoundError(f"the table {table} is not there (--annotations)")
-    if not tree.root.is_dir():
-        raise DataNotFoundError(f"the folder {tree.root} is not there: paths in {table} are relative to it (--root)")
+    files.require_annotations()
+    if table.is_dir():
+        raise DataNotFoundError(f"expected a table, found the folder {table} (--annotations): name a file in it")
+    files.require_root()
     data, delimiter, first_line = _load(table, columns)
     if repeated := sorted({name for name in data.column_names if data.column_names.count(name) > 1}):
         raise DatasetError(f"{table} has more than one column {', '.join(repeated)}: rename or remove all but one")

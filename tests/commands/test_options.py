@@ -14,7 +14,10 @@ GOLDEN = Path(__file__).parents[1] / "data/cli_options.json"
 NEW = {
     "extract": ("--codec", "--validation-clip"),
     "scan": ("--validation-clip",),
-    "train": ("--set", "--norm-clips", "--log-every", "--optimizer", "--undecayed", "--order-seed", "--hold-out"),
+    "train": (
+        *("--set", "--norm-clips", "--log-every", "--optimizer", "--undecayed", "--order-seed", "--hold-out"),
+        "--min-video-frames",
+    ),
     "compare": ("--run", "--split", "--checkpoint"),
 }
 """Options that have come since, by command."""

@@ -1,4 +1,5 @@
 import json
+import re
 from collections import Counter
 
 import pyarrow as pa
@@ -175,8 +176,39 @@ def test_malformed_rows_are_told_all_at_once(tmp_path):
 def test_absent_table_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="--dataset table needs --annotations"):
         read_dataset("table", tmp_path)
-    with pytest.raises(DataNotFoundError, match=r"the table .*none\.csv is not there"):
+    with pytest.raises(DataNotFoundError, match=r"none\.csv is not there \(--annotations\)"):
         read_dataset("table", tmp_path, annotations=tmp_path / "none.csv")
+    with pytest.raises(DataNotFoundError, match=r"expected a table, found the folder .*: name a file in it$"):
+        read_dataset("table", tmp_path, annotations=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["table", "lists"])
+def test_of_a_path_that_is_not_there_a_message_says_what_is(tmp_path, name):
+    """The last folder of it that is there, names in it that are most alike, and what to do."""
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    (lists / "train.csv").write_text("path,label\na.mp4,0\n" if name == "table" else "a.mp4 0\n")
+    (lists / "zz.link").symlink_to(tmp_path / "away.csv")
+    for given, told in (
+        (lists / "trian.csv", f"{lists} holds train.csv, and no trian.csv: correct the path, or put"),
+        (tmp_path / "lost/train.csv", f"{tmp_path} holds lists, and no lost: correct the path"),
+        (tmp_path / "zzz/train.csv", f"{tmp_path} holds no zzz: correct the path"),
+        (lists / "zz.link", f"{lists / 'zz.link'} is a link to nothing: correct the path"),
+    ):
+        with pytest.raises(DataNotFoundError, match=re.escape(f"{given} is not there (--annotations). {told}")):
+            read_dataset(name, tmp_path, annotations=given)
+    table = lists / "train.csv"
+    for root, told in (
+        (tmp_path / "videos", f"{tmp_path} holds no videos"),
+        (tmp_path / "list/a", f"{tmp_path} holds lists, and no list"),
+        (table, f"{table} is a file"),
+    ):
+        expected = (
+            f"the folder {root} is not there (--root): paths in {table} are relative to it. {told}: name the folder "
+            "that holds the videos"
+        )
+        with pytest.raises(DataNotFoundError, match=f"^{re.escape(expected)}$"):
+            read_dataset(name, root, annotations=table)
 
 
 def test_same_id_for_two_videos_is_refused(tmp_path):

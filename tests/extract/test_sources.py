@@ -23,19 +23,30 @@ from s4v.store.writer import StoreWriter
 SOURCE = ["source_bytes", "source_mtime_ns", "source_hash"]
 
 
-@pytest.fixture
-def made(make_video, make_config, tmp_path):
-    """18 listed videos in shards of two, 02 and 07 broken."""
+@pytest.fixture(scope="module")
+def first(make_video, make_config, tmp_path_factory):
+    """18 listed videos in shards of two, 02 and 07 broken, and a copy of all of it beside them."""
+    folder = tmp_path_factory.mktemp("sources") / "first"
     names = [f"{number:02d}.mp4" for number in range(18)]
     for number, name in enumerate(names):
-        make_video(tmp_path / "videos" / name, seed=number)
+        make_video(folder / "videos" / name, seed=number)
     for broken in (names[2], names[7]):
-        (tmp_path / "videos" / broken).write_bytes(b"no video" * 50)
-    (tmp_path / "list.csv").write_text("".join(f"{name} 0\n" for name in names))
-    lists = {"dataset": "lists", "annotations": tmp_path / "list.csv", "frames": {"": 4}}
-    config = make_config(tmp_path / "videos", tmp_path / "made.zarr", num_decoders=1, **lists)
+        (folder / "videos" / broken).write_bytes(b"no video" * 50)
+    (folder / "list.csv").write_text("".join(f"{name} 0\n" for name in names))
+    lists = {"dataset": "lists", "annotations": folder / "list.csv", "frames": {"": 4}}
+    config = make_config(folder / "videos", folder / "made.zarr", num_decoders=1, **lists)
     extract_dataset(config)
+    shutil.copytree(folder, folder.with_name("kept"))
     return config
+
+
+@pytest.fixture
+def made(first):
+    """The same at the same place, which the store knows, with the same sizes and times, whatever a test did there."""
+    folder = first.root.parent
+    shutil.rmtree(folder)
+    shutil.copytree(folder.with_name("kept"), folder)
+    return first
 
 
 def read(path, row):

@@ -130,8 +130,9 @@ def test_a_rate_that_is_given_is_everybodys(int8_store, tmp_path):
 def test_a_comparison_from_before_goes_on_as_it_was_begun(int8_store, tmp_path):
     base = base_for(int8_store, tmp_path / "c")
     old = TrainConfig(
-        features=int8_store, out=base.out / "linear-0", head="linear", epochs=1, batch_size=4, device="cpu"
-    )
+        features=int8_store, out=base.out / "linear-0", head="linear", epochs=1, batch_size=4, device="cpu",
+        learning_rate=1e-3,
+    )  # fmt: skip
     train_run(old)
     (line,) = compare_methods(base, methods=("linear",))
     assert line.learning_rate == 1e-3 and line.choice is None

@@ -1,8 +1,10 @@
-"""The linear probe: its norm, its penalty, and that it arrives where logistic regression does."""
+"""The linear probe: its norm, penalty and rate, and that it arrives where logistic regression does."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +12,16 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from s4v.errors import ConfigError
-from s4v.store.reader import open_store
+from s4v.errors import ConfigError, RunExistsError
+from s4v.store.reader import StoreReader, open_store
 from s4v.train.clips import ClipLoader, find_labelled_rows, plan_evaluation
 from s4v.train.config import TrainConfig
 from s4v.train.loop import train_run
+from s4v.train.networks import NETWORKS
 from s4v.train.networks.linear_probe import LinearProbe, LinearShape, RunningNorm
 from s4v.train.run_folder import load_checkpoint, open_run
+from s4v.train.settings import resolve_preset
+from s4v.train.sweep import sweep_heads
 
 PENALTY = 0.05
 
@@ -113,3 +118,40 @@ def test_a_probe_from_before_has_the_norm_that_it_had(int8_store, tmp_path):
     assert not open_run(out).shape.counts_all_clips
     old, new = (load_file(folder / "last.safetensors") for folder in (out, tmp_path / "new"))
     assert old.keys() == new.keys() and not np.allclose(old["norm.running_var"], new["norm.running_var"])
+
+
+@pytest.mark.parametrize(("head", "rate"), [("linear", 3e-3), ("attentive", 1e-3)])
+@pytest.mark.parametrize("width", [192, 768, 1792])
+def test_a_probe_alone_has_a_rate_of_its_own_whatever_the_backbone(int8_store, width, head, rate):
+    attributes = copy.deepcopy(open_store(int8_store).attributes)
+    attributes["layout"]["width"] = width
+    store = StoreReader(Path("store/x.zarr"), attributes)
+    config = TrainConfig(features=store.path, out=Path("runs/x"), head=head)
+    found = resolve_preset(config, store)
+    assert (found.learning_rate, found.weight_decay, found.epochs, found.warmup_epochs) == (rate, 0.15, 30, 4.0)
+    assert rate in NETWORKS[head].tried_rates, "what `s4v compare` may choose, too"
+    assert resolve_preset(replace(config, learning_rate=0.5), store).learning_rate == 0.5
+    side = resolve_preset(replace(config, head="side4video"), store)
+    assert side.learning_rate == (1e-3 if width <= 768 else 1e-4), "the reference's"
+
+
+def test_a_probe_from_before_goes_on_at_the_rate_that_it_had(int8_store, tmp_path):
+    """Without the option, as it was begun; an option against it is refused."""
+    old = config_for(int8_store, tmp_path / "old", epochs=2, validate_every=1, learning_rate=1e-3, weight_decay=0.1)
+    train_run(old)
+    (old.out / "state.safetensors").unlink()
+    (old.out / "metrics.jsonl").unlink()
+    again = replace(old, learning_rate=None, weight_decay=None, resume=True)
+    before = (old.out / "last.safetensors").read_bytes()
+    train_run(again)
+    assert (old.out / "last.safetensors").read_bytes() == before
+    with pytest.raises(RunExistsError, match="learning_rate 0.001 there, 0.003 here"):
+        train_run(replace(again, learning_rate=3e-3))
+
+
+def test_a_sweep_from_before_goes_on_at_the_rate_that_it_had(int8_store, tmp_path):
+    base = config_for(int8_store, tmp_path / "sweep", epochs=1, validate_every=1)
+    begun = sweep_heads(base, learning_rates=(1e-3,), weight_decays=(0.0, 0.1))
+    assert sweep_heads(base, weight_decays=(0.0, 0.1)) == begun
+    new = sweep_heads(replace(base, out=tmp_path / "new"), weight_decays=(0.0, 0.1))
+    assert [(head.learning_rate, head.weight_decay) for head in new.heads] == [(3e-3, 0.0), (3e-3, 0.1)]

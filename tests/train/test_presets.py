@@ -98,6 +98,7 @@ def test_where_no_preset_fits_the_defaults_hold(make_store, backbone, layers, da
         batch_size=32,
         optimizer="adamw",
         undecayed="nothing",
+        min_video_frames=0,
         interaction="mean",
     )
 
@@ -130,6 +131,7 @@ def test_given_options_win(make_store):
         norm_clips=32,
         optimizer="adamw",
         undecayed="nothing",
+        min_video_frames=0,
         interaction="mean",
     )
     light = resolve_preset(config(layers=every_second(12)), store)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from s4v.train.clips import ClipBatch
 from s4v.train.config import TrainConfig
 from s4v.train.networks import find_network
 from s4v.train.networks.side4video import SideShape
@@ -27,6 +28,7 @@ from s4v.train.recipe import (
     set_learning_rate,
 )
 from s4v.train.settings import find_optimisation
+from s4v.train.tasks.retrieval import Retrieval
 
 VARIANTS = ("recognition_clip", "recognition_eva", "retrieval_clip", "retrieval_eva")
 WEIGHTING = {"text_weight_fc": "text_weight", "video_weight_fc": "frame_weight"}
@@ -279,8 +281,8 @@ def close(found, expected):
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def weigh(path, decorrelation):
-    module = WeightedTokenInteraction(32, decorrelation=decorrelation)
+def weigh(path, decorrelation, *, heeds_frame_mask):
+    module = WeightedTokenInteraction(32, decorrelation=decorrelation, heeds_frame_mask=heeds_frame_mask)
     module.load_state_dict(
         {
             f"{WEIGHTING[name.partition('.')[0]]}.{name.partition('.')[2]}": tensor
@@ -291,28 +293,32 @@ def weigh(path, decorrelation):
     return module
 
 
-@pytest.mark.parametrize("name", ["none", "clip.wti", "clip.wti_cdcr"])
+@pytest.mark.parametrize("name", ["none", "clip.wti", "clip.wti_cdcr", "eva.wti", "eva.wti_cdcr"])
 def test_frames_to_similarity_to_loss_and_back_is_the_references(path, name):
-    """CLIP's, and with `none` EVA's too: the same numbers."""
+    """With frames that are not there: beside EVA alone, weighted, they do not count. `none` is both families'."""
     is_mean, decorrelation = name == "none", 1e-3 if name.endswith("cdcr") else 0.0
-    module = MeanInteraction(normalises_frames=False) if is_mean else weigh(path, decorrelation)
+    weighted = weigh(path, decorrelation, heeds_frame_mask=name.startswith("eva."))
+    module = MeanInteraction(normalises_frames=False) if is_mean else weighted
+    frame_mask = path["video_mask"].bool()
+    assert not frame_mask.all()
     expected = {key.removeprefix(f"{name}."): value for key, value in path.items() if key.startswith(f"{name}.")}
     leaves = {key: path[key].clone().requires_grad_() for key in ("frames", "logit_scale_log")}
     words = {key: path[key].clone().requires_grad_() for key in ("text_tokens", "text_embedding")}
     mask = path["text_mask"].bool()
-    evaluated = module(TextBatch(words["text_tokens"], mask, words["text_embedding"]), leaves["frames"])
+    evaluated = module(TextBatch(words["text_tokens"], mask, words["text_embedding"]), leaves["frames"], frame_mask)
     scale = leaves["logit_scale_log"].exp()
     # Without weights the reference scales in evaluation too, which changes no rank.
     close(evaluated.similarities * (scale if is_mean else 1), expected["eval_similarity"])
     pairs = slice(0, len(path["frames"]))
     batch = TextBatch(words["text_tokens"][pairs], mask[pairs], words["text_embedding"][pairs])
-    found = module(batch, leaves["frames"])
+    found = module(batch, leaves["frames"], frame_mask)
     close(scale * found.similarities, expected["train_similarity"])
     loss = contrastive_loss(found.similarities, leaves["logit_scale_log"]) + found.loss
     close(loss, expected["loss"])
     if decorrelation:
         close(found.loss / decorrelation, expected["cdcr"])
     loss.backward()
+    assert sum(key.startswith("grad.") for key in expected) == (3 if is_mean else 11)
     for key, gradient in expected.items():
         if not key.startswith("grad."):
             continue
@@ -327,8 +333,43 @@ def test_frames_to_similarity_to_loss_and_back_is_the_references(path, name):
 
 
 def test_with_all_frames_there_evas_weighting_is_the_same(path):
-    """EVA's interaction leaves out frames that its loader had not. A clip of ours has all of its T frames."""
+    """A clip of ours has all of its T frames, and then the families differ in nothing."""
     is_whole = path["video_mask"].bool().all(dim=1)
     assert 1 < is_whole.sum() < len(is_whole)
-    found = weigh(path, 0.0)(TextBatch(path["text_tokens"], path["text_mask"].bool(), None), path["frames"])
+    texts = TextBatch(path["text_tokens"], path["text_mask"].bool(), None)
+    found = weigh(path, 0.0, heeds_frame_mask=False)(texts, path["frames"])
     close(found.similarities[:, is_whole], path["eva.wti.eval_similarity"][:, is_whole])
+    evas = weigh(path, 1e-3, heeds_frame_mask=True)
+    pairs = slice(0, len(path["frames"]))
+    words = TextBatch(path["text_tokens"][pairs], texts.mask[pairs], None)
+    without, with_ones = evas(words, path["frames"]), evas(words, path["frames"], torch.ones(5, 4, dtype=torch.bool))
+    close(with_ones.similarities, path["clip.wti.eval_similarity"][pairs])
+    close(without.loss / 1e-3, path["clip.wti_cdcr.cdcr"])
+    close(with_ones.loss / 1e-3, path["clip.wti_cdcr.cdcr"])
+
+
+@pytest.mark.parametrize(("variant", "heeds"), [("retrieval_clip", False), ("retrieval_eva", True)])
+def test_frames_that_a_batch_lacks_are_left_out_of_the_loss_beside_eva_alone(data_path, variant, heeds):
+    network = build(data_path / variant, variant, interaction="wti")
+    torch.manual_seed(0)
+    num_clips, num_frames, embed_dim = 3, 4, network.interaction.text_weight[0].in_features
+    frames = torch.randn(num_clips, num_frames, embed_dim)
+    texts = TextBatch(torch.randn(num_clips, 5, embed_dim), torch.ones(num_clips, 5, dtype=torch.bool), None)
+    frame_mask = torch.ones(num_clips, num_frames, dtype=torch.bool)
+    frame_mask[1, 2:] = False
+    identities = torch.arange(2 * num_clips).view(num_clips, 2)
+    task = SimpleNamespace(_config=config_of("retrieval"), _logit_scale=torch.tensor(2.0), _identities=identities)
+    other = torch.where(frame_mask[..., None], frames, torch.randn_like(frames))
+    losses = [
+        Retrieval.compute_loss(
+            task,
+            network,
+            shown,
+            ClipBatch(None, None, None, torch.arange(num_clips), texts, mask),
+            lambda values: values,
+        )
+        for shown, mask in ((frames, frame_mask), (other, frame_mask), (frames, None), (other, None))
+    ]
+    assert (losses[0] == losses[1]) == heeds
+    assert (losses[0] == losses[2]) != heeds
+    assert losses[2] != losses[3]

@@ -132,7 +132,8 @@ class FrameNetwork(Network):
     """A network that embeds frames, (B, T, E), not normalised."""
 
     interaction: nn.Module
-    """Compares `TextBatch` (A) with frames (B, T, E); see train/networks/text_interaction.py."""
+    """Compares `TextBatch` (A) with frames (B, T, E), and of clips that lack frames a mask (B, T); see
+    train/networks/text_interaction.py."""
     normalises_frames: bool = True
     """Whether the mean of a video's frames is that of their directions, as where a search looks for it first."""
     logit_scale: nn.Parameter | None

@@ -269,7 +269,7 @@ class RetrievalSideNetwork(SideLadder, FrameNetwork):
         self.end.requires_grad_(trains_end)
         self.draw_position()
         self.interaction = (
-            WeightedTokenInteraction(embed_dim, decorrelation=decorrelation)
+            WeightedTokenInteraction(embed_dim, decorrelation=decorrelation, heeds_frame_mask=self.is_post_norm)
             if interaction == "wti"
             else MeanInteraction(normalises_frames=normalises_frames)
         )

@@ -54,8 +54,11 @@ class MeanInteraction(nn.Module):
         super().__init__()
         self.normalises_frames = normalises_frames
 
-    def forward(self, texts: TextBatch, frames: torch.Tensor) -> Interaction:
-        """Compare (A) texts with (B) videos by their frames (B, T, E), not normalised."""
+    def forward(self, texts: TextBatch, frames: torch.Tensor, frame_mask: torch.Tensor | None = None) -> Interaction:
+        """Compare (A) texts with (B) videos by their frames (B, T, E), not normalised.
+
+        Every frame counts, as in the reference, whatever `frame_mask` (B, T) says.
+        """
         assert texts.embedding is not None
         frames = F.normalize(frames, dim=-1) if self.normalises_frames else frames
         videos = F.normalize(frames.mean(dim=1), dim=-1)
@@ -71,13 +74,21 @@ class WeightedTokenInteraction(nn.Module):
         decorrelation: Weight of the channel decorrelation loss; of 0 it is not computed.
         on_diagonal: In that loss, weight of how far channels of a pair are from agreeing.
         off_diagonal: Of how far different channels are from being uncorrelated; the reference's 0.
+        heeds_frame_mask: Whether frames that are not there are left out, as the reference does beside EVA. Beside CLIP
+            they count there.
     """
 
     text_arrays = ("tokens", "mask")
     """What it reads of a text."""
 
     def __init__(
-        self, width: int, *, decorrelation: float = 0.0, on_diagonal: float = 0.11, off_diagonal: float = 0.0
+        self,
+        width: int,
+        *,
+        decorrelation: float = 0.0,
+        on_diagonal: float = 0.11,
+        off_diagonal: float = 0.0,
+        heeds_frame_mask: bool = False,
     ) -> None:
         super().__init__()
         self.text_weight = _make_weighting(width)
@@ -85,16 +96,29 @@ class WeightedTokenInteraction(nn.Module):
         self.decorrelation = decorrelation
         self.on_diagonal = on_diagonal
         self.off_diagonal = off_diagonal
+        self.heeds_frame_mask = heeds_frame_mask
 
-    def forward(self, texts: TextBatch, frames: torch.Tensor) -> Interaction:
-        """Compare (A) texts, word by word, with (B) videos by their frames (B, T, E), not normalised."""
+    def forward(self, texts: TextBatch, frames: torch.Tensor, frame_mask: torch.Tensor | None = None) -> Interaction:
+        """Compare (A) texts, word by word, with (B) videos by their frames (B, T, E), not normalised.
+
+        Args:
+            texts: Their words, and which of them are words.
+            frames: Of the videos.
+            frame_mask: (B, T) bool, which frames there are; at least one a video. None is all.
+        """
         words, mask = texts.tokens, texts.mask
         assert words is not None and mask is not None
+        frame_mask = frame_mask if self.heeds_frame_mask else None
         word_shares = self.text_weight(words)[..., 0].masked_fill(~mask, -torch.inf).softmax(dim=-1)  # (A, M)
-        frame_shares = self.frame_weight(frames)[..., 0].softmax(dim=-1)  # (B, T)
+        frame_weights = self.frame_weight(frames)[..., 0]
+        if frame_mask is not None:
+            frame_weights = frame_weights.masked_fill(~frame_mask, -torch.inf)
+        frame_shares = frame_weights.softmax(dim=-1)  # (B, T)
         words, frames = F.normalize(words, dim=-1), F.normalize(frames, dim=-1)
-        # What is no word has a cosine of zero, as the reference has it: a frame may find it the best.
+        # What is no word has a cosine of zero, as the reference has it: a frame may find it the best. So with frames.
         cosines = torch.einsum("ame,bte->abmt", words, frames) * mask[:, None, :, None]
+        if frame_mask is not None:
+            cosines = cosines * frame_mask[None, :, None, :]
         of_words, best_frames = cosines.max(dim=3)  # (A, B, M)
         of_frames, best_words = cosines.max(dim=2)  # (A, B, T)
         similarities = torch.einsum("abm,am->ab", of_words, word_shares)
@@ -103,7 +127,7 @@ class WeightedTokenInteraction(nn.Module):
             return Interaction(similarities, similarities.new_zeros(()))
         own = torch.arange(len(words), device=words.device)
         loss = self._decorrelate(
-            words, mask, frames, word_shares, frame_shares, best_frames[own, own], best_words[own, own]
+            words, mask, frames, frame_mask, word_shares, frame_shares, best_frames[own, own], best_words[own, own]
         )
         return Interaction(similarities, self.decorrelation * loss)
 
@@ -112,6 +136,7 @@ class WeightedTokenInteraction(nn.Module):
         words: torch.Tensor,
         mask: torch.Tensor,
         frames: torch.Tensor,
+        frame_mask: torch.Tensor | None,
         word_shares: torch.Tensor,
         frame_shares: torch.Tensor,
         best_frames: torch.Tensor,
@@ -122,8 +147,9 @@ class WeightedTokenInteraction(nn.Module):
         their_frames = frames.gather(1, best_frames[..., None].expand(-1, -1, width)).flatten(0, 1)
         their_words = words.gather(1, best_words[..., None].expand(-1, -1, width)).flatten(0, 1)
         # What is no word has no share and no part in means. To pick words by a mask, the host would wait for a GPU.
+        is_frame = None if frame_mask is None else frame_mask.flatten()
         of_words = _correlate(words.flatten(0, 1), their_frames, word_shares.flatten(), mask.flatten())
-        of_frames = _correlate(their_words, frames.flatten(0, 1), frame_shares.flatten())
+        of_frames = _correlate(their_words, frames.flatten(0, 1), frame_shares.flatten(), is_frame)
         correlation = (of_words + of_frames) / (2 * num_pairs)
         diagonal = correlation.diagonal()
         on = (diagonal - 1).square().sum()

@@ -1,9 +1,9 @@
 """The paper's networks and the reference's recipes by name, such as `b16-light-ssv2`: `--preset`.
 
 A preset is a size (which layers, S) and a recipe (epochs, rate, warm-up, weight decay, label smoothing, frames of a
-clip, clips in a step and those that a batch norm counts, views of a video in a step, for retrieval also where
-gradients are cut, what steps and what does not decay). One of retrieval compares words with frames. Options that were
-given win over it.
+clip, clips in a step and those that a batch norm counts, views of a video in a step, which videos are too short to
+train on, for retrieval also where gradients are cut, what steps and what does not decay). One of retrieval compares
+words with frames. Options that were given win over it.
 
 Source:
     Sizes: Side4Video, https://arxiv.org/abs/2311.15769. Recipes: the scripts and configurations of HJYao00/Side4Video
@@ -77,15 +77,15 @@ def _on_8_gpus(clips: int, recipe: Recipe) -> Recipe:
 
 # Something-Something's steps hold two augmented samples of each of 16 (for E 8) videos. A GPU's norms count its own
 # clips. E on Kinetics is released with one clip on each of 8 GPUs; where no preset was named, the eight are one
-# device's.
+# device's. Of Kinetics alone it drops training videos that are shorter than 8 frames.
 _RECIPES = {
-    ("b", "k400"): _on_8_gpus(32, Recipe(30, 1e-3)),
+    ("b", "k400"): _on_8_gpus(32, Recipe(30, 1e-3, min_video_frames=8)),
     ("b", "ssv1"): _on_8_gpus(32, Recipe(40, 1e-3, views_per_video=2)),
     ("b", "ssv2"): _on_8_gpus(32, Recipe(30, 1e-3, views_per_video=2)),
-    ("l", "k400"): _on_8_gpus(32, Recipe(30, 1e-4)),
+    ("l", "k400"): _on_8_gpus(32, Recipe(30, 1e-4, min_video_frames=8)),
     ("l", "ssv1"): _on_8_gpus(32, Recipe(30, 1e-4, views_per_video=2)),
     ("l", "ssv2"): _on_8_gpus(32, Recipe(30, 1e-4, views_per_video=2)),
-    ("e", "k400"): _on_8_gpus(1, Recipe(20, 1e-4, batch_size=8)),
+    ("e", "k400"): _on_8_gpus(1, Recipe(20, 1e-4, batch_size=8, min_video_frames=8)),
     ("e", "ssv1"): _on_8_gpus(16, Recipe(30, 1e-4, warmup_epochs=6.0, batch_size=16, views_per_video=2)),
     ("e", "ssv2"): _on_8_gpus(16, Recipe(25, 1e-4, warmup_epochs=6.0, batch_size=16, views_per_video=2)),
 }

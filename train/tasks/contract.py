@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 
 from ...errors import ConfigError, StoreMismatchError
@@ -22,6 +23,7 @@ from ..clips import (
     LabelledRows,
     find_labelled_rows,
     hold_out_rows,
+    leave_out_short_videos,
     plan_training_epoch,
 )
 from ..networks.contract import Network, Outputs
@@ -85,9 +87,16 @@ class Task(ABC):
     embeds_frames: ClassVar[bool] = False
     """Whether its networks embed frames beside texts, so that videos can be searched with them."""
     optimisation: ClassVar[Optimisation] = Optimisation()
-    of_old_runs: ClassVar[Mapping[str, Any]] = {"optimizer": "adamw", "undecayed": "nothing", "interaction": "mean"}
+    of_old_runs: ClassVar[Mapping[str, Any]] = {
+        "optimizer": "adamw",
+        "undecayed": "nothing",
+        "interaction": "mean",
+        "min_video_frames": 0,
+    }
     """By option: what runs did that are older than it."""
     training: LabelledRows
+    num_left_out: int = 0
+    """Good training videos that are too short for the recipe."""
     validation: LabelledRows
     """Each with the clips and views that a validation looks at, which may be fewer than an evaluation's."""
 
@@ -159,7 +168,10 @@ class Task(ABC):
         Args:
             by_class: Whether every class gives its share of what is held out.
         """
-        config, training = self._config, self.find_rows(self._store, self._config.train_split)
+        config = self._config
+        every_row = self.find_rows(self._store, config.train_split)
+        training = leave_out_short_videos(every_row, self._store, config.min_video_frames or 0)
+        self.num_left_out = len(np.unique(every_row.rows)) - len(np.unique(training.rows))
         if config.hold_out is None or not len(training):
             return training, self.find_rows(self._store, config.val_split)
         return hold_out_rows(training, self._store, config.hold_out, seed=config.seed_of_order, by_class=by_class)

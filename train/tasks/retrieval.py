@@ -187,7 +187,9 @@ class Retrieval(Task):
         if self._config.negatives != "reference":
             is_same = (identities[:, None] == identities[None]).any(dim=2)
         frames = gather(output.float())
-        interaction = network.interaction(texts, frames)
+        # Clips planned here have all of their frames; a task that plans shorter ones has a mask in every process.
+        masks = () if batch.frame_mask is None else (gather(batch.frame_mask),)
+        interaction = network.interaction(texts, frames, *masks)
         choices = None
         if self._config.negatives == "all":
             choices = self._compare_with_all(network, frames, interaction.similarities.diagonal(), identities)
