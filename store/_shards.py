@@ -42,7 +42,10 @@ class DamagedChunkError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Geometry:
-    """Chunks are (1, 1, f, ...) in shards of (rows, views, F, ...): only the first three axes are divided."""
+    """Chunks are (1, 1, f, ...) in shards of (rows, views, F, ...): only the first three axes are divided.
+
+    Where a chunk holds one frame, the axis behind it may be divided too, into chunks of one place each.
+    """
 
     tail: tuple[int, ...]
     """Axes behind row, view and frame."""
@@ -52,10 +55,12 @@ class _Geometry:
     frames: int
     """F."""
     frames_per_chunk: int
+    parts_per_frame: int = 1
+    """Chunks that the axis behind the frame's is divided into: 1, or one for each of its places."""
 
     @property
     def chunks_per_view(self) -> int:
-        return self.frames // self.frames_per_chunk
+        return self.frames // self.frames_per_chunk * self.parts_per_frame
 
     @property
     def chunks_per_shard(self) -> int:
@@ -64,7 +69,8 @@ class _Geometry:
     @property
     def bytes_per_chunk(self) -> int:
         """With its checksum."""
-        return self.frames_per_chunk * math.prod(self.tail) * self.dtype.itemsize + _CHECKSUM_BYTES
+        values = self.frames_per_chunk * math.prod(self.tail) // self.parts_per_frame
+        return values * self.dtype.itemsize + _CHECKSUM_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +131,7 @@ class ShardedArray:
             rows: (B,).
             views: (B,).
             places: (B, T) on the axis F.
-            layers: Places on the first axis behind the frame's; None takes all.
+            layers: Places on the first axis behind the frame's, or of pixels their offsets; None takes all.
             threads: What reads.
             allocate: Makes room for the clips.
 
@@ -156,6 +162,12 @@ class ShardedArray:
         shard = self._shard(row, view)
         in_shard = row % geometry.rows_per_shard * geometry.views_per_shard + view % geometry.views_per_shard
         first_chunk = in_shard * geometry.chunks_per_view
+        if geometry.parts_per_frame > 1:
+            parts = range(geometry.parts_per_frame) if layers is None else layers
+            for place, frame in zip(places.tolist(), clip, strict=True):
+                for part, values in zip(parts, frame, strict=True):
+                    shard.read_chunk(first_chunk + place * geometry.parts_per_frame + part, values, row)
+            return
         if size == 1 and layers is None:
             for place, frame in zip(places.tolist(), clip, strict=True):
                 shard.read_chunk(first_chunk + place, frame, row)
@@ -375,7 +387,10 @@ def _find_geometry(spec: ArraySpec) -> _Geometry | None:
     if sys.byteorder != "little" or spec.is_compressed or spec.chunk_shape is None:
         return None
     shape, chunk, shard = spec.shape, spec.chunk_shape, spec.shard_shape
-    if chunk[:2] != (1, 1) or chunk[3:] != shape[3:] or shard[2:] != shape[2:] or shape[2] % chunk[2]:
+    if chunk[:2] != (1, 1) or shard[2:] != shape[2:] or shape[2] % chunk[2]:
+        return None
+    parts = spec.chunks_per_frame
+    if chunk[3:] != shape[3:] and (chunk[2:4] != (1, 1) or chunk[4:] != shape[4:]):
         return None
     return _Geometry(
         tail=shape[3:],
@@ -384,4 +399,5 @@ def _find_geometry(spec: ArraySpec) -> _Geometry | None:
         views_per_shard=shard[1],
         frames=shape[2],
         frames_per_chunk=chunk[2],
+        parts_per_frame=parts,
     )

@@ -62,6 +62,7 @@ class StoreSpec:
         """The group's `s4v` attribute; with a codec alone."""
         assert self.codec is not None
         sizes = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.layout).items()}
+        sizes["pixel_offsets"] = [offset.recorded for offset in self.layout.pixel_offsets]
         return {
             "format_version": FORMAT_VERSION,
             **self.attributes,

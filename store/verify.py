@@ -235,12 +235,13 @@ def _check_fingerprint(store: StoreReader, spec: ArraySpec, shard: int, key: str
 
 
 def _wanted_chunks(spec: ArraySpec, counts: np.ndarray, first_view: int) -> np.ndarray:
-    """(rows, views, chunks along F) bool: which chunks the manifest says the shard holds."""
+    """(rows, views, chunks along F and behind it) bool: which chunks the manifest says the shard holds."""
     rows, views, frames = spec.shard_shape[:3]
     size = frames if spec.chunk_shape is None else spec.chunk_shape[2]
-    is_due = np.zeros((rows, views, frames // size), dtype=bool)
+    parts = spec.chunks_per_frame
+    is_due = np.zeros((rows, views, frames // size * parts), dtype=bool)
     for place, (num_views, num_frames) in enumerate(counts):
-        is_due[place, : max(0, num_views - first_view), : -(-num_frames // size)] = num_frames > 0
+        is_due[place, : max(0, num_views - first_view), : -(-num_frames // size) * parts] = num_frames > 0
     return is_due
 
 

@@ -201,7 +201,7 @@ class Pipeline:
 
     def _run_backbone(self, batch: _Batch) -> FrameTokens:
         """One pass; on a GPU it is only begun."""
-        shown = self._layout.pixel_offsets.index(0)
+        shown = self._layout.seen_offset
         with self._job.clock.stage("backbone"):
             pixels = batch.buffers.pixels
             for place, (row, view, frame) in enumerate(batch.slots):
