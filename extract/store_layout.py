@@ -41,6 +41,7 @@ def plan_layout(
         patch_dtype=config.dtype,
         keep_bits=config.keep_bits,
         with_pixels=config.with_pixels,
+        pixel_offsets=config.cached_offsets,
     )
 
 
