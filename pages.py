@@ -105,9 +105,9 @@ def draw_strip(
     """
     if places is None:
         places = range(store.read_manifest(["num_cached_frames"])["num_cached_frames"][row].as_py())
-    pixels = store.read_clips([row], [places], arrays=("pixels",)).pixels
+    pixels = store.read_clips([row], [places], arrays=("pixels",), offsets=(0,)).pixels
     assert pixels is not None
-    shown = pixels[0, :, store.layout.pixel_offsets.index(0)]
+    shown = pixels[0, :, 0]
     strip = Image.fromarray(np.concatenate(list(shown), axis=1))
     height, width = shown.shape[1:3]
     for number, place in enumerate(places):

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..extract.datasets import PLAIN_RECIPE
 from ..extract.decode.sampling import parse_clips, parse_frames, parse_views
+from ..store.offsets import parse_offsets
 from ._options import Spelling
 
 DATA_FIELDS = ("root", "annotations", "columns", "protocol", "with_classes")
@@ -16,6 +17,7 @@ DATA_FIELDS = ("root", "annotations", "columns", "protocol", "with_classes")
 
 DECODING_FIELDS = (
     *("splits", "frames", "segment_s", "sampling", "clips", "validation_clip", "resize", "views"),
+    *("pixel_offsets", "pixel_edge"),
     *("num_decoders", "decoder", "decode_timeout_s", "allow_loss"),
 )
 """What says which frames of them are decoded, and how."""
@@ -63,6 +65,7 @@ SPELLINGS: Mapping[str, Spelling] = {
     "part": Spelling(type=str | None, parse=_parse_part),
     "with_classes": Spelling(option="no-classes"),
     "with_pixels": Spelling(option="no-pixels"),
+    "pixel_offsets": Spelling(type=str | None, parse=lambda text: None if text is None else parse_offsets(text)),
     "with_compile": Spelling(option="compile"),
     "segment_s": Spelling(option="segment"),
     "decode_timeout_s": Spelling(option="decode-timeout"),

@@ -10,6 +10,7 @@ from typing import Literal
 
 from ..errors import ConfigError, EnvironmentFailedError
 from ..store.layout import DEFAULT_CODEC, PATCH_DTYPES, PatchDtype
+from ..store.offsets import SEEN_FRAME, PixelOffset, describe_offsets, order_offsets
 from ..store.records import VideoRecord
 from .datasets import (
     PLAIN_RECIPE,
@@ -20,7 +21,7 @@ from .datasets import (
     read_listing,
     resolve_protocol,
 )
-from .decode.sampling import SAMPLINGS, check_sampling, is_open_ended
+from .decode.sampling import PIXEL_EDGES, SAMPLINGS, STEPPED_SAMPLINGS, check_sampling, is_open_ended
 from .decode.views import RESIZES, VIEWS
 
 RECIPE_FIELDS = ("frames", "sampling", "clips", "validation_clip", "resize", "views")
@@ -119,6 +120,17 @@ class ExtractConfig:
     """Do not store frames.
 
     That is what False says: its option is `--no-pixels`. The side network's pixel stem needs them.
+    """
+    pixel_offsets: tuple[PixelOffset | int | str, ...] | None = None
+    """Frames stored around each cached one: -2..2, or 0,0.5step. [0]
+
+    A number counts frames of the source; `0.5step` is half the distance of a clip's frames. None takes those of the
+    store that is there.
+    """
+    pixel_edge: str | None = None
+    """Before the first frame: clamp (the first again), or wrap (the last ones).
+
+    TDS-CLIP's reader of Kinetics wraps. None takes the rule of the store that is there.
     """
     weights: str | None = None
     """An open_clip tag, a file, or random. [the model's own]"""
@@ -243,6 +255,7 @@ class ExtractConfig:
             raise ConfigError("--repair mends the rows that are there: run it first, without --append")
         if self.part is not None and not 1 <= self.part[0] <= self.part[1]:
             raise ConfigError(f"--part takes I/N with I from 1 to N; found {self.part[0]}/{self.part[1]}")
+        self._check_offsets()
         check_options(self.dataset, annotations=self.annotations, columns=self.columns, with_classes=self.with_classes)
         resolve_protocol(self.dataset, self.protocol)
 
@@ -328,6 +341,35 @@ class ExtractConfig:
         sampling = self.recipe.sampling
         is_drawn = sampling != "dense" and not self.is_open_ended
         return PLAIN_RECIPE.sampling if split == "train" and is_drawn else sampling
+
+    @property
+    def cached_offsets(self) -> tuple[PixelOffset, ...]:
+        """Of the pixels around each cached frame, in the store's order."""
+        return (SEEN_FRAME,) if self.pixel_offsets is None else order_offsets(self.pixel_offsets)
+
+    @property
+    def cached_edge(self) -> str:
+        """In `PIXEL_EDGES`: what stands before a row's first frame."""
+        return PIXEL_EDGES[0] if self.pixel_edge is None else self.pixel_edge
+
+    def _check_offsets(self) -> None:
+        offsets = self.cached_offsets
+        if not self.with_pixels and offsets != (SEEN_FRAME,):
+            raise ConfigError(
+                f"--no-pixels stores no frames, --pixel-offsets {describe_offsets(offsets)} several of each: take one "
+                "of them"
+            )
+        if self.pixel_edge is not None:
+            _check_choice("--pixel-edge", self.pixel_edge, PIXEL_EDGES)
+        if self.pixel_edge == "wrap" and self.pixel_offsets is not None and offsets == (SEEN_FRAME,):
+            raise ConfigError("--pixel-edge wrap has no effect without --pixel-offsets: leave it out, or name some")
+        steps = [offset for offset in offsets if offset.unit == "step"]
+        if steps and self.recipe.sampling not in STEPPED_SAMPLINGS:
+            raise ConfigError(
+                f"--pixel-offsets {describe_offsets(steps)} is a share of the distance between a clip's frames, which "
+                f"--sampling {self.recipe.sampling} does not keep: name frames of the source, such as -2..2, or take "
+                "--sampling uniform"
+            )
 
     def views_of(self, split: str) -> str:
         """The name of the views of a row of this split."""

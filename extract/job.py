@@ -14,6 +14,7 @@ from ..device import find_device
 from ..files import hash_text
 from ..store.layout import StoreLayout
 from ..store.manifest import ClassList
+from ..store.offsets import DEFAULT_PIXEL_EDGE
 from ..store.reader import StoreReader
 from ..store.records import VideoRecord
 from ..store.spec import StoreSpec
@@ -285,6 +286,7 @@ def _describe(
         **({"validation_clip": sorted(recipe.validation_clip)} if recipe.validation_clip else {}),
         **({} if set(recipe.views.values()) == {"centre"} else {"views": dict(sorted(recipe.views.items()))}),
         **({} if recipe_name is None else {"recipe": recipe_name}),
+        **({} if config.cached_edge == DEFAULT_PIXEL_EDGE else {"pixel_edge": config.cached_edge}),
         "sampling": recipe.sampling,
         "resize": recipe.resize,
         "decoder": config.decoder,

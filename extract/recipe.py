@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
+from ..store.offsets import DEFAULT_PIXEL_EDGE, SEEN_FRAME, describe_offsets
 from .config import RECIPE_FIELDS, ExtractConfig
 from .datasets import find_protocol
 from .datasets.report import list_cached
@@ -35,7 +36,19 @@ def settle_recipe(config: ExtractConfig, target: Target) -> ExtractConfig:
         source = target.reader.facts
         protocol = config.protocol or source.dataset.protocol
     values = {name: getattr(source, name) for name in RECIPE_FIELDS if getattr(config, name) is None}
-    return replace(config, protocol=protocol, **values)
+    return replace(config, protocol=protocol, **values, **_settle_offsets(config, target))
+
+
+def _settle_offsets(config: ExtractConfig, target: Target) -> dict[str, Any]:
+    """Pixel offsets and what stands beyond a row's ends, as the store has them where nobody says otherwise."""
+    reader = target.reader
+    if reader is None:
+        return {"pixel_offsets": config.cached_offsets, "pixel_edge": config.cached_edge}
+    # Where no pixels are asked for, the comparison with the store says what is wrong with that.
+    own = reader.layout.pixel_offsets if config.with_pixels else (SEEN_FRAME,)
+    offsets = own if config.pixel_offsets is None else config.cached_offsets
+    edge = reader.facts.pixel_edge if config.pixel_edge is None and config.with_pixels else config.cached_edge
+    return {"pixel_offsets": offsets, "pixel_edge": edge}
 
 
 def describe_recipe(config: ExtractConfig, target: Target) -> str | None:
@@ -55,4 +68,12 @@ def describe_recipe(config: ExtractConfig, target: Target) -> str | None:
         given = [f"--{name.replace('_', '-')}" for name in RECIPE_FIELDS if getattr(config, name) is not None]
         whose = f"the recipe of {config.dataset}{protocol} ({settled.told_as})"
         whose += f", with {', '.join(given)} as given" if given else ""
-    return f"{whose}: {'; '.join(list_cached(asdict(settled)))}"
+    return f"{whose}: {'; '.join([*list_cached(asdict(settled)), *_list_offsets(chosen)])}"
+
+
+def _list_offsets(config: ExtractConfig) -> list[str]:
+    """Where more is stored than the frames that the backbone sees."""
+    if config.cached_offsets == (SEEN_FRAME,):
+        return []
+    edge = "" if config.cached_edge == DEFAULT_PIXEL_EDGE else f", edge {config.cached_edge}"
+    return [f"pixels at {describe_offsets(config.cached_offsets)} of each frame{edge}"]

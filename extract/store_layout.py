@@ -57,6 +57,7 @@ def plan_layout(
         patch_dtype=config.dtype,
         keep_bits=config.keep_bits,
         with_pixels=config.with_pixels,
+        pixel_offsets=config.cached_offsets,
     )
     if like is not None:
         return replace(layout, rows_per_shard=like.rows_per_shard, frames_per_block=like.frames_per_block)

@@ -42,7 +42,10 @@ class DamagedChunkError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Geometry:
-    """Chunks are (1, 1, f, ...) in shards of (rows, views, frames, ...): only the first three axes are divided."""
+    """Chunks are (1, 1, f, ...) in shards of (rows, views, frames, ...): only the first three axes are divided.
+
+    Where a chunk holds one frame, the axis behind it may be divided too, into chunks of one place each.
+    """
 
     tail: tuple[int, ...]
     """Axes behind row, view and frame."""
@@ -52,11 +55,13 @@ class _Geometry:
     frames_per_shard: int
     """Of a row: a block."""
     frames_per_chunk: int
+    parts_per_frame: int = 1
+    """Chunks that the axis behind the frame's is divided into: 1, or one for each of its places."""
 
     @property
     def chunks_per_view(self) -> int:
         """Of a row, in one shard."""
-        return self.frames_per_shard // self.frames_per_chunk
+        return self.frames_per_shard // self.frames_per_chunk * self.parts_per_frame
 
     @property
     def chunks_per_shard(self) -> int:
@@ -65,7 +70,8 @@ class _Geometry:
     @property
     def bytes_per_chunk(self) -> int:
         """With its checksum."""
-        return self.frames_per_chunk * math.prod(self.tail) * self.dtype.itemsize + _CHECKSUM_BYTES
+        values = self.frames_per_chunk * math.prod(self.tail) // self.parts_per_frame
+        return values * self.dtype.itemsize + _CHECKSUM_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +132,7 @@ class ShardedArray:
             rows: (B,).
             views: (B,).
             places: (B, T) on the axis F; what is below zero is no frame, and comes out as zeros.
-            layers: Places on the first axis behind the frame's; None takes all.
+            layers: Places on the first axis behind the frame's, or of pixels their offsets; None takes all.
             threads: What reads; of small chunks one thread reads as fast, and tasks take longer than they do.
             allocate: Makes room for the clips.
 
@@ -156,33 +162,63 @@ class ShardedArray:
     ) -> None:
         """Read the frames of one clip, (T, ...), each chunk once."""
         geometry = self._geometry
-        size, per_view = geometry.frames_per_chunk, geometry.chunks_per_view
         in_shard = row % geometry.rows_per_shard * geometry.views_per_shard + view % geometry.views_per_shard
-        first_chunk, open_block = in_shard * per_view, -1
-        is_direct = size == 1 and layers is None
-        chunk = None if is_direct else np.empty((size, *geometry.tail), dtype=geometry.dtype)
+        read = self._read_frames if geometry.frames_per_chunk == 1 else self._read_blocks
+        read(row, view, in_shard * geometry.chunks_per_view, places, layers, clip)
+
+    def _read_frames(
+        self,
+        row: int,
+        view: int,
+        first_chunk: int,
+        places: np.ndarray,
+        layers: Sequence[int] | None,
+        clip: np.ndarray,
+    ) -> None:
+        """A clip of an array whose chunks hold one frame, or a part of one."""
+        geometry, parts, open_block = self._geometry, self._geometry.parts_per_frame, -1
+        wanted = range(parts) if layers is None else layers
+        whole = None if parts > 1 or layers is None else np.empty(geometry.tail, dtype=geometry.dtype)
+        for place, frame in zip(places.tolist(), clip, strict=True):
+            if place < 0:
+                frame[...] = 0
+                continue
+            block, in_block = divmod(place, geometry.frames_per_shard)
+            if block != open_block:
+                shard, open_block = self._shard(row, view, place), block
+            number = first_chunk + in_block * parts
+            if parts > 1:
+                for part, values in zip(wanted, frame, strict=True):
+                    shard.read_chunk(number + part, values, row)
+            elif whole is None:
+                shard.read_chunk(number, frame, row)
+            else:
+                shard.read_chunk(number, whole, row)
+                for tokens, layer in zip(frame, wanted, strict=True):
+                    tokens[...] = whole[layer]
+
+    def _read_blocks(
+        self,
+        row: int,
+        view: int,
+        first_chunk: int,
+        places: np.ndarray,
+        layers: Sequence[int] | None,
+        clip: np.ndarray,
+    ) -> None:
+        """A clip of an array whose chunks hold several frames."""
+        geometry, size = self._geometry, self._geometry.frames_per_chunk
+        chunk = np.empty((size, *geometry.tail), dtype=geometry.dtype)
         numbers = places // size  # of chunks, counted along F; below zero there is none
-        steps = enumerate(numbers.tolist()) if size == 1 else enumerate(np.unique(numbers).tolist())
-        for step, number in steps:
-            own = step if size == 1 else np.flatnonzero(numbers == number)
+        for number in np.unique(numbers).tolist():
+            own = np.flatnonzero(numbers == number)
             if number < 0:
                 clip[own] = 0
                 continue
-            block, in_block = divmod(number, per_view)
-            if block != open_block:
-                shard, open_block = self._shard(row, view, block * geometry.frames_per_shard), block
-            if chunk is None:
-                shard.read_chunk(first_chunk + in_block, clip[own], row)
-                continue
-            shard.read_chunk(first_chunk + in_block, chunk, row)
-            frames = chunk[0] if size == 1 else chunk[places[own] % size]
-            if layers is None:
-                clip[own] = frames
-            elif size == 1:
-                for tokens, layer in zip(clip[own], layers, strict=True):
-                    tokens[...] = frames[layer]
-            else:
-                clip[own] = frames[:, layers]
+            shard = self._shard(row, view, number * size)
+            shard.read_chunk(first_chunk + number % geometry.chunks_per_view, chunk, row)
+            frames = chunk[places[own] % size]
+            clip[own] = frames if layers is None else frames[:, layers]
 
     def _shard(self, row: int, view: int, frame: int) -> _Shard:
         geometry = self._geometry
@@ -385,7 +421,10 @@ def _find_geometry(spec: ArraySpec) -> _Geometry | None:
     if sys.byteorder != "little" or spec.is_compressed or spec.chunk_shape is None:
         return None
     shape, chunk, shard = spec.shape, spec.chunk_shape, spec.shard_shape
-    if chunk[:2] != (1, 1) or chunk[3:] != shape[3:] or shard[3:] != shape[3:] or shard[2] % chunk[2]:
+    if chunk[:2] != (1, 1) or shard[3:] != shape[3:] or shard[2] % chunk[2]:
+        return None
+    parts = spec.chunks_per_frame
+    if chunk[3:] != shape[3:] and (chunk[2:4] != (1, 1) or chunk[4:] != shape[4:]):
         return None
     return _Geometry(
         tail=shape[3:],
@@ -394,4 +433,5 @@ def _find_geometry(spec: ArraySpec) -> _Geometry | None:
         views_per_shard=shard[1],
         frames_per_shard=shard[2],
         frames_per_chunk=chunk[2],
+        parts_per_frame=parts,
     )

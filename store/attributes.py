@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import StoreDamagedError
 from .layout import PATCH_DTYPES, ArraySpec, StoreLayout
+from .offsets import MOST_OFFSETS, SEEN_FRAME, PixelOffset
 
 _MOST = {
     "num_rows": 2**40,
@@ -28,7 +29,6 @@ _MOST = {
 _MOST_LAYERS = 2**12
 _MOST_PIXELS = 2**16
 """Along one side of a frame."""
-_MOST_OFFSETS = 2**10
 _MOST_CHUNK_BYTES = 2**31 - 2**20
 """Of what one read fetches: ViT-E's 64 layers in float32 take 117 MB."""
 _MOST_CHUNKS = 2**24
@@ -121,9 +121,18 @@ def _find_wrong_sizes(sizes: dict[str, Any]) -> list[str]:
     if keep_bits is not None and not (_is_int(keep_bits, 0, 10) and sizes.get("patch_dtype") == "float16"):
         problems.append(f"keep_bits must be none or, of float16, 0 to 10, found {_shorten(keep_bits)}")
     offsets = sizes.get("pixel_offsets", (0,))
-    if not _are_ints(offsets, -_MOST_OFFSETS, _MOST_OFFSETS) or 0 not in offsets or len(offsets) > _MOST_OFFSETS:
-        problems.append(f"pixel_offsets must be frames, 0 among them, found {_shorten(offsets)}")
+    if not _are_offsets(offsets):
+        problems.append(f"pixel_offsets must be frames or steps, 0 among them, found {_shorten(offsets)}")
     return problems
+
+
+def _are_offsets(values: object) -> bool:
+    if not isinstance(values, list | tuple) or len(values) > MOST_OFFSETS:
+        return False
+    try:
+        return SEEN_FRAME in [PixelOffset.of(value) for value in values]
+    except ValueError:
+        return False
 
 
 def _find_wrong_chunks(spec: ArraySpec) -> list[str]:
@@ -217,6 +226,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "recipe": _TEXT,
     "sampling": _TEXT,
     "resize": _TEXT,
+    "pixel_edge": _TEXT,
     "codec": _OBJECT,
     "codec.dtype": _TEXT,
     "codec.name": _TEXT,

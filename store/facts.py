@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from .attributes import Attributes
 from .layout import DEFAULT_CODEC, PatchDtype
+from .offsets import DEFAULT_PIXEL_EDGE
 from .records import VIEW_NAMES
 
 RANDOM_WEIGHTS = "random"
@@ -176,6 +177,11 @@ class StoreFacts:
     def resize(self) -> str:
         """How frames were resized before the crop, by the rule's name."""
         return self.attributes["resize"]
+
+    @property
+    def pixel_edge(self) -> str:
+        """What stands in the place of pixel frames before a row's first frame, by the rule's name."""
+        return self.attributes.get("pixel_edge", DEFAULT_PIXEL_EDGE)
 
     @property
     def frames(self) -> dict[str, int]:

@@ -14,6 +14,7 @@ import pyarrow as pa
 from ..errors import StoreDamagedError
 from ..files import describe_bytes
 from .fidelity import NOTABLE_LOSS, read_fidelity
+from .offsets import DEFAULT_PIXEL_EDGE, PixelOffset, describe_offsets
 from .reader import StoreReader
 from .records import Status
 from .texts import TEXT_NAME, TextReader, has_current_texts
@@ -80,8 +81,9 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
     Returns:
         rows (and files) by status, rows by split, failures and pending rows by reason code, arrays with shape, dtype
         and bytes on disk, bytes of one cached frame, backbone, codec and what it costs (fidelity; None where that is
-        not known), layers, frames (frame_range by split where rows are as long as their videos), sampling, resize,
-        clips, views, validation_clip and recipe (None where there was none), classes, captions.
+        not known), layers, pixel_offsets (none without pixels), pixel_edge, frames (frame_range by split where rows are
+        as long as their videos), sampling, resize, clips, views, validation_clip and recipe (None where there was
+        none), classes, captions.
     """
     table = store.read_manifest(["path", "split", "status", "reason", "num_cached_frames", "num_views"])
     attributes, facts = store.attributes, store.facts
@@ -119,6 +121,8 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
         "bytes_per_frame": store.layout.bytes_per_frame,
         "backbone": attributes["backbone"],
         "layers": list(store.layout.layers),
+        "pixel_offsets": [offset.recorded for offset in store.layout.pixel_offsets] * store.layout.with_pixels,
+        "pixel_edge": facts.pixel_edge,
         "frames": attributes["frames"],
         **({"frame_range": _find_frame_range(table)} if facts.is_open_ended else {}),
         "sampling": facts.sampling,
@@ -187,6 +191,7 @@ def render_info(facts: Mapping[str, Any]) -> list[str]:
         "codec": _describe_codec(facts["codec"]),
         "frames": f"{facts['cached_frames']} cached, {facts['sampling']} sampling, resize {facts['resize']}"
         + (f", by the recipe of {facts['recipe']}" if facts["recipe"] else ""),
+        "pixels": _describe_pixels(facts),
         "a frame": ", ".join(f"{name} {describe_bytes(size)}" for name, size in facts["bytes_per_frame"].items()),
         "on disk": describe_bytes(facts["bytes"]),
     }
@@ -194,7 +199,7 @@ def render_info(facts: Mapping[str, Any]) -> list[str]:
         f"  {name:10} {array['dtype']:8} {tuple(array['shape'])}  {describe_bytes(array['bytes'])}"
         for name, array in facts["arrays"].items()
     ]
-    shown = [f"{name:9} {text}" for name, text in lines.items() if text or name != "pending"]
+    shown = [f"{name:9} {text}" for name, text in lines.items() if text or name not in ("pending", "pixels")]
     return [*shown, *arrays, *([] if facts["fidelity"] is None else _render_fidelity(facts["fidelity"]))]
 
 
@@ -253,6 +258,14 @@ def _describe_counts(rows: Mapping[str, int], files: Mapping[str, int]) -> str:
 
 def _describe_reasons(reasons: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {code}" for code, count in reasons.items())
+
+
+def _describe_pixels(facts: Mapping[str, Any]) -> str:
+    """Which frames stand around each cached one; nothing where it stands alone, or there are none."""
+    if len(facts["pixel_offsets"]) < 2:
+        return ""
+    edge = "" if facts["pixel_edge"] == DEFAULT_PIXEL_EDGE else f", edge {facts['pixel_edge']}"
+    return f"at {describe_offsets([PixelOffset.of(one) for one in facts['pixel_offsets']])} of each frame{edge}"
 
 
 def _describe_codec(codec: Mapping[str, Any]) -> str:

@@ -22,6 +22,8 @@ from typing import Literal
 
 import numpy as np
 
+from .offsets import SEEN_FRAME, PixelOffset
+
 FORMAT_VERSION = 3
 """Of new stores, whose arrays are cut along F. A store of version 2 is not, one of version 1 keeps its done-markers in
 Parquet, too; each stays of its version."""
@@ -66,6 +68,13 @@ class ArraySpec:
     """Shape of an inner chunk; None for a file that is one chunk."""
     dimension_names: tuple[str, ...] = ()
     is_compressed: bool = False
+
+    @property
+    def chunks_per_frame(self) -> int:
+        """Into how many chunks the axes behind the frame's are cut."""
+        if self.chunk_shape is None:
+            return 1
+        return math.prod(a // b for a, b in zip(self.shape[3:], self.chunk_shape[3:], strict=True))
 
     @property
     def parts_shape(self) -> tuple[int, ...]:
@@ -122,8 +131,8 @@ class StoreLayout:
     with_pixels: bool = True
     keep_bits: int | None = None
     """Mantissa bits kept of float16 patches, which are then compressed; None keeps all and compresses nothing."""
-    pixel_offsets: tuple[int, ...] = (0,)
-    """Which frames around each cached one `pixels` holds; O is their number."""
+    pixel_offsets: tuple[PixelOffset, ...] = (SEEN_FRAME,)
+    """Which frames around each cached one `pixels` holds, in this order; O is their number. A number is frames."""
     rows_per_shard: int = 0
     """Rows in one shard, the same for all arrays. 0 takes a pure function of V and sizes; a store that rows are added
     to keeps the number that it was begun with."""
@@ -132,6 +141,7 @@ class StoreLayout:
     embeddings are one chunk a file."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "pixel_offsets", tuple(map(PixelOffset.of, self.pixel_offsets)))
         if not self.rows_per_shard:
             object.__setattr__(
                 self, "rows_per_shard", self.choose_rows(self.num_rows * self.num_views * self.num_frames)
@@ -151,6 +161,11 @@ class StoreLayout:
     def cls_dtype(self) -> str:
         """Class tokens are never quantised: float32 beside float32 patches, float16 beside all others."""
         return "float32" if self.patch_dtype == "float32" else "float16"
+
+    @property
+    def seen_offset(self) -> int:
+        """The place, on the axis O, of the frame that the backbone saw."""
+        return self.pixel_offsets.index(SEEN_FRAME)
 
     @property
     def bytes_per_frame(self) -> dict[str, int]:
@@ -235,7 +250,8 @@ class StoreLayout:
                     shape=(v, a, f, offsets, height, width, 3),
                     dtype="uint8",
                     shard_shape=(),
-                    chunk_shape=(1, 1, 1, offsets, height, width, 3),
+                    # One chunk for each offset: who wants fewer of them reads fewer bytes.
+                    chunk_shape=(1, 1, 1, 1, height, width, 3),
                     dimension_names=(*place, "offset", "height", "width", "colour"),
                 )
             )

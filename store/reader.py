@@ -28,6 +28,7 @@ from .codecs.contract import Codec
 from .facts import StoreFacts
 from .layout import FORMAT_VERSION, ArraySpec
 from .markers import PARTS_NAME, Marker, find_markers, marker_path, read_joined, read_marker
+from .offsets import PixelOffset, describe_offsets
 from .row_checks import check_captions, check_rows
 
 PADDING = -1
@@ -222,6 +223,7 @@ class StoreReader:
         layers: Sequence[int] | None = None,
         arrays: Sequence[str] = _CLIP_ARRAYS,
         allocate: Callable[[tuple[int, ...], np.dtype], np.ndarray] = np.empty,
+        offsets: Sequence[PixelOffset | int | str] | None = None,
     ) -> Clips:
         """Read a batch of clips.
 
@@ -232,12 +234,13 @@ class StoreReader:
             layers: Backbone blocks to return, all cached ones by default.
             arrays: Which arrays to read.
             allocate: Makes room for each array, from its shape and dtype; say in pinned memory.
+            offsets: Of the pixels, in the order wanted: `-1`, `"0.5step"`; all stored ones by default.
 
         Returns:
             Codes, class tokens and pixels in the order asked for; zeros where there is no frame.
 
         Raises:
-            StoreMismatchError: If a row is not ok, or a frame, view, layer or array is not in the store.
+            StoreMismatchError: If a row is not ok, or a frame, view, layer, array or offset is not in the store.
             StoreDamagedError: If a chunk is missing or its bytes do not match their checksum, shard and video named.
         """
         rows = np.asarray(videos, dtype=np.int64)
@@ -257,6 +260,8 @@ class StoreReader:
         self._check_rows(rows, places, views)
         layer_places = None if layers is None else self.layer_places(layers)
         places_by_array = {name: layer_places if name in ("patches", "cls") else None for name in arrays}
+        if offsets is not None:
+            places_by_array |= {name: self.offset_places(offsets) for name in arrays if name == "pixels"}
         values: dict[str, np.ndarray | None] = dict.fromkeys(_CLIP_ARRAYS)
         under_way: dict[str, ClipsUnderWay] = {}
         try:
@@ -432,6 +437,26 @@ class StoreReader:
                 f"Use --layers with layers of the store, or extract the missing ones into a new store."
             )
         return [own_layers.index(layer) for layer in layers]
+
+    def offset_places(self, offsets: Sequence[PixelOffset | int | str]) -> list[int] | None:
+        """Places on the axis O of pixel offsets; None where they are all that there are, in their order.
+
+        Raises:
+            StoreMismatchError: If the store does not hold pixels at one of them.
+        """
+        own, wanted = self.layout.pixel_offsets, tuple(map(PixelOffset.of, offsets))
+        if not self.layout.with_pixels:
+            raise StoreMismatchError(
+                f"{self.path} was extracted with --no-pixels, wanted pixels at offsets {describe_offsets(wanted)} from "
+                f"its frames. Extract a new store with --pixel-offsets={describe_offsets(wanted)}."
+            )
+        if missing := [offset for offset in wanted if offset not in own]:
+            raise StoreMismatchError(
+                f"{self.path} holds pixels at offsets {describe_offsets(own)} from its frames, wanted "
+                f"{describe_offsets(wanted)}: missing {describe_offsets(missing)}. Extract a new store with "
+                f"--pixel-offsets={describe_offsets([*own, *missing])}, which serves both."
+            )
+        return None if wanted == own else [own.index(offset) for offset in wanted]
 
     def _require_recorded_hash(self, name: str) -> None:
         """Refuse a file without checksums of its own that is not as it was written; looked at once."""

@@ -64,6 +64,7 @@ class StoreSpec:
         sizes = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.layout).items()}
         if not self.layout.frames_per_block:
             del sizes["frames_per_block"]  # of formats that do not know it
+        sizes["pixel_offsets"] = [offset.recorded for offset in self.layout.pixel_offsets]
         return {
             "format_version": self.layout.format_version,
             **self.attributes,

@@ -236,13 +236,14 @@ def _check_fingerprint(store: StoreReader, spec: ArraySpec, shard: int, key: str
 
 
 def _wanted_chunks(spec: ArraySpec, counts: np.ndarray, first_view: int, first_frame: int) -> np.ndarray:
-    """(rows, views, chunks along F) bool: which chunks the manifest says that one file of a shard holds."""
+    """(rows, views, chunks along F and behind it) bool: which the manifest says that one file of a shard holds."""
     _, views, frames = spec.shard_shape[:3]
     size = frames if spec.chunk_shape is None else spec.chunk_shape[2]
     has_view = first_view + np.arange(views) < counts[:, :1]
     has_frame = first_frame + np.arange(0, frames, size) < counts[:, 1:]
-    is_due = np.zeros((spec.shard_shape[0], views, frames // size), dtype=bool)
-    is_due[: len(counts)] = has_view[:, :, None] & has_frame[:, None]
+    has_chunk = np.repeat(has_frame, spec.chunks_per_frame, axis=1)
+    is_due = np.zeros((spec.shard_shape[0], views, has_chunk.shape[1]), dtype=bool)
+    is_due[: len(counts)] = has_view[:, :, None] & has_chunk[:, None]
     return is_due
 
 

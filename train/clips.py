@@ -17,6 +17,7 @@ import torch
 from ..errors import ConfigError, StoreMismatchError
 from ..files import hash_text
 from ..store.codecs.contract import Codec
+from ..store.offsets import PixelOffset, describe_offsets
 from ..store.reader import Clips, StoreReader, pad_places
 from ..store.texts import TextReader, Texts
 from .networks.contract import Network
@@ -437,6 +438,40 @@ def require_long_clips(data: LabelledRows, num_frames: int, store: StoreReader, 
         )
 
 
+def require_pixels(network: Network, store: StoreReader) -> None:
+    """Refuse a store that lacks pixels which a network reads, before anything is read or written.
+
+    Raises:
+        StoreMismatchError: With what is there, what is missing, and the option that makes it.
+    """
+    if "pixels" in network.arrays:
+        store.offset_places(network.pixel_offsets)
+
+
+def require_whole_steps(network: Network, lengths: np.ndarray, num_frames: int, store: StoreReader) -> None:
+    """Refuse clips that are not as long as the store caches them, where a network reads pixels at shares of a step.
+
+    Such a share was taken of the distance between the frames of a cached clip. A clip that leaves frames out has other
+    distances, and its pixels would be those of other moments.
+
+    Args:
+        network: What reads.
+        lengths: Frames of the cached clips that it trains or validates on.
+        num_frames: T.
+        store: Theirs.
+
+    Raises:
+        StoreMismatchError: With both numbers.
+    """
+    steps = [offset for offset in map(PixelOffset.of, network.pixel_offsets) if offset.unit == "step"]
+    if steps and (others := sorted({*lengths.tolist()} - {num_frames})):
+        raise StoreMismatchError(
+            f"the network reads pixels at {describe_offsets(steps)}, a share of the distance between the frames of a "
+            f"clip as it is cached: clips of {store.path} have {', '.join(map(str, others))} frames, {num_frames} were "
+            f"asked for. Train with --frames {others[0]}, or extract clips of {num_frames} frames."
+        )
+
+
 def warn_of_short_splits(
     store: StoreReader, num_frames: int, known: Collection[str], find_rows: Callable[[StoreReader, str], LabelledRows]
 ) -> None:
@@ -487,7 +522,7 @@ class ClipLoader:
         layers: Sequence[int],
         device: torch.device,
         text_arrays: Sequence[str] = (),
-        pixel_offsets: Sequence[int] = (0,),
+        pixel_offsets: Sequence[PixelOffset | int | str] = (0,),
         frames_per_token: int = 1,
         streams: Streams | None = None,
     ) -> None:
@@ -503,12 +538,9 @@ class ClipLoader:
         self._mean, self._std = (
             torch.tensor(values, device=device).view(3, 1, 1) for values in (backbone.mean, backbone.std)
         )
-        offsets = store.layout.pixel_offsets
-        if missing := sorted(set(pixel_offsets) - set(offsets)):
-            raise StoreMismatchError(
-                f"the network reads pixels at offsets {missing} from a frame; {store.path} holds {sorted(offsets)}"
-            )
-        self._shown = [offsets.index(offset) for offset in pixel_offsets]
+        self._offsets = pixel_offsets
+        if "pixels" in arrays:
+            store.offset_places(pixel_offsets)  # refuses those that it does not hold
         self._frames_per_token = frames_per_token
 
     @classmethod
@@ -548,7 +580,7 @@ class ClipLoader:
         for name in self._arrays:
             a_frame = layout.bytes_per_frame[name]
             if name == "pixels":
-                total += num_clips * num_frames * a_frame
+                total += num_clips * num_frames * a_frame * len(self._offsets) // len(layout.pixel_offsets)
             else:
                 total += num_clips * -(-num_frames // self._frames_per_token) * a_frame * layers // len(layout.layers)
         return total
@@ -602,7 +634,13 @@ class ClipLoader:
 
     def _read_arrays(self, plan: ClipPlan, places: np.ndarray, arrays: Sequence[str]) -> Clips:
         return self._store.read_clips(
-            plan.rows, places, view=plan.views, layers=self._layers, arrays=arrays, allocate=self._allocate
+            plan.rows,
+            places,
+            view=plan.views,
+            layers=self._layers,
+            arrays=arrays,
+            allocate=self._allocate,
+            offsets=self._offsets,
         )
 
     def _allocate(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -642,9 +680,7 @@ class ClipLoader:
 
     def _normalise(self, raw: torch.Tensor) -> torch.Tensor:
         """(B, T, O, H, W, 3) as stored to (B, T, 3, H, W), of several offsets (B, T, O, 3, H, W)."""
-        # Of several one after the other: a list of places would be copied to a GPU, which holds up the host.
-        offsets = [raw[:, :, place] for place in self._shown]
-        shown = torch.stack(offsets, dim=2) if len(offsets) > 1 else offsets[0]
+        shown = raw if len(self._offsets) > 1 else raw[:, :, 0]
         return shown.movedim(-1, -3).float().div_(255).sub_(self._mean).div_(self._std)
 
 

@@ -20,6 +20,8 @@ from .batches import StepShares, keep_recorded_batches, warn_of_other_step
 from .clips import (
     find_clip_lengths,
     require_long_clips,
+    require_pixels,
+    require_whole_steps,
     resolve_clip_frames,
     warn_of_short_splits,
     warn_of_thinned_clips,
@@ -87,6 +89,8 @@ def begin_heads(
     # Before anything is written: it may not fit.
     is_begun = all(can_resume) and state_path.is_file()
     networks = [_build(config, kind, shape, store, task, is_begun=is_begun) for config in configs]
+    for lengths in (task.training.num_cached_frames, find_clip_lengths(task.validation)):
+        require_whole_steps(networks[0], lengths, frames, store)
     if given.norm_clips is not None and not has_norms(networks[0]):
         raise ConfigError(f"--norm-clips has no effect on --head {config.head}, which has no batch norm: leave it out")
     say(shares.describe(available, has_norms=has_norms(networks[0])))
@@ -141,6 +145,7 @@ def _build(
     """A network as its training begins; the weights of one that has a state come from there."""
     torch.manual_seed(config.seed)
     network = kind.build(shape)
+    require_pixels(network, store)
     if config.init is not None and not is_begun:
         begin_with(config.init, network)
     network.prepare(store)

@@ -22,15 +22,19 @@ import numpy as np
 
 from ...device import count_cores
 from ...errors import EnvironmentFailedError
+from ...store.offsets import DEFAULT_PIXEL_EDGE
 from ...store.records import VideoRecord, View
 from ..config import ExtractConfig
 from ..datasets import frame_rate
+from .views import NUM_VIEWS
 
 # Wall seconds for one CPU second of budget: a stuck read or a deadlock uses no CPU.
 _WALL_FACTOR = 5
 _START_TIMEOUT_S = 120.0
 # A process that is killed while it starts says nothing about anything: it is started again.
 _START_TRIES = 4
+# Decoded frames that wait for the consumer, of all videos, where more than one for each decoder are ahead.
+_AHEAD_BYTES = 2**30
 _KILLED = "killed"
 """Code of a decoder that ended by SIGKILL, which no file causes: it never stands in a row."""
 
@@ -63,6 +67,15 @@ class DecodeRequest:
     timeout_s: float = 60.0
     allow_loss: float = 0.02
     """Share of the announced frames that may be missing from a good video."""
+    pixel_offsets: tuple[int | str, ...] = (0,)
+    """Pixel frames of each cached frame, as a store records them."""
+    pixel_edge: str = DEFAULT_PIXEL_EDGE
+
+    @property
+    def answer_bytes(self) -> int:
+        """Of the pixels that come back."""
+        frames = self.num_frames * len(self.pixel_offsets) * NUM_VIEWS[self.views]
+        return frames * self.crop_px**2 * 3
 
     @classmethod
     def of(cls, record: VideoRecord, config: ExtractConfig, *, crop_px: int, num_frames: int | None = None) -> Self:
@@ -86,6 +99,8 @@ class DecodeRequest:
             decoder=config.decoder,
             timeout_s=config.decode_timeout_s,
             allow_loss=config.allow_loss,
+            pixel_offsets=(0,) if is_sample else tuple(offset.recorded for offset in config.cached_offsets),
+            pixel_edge=config.cached_edge,
         )
 
 
@@ -201,6 +216,7 @@ class DecoderPool:
 
     def __init__(self, num_processes: int | None = None) -> None:
         num_processes = num_processes or count_cores()
+        self._num_processes = num_processes
         self._num_ahead = 2 * num_processes + 2
         self._local = threading.local()
         self._children: list[_Child] = []
@@ -227,14 +243,18 @@ class DecoderPool:
         return self._threads.submit(self._decode, request)
 
     def decode_ahead(self, requests: Iterable[DecodeRequest]) -> Iterator[DecodedVideo]:
-        """Decoded videos in the order of the requests, a bounded number of them ahead of the consumer."""
-        futures: deque[Future[DecodedVideo]] = deque()
+        """Decoded videos in the order of the requests, a bounded number and bounded bytes of them ahead."""
+        ahead: deque[tuple[Future[DecodedVideo], int]] = deque()
+        waiting_bytes = 0
         for request in requests:
-            futures.append(self.submit(request))
-            if len(futures) > self._num_ahead:
-                yield futures.popleft().result()
-        while futures:
-            yield futures.popleft().result()
+            ahead.append((self.submit(request), request.answer_bytes))
+            waiting_bytes += request.answer_bytes
+            while len(ahead) > (self._num_ahead if waiting_bytes <= _AHEAD_BYTES else self._num_processes):
+                future, size = ahead.popleft()
+                waiting_bytes -= size
+                yield future.result()
+        while ahead:
+            yield ahead.popleft()[0].result()
 
     def library_versions(self) -> dict[str, str]:
         """Versions of what decides the pixels, as a decoder process reports them."""

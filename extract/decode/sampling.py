@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import numpy as np
 
 from ...errors import ConfigError
+from ...store.offsets import DEFAULT_PIXEL_EDGE, PixelOffset
 
 _WINDOW = 128
 """Frames of a video that a dense clip spans."""
+
+PIXEL_EDGES = (DEFAULT_PIXEL_EDGE, "wrap")
+"""What stands before the first frame of a row: the first again, or (`wrap`) the last ones. Behind the last one it is
+the last again."""
 
 
 def sample_uniform(num_frames: int, num_steps: int) -> list[int]:
@@ -34,16 +39,23 @@ def sample_uniform(num_frames: int, num_steps: int) -> list[int]:
     """
     if num_frames < 1 or num_steps < 1:
         raise ValueError(f"both counts must be at least 1; found {num_frames} frames, {num_steps} steps")
-    return [(2 * step + 1) * num_frames // (2 * num_steps) for step in range(num_steps)]
+    return _sample_uniform_clips(num_frames, num_steps, 1)[0]
 
 
-def _sample_uniform_clips(num_frames: int, num_steps: int, num_clips: int) -> list[list[int]]:
+def _sample_uniform_clips(
+    num_frames: int, num_steps: int, num_clips: int, after: Fraction = Fraction()
+) -> list[list[int]]:
     """The middles of equal parts, dealt to the clips in turns."""
-    indices = sample_uniform(num_frames, num_steps * num_clips)
-    return [indices[clip::num_clips] for clip in range(num_clips)]
+    parts, beyond = num_steps * num_clips, num_clips * after
+    return [
+        [int((2 * (part + beyond) + 1) * num_frames // (2 * parts)) for part in range(clip, parts, num_clips)]
+        for clip in range(num_clips)
+    ]
 
 
-def _sample_k400_clips(num_frames: int, num_steps: int, num_clips: int) -> list[list[int]]:
+def _sample_k400_clips(
+    num_frames: int, num_steps: int, num_clips: int, after: Fraction = Fraction()
+) -> list[list[int]]:
     """Kinetics in the reference: one clip is its validation, several its test, their starts spread over a step.
 
     Of a video with fewer frames than a clip wants, all starts but the first are -1: NumPy rounds them down. What is
@@ -51,36 +63,46 @@ def _sample_k400_clips(num_frames: int, num_steps: int, num_clips: int) -> list[
     """
     tick = num_frames / num_steps
     starts = np.linspace(0, tick - 1, num_clips, dtype=int).tolist()
-    return [[int(start + tick * step) % num_frames for step in range(num_steps)] for start in starts]
+    clips = [[int(start + tick * (step + float(after))) for step in range(num_steps)] for start in starts]
+    return clips if after else [[place % num_frames for place in clip] for clip in clips]
 
 
-def _sample_something_clips(num_frames: int, num_steps: int, num_clips: int) -> list[list[int]]:
+def _sample_something_clips(
+    num_frames: int, num_steps: int, num_clips: int, after: Fraction = Fraction()
+) -> list[list[int]]:
     """Something-Something in the reference: each clip looks at another place of a step."""
     tick = (num_frames - 1) / num_steps
     shifts = [math.floor(tick / (num_clips + 1) * (clip + 1)) for clip in range(num_clips)]
-    return [[round(tick * step) + shift for step in range(num_steps)] for shift in shifts]
+    return [[round(tick * (step + float(after))) + shift for step in range(num_steps)] for shift in shifts]
 
 
-def _sample_retrieval_clips(num_frames: int, num_steps: int, num_clips: int) -> list[list[int]]:
+def _sample_retrieval_clips(
+    num_frames: int, num_steps: int, num_clips: int, after: Fraction = Fraction()
+) -> list[list[int]]:
     """Retrieval in the reference: a video without more frames than are wanted shows its first one, again and again."""
     if num_clips > 1:
         raise ConfigError(f"--sampling reference-retrieval has one clip; found --clips {num_clips}")
     tick = num_frames / num_steps
     is_long = num_frames > num_steps
-    return [[math.floor(tick / 2 + tick * step) if is_long else 0 for step in range(num_steps)]]
+    return [[math.floor(tick / 2 + tick * (step + float(after))) if is_long else 0 for step in range(num_steps)]]
 
 
-def _sample_dense_clips(num_frames: int, num_steps: int, num_clips: int) -> list[list[int]]:
+def _sample_dense_clips(
+    num_frames: int, num_steps: int, num_clips: int, after: Fraction = Fraction()
+) -> list[list[int]]:
     """Windows of 128 frames, their starts spread over the video; a shorter video begins again.
 
     Of one clip the reference draws the start; here it is the window in the middle.
     """
     free = max(0, num_frames - _WINDOW)
     starts = [free // 2] if num_clips == 1 else [clip * (free // (num_clips - 1)) for clip in range(num_clips)]
-    return [[(start + _WINDOW * step // num_steps) % num_frames for step in range(num_steps)] for start in starts]
+    clips = [[start + int(_WINDOW * (step + after) // num_steps) for step in range(num_steps)] for start in starts]
+    return clips if num_frames >= _WINDOW else [[place % num_frames for place in clip] for clip in clips]
 
 
-def _sample_dist_clips(num_frames: int, num_steps: int, num_clips: int) -> list[list[int]]:
+def _sample_dist_clips(
+    num_frames: int, num_steps: int, num_clips: int, after: Fraction = Fraction()
+) -> list[list[int]]:
     """DiST: the frames that its backbone sees, those of every second part; each clip at another place of a part.
 
     Source:
@@ -89,7 +111,7 @@ def _sample_dist_clips(num_frames: int, num_steps: int, num_clips: int) -> list[
     tick = Fraction(num_frames, 2 * num_steps)
     shifts = [Fraction(1, 2)] if num_clips == 1 else [Fraction(clip + 1, num_clips) for clip in range(num_clips)]
     return [
-        [round(min(Fraction(num_frames - 1), tick * (2 * step + shift))) for step in range(num_steps)]
+        [round(min(Fraction(num_frames - 1), tick * (2 * (step + after) + shift))) for step in range(num_steps)]
         for shift in shifts
     ]
 
@@ -110,7 +132,74 @@ def sample_clips(
     return sample(num_frames, num_steps, num_clips) + sample(num_frames, num_steps, 1) * holds_validation_clip
 
 
-SAMPLINGS: dict[str, Callable[[int, int, int], list[list[int]]]] = {
+def pick_offset_frames(
+    name: str,
+    num_frames: int,
+    num_steps: int,
+    num_clips: int,
+    offsets: Sequence[PixelOffset],
+    *,
+    edge: str = DEFAULT_PIXEL_EDGE,
+    holds_validation_clip: bool = False,
+) -> list[list[int]]:
+    """The frames of `sample_clips`, clip after clip, each with its pixel frames: (cached frames, O) indices.
+
+    An offset in frames is added to the cached frame. One in steps moves the place at which the rule looks by that
+    share of the distance between a clip's frames, before it rounds: the partner of a frame is never off by one.
+
+    Args:
+        name: As for `sample_clips`, and so are the counts; in `STEPPED_SAMPLINGS` where an offset counts steps.
+        num_frames: Of the row: what lies outside of it is not looked at, and is what `edge` says.
+        num_steps: Frames of a clip.
+        num_clips: Evaluation clips.
+        offsets: In the order wanted.
+        edge: In `PIXEL_EDGES`.
+        holds_validation_clip: As for `sample_clips`.
+
+    Source:
+        Neighbours and `wrap`: https://github.com/BBYL9413/TDS-CLIP, whose Kinetics reader asks decord for frames below
+        zero. Half steps: https://github.com/alibaba-mmai-research/DiST.
+    """
+
+    def flatten(clips: list[list[int]]) -> list[int]:
+        return [index for clip in clips for index in clip]
+
+    sample = SAMPLINGS[name]
+    cached = flatten(sample_clips(name, num_frames, num_steps, num_clips, holds_validation_clip=holds_validation_clip))
+    columns = []
+    for offset in offsets:
+        if offset.unit == "frame":
+            places = [index + int(offset.distance) for index in cached]
+        else:
+            counts = [num_clips, *([1] if holds_validation_clip else [])]
+            moved = [sample(num_frames, num_steps, count, offset.distance) for count in counts]
+            places = flatten([clip for clips in moved for clip in clips])
+        columns.append([_resolve_place(place, num_frames, edge) for place in places])
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def pick_neighbours(
+    cached: Sequence[int], row: range, offsets: Sequence[PixelOffset], *, edge: str = DEFAULT_PIXEL_EDGE
+) -> list[list[int]]:
+    """Frames of any rule, each with its pixel frames: (cached frames, O) indices.
+
+    Args:
+        cached: Indices of the frames that the backbone sees.
+        row: Those of the row: what lies outside of it is not looked at, and is what `edge` says.
+        offsets: In frames, in the order wanted.
+        edge: In `PIXEL_EDGES`.
+    """
+    places = ((index - row.start + int(offset.distance) for offset in offsets) for index in cached)
+    return [[row.start + _resolve_place(place, len(row), edge) for place in own] for own in places]
+
+
+def _resolve_place(place: int, num_frames: int, edge: str) -> int:
+    if place < 0:
+        return place % num_frames if edge == "wrap" else 0
+    return min(place, num_frames - 1)
+
+
+SAMPLINGS: dict[str, Callable[..., list[list[int]]]] = {
     "uniform": _sample_uniform_clips,
     "reference-k400": _sample_k400_clips,
     "reference-sth": _sample_something_clips,
@@ -119,6 +208,8 @@ SAMPLINGS: dict[str, Callable[[int, int, int], list[list[int]]]] = {
     "dense": _sample_dense_clips,
 }
 """By the name that `--sampling` takes: (frames of the video, frames of a clip, clips) -> indices of each clip.
+
+Those of `STEPPED_SAMPLINGS` take a fourth, the share of a step by which they look later: then a place may lie outside.
 
 What is cached of training videos is uniform under every name but `dense`: the reference draws their frames anew in each
 epoch, and a clip here draws one of each part of what is cached. Of a dense window it then draws such parts.
@@ -189,6 +280,11 @@ def sample_open_ended(name: str, times_s: np.ndarray, length_s: float) -> list[i
     ticks = np.floor(times_s * rate + 0.5 + _ROUNDING)
     steps = np.arange(math.floor(length_s * rate + 0.5 + _ROUNDING))
     return np.maximum(np.searchsorted(ticks, steps, side="right") - 1, 0).tolist()
+
+
+STEPPED_SAMPLINGS = frozenset(SAMPLINGS)
+"""Rules whose clips have frames at equal distances, of which `--pixel-offsets` can take shares. A rule by the second,
+or one that takes every frame, has no such distance: it stays out."""
 
 
 def parse_frames(text: str) -> dict[str, int]:

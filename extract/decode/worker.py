@@ -15,7 +15,7 @@ import resource
 import signal
 import stat
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,12 +23,13 @@ from typing import Any, BinaryIO
 import av
 import numpy as np
 
+from ...store.offsets import DEFAULT_PIXEL_EDGE, SEEN_FRAME, PixelOffset
 from ...store.records import View
-from .sampling import is_open_ended, sample_clips, sample_open_ended
+from .sampling import is_open_ended, pick_neighbours, pick_offset_frames, sample_open_ended
 from .source import Fingerprint, SourceFacts, read_source, take_fingerprint
 from .trouble import MEMORY_LIMIT, DecodeTrouble, as_failure, unexpected_failure, verdict_of
 from .video_file import ALLOWED_LOSS_SHARE, DecodeFailure, Timeline, VideoFile, decord
-from .views import VIEWS, render_views
+from .views import NUM_VIEWS, VIEWS, render_views
 
 # A container may announce any length: it gets at most so many CPU seconds for each packet that it really holds.
 _MOST_PER_PACKET_S = 0.1
@@ -40,6 +41,8 @@ _MAX_BUDGET_S = 24 * 3600.0
 # frames of at most 3 bytes a pixel, and one frame is held as RGB three times on its way.
 _MEMORY_BYTES = 2 << 30
 _BYTES_PER_PIXEL = 64
+# Pixel frames beside the cached ones are there as they were rendered, and once more as the answer has them.
+_COPIES = 2
 
 
 class LastVideo:
@@ -95,14 +98,15 @@ def decode(
 
     Args:
         request: path, num_frames (0 asks for the video's length alone, and the frames that `all` or `fps:X` would
-            take; else those take what they take), sampling, num_clips, holds_validation_clip,
-            start_s, end_s, resize, crop_px, views, decoder; allow_loss; frame_fps for folders of pictures.
+            take; else those take what they take), sampling, num_clips, holds_validation_clip, start_s, end_s, resize,
+            crop_px, views, pixel_offsets, pixel_edge, decoder; allow_loss; frame_fps for folders of pictures.
         announce: Called with the CPU seconds that the video's length is worth, as soon as it is known.
         last_video: What the request before this one has left open.
         tell_source: Called with the source's facts before anything is decoded, unless the length alone is asked for.
 
     Returns:
-        What the manifest records, and (A, F, 1, H, W, 3) uint8 pixels, frames in the order of time.
+        What the manifest records, and (A, F, O, H, W, 3) uint8 pixels, cached frames in the order of time. A frame of
+        the file that is wanted in several places is decoded once.
 
     Raises:
         DecodeFailure: With the reason.
@@ -159,10 +163,10 @@ def _decode_open(
     MEMORY_LIMIT.set(_MEMORY_BYTES)
     video = last_video.open(path, request.get("frame_fps"), request.get("allow_loss", ALLOWED_LOSS_SHARE), mark)
     timeline = video.timeline
-    MEMORY_LIMIT.set(_MEMORY_BYTES + _BYTES_PER_PIXEL * timeline.frame_pixels)
+    MEMORY_LIMIT.set(_MEMORY_BYTES + _BYTES_PER_PIXEL * timeline.frame_pixels + _offset_bytes(request, timeline))
     announce(min(timeline.duration_s or 0.0, _MOST_PER_PACKET_S * len(timeline.times_s), _MAX_BUDGET_S))
     if request["num_frames"] == 0:
-        own = {"count": len(_choose_frames(timeline.times_s, timeline, request))} if _is_open(request) else {}
+        own = {"count": len(_choose_open_ended(timeline.times_s, timeline, request))} if _is_open(request) else {}
         return {"duration_s": timeline.duration_s, "reason": None, "views": [], **own}, np.empty(0, np.uint8)
     renderer = _Renderer(request)
     decoded = video.decode(
@@ -171,8 +175,11 @@ def _decode_open(
         renderer,
         is_whole=(request["start_s"], request["end_s"]) == (None, None),
     )
-    frame_indices = sorted(decoded.frame_indices)
-    pixels = np.stack([[decoded.frames[index][view] for index in frame_indices] for view in range(len(renderer.views))])
+    offsets = _offsets_of(request)
+    picked = np.reshape(decoded.frame_indices, (-1, len(offsets)))  # clip after clip
+    cached = picked[:, offsets.index(SEEN_FRAME)]
+    order = np.argsort(cached, kind="stable")
+    frame_indices = cached[order].tolist()
     assert renderer.size is not None
     width, height = renderer.size
     facts = {
@@ -186,9 +193,36 @@ def _decode_open(
         "frame_indices": frame_indices,
         "timestamps_s": [float(timeline.times_s[index]) for index in frame_indices],
         "views": [asdict(view) for view in renderer.views],
-        **_find_clips(decoded.frame_indices, request.get("num_clips", 1), request.get("holds_validation_clip", False)),
+        **_find_clips(cached.tolist(), request.get("num_clips", 1), request.get("holds_validation_clip", False)),
     }
-    return facts, pixels[:, :, None]
+    return facts, _gather_pixels(decoded.frames, picked[order])
+
+
+def _offsets_of(request: dict[str, Any]) -> list[PixelOffset]:
+    return [PixelOffset.of(offset) for offset in request.get("pixel_offsets", (0,))]
+
+
+def _offset_bytes(request: dict[str, Any], timeline: Timeline) -> int:
+    """What pixel frames beside the cached ones take: with them a video has as much memory left as without."""
+    more = len(_offsets_of(request)) - 1
+    views = NUM_VIEWS[request.get("views", "centre")]
+    num_frames = len(timeline.times_s) if _is_open(request) else request["num_frames"]
+    return _COPIES * more * num_frames * views * request["crop_px"] ** 2 * 3
+
+
+def _gather_pixels(frames: Mapping[int, Sequence[np.ndarray]], picked: np.ndarray) -> np.ndarray:
+    """Views of frames, by their index, to (A, F, O, H, W, 3).
+
+    Args:
+        frames: (H, W, 3) uint8 of each view.
+        picked: (F, O) indices.
+    """
+    first = frames[int(picked[0, 0])]
+    pixels = np.empty((len(first), *picked.shape, *first[0].shape), np.uint8)
+    for (place, offset), index in np.ndenumerate(picked):
+        for view, frame in enumerate(frames[int(index)]):
+            pixels[view, place, offset] = frame
+    return pixels
 
 
 def _find_clips(indices: Sequence[int], num_clips: int, holds_validation_clip: bool) -> dict[str, Any]:
@@ -206,11 +240,16 @@ def _is_open(request: dict[str, Any]) -> bool:
 def _choose_frames(times_s: np.ndarray, timeline: Timeline, request: dict[str, Any]) -> list[int]:
     """Sample among the frames of the wanted segment, clip after clip; a whole video is one segment.
 
-    In a segment without a frame of its own, the last frame before it is on the screen.
+    In a segment without a frame of its own, the last frame before it is on the screen. Behind each cached frame its
+    pixel frames stand, of the same segment: a row is made as if its segment were a file of its own.
+
+    Returns:
+        (cached frames x O) indices, offsets fastest.
     """
     start_s, end_s = request["start_s"], request["end_s"]
     if _is_open(request):
-        return _choose_open_ended(times_s, timeline, request)
+        picked = _choose_open_ended(times_s, timeline, request)
+        return [index for frame in picked for index in frame]
     if np.isnan(times_s).any() and (start_s, end_s) != (None, None):
         raise DecodeFailure("no-frames", "a segment was asked for, and the rate of the frames is not known")
     first = 0 if start_s is None else int(np.searchsorted(times_s, start_s))
@@ -223,26 +262,39 @@ def _choose_frames(times_s: np.ndarray, timeline: Timeline, request: dict[str, A
     num_clips = request.get("num_clips", 1)
     holds_validation_clip = request.get("holds_validation_clip", False)
     num_steps = request["num_frames"] // (num_clips + holds_validation_clip)
-    clips = sample_clips(
-        request["sampling"], last - first, num_steps, num_clips, holds_validation_clip=holds_validation_clip
+    picked = pick_offset_frames(
+        request["sampling"],
+        last - first,
+        num_steps,
+        num_clips,
+        _offsets_of(request),
+        edge=request.get("pixel_edge", DEFAULT_PIXEL_EDGE),
+        holds_validation_clip=holds_validation_clip,
     )
-    return [first + index for clip in clips for index in clip]
+    return [first + index for frame in picked for index in frame]
 
 
-def _choose_open_ended(times_s: np.ndarray, timeline: Timeline, request: dict[str, Any]) -> list[int]:
-    """The frames of a row that is as long as its segment; at a rate the one before it may be on the screen at first."""
+def _choose_open_ended(times_s: np.ndarray, timeline: Timeline, request: dict[str, Any]) -> list[list[int]]:
+    """The frames of a row that is as long as its segment; at a rate the one before it may be on the screen at first.
+
+    Returns:
+        (cached frames, O) indices.
+    """
     name, start_s, end_s = request["sampling"], request["start_s"], request["end_s"]
-    if np.isnan(times_s).any():
-        if name == "all" and (start_s, end_s) == (None, None):
-            return list(range(len(times_s)))
-        raise DecodeFailure("no-frames", f"{name} was asked for, and the rate of the frames is not known")
     begin_s, stop_s = start_s or 0.0, min(timeline.end_s, math.inf if end_s is None else end_s)
+    first = 0 if start_s is None else int(np.searchsorted(times_s, start_s))
     stop = len(times_s) if end_s is None else int(np.searchsorted(times_s, end_s))
-    indices = sample_open_ended(name, times_s[:stop] - begin_s, stop_s - begin_s) if begin_s < stop_s else []
+    if np.isnan(times_s).any():
+        if name != "all" or (start_s, end_s) != (None, None):
+            raise DecodeFailure("no-frames", f"{name} was asked for, and the rate of the frames is not known")
+        indices = list(range(len(times_s)))
+    else:
+        indices = sample_open_ended(name, times_s[:stop] - begin_s, stop_s - begin_s) if begin_s < stop_s else []
     if not indices:
         length_s = max(0.0, stop_s - begin_s)
         raise DecodeFailure("too-short", f"{length_s:.3g} s, in which --sampling {name} takes no frame")
-    return indices
+    row = range(min(first, indices[0]), stop)
+    return pick_neighbours(indices, row, _offsets_of(request), edge=request.get("pixel_edge", DEFAULT_PIXEL_EDGE))
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:

@@ -210,7 +210,7 @@ class Pipeline:
 
     def _run_backbone(self, batch: _Batch) -> FrameTokens:
         """One pass; on a GPU it is only begun."""
-        shown = self._layout.pixel_offsets.index(0)
+        shown = self._layout.seen_offset
         with self._job.clock.stage("backbone"):
             pixels = batch.buffers.pixels
             for place, slot in enumerate(batch.slots):

@@ -12,8 +12,9 @@ GOLDEN = Path(__file__).parents[1] / "data/cli_options.json"
 """Made by `describe_commands` of s4v before its options came from config classes."""
 
 NEW = {
-    "extract": ("--codec", "--validation-clip"),
-    "scan": ("--validation-clip",),
+    "extract": ("--codec", "--validation-clip", "--pixel-offsets", "--pixel-edge"),
+    "plan": ("--pixel-offsets",),
+    "scan": ("--validation-clip", "--pixel-offsets", "--pixel-edge"),
     "train": (
         *("--set", "--norm-clips", "--log-every", "--optimizer", "--undecayed", "--order-seed", "--hold-out"),
         "--min-video-frames",

@@ -24,6 +24,7 @@ from s4v.extract.decode.sampling import check_sampling, sample_open_ended
 from s4v.extract.extraction import extract_dataset
 from s4v.extract.plan import plan_command
 from s4v.store.merge import merge_stores
+from s4v.store.offsets import parse_offsets
 from s4v.store.reader import open_store
 from s4v.store.verify import verify_store
 
@@ -190,6 +191,26 @@ def test_every_frame(make_config, clips, tmp_path):
     assert store.layout.frames_per_block == 16 and verify_store(store) == []
     indices = store.read_manifest(["frame_indices"])["frame_indices"].to_pylist()
     assert all(own == list(range(len(own))) for own in indices)
+
+
+def test_neighbours_of_every_second_frame_are_frames_of_the_source(make_config, clips, tmp_path):
+    plain, more = (
+        make_config(clips, tmp_path / f"{name}.zarr", sampling=sampling, frames=None, splits=("val",), **offsets)
+        for name, sampling, offsets in (
+            ("all", "all", {}),
+            ("five", "fps:5", {"pixel_offsets": parse_offsets("-2..2")}),
+        )
+    )
+    extract_dataset(plain)
+    extract_dataset(more)
+    every = open_store(plain.out).read_row(0, 1, 17)["pixels"][0, :, 0]
+    store = open_store(more.out)
+    (indices,) = store.read_manifest(["frame_indices"])["frame_indices"].to_pylist()
+    held = store.read_row(0, 1, len(indices))["pixels"][0]
+    for place, index in enumerate(indices):
+        assert np.array_equal(held[place], every[np.clip(np.arange(index - 2, index + 3), 0, 16)])
+    with pytest.raises(ConfigError, match="which --sampling fps:5 does not keep"):
+        replace(more, pixel_offsets=parse_offsets("0,0.5step"))
 
 
 def test_what_is_too_short_fails_with_its_length(make_config, clips, tmp_path):

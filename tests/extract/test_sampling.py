@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import numpy as np
@@ -7,13 +8,17 @@ from hypothesis import strategies as st
 
 from s4v.errors import ConfigError
 from s4v.extract.decode.sampling import (
+    PIXEL_EDGES,
     SAMPLINGS,
+    STEPPED_SAMPLINGS,
     parse_clips,
     parse_frames,
     parse_views,
+    pick_offset_frames,
     sample_clips,
     sample_uniform,
 )
+from s4v.store.offsets import parse_offsets
 
 
 @given(num_frames=st.integers(1, 10_000), num_steps=st.integers(1, 200))
@@ -181,3 +186,79 @@ def test_one_clip_more_is_what_the_rule_makes_one_clip_of():
         assert clips == [*SAMPLINGS[name](45, 8, 2), *SAMPLINGS[name](45, 8, 1)]
         assert sample_clips(name, 45, 8, 2) == clips[:2]
     assert SAMPLINGS["reference-k400"](45, 8, 4)[0] == SAMPLINGS["reference-k400"](45, 8, 1)[0]
+
+
+def test_neighbours_of_tds_clip_are_its_own(data_path):
+    """Of its own loaders: Something-Something's shows the ends again, Kinetics' wraps below the first frame."""
+    golden = json.loads((data_path / "tds_clip_frames.json").read_text())
+    rules = {"something": ("reference-sth", "clamp"), "kinetics": ("reference-k400", "wrap")}
+    assert {case["n"] for case in golden["cases"]} == {8, 11, 33, 64, 250} and len(golden["cases"]) == 20
+    for case in golden["cases"]:
+        name, edge = rules[case["data"]]
+        counts = (case["n"], golden["T"], case["clips"])
+        picked = pick_offset_frames(name, *counts, parse_offsets("-2..2"), edge=edge)
+        assert picked == case["neighbours"] and [frame[2] for frame in picked] == case["centres"], case
+
+
+def test_half_steps_of_dist_are_its_own(data_path):
+    for case in json.loads((data_path / "dist_frames.json").read_text())["cases"]:
+        picked = pick_offset_frames("reference-dist", case["n"], case["T"], case["clips"], parse_offsets("0,0.5step"))
+        assert [frame for pair in picked for frame in pair] == [frame for clip in case["dense"] for frame in clip], case
+
+
+def test_one_store_serves_both(data_path):
+    """Neighbours in frames and half steps side by side, each as it is alone."""
+    counts = ("reference-dist", 250, 8, 3)
+    both = pick_offset_frames(*counts, parse_offsets("-2..2,0.5step"))
+    assert [frame[:5] for frame in both] == pick_offset_frames(*counts, parse_offsets("-2..2"))
+    assert [[frame[2], frame[5]] for frame in both] == pick_offset_frames(*counts, parse_offsets("0,0.5step"))
+
+
+@given(
+    name=st.sampled_from(sorted(SAMPLINGS)),
+    num_frames=st.integers(1, 2000),
+    num_steps=st.integers(1, 40),
+    num_clips=st.integers(1, 5),
+    edge=st.sampled_from(PIXEL_EDGES),
+)
+def test_pixel_frames_lie_in_the_video_and_the_cached_one_is_among_them(name, num_frames, num_steps, num_clips, edge):
+    num_clips = 1 if name == "reference-retrieval" else num_clips
+    offsets = parse_offsets("-1024,-3,0,1,1024,-2step,0.5step,1024step")
+    picked = pick_offset_frames(name, num_frames, num_steps, num_clips, offsets, edge=edge)
+    assert [frame[2] for frame in picked] == [
+        index for clip in SAMPLINGS[name](num_frames, num_steps, num_clips) for index in clip
+    ]
+    assert all(0 <= index < num_frames for frame in picked for index in frame)
+    for frame in picked:
+        below = frame[2] - 3
+        assert frame[1] == (below if below >= 0 else below % num_frames if edge == "wrap" else 0)
+        assert frame[3] == min(frame[2] + 1, num_frames - 1)
+
+
+@given(
+    name=st.sampled_from(sorted(STEPPED_SAMPLINGS)),
+    num_frames=st.integers(1, 2000),
+    num_steps=st.integers(2, 40),
+    num_clips=st.integers(1, 5),
+)
+def test_a_whole_step_is_the_next_frame_of_the_clip(name, num_frames, num_steps, num_clips):
+    num_clips = 1 if name == "reference-retrieval" else num_clips
+    picked = pick_offset_frames(name, num_frames, num_steps, num_clips, parse_offsets("0,-1step,0.5step,1step"))
+    is_turned = name == "reference-k400" and num_frames < num_steps  # such clips begin before the video, and turn
+    for clip in range(num_clips):
+        own = picked[clip * num_steps : (clip + 1) * num_steps]
+        for (index, before, half, after), (later, *_) in itertools.pairwise(own):
+            assert after == later or is_turned
+            assert index <= half <= later or is_turned or (name == "dense" and num_frames < 128)
+            assert before <= index or is_turned or (name == "dense" and num_frames < 128)
+
+
+def test_a_clip_for_validation_has_steps_of_its_own():
+    offsets = parse_offsets("0,0.5step")
+    picked = pick_offset_frames("uniform", 80, 4, 2, offsets, holds_validation_clip=True)
+    assert picked == [
+        *pick_offset_frames("uniform", 80, 4, 2, offsets),
+        *pick_offset_frames("uniform", 80, 4, 1, offsets),
+    ]
+    assert picked[8:] == [[10, 20], [30, 40], [50, 60], [70, 79]]
+    assert pick_offset_frames("uniform", 80, 4, 2, offsets)[:4] == [[5, 15], [25, 35], [45, 55], [65, 75]]

@@ -71,8 +71,11 @@ class Network(nn.Module):
 
     arrays: tuple[str, ...]
     """Of a store, that it reads: patches, cls, pixels."""
-    pixel_offsets: tuple[int, ...] = (0,)
-    """Of the pixels that it reads, 0 the frame that the backbone saw: of several, pixels are (B, T, O, 3, H, W)."""
+    pixel_offsets: tuple[int | str, ...] = (0,)
+    """Of the pixels that it reads, 0 the frame that the backbone saw: of several, pixels are (B, T, O, 3, H, W).
+
+    A number counts frames of the source; `"0.5step"` is half the distance of the clip's frames.
+    """
     frames_per_token: int = 1
     """It reads tokens of every so-manieth frame of its clip, from the first on, and pixels of all."""
     text_arrays: tuple[str, ...] = ()
