@@ -53,6 +53,12 @@ class BackboneInfo:
         """N, the class token not counted."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def mean_colour(self) -> tuple[int, int, int]:
+        """The 8-bit colour that normalising brings nearest to zero."""
+        red, green, blue = (min(255, max(0, round(255 * value))) for value in self.mean)
+        return red, green, blue
+
     def at_size(self, image_size: tuple[int, int]) -> Self:
         """The same tower for frames of another size.
 

@@ -177,7 +177,11 @@ def plan_command(
     records = [] if videos is not None else _read_rows(config)
     splits = {"train": videos} if videos is not None else Counter(record.split for record in records)
     backbone = build_backbone(
-        config.model, weights="random", device=find_device(config.device), precision=config.precision
+        config.model,
+        weights="random",
+        device=find_device(config.device),
+        precision=config.precision,
+        image_size=config.input_size,
     )
     by_split = {split: (count, config.frames_of(split)) for split, count in splits.items()}
     num_rows, num_frames = sum(splits.values()), max(cached for _, cached in by_split.values())
