@@ -202,19 +202,7 @@ class ExtractConfig:
         recipe = self.recipe
         _check_choice("--sampling", recipe.sampling, SAMPLINGS)
         SAMPLINGS[recipe.sampling](1, 1, max(recipe.clips.values(), default=1))  # refuses clips that it does not have
-        _check_choice("--resize", recipe.resize, RESIZES)
-        for name in recipe.views.values():
-            _check_choice("--views", name, VIEWS)
-        if recipe.resize == WHOLE and (cut := sorted(set(recipe.views.values()) - WHOLE_VIEWS)):
-            raise ConfigError(
-                f"--resize {WHOLE} shows all of a frame: there is nothing for --views {', '.join(cut)} to cut. Take "
-                f"--views {' or '.join(sorted(WHOLE_VIEWS))}."
-            )
-        if not find_reader(self.dataset).may_be_mirrored and "flip" in recipe.views.values():
-            raise ConfigError("--views flip would turn left into right, and these classes too: take three or centre")
-        if self.input_size is not None and not all(1 <= side <= _MOST_PIXELS for side in self.input_size):
-            height, width = self.input_size
-            raise ConfigError(f"--input takes 1 to {_MOST_PIXELS} pixels a side; found {height}x{width}")
+        self._check_pictures()
         _check_choice("--dtype", self.dtype, PATCH_DTYPES)
         _check_choice("--decoder", self.decoder, ("auto", "decord", "pyav"))
         if self.precision is not None:
@@ -330,6 +318,23 @@ class ExtractConfig:
     def views_of(self, split: str) -> str:
         """The name of the views of a row of this split."""
         return self.recipe.views.get(split, self.recipe.views.get("", "centre"))
+
+    def _check_pictures(self) -> None:
+        """Refuse resizes, views and sizes that there are not, or that do not go together."""
+        recipe = self.recipe
+        _check_choice("--resize", recipe.resize, RESIZES)
+        for name in recipe.views.values():
+            _check_choice("--views", name, VIEWS)
+        if recipe.resize == WHOLE and (cut := sorted(set(recipe.views.values()) - WHOLE_VIEWS)):
+            raise ConfigError(
+                f"--resize {WHOLE} shows all of a frame: there is nothing for --views {', '.join(cut)} to cut. Take "
+                f"--views {' or '.join(sorted(WHOLE_VIEWS))}."
+            )
+        if not find_reader(self.dataset).may_be_mirrored and "flip" in recipe.views.values():
+            raise ConfigError("--views flip would turn left into right, and these classes too: take three or centre")
+        if self.input_size is not None and not all(1 <= side <= _MOST_PIXELS for side in self.input_size):
+            height, width = self.input_size
+            raise ConfigError(f"--input takes 1 to {_MOST_PIXELS} pixels a side; found {height}x{width}")
 
     def _find_recipe(self) -> ExtractionRecipe:
         recipe = find_reader(self.dataset).recipe
