@@ -130,7 +130,7 @@ def _build(
     torch.manual_seed(config.seed)
     network = kind.build(shape)
     if config.init is not None and not is_begun:
-        begin_with(config.init, network)
+        begin_with(config.init, network, store)
     network.prepare(store)
     task.begin(network)
     return network
