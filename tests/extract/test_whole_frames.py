@@ -18,6 +18,7 @@ from s4v.extract.batching import batch_slots
 from s4v.extract.codec_fit import FrameSample
 from s4v.extract.extraction import extract_dataset
 from s4v.store.fidelity import measure_fidelity, read_fidelity
+from s4v.store.info import describe_store, render_info
 from s4v.store.padding import find_padding
 from s4v.store.reader import open_store
 from s4v.store.records import View
@@ -280,3 +281,10 @@ def test_crops_need_not_be_square(shapes, make_config, tmp_path):
     assert [(view["resized_width"], view["resized_height"], view["x"], view["y"]) for view in row["views"]] == [
         (96, 76, 0, 14) for _ in range(3)
     ], "three crops of a frame that is no wider than they are"
+
+
+def test_info_tells_of_another_size(whole_store, float_store):
+    lines = render_info(describe_store(whole_store))
+    assert "input     80 x 144 pixels, 10 x 18 patches; its weights were made for 64 x 64" in lines
+    assert any("resize whole" in line for line in lines)
+    assert not any(line.startswith("input") for line in render_info(describe_store(open_store(float_store))))
