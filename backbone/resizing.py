@@ -1,6 +1,7 @@
 """Towers that take frames of another size than their weights were made for: the grid, positions and rotations.
 
-Weights and tensors without memory are treated alike, so a tower can be resized before its weights are there.
+Weights and tensors without memory are treated alike, so a tower can be resized before its weights are there. Positions
+are interpolated on the CPU, so that they are the same whatever the tower runs on.
 """
 
 from __future__ import annotations
@@ -40,7 +41,12 @@ def resize_timm(trunk: Any, image_size: tuple[int, int]) -> None:
         image_size: H, W, multiples of the patch.
     """
     before = {name: (buffer.device, buffer.dtype) for name, buffer in trunk.named_buffers()}
+    positions = getattr(trunk, "pos_embed", None)
+    if positions is not None:
+        trunk.pos_embed = nn.Parameter(_off_device(positions), requires_grad=False)
     trunk.set_input_size(image_size)
+    if positions is not None:
+        trunk.pos_embed = nn.Parameter(trunk.pos_embed.to(positions.device), requires_grad=False)
     for module_name, module in trunk.named_modules():
         for name, buffer in module._buffers.items():
             full = f"{module_name}.{name}" if module_name else name
@@ -65,7 +71,13 @@ def interpolate_positions(positions: torch.Tensor, old: Grid, new: Grid, *, num_
     """
     if new == old:
         return positions
-    prefix, grid = positions[:num_prefix], positions[num_prefix:]
+    values = _off_device(positions)
+    prefix, grid = values[:num_prefix], values[num_prefix:]
     picture = grid.float().reshape(1, *old, -1).permute(0, 3, 1, 2)  # (1, D, h, w)
     resized = F.interpolate(picture, size=new, mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([prefix, resized.permute(0, 2, 3, 1).flatten(0, 2).to(positions.dtype)])
+    return torch.cat([prefix, resized.permute(0, 2, 3, 1).flatten(0, 2).to(positions.dtype)]).to(positions.device)
+
+
+def _off_device(values: torch.Tensor) -> torch.Tensor:
+    """Values on the CPU; such as have no memory as they are."""
+    return values if values.is_meta else values.cpu()

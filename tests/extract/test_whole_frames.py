@@ -1,10 +1,12 @@
 """Whole frames: `--input HxW`, `--resize whole`; what a store of 10 x 18 patches holds, and what is padding in it."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import open_clip
+import pyarrow as pa
 import pytest
 import torch
 from timm.models import register_model
@@ -12,7 +14,7 @@ from timm.models.eva import Eva
 
 from s4v.backbone import open_clip_models as architectures
 from s4v.backbone.vision_tower import build_backbone
-from s4v.errors import ConfigError, StoreMismatchError
+from s4v.errors import ConfigError, StoreDamagedError, StoreMismatchError
 from s4v.extract import codec_fit, codec_report
 from s4v.extract.batching import batch_slots
 from s4v.extract.codec_fit import FrameSample
@@ -106,6 +108,14 @@ def test_readers_tell_the_padding_of_each_clip(whole_store):
     assert np.array_equal(both[0], both[1, :, ::-1]), "the mirrored view's padding is mirrored"
     with pytest.raises(StoreMismatchError, match="1 views"):
         whole_store.read_padding([by_shape["1"][1]], 1)
+
+
+def test_a_manifest_that_does_not_say_how_a_view_was_made_is_damaged(whole_store):
+    for made in ([], [{**whole_store.read_manifest(["views"])["views"][0].as_py()[0], "width": 72}]):
+        store = open_store(whole_store.path)
+        store._views = pa.chunked_array([pa.array([made] * 6)])
+        with pytest.raises(StoreDamagedError, match=r"videos\.parquet does not say how a view of row 2 was made"):
+            store.read_padding([2])
 
 
 def test_a_store_of_crops_has_no_padding(float_store):
@@ -220,9 +230,8 @@ def test_a_store_goes_on_at_its_own_size(whole_config, tmp_path, contents):
     assert shard.read_bytes() == files[shard.relative_to(config.out).as_posix()]
 
 
+@pytest.mark.slow
 def test_rows_are_appended_at_the_stores_size(whole_config, shapes, tmp_path, make_video):
-    import shutil
-
     root = tmp_path / "videos"
     shutil.copytree(shapes, root)
     config = replace(whole_config, root=root, out=tmp_path / "s.zarr")
