@@ -6,9 +6,10 @@ texts, a `TextTower`. `weights.py` has what their weights need.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 from ..errors import BackboneError, EnvironmentFailedError
 from ..store.texts import Texts
-from .facts import BackboneInfo, Precision
+from .facts import BackboneInfo, Precision, describe_size
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Of weights and arithmetic, by precision."""
@@ -74,6 +75,8 @@ class Backbone(ABC):
     def load_weights(self) -> Self:
         """Give the tower its memory and weights; returns itself.
 
+        Weights are filled in within `at_own_size`, where the tower can be resized.
+
         Raises:
             WeightsError: If the file is unreadable or belongs to another model.
         """
@@ -98,6 +101,52 @@ class Backbone(ABC):
             norm_weight, norm_bias (D,), norm_eps (), proj_weight (E, D), logit_scale () as its logarithm and, where
             there is one, proj_bias (E,); float32. A tower without projection gives the identity.
         """
+
+    def resize_tower(self, image_size: tuple[int, int]) -> None:
+        """Have the tower as it is take frames of another size: its grid changes, and its positions are interpolated.
+
+        It may be called before there are weights. A library whose towers cannot be resized leaves it out.
+
+        Args:
+            image_size: H, W, multiples of the patch.
+
+        Raises:
+            BackboneError: If this tower takes one size alone.
+        """
+        raise BackboneError(
+            f"{self.info.name} takes frames of {describe_size(self.info.image_size)} pixels alone; leave out --input"
+        )
+
+    def resize_input(self, image_size: tuple[int, int]) -> None:
+        """Take frames of another size than the weights were made for, from now on; a size that it has changes nothing.
+
+        Args:
+            image_size: H, W.
+
+        Raises:
+            ConfigError: If a side is no multiple of the patch's.
+            BackboneError: If this tower takes one size alone.
+        """
+        if image_size != self.info.image_size:
+            info = self.info.at_size(image_size)
+            self.resize_tower(image_size)
+            self.info = info
+
+    @contextlib.contextmanager
+    def at_own_size(self) -> Iterator[None]:
+        """While its weights are filled in: the tower has the size that they were made for, and its frames' again after.
+
+        A file's tensors have that size, and random ones are drawn in it.
+        """
+        own = self.info.own_image_size
+        if own is None:
+            yield
+            return
+        self.resize_tower(own)
+        try:
+            yield
+        finally:
+            self.resize_tower(self.info.image_size)
 
     @property
     def has_weights(self) -> bool:

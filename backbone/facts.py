@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any, Literal, Self, get_args
 
-from ..errors import StoreMismatchError
+from ..errors import ConfigError, StoreMismatchError
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
@@ -44,24 +45,65 @@ class BackboneInfo:
     """Whose side blocks fit beside it."""
     activation: Activation | None = None
     """Of its MLPs, where its library has a choice; None where the architecture has but one."""
+    own_image_size: tuple[int, int] | None = None
+    """What its weights were made for, where it takes frames of another size; None where `image_size` is that."""
 
     @property
     def num_patches(self) -> int:
         """N, the class token not counted."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def mean_colour(self) -> tuple[int, int, int]:
+        """The 8-bit colour that normalising brings nearest to zero."""
+        red, green, blue = (min(255, max(0, round(255 * value))) for value in self.mean)
+        return red, green, blue
+
+    def at_size(self, image_size: tuple[int, int]) -> Self:
+        """The same tower for frames of another size.
+
+        Args:
+            image_size: H, W.
+
+        Raises:
+            ConfigError: If a side is no multiple of the patch's, with the nearest sizes that are.
+        """
+        if any(side < 1 or side % patch for side, patch in zip(image_size, self.patch_size, strict=True)):
+            below = [max(1, side // patch) * patch for side, patch in zip(image_size, self.patch_size, strict=True)]
+            above = [-(-side // patch) * patch for side, patch in zip(image_size, self.patch_size, strict=True)]
+            heights, widths = (dict.fromkeys(pair) for pair in zip(below, above, strict=True))
+            nearest = ", ".join(describe_size(size) for size in product(heights, widths))
+            raise ConfigError(
+                f"--input takes multiples of the patch, which is {describe_size(self.patch_size)} pixels in "
+                f"{self.name}; found {describe_size(image_size)}. The nearest are {nearest}."
+            )
+        own = self.own_image_size or self.image_size
+        return replace(
+            self,
+            image_size=image_size,
+            grid=(image_size[0] // self.patch_size[0], image_size[1] // self.patch_size[1]),
+            own_image_size=None if image_size == own else own,
+        )
+
     def describe(self) -> dict[str, Any]:
         """As JSON, for a store.
 
-        The family is told only where `guess_side_family` would take another one. So stores are the same as those that
-        were begun before backbones told it, and a command can go on with such a store.
+        The family is told only where `guess_side_family` would take another one, the own size only where it is another
+        than the frames'. So stores are the same as those that were begun before backbones told it, and a command can go
+        on with such a store.
         """
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         if self.side_family == guess_side_family(self.architecture):
             del values["side_family"]
-        if self.activation is None:
-            del values["activation"]
+        for name in ("activation", "own_image_size"):
+            if values[name] is None:
+                del values[name]
         return values
+
+
+def describe_size(size: tuple[int, int]) -> str:
+    """Height and width, as `--input` takes them: `480x864`."""
+    return f"{size[0]}x{size[1]}"
 
 
 def guess_side_family(architecture: str) -> Family:

@@ -30,6 +30,7 @@ from .open_clip_models import (
     resolve_model,
     resolve_weights,
 )
+from .resizing import resize_open_clip, resize_timm
 from .weights import WeightsSource, fill_tower, open_tensors
 
 _log = logging.getLogger(__name__)
@@ -57,10 +58,25 @@ class OpenClipBackbone(Backbone):
             WeightsError: If the file is unreadable or belongs to another model.
         """
         tensors = open_tensors(self._source)
-        fill_tower(self.tower, tensors, self._source, ("visual.",), self.device, DTYPES[self.info.precision])
+        with self.at_own_size():
+            fill_tower(self.tower, tensors, self._source, ("visual.",), self.device, DTYPES[self.info.precision])
         if tensors is not None and "logit_scale" in tensors:
             self._logit_scale = float(tensors["logit_scale"])
         return self
+
+    def resize_tower(self, image_size: tuple[int, int]) -> None:
+        """Have the tower as it is take frames of another size: open_clip's own, or one of timm's.
+
+        Raises:
+            BackboneError: If it is one of timm's that takes one size alone.
+        """
+        trunk = getattr(self.tower, "trunk", None)
+        if trunk is None:
+            resize_open_clip(self.tower, image_size)
+        elif hasattr(trunk, "set_input_size"):
+            resize_timm(trunk, image_size)
+        else:
+            super().resize_tower(image_size)
 
     def run_tower(self, images: torch.Tensor, layers: Sequence[int]) -> FrameTokens:
         """One pass over (B, 3, H, W); see the contract."""

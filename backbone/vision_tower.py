@@ -49,7 +49,13 @@ _PEAK_FLOPS = {
 
 
 def build_backbone(
-    name: str, *, weights: str | None, device: torch.device, precision: Precision | None = None, seed: int = 0
+    name: str,
+    *,
+    weights: str | None,
+    device: torch.device,
+    precision: Precision | None = None,
+    seed: int = 0,
+    image_size: tuple[int, int] | None = None,
 ) -> Backbone:
     """Build a model's vision tower, without its weights as yet.
 
@@ -59,13 +65,18 @@ def build_backbone(
         device: Where it runs.
         precision: Of weights and arithmetic; None takes fp32 on a CPU and fp16 elsewhere.
         seed: Of random weights.
+        image_size: H, W of its frames; None takes the size that its weights were made for.
 
     Raises:
-        BackboneError: If there is no such model, or its tower has no class token or no blocks.
+        BackboneError: If there is no such model, its tower has no class token or no blocks, or takes one size alone.
+        ConfigError: If a side of its frames is no multiple of the patch's.
         WeightsError: If the weights cannot be had.
     """
     precision = precision or ("fp32" if device.type == "cpu" else "fp16")
-    return find_library(name).build_backbone(name, weights=weights, device=device, precision=precision, seed=seed)
+    backbone = find_library(name).build_backbone(name, weights=weights, device=device, precision=precision, seed=seed)
+    if image_size is not None:
+        backbone.resize_input(image_size)
+    return backbone
 
 
 def find_peak_flops(device: torch.device, precision: Precision) -> float | None:

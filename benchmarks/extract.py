@@ -83,23 +83,21 @@ def forward_all(backbone: Backbone, layers: tuple[int, ...], num_frames: int, ba
         torch.cuda.synchronize()
 
 
-def decode_all(pool: DecoderPool, paths: list[Path], crop_px: int) -> None:
+def decode_all(pool: DecoderPool, paths: list[Path], image_size: tuple[int, int]) -> None:
     """The same frames of the same files, resized and cropped, and no more."""
-    futures = [
-        pool.submit(DecodeRequest(path=str(path), num_frames=FRAMES, sampling="uniform", resize="256", crop_px=crop_px))
-        for path in paths
-    ]
+    wanted = {"num_frames": FRAMES, "sampling": "uniform", "resize": "256", "image_size": image_size}
+    futures = [pool.submit(DecodeRequest(path=str(path), **wanted)) for path in paths]
     for future in futures:
         assert future.result().pixels is not None
 
 
-def measure_decoding(paths: list[Path], crop_px: int) -> tuple[float, float]:
+def measure_decoding(paths: list[Path], image_size: tuple[int, int]) -> tuple[float, float]:
     """Wall and CPU seconds of bare decoding; children's are known when they end, those of warming up are taken off."""
     cores = os.cpu_count() or 1
     with DecoderPool(cores) as pool:
-        decode_all(pool, paths[:cores], crop_px)  # processes have started
+        decode_all(pool, paths[:cores], image_size)  # processes have started
         start = time.perf_counter()
-        decode_all(pool, paths, crop_px)
+        decode_all(pool, paths, image_size)
         wall = time.perf_counter() - start
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -119,7 +117,7 @@ def measure_model(model: str, paths: list[Path], options: argparse.Namespace) ->
     """One model in paired rounds."""
     device, folder = find_device(options.device), options.folder
     backbone = build_backbone(model, weights="random", device=device, precision=options.precision).load_weights()
-    layers, side_px = parse_layers("paper", backbone.info.depth), backbone.info.image_size[0]
+    layers, image_size = parse_layers("paper", backbone.info.depth), backbone.info.image_size
     num_frames = FRAMES * len(paths)
     config = ExtractConfig(
         model=model, weights="random", dataset="folder", root=folder / "videos", out=folder / "out.zarr",
@@ -134,7 +132,7 @@ def measure_model(model: str, paths: list[Path], options: argparse.Namespace) ->
             backbone.load_weights()
         forward_all(backbone, layers, options.batch_size, options.batch_size)
         forward = measure(lambda: forward_all(backbone, layers, num_frames, options.batch_size))
-        for name, (wall, cpu) in {"forward": forward, "decoding": measure_decoding(paths, side_px)}.items():
+        for name, (wall, cpu) in {"forward": forward, "decoding": measure_decoding(paths, image_size)}.items():
             walls[name].append(wall)
             cpus[name].append(cpu)
         backbone.free_weights()  # two of a giant do not fit

@@ -46,6 +46,15 @@ def _parse_part(text: str | None) -> tuple[int, int] | None:
     return int(part), int(count)
 
 
+def _parse_input(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    height, times, width = text.partition("x")
+    if not (height.isdecimal() and height.isascii()) or (times and not (width.isdecimal() and width.isascii())):
+        raise ConfigError(f"--input takes HxW such as 480x864, height first, or N for a square; found {text!r}")
+    return int(height), int(width or height)
+
+
 def _show_by_split(values: Mapping[str, Any]) -> str:
     """`train=16,8` of `{"train": 16, "": 8}`."""
     return ",".join(f"{split}={value}" if split else str(value) for split, value in values.items())
@@ -62,6 +71,7 @@ SPELLINGS: Mapping[str, Spelling] = {
     "validation_clip": Spelling(type=list[str] | None, parse=_parse_splits),
     "resize": Spelling(type=str, default=PLAIN_RECIPE.resize, is_open=True),
     "views": Spelling(type=str, default=_show_by_split(PLAIN_RECIPE.views), parse=parse_views, is_open=True),
+    "input_size": Spelling(option="input", type=str | None, parse=_parse_input),
     "part": Spelling(type=str | None, parse=_parse_part),
     "with_classes": Spelling(option="no-classes"),
     "with_pixels": Spelling(option="no-pixels"),

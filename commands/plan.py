@@ -18,7 +18,7 @@ from .front import Json, run_command
 
 _FIELDS = (
     *("model", *DATA_FIELDS, "out", "frames", "views", "segment_s", "layers", "dtype", "channels", "with_pixels"),
-    *("pixel_offsets", "device", "precision", "batch_size"),
+    *("input_size", "pixel_offsets", "device", "precision", "batch_size"),
 )
 
 

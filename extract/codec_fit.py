@@ -20,6 +20,7 @@ from ..errors import ConfigError, NoGoodVideoError
 from ..store.codecs.affine import AffineCodec, check_finite, fit_basis, fit_basis_of_few, fit_scale
 from ..store.codecs.contract import Codec
 from ..store.layout import DEFAULT_CODEC, PatchDtype, StoreLayout
+from ..store.padding import find_padding
 from ..store.reader import open_store
 from ..store.records import VideoRecord
 from .batching import split_evenly
@@ -46,6 +47,13 @@ class FrameSample:
     """(n, H, W, 3) uint8."""
     video_ids: tuple[str, ...]
     """Of each frame."""
+    padding: np.ndarray | None = None
+    """(n, N) bool, true where a patch shows nothing of the picture: it says nothing of tokens. None where none does."""
+
+    @property
+    def num_padded(self) -> int:
+        """Patches that are left out."""
+        return 0 if self.padding is None else int(self.padding.sum())
 
 
 def fits_codec(job: Job) -> bool:
@@ -79,7 +87,7 @@ def make_codec(job: Job) -> Codec:
     count(0)
     return FITS[config.codec](
         config.dtype,
-        gather_sample(decoded, config.calibration_videos, count),
+        gather_sample(decoded, config.calibration_videos, count, patch_size=job.backbone.info.patch_size),
         job.backbone,
         layout.layers,
         channels=layout.channels,
@@ -126,6 +134,8 @@ def gather_sample(
     groups: Iterable[Iterator[tuple[VideoRecord, DecodedVideo]]],
     num_videos: int,
     count: Callable[[int], None] = lambda _: None,
+    *,
+    patch_size: tuple[int, int],
 ) -> FrameSample:
     """Take the first videos that decode.
 
@@ -133,12 +143,14 @@ def gather_sample(
         groups: Decoded candidates in order; failed ones are skipped, and the first group with a good one is used.
         num_videos: Good videos to use, fewer where there are not so many.
         count: Told how many are decoded.
+        patch_size: Of the backbone, down and across.
 
     Raises:
         NoGoodVideoError: If not one candidate decodes.
     """
     frames: list[np.ndarray] = []
     ids: list[str] = []
+    padding: list[np.ndarray] = []
     reasons: list[str] = []
     for group in groups:
         for record, video in group:
@@ -149,11 +161,13 @@ def gather_sample(
             _, distinct = np.unique(video.facts["frame_indices"], return_index=True)
             frames.append(video.pixels[0, distinct, 0])
             ids += [record.video_id] * len(frames[-1])
+            padding += [find_padding(video.facts["views"][0], patch_size)] * len(frames[-1])
             count(len(frames))
             if len(frames) == num_videos:
                 break
         if frames:
-            return FrameSample(np.concatenate(frames), tuple(ids))
+            masks = np.stack(padding)
+            return FrameSample(np.concatenate(frames), tuple(ids), masks if masks.any() else None)
     raise NoGoodVideoError(
         f"not one of {len(reasons)} videos decodes: nothing was written. First reasons: "
         + "; ".join(sorted(set(reasons))[:3])
@@ -189,7 +203,7 @@ def fit_codec(
     is_projected = channels < width
     if dtype != "int8" and not is_projected:
         return AffineCodec(dtype=dtype)
-    num_tokens = len(sample.pixels) * backbone.info.num_patches
+    num_tokens = len(sample.pixels) * backbone.info.num_patches - sample.num_padded
     if is_projected and num_tokens <= channels:
         raise ConfigError(
             f"--channels {channels} wants more than {channels} tokens to calibrate on; {len(sample.pixels)} frames of "
@@ -266,7 +280,7 @@ class SampleTokens:
         self._pass, self._num_passes = 0, 1 if self.is_kept else num_passes
 
     def hand_to(self, use: Callable[[list[torch.Tensor]], None]) -> None:
-        """Hand over the tokens, (B, N, D) for each layer, batch by batch.
+        """Hand over the tokens, (B, N, D) for each layer, batch by batch; (1, n, D) where some patches are padding.
 
         A batch is freed before the next pass, as an iterator's would not be: 16 frames of ViT-E's layers are 0.5 GB.
         """
@@ -289,6 +303,9 @@ class SampleTokens:
         tokens = self._backbone.encode_frames(torch.from_numpy(self._sample.pixels[batch]), self._layers).patches
         for layer, values in zip(self._layers, tokens, strict=True):
             check_finite(values, values, layer, self._sample.video_ids[batch])
+        if self._sample.padding is not None:
+            is_picture = torch.from_numpy(~self._sample.padding[batch]).to(tokens[0].device)
+            tokens = [values[is_picture][None] for values in tokens]
         if self.is_kept:
             self.kept = tokens
         return tokens

@@ -50,7 +50,8 @@ def write_codec_report(job: Job, store: StoreReader, table: pa.Table) -> None:
         unseen = [record for group in ordered for record in (group[num_fitted:] if group is first else group)]
         videos = (unseen or first)[:_MEASURED_VIDEOS]
         num_frames = frames_per_video(len(videos), job.layout)
-        sample = gather_sample([zip(videos, job.decode(videos, num_frames), strict=True)], len(videos))
+        decoded = zip(videos, job.decode(videos, num_frames), strict=True)
+        sample = gather_sample([decoded], len(videos), patch_size=job.backbone.info.patch_size)
         layers = measure_codec(
             store.codec,
             job.layout.keep_bits,

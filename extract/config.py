@@ -11,7 +11,7 @@ from typing import Literal
 from ..errors import ConfigError, EnvironmentFailedError
 from ..store.layout import DEFAULT_CODEC, PATCH_DTYPES, PatchDtype
 from ..store.offsets import SEEN_FRAME, PixelOffset, describe_offsets, order_offsets
-from ..store.records import VideoRecord
+from ..store.records import WHOLE, VideoRecord
 from .datasets import (
     PLAIN_RECIPE,
     ExtractionRecipe,
@@ -22,12 +22,14 @@ from .datasets import (
     resolve_protocol,
 )
 from .decode.sampling import PIXEL_EDGES, SAMPLINGS, STEPPED_SAMPLINGS, check_sampling, is_open_ended
-from .decode.views import RESIZES, VIEWS
+from .decode.views import RESIZES, VIEWS, WHOLE_VIEWS
 
 RECIPE_FIELDS = ("frames", "sampling", "clips", "validation_clip", "resize", "views")
 """Fields of a config that its data set's recipe fills in where nobody says otherwise."""
 ALLOWED_LOSS_SHARE = 0.02
 _MAX_TIMEOUT_S = 24 * 3600
+_MOST_PIXELS = 2**14
+"""Along one side of what a backbone sees."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,11 +94,16 @@ class ExtractConfig:
     It shares the frames too. Without it training validates on an evaluation clip.
     """
     resize: str | None = None
-    """256: short side 256, crop 224. 256x320: that size. 224: the backbone's own."""
+    """256: short side 256, crop 224. 256x320: that size. 224: the backbone's own. whole: all of it, padded."""
     views: dict[str, str] | None = None
     """centre, flip (with its mirror image), three; by split: test=three,centre.
 
     The key "" is for splits that are not named.
+    """
+    input_size: tuple[int, int] | None = None
+    """HxW: frames of another size than the weights were made for, as 480x864, or N for a square. [the model's own]
+
+    Multiples of the patch; positions are interpolated. None takes what the store that is there was begun with.
     """
     layers: str = "paper"
     """paper, all, last4, or 0-based blocks: 1,3,5."""
@@ -213,11 +220,7 @@ class ExtractConfig:
             self._refuse_shares()
         else:  # refuses clips that it does not have
             SAMPLINGS[recipe.sampling](1, 1, max(recipe.clips.values(), default=1))
-        _check_choice("--resize", recipe.resize, RESIZES)
-        for name in recipe.views.values():
-            _check_choice("--views", name, VIEWS)
-        if not find_reader(self.dataset).may_be_mirrored and "flip" in recipe.views.values():
-            raise ConfigError("--views flip would turn left into right, and these classes too: take three or centre")
+        self._check_pictures()
         _check_choice("--dtype", self.dtype, PATCH_DTYPES)
         _check_choice("--decoder", self.decoder, ("auto", "decord", "pyav"))
         if self.precision is not None:
@@ -386,6 +389,23 @@ class ExtractConfig:
                 f"--sampling {self.recipe.sampling} takes as many frames as a video is long, in one clip: leave out "
                 f"{', '.join(given)}"
             )
+
+    def _check_pictures(self) -> None:
+        """Refuse resizes, views and sizes that there are not, or that do not go together."""
+        recipe = self.recipe
+        _check_choice("--resize", recipe.resize, RESIZES)
+        for name in recipe.views.values():
+            _check_choice("--views", name, VIEWS)
+        if recipe.resize == WHOLE and (cut := sorted(set(recipe.views.values()) - WHOLE_VIEWS)):
+            raise ConfigError(
+                f"--resize {WHOLE} shows all of a frame: there is nothing for --views {', '.join(cut)} to cut. Take "
+                f"--views {' or '.join(sorted(WHOLE_VIEWS))}."
+            )
+        if not find_reader(self.dataset).may_be_mirrored and "flip" in recipe.views.values():
+            raise ConfigError("--views flip would turn left into right, and these classes too: take three or centre")
+        if self.input_size is not None and not all(1 <= side <= _MOST_PIXELS for side in self.input_size):
+            height, width = self.input_size
+            raise ConfigError(f"--input takes 1 to {_MOST_PIXELS} pixels a side; found {height}x{width}")
 
     def _find_recipe(self) -> ExtractionRecipe:
         recipe = find_reader(self.dataset).recipe

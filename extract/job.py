@@ -98,9 +98,14 @@ class Job:
             EnvironmentFailedError: If the folder of all videos is gone, or so many in a row are lost to the machine
                 that it is not about them.
         """
-        side_px = self.layout.image_size[0]
         return decode_records(
-            self.pool, records, self.config, crop_px=side_px, num_frames=num_frames, missing=self.missing
+            self.pool,
+            records,
+            self.config,
+            image_size=self.layout.image_size,
+            padding=self.backbone.info.mean_colour,
+            num_frames=num_frames,
+            missing=self.missing,
         )
 
     def start_meter(self, shards: Sequence[int]) -> Meter:
@@ -237,6 +242,7 @@ def _build_backbone(config: ExtractConfig) -> Backbone:
         device=find_device(config.device),
         precision=config.precision,
         seed=config.seed,
+        image_size=config.input_size,
     )
     if config.with_compile:
         backbone.compile(config.batch_size)

@@ -33,6 +33,10 @@ _READ_BYTES_PER_S = 500e6
 """What a cheap solid-state disk reads at random; the default where the user states none."""
 
 
+_LARGE_ROW_BYTES = 2 * 10**9
+"""From there on `plan` tells how large a row is: two of them are in memory at once."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitPlan:
     """What one split adds to an extraction."""
@@ -56,6 +60,12 @@ class Plan:
     splits: dict[str, SplitPlan]
     """By name: what each adds to that."""
     bytes_by_array: dict[str, int]
+    bytes_per_row: int
+    """Of a row that uses all views and frames: an extraction holds two at least, one written while the next is made."""
+    image_size: tuple[int, int]
+    """H, W of what the backbone sees."""
+    num_patches: int
+    """N."""
     free_bytes: int | None
     """Where the store would lie; None where that is not known."""
     frames_per_second: float | None
@@ -139,6 +149,9 @@ def plan_extraction(
         frames=frames,
         splits=splits,
         bytes_by_array=sizes,
+        bytes_per_row=layout.bytes_per_row,
+        image_size=layout.image_size,
+        num_patches=layout.num_patches,
         free_bytes=None if folder is None else free_bytes(folder),
         frames_per_second=frames_per_second,
         hours=hours,
@@ -184,7 +197,11 @@ def plan_command(
     records, counts = ([], []) if videos is not None else _read_rows(config)
     splits = {"train": videos} if videos is not None else Counter(record.split for record in records)
     backbone = build_backbone(
-        config.model, weights="random", device=find_device(config.device), precision=config.precision
+        config.model,
+        weights="random",
+        device=find_device(config.device),
+        precision=config.precision,
+        image_size=config.input_size,
     )
     by_split: dict[str, tuple[int, float]] = {}
     for split, count in splits.items():
@@ -263,16 +280,27 @@ def render_plan(plan: Plan, epochs: int) -> list[str]:
     tokens = plan.bytes_by_array["patches"] + plan.bytes_by_array["cls"]
     pixels = plan.bytes_by_array.get("pixels")
     with_pixels = "" if pixels is None else f", {describe_bytes(tokens + pixels)} with pixels"
+    height, width = plan.image_size
     free = "" if plan.free_bytes is None else f"; {describe_bytes(plan.free_bytes)} free there"
     verdict = ": it does not fit" if plan.fits is False else ""
     return [
         f"{'videos':13} {plan.videos:,}, {plan.frames:,} cached frames",
+        f"{'frames':13} {height} x {width} pixels, {plan.num_patches:,} patches",
         *(_render_split(name, split) for name, split in sorted(plan.splits.items()) if len(plan.splits) > 1),
         *(f"  {name:11} {describe_bytes(size)}" for name, size in plan.bytes_by_array.items()),
         f"{'tokens':13} {describe_bytes(tokens)} of patches and class tokens{with_pixels}",
         f"{'in all':13} {describe_bytes(plan.total_bytes)}{free}{verdict}",
+        *([_render_large_row(plan.bytes_per_row)] if plan.bytes_per_row > _LARGE_ROW_BYTES else []),
         *_render_time(plan, epochs),
     ]
+
+
+def _render_large_row(size: int) -> str:
+    """Of rows that fill a memory: what would make them smaller."""
+    return (
+        f"{'a row':13} up to {describe_bytes(size)}, and an extraction holds two in memory. Fewer --layers, --channels "
+        "or --frames, --dtype int8, --segment or a smaller --input make it smaller"
+    )
 
 
 def _render_split(name: str, split: SplitPlan) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
+from ..backbone.facts import describe_size
 from ..store.offsets import DEFAULT_PIXEL_EDGE, SEEN_FRAME, describe_offsets
 from .config import RECIPE_FIELDS, ExtractConfig
 from .datasets import find_protocol
@@ -36,6 +37,8 @@ def settle_recipe(config: ExtractConfig, target: Target) -> ExtractConfig:
         source = target.reader.facts
         protocol = config.protocol or source.dataset.protocol
     values = {name: getattr(source, name) for name in RECIPE_FIELDS if getattr(config, name) is None}
+    if target.reader is not None and target.reader.facts.backbone.own_image_size is not None:
+        values["input_size"] = target.reader.facts.backbone.image_size  # `Target.find` refuses another one
     return replace(config, protocol=protocol, **values, **_settle_offsets(config, target))
 
 
@@ -68,7 +71,10 @@ def describe_recipe(config: ExtractConfig, target: Target) -> str | None:
         given = [f"--{name.replace('_', '-')}" for name in RECIPE_FIELDS if getattr(config, name) is not None]
         whose = f"the recipe of {config.dataset}{protocol} ({settled.told_as})"
         whose += f", with {', '.join(given)} as given" if given else ""
-    return f"{whose}: {'; '.join([*list_cached(asdict(settled)), *_list_offsets(chosen)])}"
+    told = [*list_cached(asdict(settled)), *_list_offsets(chosen)]
+    if chosen.input_size is not None:
+        told.append(f"input {describe_size(chosen.input_size)}")
+    return f"{whose}: {'; '.join(told)}"
 
 
 def _list_offsets(config: ExtractConfig) -> list[str]:

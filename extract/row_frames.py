@@ -49,7 +49,9 @@ def count_frames(
         counts[: len(known)], is_open[: len(known)] = known, ~is_done
     rows = np.flatnonzero(is_open).tolist()
     requests = (
-        replace(DecodeRequest.of(records[row], config, num_frames=0, crop_px=1), sampling=config.recipe.sampling)
+        replace(
+            DecodeRequest.of(records[row], config, num_frames=0, image_size=(1, 1)), sampling=config.recipe.sampling
+        )
         for row in rows
     )
     for place, (row, video) in enumerate(zip(rows, pool.decode_ahead(requests), strict=True), start=1):

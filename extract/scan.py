@@ -38,8 +38,8 @@ _SCHEMA = pa.schema(
     ]
 )
 _FACTS = ("decoder", "num_frames", "fps", "duration_s", "width", "height")
-_CROP_PX = 224
-"""Side of the crop that decoders are asked for: what the backbones of the paper see."""
+_IMAGE_SIZE = (224, 224)
+"""Of the crops that decoders are asked for: what the backbones of the paper see."""
 
 
 def scan_dataset(
@@ -66,7 +66,7 @@ def scan_dataset(
     with DecoderPool(config.num_decoders) as pool:
         listing = list_rows_and_missing(config, target, pool, report)
         records = listing.records
-        videos = decode_records(pool, records, config, crop_px=_CROP_PX, missing=listing.missing)
+        videos = decode_records(pool, records, config, image_size=_IMAGE_SIZE, missing=listing.missing)
         for record, video in zip(records, videos, strict=True):
             rows.append(
                 {

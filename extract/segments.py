@@ -104,7 +104,7 @@ def _cut(
             "the captioned parts in a table (--dataset table, columns start and end), or leave the caption column out"
         )
     new = [record for record in records if record.video_id not in known]
-    requests = (DecodeRequest.of(record, config, num_frames=0, crop_px=1) for record in new)
+    requests = (DecodeRequest.of(record, config, num_frames=0, image_size=(1, 1)) for record in new)
     spans = dict(known)
     for place, (record, video) in enumerate(zip(new, pool.decode_ahead(requests), strict=True), start=1):
         length_s = video.facts.get("duration_s")

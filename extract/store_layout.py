@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 
+from ..backbone.facts import describe_size
 from ..backbone.vision_tower import Backbone, parse_layers
 from ..errors import ConfigError, StoreMismatchError
 from ..store.layout import StoreLayout, choose_block
 from ..store.reader import StoreReader, open_store
 from .config import ExtractConfig
+from .decode.views import SQUARE_RESIZES
 
 _DEFAULT_INT8_CHANNELS = 256
 
@@ -35,10 +37,17 @@ def plan_layout(
         like: Of the store that is there, which keeps the division into files that it was begun with.
 
     Raises:
-        ConfigError: If `--channels` or `--layers` ask for what the backbone does not have.
+        ConfigError: If `--channels` or `--layers` ask for what the backbone does not have, or `--resize` is for squares
+            and its frames are none.
         StoreMismatchError: If the codec to be taken over does not fit.
     """
     info = backbone.info
+    resize = config.recipe.resize
+    if resize in SQUARE_RESIZES and info.image_size[0] != info.image_size[1]:
+        raise ConfigError(
+            f"--resize {resize} bends every video to one shape for square crops, and {config.model} sees "
+            f"{describe_size(info.image_size)} pixels: take another --resize, or a square --input"
+        )
     channels = config.channels or (min(info.width, _DEFAULT_INT8_CHANNELS) if config.dtype == "int8" else info.width)
     if config.codec_from is not None:
         channels = _check_codec_source(config, backbone, open_store(config.codec_from))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..backbone.facts import describe_size
 from ..errors import StoreMismatchError
 from ..store.append import finish_appending, is_half_appended
 from ..store.info import count_statuses
@@ -32,7 +33,7 @@ class Target:
 
         Raises:
             StoreError: If there is a store that cannot be opened.
-            StoreMismatchError: If it has another codec than was asked for.
+            StoreMismatchError: If it has another codec, or frames of another size, than was asked for.
         """
         if config.overwrite or not is_store(config.out):
             return cls(config.out)
@@ -43,6 +44,12 @@ class Target:
         if config.codec_from is None and config.codec != codec_name:
             raise StoreMismatchError(
                 f"{config.out} was begun with --codec {codec_name}; found {config.codec}. Give what it was begun with."
+            )
+        if config.input_size not in (None, begun := reader.facts.backbone.image_size):
+            assert config.input_size is not None
+            raise StoreMismatchError(
+                f"{config.out} was begun with frames of {describe_size(begun)}; found --input "
+                f"{describe_size(config.input_size)}. Leave --input out, or extract another store."
             )
         return cls(config.out, reader)
 

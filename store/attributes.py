@@ -214,6 +214,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "backbone.grid": _PAIR,
     "backbone.patch_size": _PAIR,
     "backbone.image_size": _PAIR,
+    "backbone.own_image_size": _PAIR,
     "backbone.mean": _COLOUR,
     "backbone.std": _COLOUR,
     "backbone.precision": _TEXT,

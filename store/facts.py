@@ -103,6 +103,12 @@ class BackboneFacts:
         return height, width
 
     @property
+    def own_image_size(self) -> tuple[int, int] | None:
+        """What the weights were made for, where the tower was resized; None where `image_size` is that."""
+        size = self.attributes.get("own_image_size")
+        return None if size is None else (size[0], size[1])
+
+    @property
     def mean(self) -> tuple[float, float, float]:
         """Of each colour from 0 to 1, subtracted first."""
         red, green, blue = self.attributes["mean"]

@@ -172,6 +172,14 @@ def _describe_activation(backbone: Mapping[str, Any]) -> str:
     return f", {backbone['activation']}" if "activation" in backbone else ""
 
 
+def _describe_input(backbone: Mapping[str, Any]) -> str:
+    """What the backbone sees, where that is another size than its weights were made for; else nothing."""
+    if "own_image_size" not in backbone:
+        return ""
+    size, grid, own = (" x ".join(map(str, backbone[name])) for name in ("image_size", "grid", "own_image_size"))
+    return f"{size} pixels, {grid} patches; its weights were made for {own}"
+
+
 def render_info(facts: Mapping[str, Any]) -> list[str]:
     """What `describe_store` found, in lines."""
     backbone = facts["backbone"]
@@ -188,6 +196,7 @@ def render_info(facts: Mapping[str, Any]) -> list[str]:
         "backbone": f"{backbone['name']} ({backbone['architecture']}), weights {backbone['weights']}, "
         f"{backbone['precision']} on {backbone['device_type']}{_describe_activation(backbone)}",
         "layers": f"{','.join(map(str, facts['layers']))} of {backbone['depth']}, width {backbone['width']}",
+        "input": _describe_input(backbone),
         "codec": _describe_codec(facts["codec"]),
         "frames": f"{facts['cached_frames']} cached, {facts['sampling']} sampling, resize {facts['resize']}"
         + (f", by the recipe of {facts['recipe']}" if facts["recipe"] else ""),
@@ -199,7 +208,7 @@ def render_info(facts: Mapping[str, Any]) -> list[str]:
         f"  {name:10} {array['dtype']:8} {tuple(array['shape'])}  {describe_bytes(array['bytes'])}"
         for name, array in facts["arrays"].items()
     ]
-    shown = [f"{name:9} {text}" for name, text in lines.items() if text or name not in ("pending", "pixels")]
+    shown = [f"{name:9} {text}" for name, text in lines.items() if text or name not in ("pending", "pixels", "input")]
     return [*shown, *arrays, *([] if facts["fidelity"] is None else _render_fidelity(facts["fidelity"]))]
 
 

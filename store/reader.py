@@ -29,9 +29,11 @@ from .facts import StoreFacts
 from .layout import FORMAT_VERSION, ArraySpec
 from .markers import PARTS_NAME, Marker, find_markers, marker_path, read_joined, read_marker
 from .offsets import PixelOffset, describe_offsets
+from .padding import find_padding
+from .records import WHOLE, View
 from .row_checks import check_captions, check_rows
 
-PADDING = -1
+NO_FRAME = -1
 """In a clip's places: no frame. Its codes, class tokens and pixels are zeros."""
 
 _CLIP_ARRAYS = ("patches", "cls", "pixels")
@@ -59,8 +61,8 @@ class Clips:
 
 
 def pad_places(places: Sequence[Sequence[int]]) -> np.ndarray:
-    """Clips of different lengths as (B, T), T the longest: what `read_clips` takes, `PADDING` behind the others."""
-    padded = np.full((len(places), max(map(len, places), default=0)), PADDING, dtype=np.int64)
+    """Clips of different lengths as (B, T), T the longest: what `read_clips` takes, `NO_FRAME` behind the others."""
+    padded = np.full((len(places), max(map(len, places), default=0)), NO_FRAME, dtype=np.int64)
     for row, clip in zip(padded, places, strict=True):
         row[: len(clip)] = clip
     return padded
@@ -229,7 +231,7 @@ class StoreReader:
 
         Args:
             videos: (B,) row numbers.
-            frames: (B, T) places on the axis F, the same number for every clip; `PADDING` is no frame (`pad_places`).
+            frames: (B, T) places on the axis F, the same number for every clip; `NO_FRAME` is no frame (`pad_places`).
             view: One view for all clips, or (B,) views.
             layers: Backbone blocks to return, all cached ones by default.
             arrays: Which arrays to read.
@@ -288,6 +290,49 @@ class StoreReader:
             return clips.wait()
         except DamagedChunkError as error:
             raise self._damage(name, np.array([error.row]), str(error)) from error
+
+    def read_padding(
+        self, videos: Sequence[int] | np.ndarray, view: int | Sequence[int] | np.ndarray = 0
+    ) -> np.ndarray:
+        """Which patches of clips show nothing of the picture: the rest of a whole frame is padded.
+
+        Args:
+            videos: (B,) row numbers.
+            view: One view for all clips, or (B,) views.
+
+        Returns:
+            (B, N) bool, true where a patch is padding in every frame.
+
+        Raises:
+            StoreMismatchError: If a row is not ok, or a view is not in the store.
+            StoreDamagedError: If the manifest does not say how a view was made.
+        """
+        rows = np.asarray(videos, dtype=np.int64)
+        views = np.broadcast_to(np.asarray(view, dtype=np.int64), rows.shape)
+        self._check_rows(rows, np.zeros((len(rows), 0), np.int64), views)
+        padding = np.zeros((len(rows), self.layout.num_patches), bool)
+        if self.facts.resize != WHOLE:
+            return padding
+        masks: dict[View, np.ndarray] = {}
+        for place, made in enumerate(self._views.take(pa.array(rows)).to_pylist()):
+            if len(made or ()) <= views[place]:
+                raise self._unknown_view(int(rows[place]))
+            view_of_row = View(**made[views[place]])
+            if view_of_row not in masks:
+                masks[view_of_row] = find_padding(view_of_row, self.facts.backbone.patch_size)
+                if masks[view_of_row].shape != padding.shape[1:]:
+                    raise self._unknown_view(int(rows[place]))
+            padding[place] = masks[view_of_row]
+        return padding
+
+    def _unknown_view(self, row: int) -> StoreDamagedError:
+        path = self.path / manifest.MANIFEST_NAME
+        return StoreDamagedError(f"{path} does not say how a view of row {row} was made. {_MEND}")
+
+    @cached_property
+    def _views(self) -> pa.ChunkedArray:
+        """How the pixels of each row were made, view by view; null of rows that are not ok."""
+        return self.read_manifest(["views"])["views"]
 
     def decode_patches(self, codes: np.ndarray, layers: Sequence[int] | None = None) -> np.ndarray:
         """Patch tokens from codes.
@@ -486,7 +531,7 @@ class StoreReader:
         if not is_ok[rows].all():
             bad = rows[~is_ok[rows]]
             raise StoreMismatchError(f"rows {_join(bad)} of {self.path} are not ok: see their reason in the manifest")
-        beyond = (places < PADDING).any(axis=1) | (places >= num_frames[rows, None]).any(axis=1)
+        beyond = (places < NO_FRAME).any(axis=1) | (places >= num_frames[rows, None]).any(axis=1)
         beyond |= (views < 0) | (views >= num_views[rows])
         if beyond.any():
             first = int(np.flatnonzero(beyond)[0])

@@ -50,6 +50,9 @@ class VideoRecord:
     """Kept in captions.parquet, many to one."""
 
 
+WHOLE = "whole"
+"""The resize that shows all of a frame, and pads the rest of what the backbone sees."""
+
 VIEW_NAMES: dict[str, tuple[str, ...]] = {
     "centre": ("centre",),
     "flip": ("centre", "mirrored centre"),
@@ -60,7 +63,11 @@ VIEW_NAMES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class View:
-    """How the pixels of a view were made: resize the frame, take a box of it, mirror it or not."""
+    """How the pixels of a view were made: resize the frame, take a box of it, mirror it or not.
+
+    A box may reach beyond the resized frame (`x` or `y` below zero, say): what is not there is padded, with the colour
+    that normalises to about zero, before mirroring.
+    """
 
     resized_width: int
     resized_height: int

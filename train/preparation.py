@@ -147,7 +147,7 @@ def _build(
     network = kind.build(shape)
     require_pixels(network, store)
     if config.init is not None and not is_begun:
-        begin_with(config.init, network)
+        begin_with(config.init, network, store)
     network.prepare(store)
     task.begin(network)
     return network

@@ -337,14 +337,21 @@ def load_checkpoint(run: Run, name: str = "best") -> Network:
     return network.eval()
 
 
-def begin_with(path: Path, network: Network) -> None:
+def begin_with(path: Path, network: Network, store: StoreReader) -> None:
     """Give a fresh network the weights of a run's best checkpoint, as far as it can begin with them.
 
     Raises:
         RunNotFoundError: If there is no such run or checkpoint.
-        StoreMismatchError: If its network is another, or has other sizes.
+        StoreMismatchError: If its network is another, or has other sizes, or as many patches in another grid.
     """
-    other = load_checkpoint(open_run(path))
+    run = open_run(path)
+    other = load_checkpoint(run)
+    there, here = run.source["backbone"]["image_size"], store.facts.backbone.image_size
+    if there is not None and tuple(there) != here and run.shape.num_patches == store.layout.num_patches:
+        raise StoreMismatchError(
+            f"{path} (--init) does not fit: it saw frames of {there[0]}x{there[1]} pixels, and {store.path} has frames "
+            f"of {here[0]}x{here[1]}: the same patch stands elsewhere"
+        )
     try:
         network.begin_with(other)
     except StoreMismatchError as error:

@@ -26,7 +26,7 @@ from ...store.offsets import DEFAULT_PIXEL_EDGE
 from ...store.records import VideoRecord, View
 from ..config import ExtractConfig
 from ..datasets import frame_rate
-from .views import NUM_VIEWS
+from .views import BLACK, NUM_VIEWS, Colour
 
 # Wall seconds for one CPU second of budget: a stuck read or a deadlock uses no CPU.
 _WALL_FACTOR = 5
@@ -53,7 +53,10 @@ class DecodeRequest:
     they take."""
     sampling: str
     resize: str
-    crop_px: int
+    image_size: tuple[int, int]
+    """H, W of the picture that the backbone sees."""
+    padding: Colour = BLACK
+    """What stands where there is no picture: whole frames fill theirs in one direction alone."""
     num_clips: int = 1
     """Which share the frames evenly."""
     holds_validation_clip: bool = False
@@ -75,10 +78,18 @@ class DecodeRequest:
     def answer_bytes(self) -> int:
         """Of the pixels that come back."""
         frames = self.num_frames * len(self.pixel_offsets) * NUM_VIEWS[self.views]
-        return frames * self.crop_px**2 * 3
+        return frames * self.image_size[0] * self.image_size[1] * 3
 
     @classmethod
-    def of(cls, record: VideoRecord, config: ExtractConfig, *, crop_px: int, num_frames: int | None = None) -> Self:
+    def of(
+        cls,
+        record: VideoRecord,
+        config: ExtractConfig,
+        *,
+        image_size: tuple[int, int],
+        padding: Colour = BLACK,
+        num_frames: int | None = None,
+    ) -> Self:
         """What an extraction asks of one video's decoding: what its split caches, or so many frames of one view."""
         split = record.split
         is_sample = num_frames is not None
@@ -91,7 +102,8 @@ class DecodeRequest:
             num_clips=1 if is_sample else config.clips_of(split),
             holds_validation_clip=not is_sample and bool(config.validation_clips_of(split)),
             resize=config.recipe.resize,
-            crop_px=crop_px,
+            image_size=image_size,
+            padding=padding,
             views="centre" if is_sample else config.views_of(split),
             start_s=record.start_s,
             end_s=record.end_s,
@@ -121,7 +133,8 @@ def decode_records(
     records: Iterable[VideoRecord],
     config: ExtractConfig,
     *,
-    crop_px: int,
+    image_size: tuple[int, int],
+    padding: Colour = BLACK,
     num_frames: int | None = None,
     missing: Container[str] = (),
 ) -> Iterator[DecodedVideo]:
@@ -133,7 +146,8 @@ def decode_records(
         pool: What decodes.
         records: Which.
         config: Of the extraction.
-        crop_px: Side of the square that the backbone sees.
+        image_size: H, W of the picture that the backbone sees.
+        padding: What stands where there is no picture.
         num_frames: Wanted of each; None takes what its split caches.
         missing: Paths that were not there when the videos were listed.
 
@@ -146,7 +160,7 @@ def decode_records(
     def requests() -> Iterator[DecodeRequest]:
         for record in records:
             asked.append(record)
-            yield DecodeRequest.of(record, config, crop_px=crop_px, num_frames=num_frames)
+            yield DecodeRequest.of(record, config, image_size=image_size, padding=padding, num_frames=num_frames)
 
     lost: dict[str, str] = {}  # reason by path, of files in a row
     for video in pool.decode_ahead(requests()):

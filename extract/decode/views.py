@@ -1,4 +1,4 @@
-"""How a decoded frame becomes the square that the backbone sees: sizes and boxes, and the one resize itself."""
+"""How a decoded frame becomes the picture that the backbone sees: sizes and boxes, and the one resize itself."""
 
 from __future__ import annotations
 
@@ -8,111 +8,131 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from ...store.records import View
+from ...store.records import WHOLE, View
 
 Size = tuple[int, int]
 """(width, height) in pixels."""
 
-
-def _short_side(width: int, height: int, side: int) -> Size:
-    # The long side is truncated, as torchvision's Resize does: the reference's pixels depend on it.
-    if width <= height:
-        return side, int(side * height / width)
-    return int(side * width / height), side
+Colour = tuple[int, int, int]
+BLACK: Colour = (0, 0, 0)
 
 
-def _resize_recognition(width: int, height: int, crop_px: int) -> Size:
+def _cover(width: int, height: int, box: Size) -> Size:
+    """The smallest size of a frame's own shape that covers a box: of a square, its short side is the square's."""
+    box_width, box_height = box
+    # The other side is truncated, as torchvision's Resize does: the reference's pixels depend on it.
+    if box_width * height >= box_height * width:
+        return box_width, int(box_width * height / width)
+    return int(box_height * width / height), box_height
+
+
+def _resize_recognition(width: int, height: int, crop: Size) -> Size:
     """Short side 256 for crops of 224 pixels, in proportion for others, so that a crop sees the same share."""
-    return _short_side(width, height, round(crop_px * 256 / 224))
+    return _cover(width, height, (round(crop[0] * 256 / 224), round(crop[1] * 256 / 224)))
 
 
-def _resize_own(width: int, height: int, crop_px: int) -> Size:
-    """Short side equal to the crop: the backbone's own preprocessing, used for retrieval and zero-shot."""
-    return _short_side(width, height, crop_px)
+def _resize_something(width: int, height: int, crop: Size) -> Size:
+    """320 x 256 for square crops of 224 pixels, whatever the video's shape, in proportion for other squares."""
+    return round(crop[0] * 320 / 224), round(crop[1] * 256 / 224)
 
 
-def _resize_something(width: int, height: int, crop_px: int) -> Size:
-    """320 x 256 for crops of 224 pixels, whatever the video's shape, in proportion for others."""
-    return round(crop_px * 320 / 224), round(crop_px * 256 / 224)
+def _fit(width: int, height: int, box: Size) -> Size:
+    """The largest size of a frame's own shape that fits into a box: nothing is cut off, and the rest is padded."""
+    box_width, box_height = box
+    if box_width * height <= box_height * width:
+        return box_width, max(1, round(box_width * height / width))
+    return max(1, round(box_height * width / height)), box_height
 
 
-RESIZES: dict[str, Callable[[int, int, int], Size]] = {
+RESIZES: dict[str, Callable[[int, int, Size], Size]] = {
     "256": _resize_recognition,
     "256x320": _resize_something,
-    "224": _resize_own,
+    "224": _cover,
+    WHOLE: _fit,
 }
-"""By the name that `--resize` takes: (width, height, side of the crop) -> size of the whole frame before cropping."""
+"""By the name that `--resize` takes: (width, height, size of the crop) -> size of the whole frame before cropping.
+
+`224` is the backbone's own preprocessing, used for retrieval and zero-shot: the frame covers the crop and no more.
+"""
+
+SQUARE_RESIZES = frozenset({"256x320"})
+"""Those that bend a frame to a fixed shape, of which crops are squares."""
+
+WHOLE_VIEWS = frozenset({"centre", "flip"})
+"""Views that whole frames have: there is nothing to their left and right."""
 
 
-def centre_view(width: int, height: int, resize: str, crop_px: int) -> View:
-    """The centre crop of a resized frame.
+def centre_view(width: int, height: int, resize: str, crop: Size) -> View:
+    """The centre crop of a resized frame; of a whole one, its box reaches beyond the frame, which stands in the middle.
 
     Args:
         width: Of the upright frame, pixels.
         height: Of the upright frame, pixels.
         resize: A name in `RESIZES`.
-        crop_px: Side of the square that the backbone sees.
+        crop: Size of the picture that the backbone sees.
 
     Source:
         torchvision's CenterCrop rounds half to even: x = round((width - side) / 2).
     """
-    resized_width, resized_height = RESIZES[resize](width, height, crop_px)
+    resized_width, resized_height = RESIZES[resize](width, height, crop)
     return View(
         resized_width=resized_width,
         resized_height=resized_height,
-        x=round((resized_width - crop_px) / 2),
-        y=round((resized_height - crop_px) / 2),
-        width=crop_px,
-        height=crop_px,
+        x=round((resized_width - crop[0]) / 2),
+        y=round((resized_height - crop[1]) / 2),
+        width=crop[0],
+        height=crop[1],
     )
 
 
-def _centre_and_mirrored(width: int, height: int, resize: str, crop_px: int) -> list[View]:
-    view = centre_view(width, height, resize, crop_px)
+def _centre_and_mirrored(width: int, height: int, resize: str, crop: Size) -> list[View]:
+    view = centre_view(width, height, resize, crop)
     return [view, replace(view, flip=True)]
 
 
-def _three_crops(width: int, height: int, resize: str, crop_px: int) -> list[View]:
+def _three_crops(width: int, height: int, resize: str, crop: Size) -> list[View]:
     """Left, right and centre, as the reference tests."""
-    view = centre_view(width, height, resize, crop_px)
-    step_x, step_y = (view.resized_width - crop_px) // 4, (view.resized_height - crop_px) // 4
+    view = centre_view(width, height, resize, crop)
+    step_x, step_y = (view.resized_width - crop[0]) // 4, (view.resized_height - crop[1]) // 4
     return [replace(view, x=place * step_x, y=2 * step_y) for place in (0, 4, 2)]
 
 
-VIEWS: dict[str, Callable[[int, int, str, int], list[View]]] = {
+VIEWS: dict[str, Callable[[int, int, str, Size], list[View]]] = {
     "centre": lambda *frame: [centre_view(*frame)],
     "flip": _centre_and_mirrored,
     "three": _three_crops,
 }
-"""By the name that `--views` takes: (width, height, resize, side of the crop) -> views.
+"""By the name that `--views` takes: (width, height, resize, size of the crop) -> views.
 
 Source:
     The three crops are those of https://github.com/HJYao00/Side4Video at 5d72352.
 """
 
-NUM_VIEWS = {name: len(make(224, 224, "224", 224)) for name, make in VIEWS.items()}
+NUM_VIEWS = {name: len(make(224, 224, "224", (224, 224))) for name, make in VIEWS.items()}
 """How many there are of each."""
 
 
-def render_view(frame: np.ndarray, view: View) -> np.ndarray:
+def render_view(frame: np.ndarray, view: View, padding: Colour = BLACK) -> np.ndarray:
     """Resize a frame (PIL, bicubic, antialiased), take the view's box, mirror it if the view says so.
 
     Args:
         frame: (H, W, 3) uint8, upright.
         view: Where to cut.
+        padding: What stands where the box reaches beyond the frame.
 
     Returns:
         (view.height, view.width, 3) uint8, which keeps nothing of the frame.
     """
-    return render_views(frame, [view])[0]
+    return render_views(frame, [view], padding)[0]
 
 
-def render_views(frame: np.ndarray, views: Sequence[View]) -> list[np.ndarray]:
+def render_views(frame: np.ndarray, views: Sequence[View], padding: Colour = BLACK) -> list[np.ndarray]:
     """The views of one frame, which is resized once for all that want it in one size.
 
     Args:
         frame: (H, W, 3) uint8, upright.
         views: Where to cut.
+        padding: What stands where a box reaches beyond the frame.
 
     Returns:
         (view.height, view.width, 3) uint8 of each view; they keep nothing of the frame.
@@ -123,6 +143,18 @@ def render_views(frame: np.ndarray, views: Sequence[View]) -> list[np.ndarray]:
         size = (view.resized_width, view.resized_height)
         if size not in resized:
             resized[size] = np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
-        box = resized[size][view.y : view.y + view.height, view.x : view.x + view.width]
+        box = _cut(resized[size], view, padding)
         crops.append(np.array(box[:, ::-1] if view.flip else box, order="C"))
     return crops
+
+
+def _cut(picture: np.ndarray, view: View, padding: Colour) -> np.ndarray:
+    """A view's box of a resized picture, (view.height, view.width, 3), not mirrored yet."""
+    top, left = max(0, view.y), max(0, view.x)
+    inside = picture[top : max(top, view.y + view.height), left : max(left, view.x + view.width)]
+    if inside.shape[:2] == (view.height, view.width):
+        return inside
+    canvas = np.empty((view.height, view.width, 3), np.uint8)
+    canvas[:] = padding
+    canvas[top - view.y :, left - view.x :][: inside.shape[0], : inside.shape[1]] = inside
+    return canvas

@@ -29,7 +29,7 @@ from .sampling import is_open_ended, pick_neighbours, pick_offset_frames, sample
 from .source import Fingerprint, SourceFacts, read_source, take_fingerprint
 from .trouble import MEMORY_LIMIT, DecodeTrouble, as_failure, unexpected_failure, verdict_of
 from .video_file import ALLOWED_LOSS_SHARE, DecodeFailure, Timeline, VideoFile, decord
-from .views import NUM_VIEWS, VIEWS, render_views
+from .views import BLACK, NUM_VIEWS, VIEWS, render_views
 
 # A container may announce any length: it gets at most so many CPU seconds for each packet that it really holds.
 _MOST_PER_PACKET_S = 0.1
@@ -84,8 +84,10 @@ class _Renderer:
             height, width = frame.shape[:2]
             request = self._request
             make = VIEWS[request.get("views", "centre")]
-            self.size, self.views = (width, height), make(width, height, request["resize"], request["crop_px"])
-        return render_views(frame, self.views)
+            crop_height, crop_width = request["image_size"]
+            self.size = (width, height)
+            self.views = make(width, height, request["resize"], (crop_width, crop_height))
+        return render_views(frame, self.views, self._request.get("padding", BLACK))
 
 
 def decode(
@@ -99,7 +101,8 @@ def decode(
     Args:
         request: path, num_frames (0 asks for the video's length alone, and the frames that `all` or `fps:X` would
             take; else those take what they take), sampling, num_clips, holds_validation_clip, start_s, end_s, resize,
-            crop_px, views, pixel_offsets, pixel_edge, decoder; allow_loss; frame_fps for folders of pictures.
+            image_size (H, W), views, pixel_offsets, pixel_edge, decoder; padding (a colour), allow_loss; frame_fps for
+            folders of pictures.
         announce: Called with the CPU seconds that the video's length is worth, as soon as it is known.
         last_video: What the request before this one has left open.
         tell_source: Called with the source's facts before anything is decoded, unless the length alone is asked for.
@@ -207,7 +210,8 @@ def _offset_bytes(request: dict[str, Any], timeline: Timeline) -> int:
     more = len(_offsets_of(request)) - 1
     views = NUM_VIEWS[request.get("views", "centre")]
     num_frames = len(timeline.times_s) if _is_open(request) else request["num_frames"]
-    return _COPIES * more * num_frames * views * request["crop_px"] ** 2 * 3
+    height, width = request["image_size"]
+    return _COPIES * more * num_frames * views * height * width * 3
 
 
 def _gather_pixels(frames: Mapping[int, Sequence[np.ndarray]], picked: np.ndarray) -> np.ndarray:

@@ -133,6 +133,22 @@ def build(library_name):
     return make
 
 
+def test_it_takes_frames_of_another_size_or_says_that_it_does_not(build, library_name):
+    own = build().info
+    height, width = own.image_size
+    wider = (height, width + 2 * own.patch_size[1])
+    if library_name == "toy":
+        with pytest.raises(BackboneError, match=r"toy takes frames of 32x32 pixels alone; leave out --input"):
+            build(image_size=wider)
+        assert build(image_size=own.image_size).info == own
+        return
+    backbone = build(image_size=wider)
+    assert backbone.info.num_patches == own.num_patches + 2 * own.grid[0]
+    tokens = backbone.load_weights().encode_frames(images_for(backbone), [0])
+    assert tokens.patches[0].shape == (3, backbone.info.num_patches, own.width)
+    assert backbone.info.describe()["own_image_size"] == list(own.image_size)
+
+
 def images_for(backbone, count=3):
     height, width = backbone.info.image_size
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8))

@@ -140,8 +140,8 @@ def test_a_codec(example, video_folder, make_config, tmp_path, monkeypatch):
 
 def test_a_view(example, video_folder, make_config, tmp_path):
     example("A view")
-    top, bottom = VIEWS["ends"](320, 240, "256", 224)
-    assert top.y == 0 and bottom.y == top.resized_height - 224 and top.x == centre_view(320, 240, "256", 224).x
+    top, bottom = VIEWS["ends"](320, 240, "256", (224, 224))
+    assert top.y == 0 and bottom.y == top.resized_height - 224 and top.x == centre_view(320, 240, "256", (224, 224)).x
     config = make_config(video_folder, tmp_path / "s.zarr", views={"": "ends"}, num_decoders=1, limit=1)
     extract_dataset(config)
     assert open_store(config.out).layout.num_views == 2

@@ -158,7 +158,9 @@ def digest(folder, pattern):
 
 
 def read_frames(path):
-    request = dict(path=str(path), num_frames=NUM_FRAMES, sampling="uniform", resize="224", crop_px=FRAME_PX)
+    request = dict(
+        path=str(path), num_frames=NUM_FRAMES, sampling="uniform", resize="224", image_size=(FRAME_PX, FRAME_PX)
+    )
     return decode({**request, "start_s": None, "end_s": None, "decoder": "auto"}, lambda _: None)
 
 

@@ -291,7 +291,7 @@ def check_mutated(corpus, folder, count, seed):
     paths = sorted(folder.iterdir())
     requests = [
         decoding.DecodeRequest(
-            path=str(path), num_frames=4, sampling="uniform", resize="256", crop_px=64, timeout_s=CPU_LIMIT_S
+            path=str(path), num_frames=4, sampling="uniform", resize="256", image_size=(64, 64), timeout_s=CPU_LIMIT_S
         )
         for path in paths
     ]

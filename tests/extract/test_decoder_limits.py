@@ -29,12 +29,12 @@ needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="looks into /pro
 
 
 def ask(path, **changes):
-    values = dict(num_frames=4, sampling="uniform", resize="224", crop_px=48, timeout_s=20.0)
+    values = dict(num_frames=4, sampling="uniform", resize="224", image_size=(48, 48), timeout_s=20.0)
     return DecodeRequest(**{"path": str(path), **values, **changes})
 
 
 def fail(path, **changes):
-    request = dict(path=str(path), num_frames=4, sampling="uniform", resize="224", crop_px=48, decoder="auto")
+    request = dict(path=str(path), num_frames=4, sampling="uniform", resize="224", image_size=(48, 48), decoder="auto")
     try:
         decode({**request, "start_s": None, "end_s": None, **changes}, lambda _: None)
     except DecodeFailure as failure:
@@ -327,7 +327,7 @@ def write_black(path, width, height, num_frames):
 
 def ask_process(code, path, **changes):
     """The last answer of a decoder process that is started with some code."""
-    request = dict(path=str(path), num_frames=4, sampling="uniform", resize="224", crop_px=48, decoder="auto")
+    request = dict(path=str(path), num_frames=4, sampling="uniform", resize="224", image_size=(48, 48), decoder="auto")
     request |= dict(start_s=None, end_s=None, timeout_s=60.0, **changes)
     out = subprocess.run(
         [sys.executable, "-c", code], input=json.dumps(request).encode() + b"\n", capture_output=True, check=True

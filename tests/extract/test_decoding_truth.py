@@ -76,7 +76,7 @@ def write_counting_video(
 def run(path, **changes):
     """Facts and pixels: frames as they are, their middle 48 x 48."""
     request = dict(
-        path=str(path), num_frames=8, sampling="uniform", resize="224", crop_px=48, start_s=None, end_s=None,
+        path=str(path), num_frames=8, sampling="uniform", resize="224", image_size=(48, 48), start_s=None, end_s=None,
         decoder="auto",
     )  # fmt: skip
     return decode({**request, **changes}, lambda _: None)
@@ -320,7 +320,7 @@ def test_good_and_failed_answers_carry_their_source(tmp_path, make_frames):  # A
     bad.write_bytes(b"no video" * 40)
     folder = make_frames(tmp_path / "frames")
     requests = [
-        DecodeRequest(path=str(path), num_frames=2, sampling="uniform", resize="224", crop_px=32)
+        DecodeRequest(path=str(path), num_frames=2, sampling="uniform", resize="224", image_size=(32, 32))
         for path in (good, bad, folder, tmp_path / "none.mp4")
     ]
     with DecoderPool(1) as pool:
@@ -698,7 +698,9 @@ def test_frames_that_come_out_of_order_are_taken_by_their_times(tmp_path, num_fr
         assert_is_counted(path, 40, num_frames=num_frames, decoder=decoder)
     last_video = LastVideo()
     for start in (0.0, 0.4, 0.8, 1.2, 0.0):
-        request = dict(path=str(path), num_frames=3, sampling="uniform", resize="224", crop_px=48, decoder="pyav")
+        request = dict(
+            path=str(path), num_frames=3, sampling="uniform", resize="224", image_size=(48, 48), decoder="pyav"
+        )
         request |= dict(start_s=start, end_s=start + 0.4)
         facts, pixels = decode(request, lambda _: None, last_video)
         assert np.abs(np.subtract(read_counts(pixels), facts["frame_indices"])).max() <= 1

@@ -17,7 +17,7 @@ def run(path, **changes):
         num_frames=3,
         sampling="uniform",
         resize="224",
-        crop_px=64,
+        image_size=(64, 64),
         start_s=None,
         end_s=None,
         decoder="auto",
@@ -107,7 +107,7 @@ def test_grey_frames_become_rgb(tmp_path):
 
 def test_decoder_processes_read_frames(tmp_path, make_frames):
     request = DecodeRequest(
-        path=str(make_frames(tmp_path / "v")), num_frames=2, sampling="uniform", resize="224", crop_px=64
+        path=str(make_frames(tmp_path / "v")), num_frames=2, sampling="uniform", resize="224", image_size=(64, 64)
     )
     with DecoderPool(1) as pool:
         video = pool.submit(request).result()

@@ -133,7 +133,7 @@ def test_folders_of_numbered_pictures_are_videos_whatever_their_format(place, ma
     make_frames(root / "run/jpeg")
     make_frames(root / "run/other", name="img_{:05d}." + ending)
     assert outcome("folder", root, "path") == [("run/jpeg",), ("run/other",)]
-    request = dict(path=str(root / "run/other"), num_frames=3, sampling="uniform", resize="224", crop_px=64)
+    request = dict(path=str(root / "run/other"), num_frames=3, sampling="uniform", resize="224", image_size=(64, 64))
     request.update(start_s=None, end_s=None, decoder="auto", frame_fps=None)
     facts, pixels = decode(request, lambda _: None)
     assert facts["num_frames"] == 6
@@ -152,7 +152,7 @@ def test_pictures_of_more_than_eight_bits_are_no_film(tmp_path):
     """A10"""
     (tmp_path / "v").mkdir()
     Image.fromarray(np.full((48, 64), 4000, np.uint16)).save(tmp_path / "v/1.png")
-    request = dict(path=str(tmp_path / "v"), num_frames=1, sampling="uniform", resize="224", crop_px=64)
+    request = dict(path=str(tmp_path / "v"), num_frames=1, sampling="uniform", resize="224", image_size=(64, 64))
     with pytest.raises(DecodeFailure, match=r"1\.png: expected 8-bit colours, found I"):
         decode({**request, "start_s": None, "end_s": None, "decoder": "auto", "frame_fps": None}, lambda _: None)
 

@@ -50,7 +50,9 @@ def offset_store(video_folder, build_once, make_config):
 
 
 def ask(path, **changes):
-    values = dict(num_frames=4, sampling="uniform", resize="224", crop_px=32, decoder="auto", start_s=None, end_s=None)
+    values = dict(
+        num_frames=4, sampling="uniform", resize="224", image_size=(32, 32), decoder="auto", start_s=None, end_s=None
+    )
     return {"path": str(path), **values, **changes}
 
 
@@ -83,7 +85,7 @@ def test_what_stands_under_pixels_are_the_frames_of_the_file(offset_store, video
     table = store.read_manifest(["path", "num_frames", "frame_indices"]).to_pylist()
     for row, _, num_frames in good_rows(store):
         count, indices = table[row]["num_frames"], table[row]["frame_indices"]
-        facts, every = run(video_folder / table[row]["path"], num_frames=count, resize="256", crop_px=64)
+        facts, every = run(video_folder / table[row]["path"], num_frames=count, resize="256", image_size=(64, 64))
         assert facts["frame_indices"] == list(range(count)) and every.shape[1:3] == (count, 1)
         for place, index in enumerate(indices):
             half = (2 * place + 2) * count // (2 * num_frames)
@@ -143,7 +145,7 @@ def test_a_segment_is_as_a_file_of_its_own(make_video, tmp_path):
 def test_a_frame_that_is_wanted_twice_is_rendered_once(make_video, tmp_path, monkeypatch):
     path, rendered = make_video(tmp_path / "v.mp4", num_frames=12), []
     render = worker.render_views
-    monkeypatch.setattr(worker, "render_views", lambda frame, views: rendered.append(1) or render(frame, views))
+    monkeypatch.setattr(worker, "render_views", lambda frame, views, *rest: rendered.append(1) or render(frame, views, *rest))
     _, pixels = run(path, num_frames=12, views="three", pixel_offsets=(-2, -1, 0, 1, 2))
     assert pixels.shape == (3, 12, 5, 32, 32, 3) and len(rendered) == 12
 
@@ -160,7 +162,13 @@ def test_a_decoder_may_take_what_offsets_take(tmp_path, make_video, monkeypatch)
 
 def test_decoded_videos_that_wait_are_bounded_by_bytes(monkeypatch):
     asked = DecodeRequest(
-        path="v.mp4", num_frames=4, sampling="uniform", resize="224", crop_px=32, views="three", pixel_offsets=(-1, 0)
+        path="v.mp4",
+        num_frames=4,
+        sampling="uniform",
+        resize="224",
+        image_size=(32, 32),
+        views="three",
+        pixel_offsets=(-1, 0),
     )
     assert asked.answer_bytes == 4 * 3 * 2 * 32 * 32 * 3
     taken = []
@@ -274,9 +282,9 @@ def test_what_is_decoded_to_calibrate_has_no_neighbours(video_folder, make_confi
     """So the codec is that of a plain store; a scan asks for what an extraction does."""
     config = make_config(video_folder, tmp_path / "s.zarr", pixel_offsets=(-1, "0.5step", 0), pixel_edge="wrap")
     record = config.read_records()[0]
-    asked = DecodeRequest.of(record, config, crop_px=64)
+    asked = DecodeRequest.of(record, config, image_size=(64, 64))
     assert (asked.pixel_offsets, asked.pixel_edge) == ((-1, 0, "0.5step"), "wrap")
-    assert DecodeRequest.of(record, config, crop_px=64, num_frames=3).pixel_offsets == (0,)
+    assert DecodeRequest.of(record, config, image_size=(64, 64), num_frames=3).pixel_offsets == (0,)
 
 
 def test_a_strip_shows_the_frames_that_the_backbone_saw(offset_store, float_store):

@@ -122,3 +122,27 @@ def test_an_extraction_that_cannot_fit_is_refused(tmp_path):
         require_space(VIT_E, 240_436 * 8, tmp_path / "k400.zarr")
     require_space(VIT_E, 1, tmp_path / "one.zarr")
     require_space(replace(VIT_E, keep_bits=3), 240_436 * 8, tmp_path / "unknown.zarr")
+
+
+def test_a_plan_of_whole_frames_counts_their_patches_and_tells_of_large_rows():
+    options = ["--model", "vit-b16", "--videos", "100", "--frames", "104", "--input", "480x864", "--layers", "7,11"]
+    found = told(*options, "--channels", "128")
+    assert (found["image_size"], found["num_patches"]) == ([480, 864], 30 * 54)
+    frames = 100 * 104
+    assert found["bytes_by_array"]["patches"] == frames * 2 * 1620 * 128
+    assert found["bytes_by_array"]["pixels"] == frames * 480 * 864 * 3
+    assert found["bytes_per_row"] * 100 == found["total_bytes"]
+    small = CliRunner().invoke(app, ["plan", *options, "--channels", "128"]).stdout
+    assert "480 x 864 pixels, 1,620 patches" in small and "a row" not in small
+    large = CliRunner().invoke(app, ["plan", *options, "--layers", "all", "--dtype", "float16"])
+    assert "up to 3.2 GB, and an extraction holds two in memory. Fewer --layers" in large.stdout
+
+
+def test_a_plan_takes_multiples_of_the_patch_alone():
+    refused = CliRunner().invoke(app, ["plan", "--model", "vit-l", "--videos", "9", "--input", "480x854"])
+    assert refused.exit_code != 0
+    assert "patch, which is 14x14 pixels in vit-l; found 480x854. The nearest are 476x854, 490x854." in refused.output
+    for text in ("480x", "x854", "480*854", "4²x8", "-8x8"):
+        refused = CliRunner().invoke(app, ["plan", "--model", "vit-l", "--videos", "9", f"--input={text}"])
+        assert f"--input takes HxW such as 480x864, height first, or N for a square; found '{text}'" in refused.output
+    assert told("--model", "vit-b16", "--videos", "9", "--input", "448")["num_patches"] == 28 * 28

@@ -22,7 +22,7 @@ def request(path, **changes):
         num_frames=4,
         sampling="uniform",
         resize="224",
-        crop_px=64,
+        image_size=(64, 64),
         start_s=None,
         end_s=None,
         decoder="auto",

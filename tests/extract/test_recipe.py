@@ -194,7 +194,7 @@ def test_vatex_is_divided_as_the_reference_divides_it_where_its_lists_are(place)
 
 @pytest.mark.parametrize("name", VIEW_NAMES)
 def test_views_are_what_their_names_say(name):
-    frame = (320, 240, "256", 224)
+    frame = (320, 240, "256", (224, 224))
     views = VIEWS[name](*frame)
     assert len(views) == NUM_VIEWS[name] == len(VIEW_NAMES[name])
     assert views[VIEW_NAMES[name].index("centre")].x == pytest.approx(centre_view(*frame).x, abs=2)

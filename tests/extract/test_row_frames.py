@@ -101,7 +101,7 @@ UNEVEN = {
 def test_frames_are_those_of_ffmpegs_filter(tmp_path, pool, kind, rate):
     path = write_times(tmp_path / "v.mkv", *{**EVEN, **UNEVEN}[kind])
     expected = filter_fps(path, rate)
-    request = DecodeRequest(path=str(path), num_frames=1, sampling=f"fps:{rate}", resize="224", crop_px=32)
+    request = DecodeRequest(path=str(path), num_frames=1, sampling=f"fps:{rate}", resize="224", image_size=(32, 32))
     video = pool.submit(request).result()
     counted = pool.submit(replace(request, num_frames=0)).result().facts
     if expected:

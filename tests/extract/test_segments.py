@@ -54,7 +54,7 @@ def test_names_sort_in_time():
 
 
 def ask(path, start_s, end_s, **changes):
-    values = dict(num_frames=3, sampling="uniform", resize="224", crop_px=64, decoder="auto")
+    values = dict(num_frames=3, sampling="uniform", resize="224", image_size=(64, 64), decoder="auto")
     return {"path": str(path), **values, "start_s": start_s, "end_s": end_s, **changes}
 
 

@@ -20,7 +20,7 @@ MB = 1 << 20
 
 
 def ask(path, **changes):
-    request = dict(path=str(path), num_frames=3, sampling="uniform", resize="224", crop_px=48, decoder="auto")
+    request = dict(path=str(path), num_frames=3, sampling="uniform", resize="224", image_size=(48, 48), decoder="auto")
     return {**request, "start_s": None, "end_s": None, **changes}
 
 

@@ -20,7 +20,9 @@ from s4v.train.clips import find_labelled_rows, plan_evaluation
 
 def test_clips_stand_in_the_order_of_time_and_are_found_again(tmp_path, make_video):
     path = make_video(tmp_path / "v.mp4", num_frames=40)
-    request = dict(path=str(path), num_frames=12, num_clips=3, sampling="reference-k400", resize="256", crop_px=64)
+    request = dict(
+        path=str(path), num_frames=12, num_clips=3, sampling="reference-k400", resize="256", image_size=(64, 64)
+    )
     facts, pixels = decode({**request, "views": "three", "decoder": "auto", "start_s": None, "end_s": None}, print)
     assert pixels.shape == (3, 12, 1, 64, 64, 3)
     assert facts["frame_indices"] == sorted(facts["frame_indices"])
@@ -28,21 +30,23 @@ def test_clips_stand_in_the_order_of_time_and_are_found_again(tmp_path, make_vid
     assert clips == SAMPLINGS["reference-k400"](40, 4, 3)
     assert sorted(place for clip in facts["eval_clips"] for place in clip) == list(range(12))
     one = {**request, "num_frames": 40, "num_clips": 1, "sampling": "uniform", "views": "centre", "decoder": "auto"}
-    _, every_frame = decode({**one, "start_s": None, "end_s": None, "resize": "224", "crop_px": 64}, print)
+    _, every_frame = decode({**one, "start_s": None, "end_s": None, "resize": "224", "image_size": (64, 64)}, print)
     assert every_frame.shape[:2] == (1, 40)
-    views = VIEWS["three"](facts["width"], facts["height"], "256", 64)
+    views = VIEWS["three"](facts["width"], facts["height"], "256", (64, 64))
     assert facts["views"] == [{name: getattr(view, name) for name in view.__slots__} for view in views]
 
 
 def test_views_of_a_frame_are_its_crops(tmp_path, make_frames):
     folder = make_frames(tmp_path / "v", num_frames=3)
-    request = dict(path=str(folder), num_frames=3, sampling="uniform", resize="256x320", crop_px=64, decoder="auto")
+    request = dict(
+        path=str(folder), num_frames=3, sampling="uniform", resize="256x320", image_size=(64, 64), decoder="auto"
+    )
     from PIL import Image
 
     _, pixels = decode({**request, "views": "three", "start_s": None, "end_s": None}, print)
     for place, file in enumerate(sorted(folder.iterdir())):
         frame = np.asarray(Image.open(file).convert("RGB"))
-        for view, box in enumerate(VIEWS["three"](80, 64, "256x320", 64)):
+        for view, box in enumerate(VIEWS["three"](80, 64, "256x320", (64, 64))):
             assert np.array_equal(pixels[view, place, 0], render_view(frame, box))
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from s4v.errors import StoreDamagedError, StoreMismatchError
 from s4v.store.codecs.affine import AffineCodec
 from s4v.store.layout import StoreLayout, choose_block
-from s4v.store.reader import PADDING, open_store, pad_places
+from s4v.store.reader import NO_FRAME, open_store, pad_places
 from s4v.store.records import VideoRecord, VideoResult
 from s4v.store.spec import StoreSpec
 from s4v.store.verify import verify_store
@@ -180,7 +180,7 @@ def test_frames_that_a_row_lacks_are_told(tmp_path):
         store.read_clips([0, 1], [[0, 1], [0, 3]])
     with pytest.raises(StoreMismatchError, match="wanted frames -2,1"):
         store.read_clips([1], [[-2, 1]])
-    assert store.read_clips([1], [[PADDING, 1]], arrays=("cls",)).cls[0, 0].any() == np.False_
+    assert store.read_clips([1], [[NO_FRAME, 1]], arrays=("cls",)).cls[0, 0].any() == np.False_
 
 
 @pytest.mark.slow  # thirteen hundred files

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from s4v.errors import ConfigError, StoreMismatchError
 from s4v.extract.extraction import extract_dataset
-from s4v.store.reader import PADDING, open_store
+from s4v.store.reader import NO_FRAME, open_store
 from s4v.train.clips import (
     ClipLoader,
     LabelledRows,
@@ -173,7 +173,7 @@ def test_whole_rows_are_padded_beside_rows_of_like_length(counts, batch, epoch):
         lengths = data.num_cached_frames[plan.rows]
         assert plan.places.shape == (len(plan.rows), lengths.max()) and len(plan.rows) <= batch
         for clip, length in zip(plan.places, lengths, strict=True):
-            assert clip.tolist() == [*range(length), *[PADDING] * (len(clip) - length)]
+            assert clip.tolist() == [*range(length), *[NO_FRAME] * (len(clip) - length)]
         assert np.array_equal(plan.labels, plan.rows % 3)
     again = plan_whole_rows(data, batch_size=batch, seed=0, epoch=epoch)
     assert all(np.array_equal(one.rows, other.rows) for one, other in zip(plans, again, strict=True))
@@ -182,7 +182,7 @@ def test_whole_rows_are_padded_beside_rows_of_like_length(counts, batch, epoch):
 def test_batches_by_length_waste_little():
     counts = np.random.default_rng(0).integers(1, 400, 640)
     plans = plan_whole_rows(uneven_rows(counts), batch_size=8, seed=0, epoch=0)
-    padding = sum(int((plan.places == PADDING).sum()) for plan in plans)
+    padding = sum(int((plan.places == NO_FRAME).sum()) for plan in plans)
     assert padding < 0.1 * counts.sum(), "at random it would be two thirds"
 
 

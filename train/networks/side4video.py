@@ -435,6 +435,12 @@ class Side4Video(NetworkKind):
         side_width = options.side_width or _find_side_width(store.layout.width)
         if side_width % HEAD_WIDTH:
             raise ConfigError(f"--side-width must be a multiple of 64 (one attention head); found {side_width}")
+        patch_height, patch_width = store.facts.backbone.patch_size
+        if patch_height != patch_width and "pixels" in ARRAYS[options.inputs]:
+            raise StoreMismatchError(
+                f"the pixel stem takes square patches; those of {store.path} have {patch_height} x {patch_width} "
+                "pixels. Take --inputs tokens."
+            )
         ends: dict[str, Any] = {}
         if outputs.embed_dim is not None:
             last = store.facts.backbone.depth - 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def require_fitting_store(official: OfficialCheckpoint, store: StoreReader) -> l
     facts: dict[str, tuple[Any, Any]] = {
         "width": (shape.width, backbone.width),
         "patch size": (shape.patch_px, backbone.patch_size[0]),
-        "patches of a frame": (shape.num_patches, store.layout.num_patches),
+        "patches of a frame": (_describe_grid(shape.num_patches), "x".join(map(str, backbone.grid))),
         "family of side blocks": (shape.family, side_family(store)),
     }
     if official.depth is not None:
@@ -130,6 +131,12 @@ def require_fitting_store(official: OfficialCheckpoint, store: StoreReader) -> l
     return [*facts, "layers", *sorted(official.end)]
 
 
+def _describe_grid(num_patches: int) -> str:
+    """`14x14` of 196: the reference has squares alone; the number where it is none's."""
+    side = math.isqrt(num_patches)
+    return f"{side}x{side}" if side**2 == num_patches else str(num_patches)
+
+
 def _compare_ends(end: Mapping[str, torch.Tensor], head: Mapping[str, np.ndarray], *, with_numbers: bool) -> list[str]:
     differences = []
     for name, tensor in end.items():
@@ -149,7 +156,7 @@ def _relative_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
 def _describe_unknown_source(official: OfficialCheckpoint) -> dict[str, Any]:
     """`describe_source` as far as a checkpoint tells it; None is not compared with a store."""
     known: dict[str, Any] = {"width": official.shape.width, **_PIXELS}
-    grid = round(official.shape.num_patches**0.5)
+    grid = math.isqrt(official.shape.num_patches)
     if grid**2 == official.shape.num_patches:
         known["image_size"] = [grid * official.shape.patch_px] * 2
     return {
