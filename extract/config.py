@@ -10,7 +10,7 @@ from typing import Literal
 
 from ..errors import ConfigError, EnvironmentFailedError
 from ..store.layout import DEFAULT_CODEC, PATCH_DTYPES, PatchDtype
-from ..store.records import VideoRecord
+from ..store.records import VideoRecord, count_augmented
 from .datasets import (
     PLAIN_RECIPE,
     ExtractionRecipe,
@@ -20,10 +20,11 @@ from .datasets import (
     read_listing,
     resolve_protocol,
 )
+from .decode.augmented_views import check_augmented_name, check_steps
 from .decode.sampling import SAMPLINGS
 from .decode.views import RESIZES, VIEWS
 
-RECIPE_FIELDS = ("frames", "sampling", "clips", "validation_clip", "resize", "views")
+RECIPE_FIELDS = ("frames", "sampling", "clips", "validation_clip", "resize", "views", "augmentation")
 """Fields of a config that its data set's recipe fills in where nobody says otherwise."""
 ALLOWED_LOSS_SHARE = 0.02
 _MAX_TIMEOUT_S = 24 * 3600
@@ -90,10 +91,12 @@ class ExtractConfig:
     resize: str | None = None
     """256: short side 256, crop 224. 256x320: that size. 224: the backbone's own."""
     views: dict[str, str] | None = None
-    """centre, flip (with its mirror image), three; by split: test=three,centre.
+    """centre, flip (with its mirror image), three, augment:N; by split: train=augment:4,centre.
 
-    The key "" is for splits that are not named.
+    `augment:N` is the centre, and N views behind it that are drawn. The key "" is for splits that are not named.
     """
+    augmentation: tuple[str, ...] | None = None
+    """How augment:N draws: some of randaugment, crop, flip, grey. [the data set's]"""
     layers: str = "paper"
     """paper, all, last4, or 0-based blocks: 1,3,5."""
     dtype: PatchDtype = "int8"
@@ -197,7 +200,11 @@ class ExtractConfig:
         SAMPLINGS[recipe.sampling](1, 1, max(recipe.clips.values(), default=1))  # refuses clips that it does not have
         _check_choice("--resize", recipe.resize, RESIZES)
         for name in recipe.views.values():
-            _check_choice("--views", name, VIEWS)
+            check_augmented_name(name)
+            if not count_augmented(name):
+                _check_choice("--views", name, [*VIEWS, "augment:N"])
+        self._require_training_split()
+        check_steps(recipe.augmentation)
         if not find_reader(self.dataset).may_be_mirrored and "flip" in recipe.views.values():
             raise ConfigError("--views flip would turn left into right, and these classes too: take three or centre")
         _check_choice("--dtype", self.dtype, PATCH_DTYPES)
@@ -315,6 +322,22 @@ class ExtractConfig:
     def views_of(self, split: str) -> str:
         """The name of the views of a row of this split."""
         return self.recipe.views.get(split, self.recipe.views.get("", "centre"))
+
+    def sampled_views_of(self, split: str) -> str:
+        """The name of the views of this split that a codec is fitted and measured on: the centre, and drawn ones."""
+        name = self.views_of(split)
+        return name if count_augmented(name) else "centre"
+
+    def _require_training_split(self) -> None:
+        """Refuse drawn views of rows that something is evaluated on."""
+        views = self.recipe.views
+        if evaluated := sorted(split for split, name in views.items() if split != "train" and count_augmented(name)):
+            name = views[evaluated[0]]
+            which = ", ".join(split or "all splits that are not named" for split in evaluated)
+            raise ConfigError(
+                f"--views {name} is for the split train, whose clips are trained on; found it for {which}. "
+                f"Take --views train={name},centre"
+            )
 
     def _find_recipe(self) -> ExtractionRecipe:
         recipe = find_reader(self.dataset).recipe

@@ -20,7 +20,7 @@ from ..store.records import VideoRecord
 from ..store.texts import count_text_bytes
 from .config import ExtractConfig
 from .decode.pool import DecoderPool
-from .decode.views import NUM_VIEWS
+from .decode.views import count_views
 from .disk_space import free_bytes
 from .recipe import settle_recipe
 from .segments import list_rows
@@ -181,7 +181,7 @@ def plan_command(
     )
     by_split = {split: (count, config.frames_of(split)) for split, count in splits.items()}
     num_rows, num_frames = sum(splits.values()), max(cached for _, cached in by_split.values())
-    views = {split: NUM_VIEWS[config.views_of(split)] for split in splits}
+    views = {split: count_views(config.views_of(split)) for split in splits}
     layout = plan_layout(config, backbone, num_rows, num_frames, max(views.values()))
     if with_probe:
         rate = probe_backbone(backbone.load_weights(), layout, config.batch_size)

@@ -35,6 +35,8 @@ def settle_recipe(config: ExtractConfig, target: Target) -> ExtractConfig:
         source = target.reader.facts
         protocol = config.protocol or source.dataset.protocol
     values = {name: getattr(source, name) for name in RECIPE_FIELDS if getattr(config, name) is None}
+    if target.reader is None:
+        values.pop("augmentation", None)  # the recipe has it, and only where it was given it is told as given
     return replace(config, protocol=protocol, **values)
 
 

@@ -227,7 +227,7 @@ def _write_arrays(
         here = slice(place, int(np.searchsorted(good, rows.stop)))
         held, span = good[here], slice(offsets[here.start], offsets[here.stop])
         if trained is None:
-            vectors = normalise_rows(store.read_embeddings(rows)[held - rows.start])
+            vectors = normalise_rows(store.read_shown_embeddings(rows)[held - rows.start])
             if (np.isfinite(vectors[:, 0]).all(axis=2).sum(axis=1) != counts[here]).any():
                 raise StoreDamagedError(f"{store.path / 'embedding'} has lost frames of rows {held[0]} to {held[-1]}")
             pooled[here] = pool_frames(vectors)

@@ -260,4 +260,6 @@ def _render_fidelity(fidelity: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"  {one['layer']:5}  {one['variance_kept']:8.2%}  {errors}  {normed}  {one['cosine_median']:6.4f}"
         )
+    if clipped := fidelity.get("clipped"):
+        lines.append("clipped codes: " + ", ".join(f"{view} {share:.3%}" for view, share in clipped.items()))
     return lines

@@ -23,6 +23,10 @@ import numpy as np
 
 FORMAT_VERSION = 2
 """Of new stores. A store of version 1 keeps its done-markers in Parquet, and stays of that version."""
+AUGMENTED_FORMAT_VERSION = 3
+"""Of new stores with augmented views: an older s4v would search them, and train on labels that they do not have."""
+NEWEST_FORMAT_VERSION = AUGMENTED_FORMAT_VERSION
+"""What this version reads at most."""
 
 STATS_NAME = "stats.json"
 """File of a store that says how long its last extraction took."""

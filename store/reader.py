@@ -26,8 +26,9 @@ from .checksums import APPEND_NAME, CHECKSUMS_NAME
 from .codecs import CODECS
 from .codecs.contract import Codec
 from .facts import StoreFacts
-from .layout import FORMAT_VERSION, ArraySpec
+from .layout import NEWEST_FORMAT_VERSION, ArraySpec
 from .markers import PARTS_NAME, Marker, find_markers, marker_path, read_joined, read_marker
+from .records import count_augmented
 from .row_checks import check_captions, check_rows
 
 _CLIP_ARRAYS = ("patches", "cls", "pixels")
@@ -327,6 +328,13 @@ class StoreReader:
             raise self._damage("embedding", good[missing], "the chunk is missing")
         return values
 
+    def read_shown_embeddings(self, rows: range | None = None) -> np.ndarray:
+        """As `read_embeddings`, with NaN for views that were drawn for training: a search does not look at them."""
+        values = self.read_embeddings(rows)
+        if self._is_augmented.any():
+            values[self._is_augmented if rows is None else self._is_augmented[rows.start : rows.stop], 1:] = np.nan
+        return values
+
     def read_row(self, row: int, num_views: int, num_frames: int) -> dict[str, np.ndarray]:
         """All that a row has in the arrays, whatever the manifest says of it.
 
@@ -404,6 +412,13 @@ class StoreReader:
     @cached_property
     def _verified(self) -> set[str]:
         return set()
+
+    @cached_property
+    def _is_augmented(self) -> np.ndarray:
+        """(V,) whether views behind the first one of a row were drawn."""
+        if not any(map(count_augmented, self.facts.views.values())):
+            return np.zeros(self.layout.num_rows, dtype=bool)
+        return np.array([self.facts.is_augmented(split) for split in self.input_columns()["split"].to_pylist()])
 
     @cached_property
     def _row_states(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -548,8 +563,10 @@ def open_store(path: str | Path) -> StoreReader:
     version = attributes["format_version"]
     if type(version) is not int or version < 1:
         raise StoreDamagedError(f"{metadata} records the format {ascii(version)[:60]}, which is none. {_MEND}")
-    if version > FORMAT_VERSION:
-        raise StoreMismatchError(f"{path} has format {version}, this s4v reads up to {FORMAT_VERSION}. Update s4v.")
+    if version > NEWEST_FORMAT_VERSION:
+        raise StoreMismatchError(
+            f"{path} has format {version}, this s4v reads up to {NEWEST_FORMAT_VERSION}. Update s4v."
+        )
     if _recorded_hashes(path).get("zarr.json") not in (None, hash_file(metadata)):
         raise StoreDamagedError(f"{metadata} does not match its recorded hash. Extract the store anew (--overwrite).")
     store = StoreReader(path, attributes)

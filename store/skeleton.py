@@ -11,18 +11,17 @@ import pyarrow as pa
 from . import manifest
 from ._zarr import create_array, write_group, write_small_array
 from .checksums import write_checksums
-from .layout import FORMAT_VERSION
 from .markers import PARTS_NAME
 from .spec import StoreSpec
 
 
-def write_skeleton(folder: Path, spec: StoreSpec, format_version: int = FORMAT_VERSION) -> pa.Table:
+def write_skeleton(folder: Path, spec: StoreSpec, format_version: int | None = None) -> pa.Table:
     """Everything of a store but its shards.
 
     Args:
         folder: Where; it must not be there yet.
         spec: What to make it of, codec and the tower's end included.
-        format_version: To record; a store that is there keeps its own.
+        format_version: To record: a store that is there keeps its own. None takes that of a new one.
 
     Returns:
         The manifest's input columns.
@@ -37,7 +36,8 @@ def write_skeleton(folder: Path, spec: StoreSpec, format_version: int = FORMAT_V
     (folder / PARTS_NAME).mkdir()
     manifest.write_table(folder / manifest.MANIFEST_NAME, manifest.pending_manifest(inputs))
     manifest.write_table(folder / manifest.CAPTIONS_NAME, manifest.caption_table(spec.records))
-    write_group(folder, {"s4v": {**spec.full_attributes(), "format_version": format_version}})
+    version = spec.format_version if format_version is None else format_version
+    write_group(folder, {"s4v": {**spec.full_attributes(), "format_version": version}})
     write_checksums(folder)
     return inputs
 

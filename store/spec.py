@@ -12,9 +12,9 @@ import pyarrow as pa
 from ..errors import StoreError
 from . import manifest
 from .codecs.contract import Codec
-from .layout import DEFAULT_CODEC, FORMAT_VERSION, StoreLayout
+from .layout import AUGMENTED_FORMAT_VERSION, DEFAULT_CODEC, FORMAT_VERSION, StoreLayout
 from .reader import StoreReader, open_store
-from .records import VideoRecord
+from .records import VideoRecord, count_augmented
 
 # May differ between two runs without making their stores differ: data, weights and a codec's source may lie elsewhere
 # by now. What they are is told by paths below the root, by the weights' hash and by the codec's. The activation follows
@@ -63,11 +63,17 @@ class StoreSpec:
         assert self.codec is not None
         sizes = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.layout).items()}
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             **self.attributes,
             "layout": {**sizes, "pixel_offsets_unit": "frame"},
             "codec": _describe_codec(self.codec),
         }
+
+    @property
+    def format_version(self) -> int:
+        """The lowest that a new store of these attributes is read right by."""
+        views = self.attributes.get("views") or {}
+        return AUGMENTED_FORMAT_VERSION if any(map(count_augmented, views.values())) else FORMAT_VERSION
 
     def input_table(self) -> pa.Table:
         """The manifest's input columns of its records."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ from ..files import hash_text
 from ..store.codecs.contract import Codec
 from ..store.reader import Clips, StoreReader
 from ..store.texts import TextReader, Texts
+from .choices import TrainedViews
 from .networks.contract import Network
 from .networks.text_interaction import TextBatch
 from .transfer import Streams, WaitMeter, copy_ahead, find_streams, time_waiting
@@ -105,6 +107,9 @@ class LabelledRows:
     """How the clips were chosen."""
     shows_centre_alone: bool = False
     """Whether an evaluation looks at the centre view of a row, not at all of them."""
+    view_labels: np.ndarray | None = None
+    """(n, A) the label of each view of a row in training, -1 of one that is not trained on; None where every view that
+    there is has the row's."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -120,10 +125,26 @@ class LabelledRows:
             eval_clips=[self.eval_clips[place] for place in places],
             centre_views=None if self.centre_views is None else self.centre_views[places],
             validation_clips=self.validation_clips and [self.validation_clips[place] for place in places],
+            view_labels=None if self.view_labels is None else self.view_labels[places],
         )
+
+    @property
+    def labels_by_view(self) -> np.ndarray:
+        """(n, A) `view_labels`, whatever there is."""
+        if self.view_labels is not None:
+            return self.view_labels
+        is_there = np.arange(int(self.num_views.max(initial=1))) < self.num_views[:, None]
+        return np.where(is_there, self.labels[:, None], -1)
+
+    @property
+    def num_trained_views(self) -> np.ndarray:
+        """(n,) views of each row that training takes clips of."""
+        return (self.labels_by_view >= 0).sum(axis=1)
 
 
 _ROW_COLUMNS = ["num_cached_frames", "num_views", "eval_clips", "validation_clip"]
+
+_VIEW_COLUMNS = ["views", "augmentations"]
 
 _FIRST_CLIP_ALONE = frozenset({"reference-k400"})
 """Samplings whose first clip of several is the one that they make where they make one; of others the middle one is."""
@@ -131,7 +152,7 @@ _FIRST_CLIP_ALONE = frozenset({"reference-k400"})
 
 def find_labelled_rows(store: StoreReader, split: str) -> LabelledRows:
     """The rows of a split that decoded and have a label; none is no error here."""
-    table = store.read_manifest(["split", "status", "label", *_ROW_COLUMNS])
+    table = store.read_manifest(["split", "status", "label", *_columns_of(store, split)])
     is_of_split = pyarrow.compute.and_(
         pyarrow.compute.and_(
             pyarrow.compute.equal(table["split"], split), pyarrow.compute.equal(table["status"], "ok")
@@ -140,12 +161,13 @@ def find_labelled_rows(store: StoreReader, split: str) -> LabelledRows:
     )
     rows = np.flatnonzero(is_of_split.to_numpy())
     own = table.take(rows)
-    return _make_rows(rows, own["label"].to_numpy().astype(np.int64), own, store, split)
+    return _make_rows(rows, own["label"].to_numpy().astype(np.int64), own, store, split, store.classes.names)
 
 
 def find_captioned_rows(store: StoreReader, split: str) -> LabelledRows:
     """The captions of a split's good rows, each with its row, in the order of the captions."""
-    table = store.read_manifest(["video_id", "split", "status", *_ROW_COLUMNS])
+    columns = _columns_of(store, split)
+    table = store.read_manifest(["video_id", "split", "status", *columns])
     is_wanted = pyarrow.compute.and_(
         pyarrow.compute.equal(table["split"], split), pyarrow.compute.equal(table["status"], "ok")
     ).to_numpy()
@@ -154,10 +176,91 @@ def find_captioned_rows(store: StoreReader, split: str) -> LabelledRows:
     rows = np.asarray(owners, dtype=np.int64)
     captions = np.flatnonzero(rows >= 0)
     rows = rows[captions]
-    return _make_rows(rows, captions, table.select(_ROW_COLUMNS).take(rows), store, split)
+    return _make_rows(rows, captions, table.select(columns).take(rows), store, split)
 
 
-def _make_rows(rows: np.ndarray, labels: np.ndarray, table: pa.Table, store: StoreReader, split: str) -> LabelledRows:
+def _columns_of(store: StoreReader, split: str) -> list[str]:
+    """Columns of the manifest that say what clips of a row there are; the views where they are not alike."""
+    return [*_ROW_COLUMNS, *_VIEW_COLUMNS] if store.facts.is_augmented(split) else _ROW_COLUMNS
+
+
+def label_views(table: pa.Table, labels: np.ndarray, class_names: Sequence[str] | None) -> np.ndarray:
+    """The label of each view of rows whose views were drawn.
+
+    A mirror image may show another class. Where the store has no such class, the view is not trained on. Nor is it
+    beside captions, which may tell left from right or name colours, where anything but a crop was drawn.
+
+    Args:
+        table: Columns views and augmentations of the manifest.
+        labels: (n,) of the rows.
+        class_names: In label order; None where labels are captions.
+
+    Returns:
+        (n, A) labels, -1 of views that are not trained on.
+    """
+    label_of = {name: label for label, name in enumerate(class_names or ())}
+
+    def label(own: int, view: dict[str, Any], drawn: dict[str, Any] | None) -> int:
+        if drawn is None:
+            return own
+        if class_names is None:
+            return -1 if view["flip"] or drawn["grey"] or drawn["operations"] else own
+        return own if drawn["class_name"] is None else label_of.get(drawn["class_name"], -1)
+
+    views, drawn = (table[name].to_pylist() for name in _VIEW_COLUMNS)
+    by_view = np.full((len(table), max(map(len, views), default=1)), -1, dtype=np.int64)
+    for row, (own, of_row, of_views) in enumerate(zip(labels.tolist(), views, drawn, strict=True)):
+        for place, view in enumerate(of_row):
+            by_view[row, place] = label(own, view, None if of_views is None else of_views[place])
+    return by_view
+
+
+def take_trained_views(data: LabelledRows, wanted: TrainedViews, store: StoreReader, split: str) -> LabelledRows:
+    """The same rows, of which training takes clips of some views alone.
+
+    Args:
+        data: Rows of one split.
+        wanted: `all`, the `centre`, or those that were drawn (`augmented`).
+        store: Theirs.
+        split: Theirs.
+
+    Raises:
+        StoreMismatchError: If they have no views that were drawn, or a row has none that it can be trained on.
+    """
+    if wanted == "augmented" and not store.facts.is_augmented(split):
+        raise StoreMismatchError(
+            f"--train-views augmented: rows of split {split!r} of {store.path} have the views "
+            f"{store.facts.views_of(split)}, of which none is drawn. Extract with --views {split}=augment:4,centre."
+        )
+    by_view = data.labels_by_view
+    _, firsts = np.unique(data.rows, return_index=True)  # a row stands there once for each of its captions
+    if num_lost := int(data.num_views[firsts].sum() - data.num_trained_views[firsts].sum()):
+        _log.warning(
+            "%d of %d views of %s are not trained on: they show a class that the store does not have (mirrored), or "
+            "something else than their captions say",
+            *(num_lost, int(data.num_views[firsts].sum()), store.path),
+        )
+    if wanted == "all" or not len(data):
+        return data
+    centre = store.facts.centre_view(split)
+    is_wanted = (np.arange(by_view.shape[1]) == centre) == (wanted == "centre")
+    by_view = np.where(is_wanted, by_view, -1)
+    if (is_lost := (by_view < 0).all(axis=1)).any():
+        raise StoreMismatchError(
+            f"{int(is_lost.sum())} training rows of {store.path} have no drawn view that they can be trained on, such "
+            f"as row {int(data.rows[is_lost][0])}: train with --train-views all"
+        )
+    return replace(data, view_labels=by_view)
+
+
+def _make_rows(
+    rows: np.ndarray,
+    labels: np.ndarray,
+    table: pa.Table,
+    store: StoreReader,
+    split: str,
+    class_names: Sequence[str] | None = None,
+) -> LabelledRows:
     return LabelledRows(
         rows,
         labels,
@@ -167,6 +270,8 @@ def _make_rows(rows: np.ndarray, labels: np.ndarray, table: pa.Table, store: Sto
         np.full(len(rows), store.facts.centre_view(split)),
         table["validation_clip"].to_pylist(),
         store.facts.sampling,
+        shows_centre_alone=store.facts.is_augmented(split),
+        view_labels=label_views(table, labels, class_names) if "views" in table.column_names else None,
     )
 
 
@@ -281,17 +386,19 @@ def plan_training_epoch(
     order = generator.permutation(len(data))
     bounds = np.arange(num_frames + 1) * data.num_cached_frames[:, None] // num_frames
     places = np.stack([generator.integers(bounds[:, :-1], bounds[:, 1:]) for _ in range(views_per_video)], axis=1)
-    # A random order of each row's views, those it does not have last.
-    chances = generator.random((len(data), int(data.num_views.max(initial=1))))
-    chances[np.arange(chances.shape[1]) >= data.num_views[:, None]] = 2
+    # A random order of each row's views, those that it is not trained on last.
+    labels, num_views = data.labels_by_view, data.num_trained_views
+    chances = generator.random(labels.shape)
+    chances[labels < 0] = 2
     views = chances.argsort(axis=1)[:, :views_per_video]
     size = min(batch_size // views_per_video, len(order) // num_ranks)
     plans = []
     for first in range(0, len(order) - size * num_ranks + 1, size * num_ranks):
         videos = order[first + rank * size :][:size]
-        which, view = np.nonzero(np.arange(views.shape[1]) < data.num_views[videos, None])
+        which, view = np.nonzero(np.arange(views.shape[1]) < num_views[videos, None])
         clips = videos[which]
-        plans.append(ClipPlan(data.rows[clips], views[clips, view], places[clips, view], data.labels[clips]))
+        shown = views[clips, view]
+        plans.append(ClipPlan(data.rows[clips], shown, places[clips, view], labels[clips, shown]))
     return plans
 
 

@@ -58,10 +58,15 @@ class DecodeRequest:
     timeout_s: float = 60.0
     allow_loss: float = 0.02
     """Share of the announced frames that may be missing from a good video."""
+    augmentation: tuple[str, ...] = ()
+    """Steps of views that are drawn; they depend on this and on the next three."""
+    seed: int = 0
+    video_id: str = ""
+    class_name: str | None = None
 
     @classmethod
     def of(cls, record: VideoRecord, config: ExtractConfig, *, crop_px: int, num_frames: int | None = None) -> Self:
-        """What an extraction asks of one video's decoding: what its split caches, or so many frames of one view."""
+        """What an extraction asks of one video's decoding: what its split caches, or so many frames for a sample."""
         split = record.split
         is_sample = num_frames is not None
         return cls(
@@ -72,13 +77,17 @@ class DecodeRequest:
             holds_validation_clip=not is_sample and bool(config.validation_clips_of(split)),
             resize=config.recipe.resize,
             crop_px=crop_px,
-            views="centre" if is_sample else config.views_of(split),
+            views=config.sampled_views_of(split) if is_sample else config.views_of(split),
             start_s=record.start_s,
             end_s=record.end_s,
             frame_fps=frame_rate(config.dataset),
             decoder=config.decoder,
             timeout_s=config.decode_timeout_s,
             allow_loss=config.allow_loss,
+            augmentation=config.recipe.augmentation,
+            seed=config.seed,
+            video_id=record.video_id,
+            class_name=record.class_name,
         )
 
 
@@ -358,7 +367,7 @@ class _Child:
         shape = message["shape"]
         data = self._read_bytes(int(np.prod(shape)), budget_s * _WALL_FACTOR)
         facts = {k: v for k, v in message.items() if k not in ("event", "ok", "shape")}
-        facts["views"] = [View(**view) for view in facts["views"]]
+        facts["views"] = [View.from_dict(view) for view in facts["views"]]
         return DecodedVideo(np.frombuffer(data, dtype=np.uint8).reshape(shape), facts)
 
     def kill(self) -> None:

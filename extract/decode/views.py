@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
 
-from ...store.records import View
+from ...store.records import View, count_augmented
+from .augmented_views import augment_views, render_augmented
 
 Size = tuple[int, int]
 """(width, height) in pixels."""
@@ -94,6 +95,41 @@ NUM_VIEWS = {name: len(make(224, 224, "224", 224)) for name, make in VIEWS.items
 """How many there are of each."""
 
 
+def count_views(name: str) -> int:
+    """How many views a name makes, of `VIEWS` or `augment:N`."""
+    return 1 + count_augmented(name) if count_augmented(name) else NUM_VIEWS[name]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drawing:
+    """What the drawn views of a row depend on, beside the size of its frames."""
+
+    steps: tuple[str, ...]
+    """Of `augmented_views.STEPS`."""
+    seed: int
+    """Of the extraction."""
+    video_id: str
+    class_name: str | None
+
+
+def make_views(name: str, width: int, height: int, resize: str, crop_px: int, drawing: Drawing) -> list[View]:
+    """The views of a row.
+
+    Args:
+        name: Of `VIEWS`, or `augment:N`.
+        width: Of the upright frame, pixels.
+        height: Of the upright frame, pixels.
+        resize: A name in `RESIZES`.
+        crop_px: Side of the square that the backbone sees.
+        drawing: Of drawn views.
+    """
+    if not count_augmented(name):
+        return VIEWS[name](width, height, resize, crop_px)
+    centre = centre_view(width, height, resize, crop_px)
+    drawn = {"seed": drawing.seed, "video_id": drawing.video_id, "class_name": drawing.class_name}
+    return augment_views(name, centre, drawing.steps, **drawn)
+
+
 def render_view(frame: np.ndarray, view: View) -> np.ndarray:
     """Resize a frame (PIL, bicubic, antialiased), take the view's box, mirror it if the view says so.
 
@@ -120,6 +156,9 @@ def render_views(frame: np.ndarray, views: Sequence[View]) -> list[np.ndarray]:
     resized: dict[Size, np.ndarray] = {(frame.shape[1], frame.shape[0]): frame}
     crops = []
     for view in views:
+        if view.augmentation is not None:
+            crops.append(render_augmented(frame, view))
+            continue
         size = (view.resized_width, view.resized_height)
         if size not in resized:
             resized[size] = np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))

@@ -27,7 +27,7 @@ from .sampling import sample_clips
 from .source import Fingerprint, SourceFacts, read_source, take_fingerprint
 from .trouble import MEMORY_LIMIT, DecodeTrouble, as_failure, unexpected_failure, verdict_of
 from .video_file import ALLOWED_LOSS_SHARE, DecodeFailure, Timeline, VideoFile, decord
-from .views import VIEWS, render_views
+from .views import Drawing, make_views, render_views
 
 # A container may announce any length: it gets at most so many CPU seconds for each packet that it really holds.
 _MOST_PER_PACKET_S = 0.1
@@ -78,9 +78,15 @@ class _Renderer:
     def __call__(self, frame: np.ndarray) -> list[np.ndarray]:
         if self.size is None:
             height, width = frame.shape[:2]
-            request = self._request
-            make = VIEWS[request.get("views", "centre")]
-            self.size, self.views = (width, height), make(width, height, request["resize"], request["crop_px"])
+            request, self.size = self._request, (width, height)
+            drawing = Drawing(
+                steps=tuple(request.get("augmentation", ())),
+                seed=request.get("seed", 0),
+                video_id=request.get("video_id", ""),
+                class_name=request.get("class_name"),
+            )
+            name = request.get("views", "centre")
+            self.views = make_views(name, width, height, request["resize"], request["crop_px"], drawing)
         return render_views(frame, self.views)
 
 
@@ -94,7 +100,8 @@ def decode(
 
     Args:
         request: path, num_frames (0 asks for the video's length alone), sampling, num_clips, holds_validation_clip,
-            start_s, end_s, resize, crop_px, views, decoder; allow_loss; frame_fps for folders of pictures.
+            start_s, end_s, resize, crop_px, views, decoder; allow_loss; frame_fps for folders of pictures; video_id,
+            class_name, seed and augmentation for views that are drawn.
         announce: Called with the CPU seconds that the video's length is worth, as soon as it is known.
         last_video: What the request before this one has left open.
         tell_source: Called with the source's facts before anything is decoded, unless the length alone is asked for.

@@ -23,6 +23,7 @@ from ..clips import (
     find_labelled_rows,
     hold_out_rows,
     plan_training_epoch,
+    take_trained_views,
 )
 from ..networks.contract import Network, Outputs
 from ..paired import Answers
@@ -159,10 +160,12 @@ class Task(ABC):
         Args:
             by_class: Whether every class gives its share of what is held out.
         """
-        config, training = self._config, self.find_rows(self._store, self._config.train_split)
+        config, store = self._config, self._store
+        training = self.find_rows(store, config.train_split)
+        training = take_trained_views(training, config.train_views, store, config.train_split)
         if config.hold_out is None or not len(training):
-            return training, self.find_rows(self._store, config.val_split)
-        return hold_out_rows(training, self._store, config.hold_out, seed=config.seed_of_order, by_class=by_class)
+            return training, self.find_rows(store, config.val_split)
+        return hold_out_rows(training, store, config.hold_out, seed=config.seed_of_order, by_class=by_class)
 
     def begin(self, network: Network) -> None:
         """Called once before the first step, with the network as it will be trained. By default nothing."""
