@@ -15,7 +15,7 @@ from ..errors import StoreDamagedError
 from ..files import describe_bytes
 from .fidelity import NOTABLE_LOSS, read_fidelity
 from .reader import StoreReader
-from .records import Status
+from .records import Status, count_augmented
 from .texts import TEXT_NAME, TextReader, has_current_texts
 
 _SHOWN_VIDEOS = 20
@@ -80,8 +80,8 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
     Returns:
         rows (and files) by status, rows by split, failures and pending rows by reason code, arrays with shape, dtype
         and bytes on disk, bytes of one cached frame, backbone, codec and what it costs (fidelity; None where that is
-        not known), layers, frames, sampling, resize, clips, views, validation_clip and recipe (None where there was
-        none), classes, captions.
+        not known), layers, frames, sampling, resize, clips, views, augmentation, validation_clip and recipe (None where
+        there was none), classes, captions.
     """
     table = store.read_manifest(["path", "split", "status", "reason", "num_cached_frames", "num_views"])
     attributes, facts = store.attributes, store.facts
@@ -122,7 +122,7 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
         "frames": attributes["frames"],
         "sampling": facts.sampling,
         "resize": facts.resize,
-        **{name: getattr(facts, name) for name in ("clips", "views", "validation_clip", "recipe")},
+        **{name: getattr(facts, name) for name in ("clips", "views", "augmentation", "validation_clip", "recipe")},
         "codec": {
             **attributes["codec"],
             "channels": store.layout.channels,
@@ -148,6 +148,17 @@ def _folder_bytes(folder: str) -> int:
     return total
 
 
+def _find_of(by_split: Mapping[str, Any], split: str) -> Any:
+    return by_split.get(split, by_split.get(""))
+
+
+def _describe_views(facts: Mapping[str, Any], split: str) -> str:
+    """Of a split with more than the centre."""
+    views = _find_of(facts["views"], split) or "centre"
+    drawn = f": {', '.join(facts['augmentation'] or ())}" if count_augmented(views) else ""
+    return "" if views == "centre" else f", views {views}{drawn}"
+
+
 def _describe_activation(backbone: Mapping[str, Any]) -> str:
     """Of its MLPs; nothing where the store does not tell it."""
     return f", {backbone['activation']}" if "activation" in backbone else ""
@@ -160,7 +171,7 @@ def render_info(facts: Mapping[str, Any]) -> list[str]:
         "store": f"{facts['store']} (format {facts['format_version']}, {facts['created']})",
         "videos": _describe_counts(facts["videos"], facts["files"]),
         "splits": "; ".join(
-            f"{name}: {sum(counts.values())} (frames {facts['frames'].get(name, facts['frames'].get(''))})"
+            f"{name}: {sum(counts.values())} (frames {_find_of(facts['frames'], name)}{_describe_views(facts, name)})"
             for name, counts in sorted(facts["splits"].items())
         ),
         "failures": _describe_reasons(facts["failures"]) or "none",

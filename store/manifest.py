@@ -30,12 +30,19 @@ _VIEW = pa.struct(
         ("seed", pa.int64()),
     ]
 )
+
+
+def _list_of(type_: pa.DataType) -> pa.DataType:
+    """A list as Parquet gives it back: a column that is there from its first row is then written as it was read."""
+    return pa.list_(pa.field("element", type_))
+
+
 _AUGMENTATION = pa.struct(
     [
         ("scaled_width", pa.int32()),
         ("scaled_height", pa.int32()),
         ("grey", pa.bool_()),
-        ("operations", pa.list_(pa.struct([("name", pa.string()), ("argument", pa.float64())]))),
+        ("operations", _list_of(pa.struct([("name", pa.string()), ("argument", pa.float64())]))),
         ("class_name", pa.string()),
     ]
 )
@@ -71,7 +78,7 @@ RESULT_SCHEMA = pa.schema(
         ("source_mtime_ns", pa.int64()),
         ("source_hash", pa.string()),
         ("validation_clip", pa.list_(pa.int32())),
-        ("augmentations", pa.list_(_AUGMENTATION)),
+        ("augmentations", _list_of(_AUGMENTATION)),
     ]
 )
 _OPTIONAL_COLUMNS = frozenset({"augmentations"})

@@ -85,6 +85,8 @@ def _rotate(picture: Image.Image, degrees: float) -> Image.Image:
 
 
 def _posterize(picture: Image.Image, bits: float) -> Image.Image:
+    if bits < 1:  # Pillow refuses to leave nothing, and timm would with it: six deviations away from the mean
+        return Image.new("RGB", picture.size)
     return picture if bits >= 8 else ImageOps.posterize(picture, int(bits))
 
 
