@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -198,21 +198,42 @@ def label_views(table: pa.Table, labels: np.ndarray, class_names: Sequence[str] 
     Returns:
         (n, A) labels, -1 of views that are not trained on.
     """
-    label_of = {name: label for label, name in enumerate(class_names or ())}
-
-    def label(own: int, view: dict[str, Any], drawn: dict[str, Any] | None) -> int:
-        if drawn is None:
-            return own
-        if class_names is None:
-            return -1 if view["flip"] or drawn["grey"] or drawn["operations"] else own
-        return own if drawn["class_name"] is None else label_of.get(drawn["class_name"], -1)
-
-    views, drawn = (table[name].to_pylist() for name in _VIEW_COLUMNS)
-    by_view = np.full((len(table), max(map(len, views), default=1)), -1, dtype=np.int64)
-    for row, (own, of_row, of_views) in enumerate(zip(labels.tolist(), views, drawn, strict=True)):
-        for place, view in enumerate(of_row):
-            by_view[row, place] = label(own, view, None if of_views is None else of_views[place])
+    views, drawn = (_place_entries(table[name]) for name in _VIEW_COLUMNS)
+    by_view = np.full(
+        (len(table), int(max(views.places.max(initial=0), drawn.places.max(initial=0))) + 1), -1, np.int64
+    )
+    by_view[views.rows, views.places] = labels[views.rows]
+    if class_names is not None:
+        shown = pyarrow.compute.struct_field(drawn.values, "class_name")
+        known = pyarrow.compute.index_in(shown, pa.array(class_names, pa.string())).fill_null(-1).to_numpy()
+        is_other = shown.is_valid().to_numpy()
+        by_view[drawn.rows[is_other], drawn.places[is_other]] = known[is_other]
+        return by_view
+    is_flipped = pyarrow.compute.struct_field(views.values, "flip").fill_null(False).to_numpy()
+    by_view[views.rows[is_flipped], views.places[is_flipped]] = -1
+    is_grey = pyarrow.compute.struct_field(drawn.values, "grey").fill_null(False).to_numpy()
+    operations = pyarrow.compute.struct_field(drawn.values, "operations")
+    is_changed = is_grey | (pyarrow.compute.list_value_length(operations).fill_null(0).to_numpy() > 0)
+    by_view[drawn.rows[is_changed], drawn.places[is_changed]] = -1
     return by_view
+
+
+class _Entries(NamedTuple):
+    """The entries of a column of lists, one after the other."""
+
+    values: pa.ChunkedArray
+    rows: np.ndarray
+    """Of each entry."""
+    places: np.ndarray
+    """In its row's list."""
+
+
+def _place_entries(column: pa.ChunkedArray) -> _Entries:
+    """Of a million rows at once: dicts of them would take minutes."""
+    lengths = pyarrow.compute.list_value_length(column).fill_null(0).to_numpy().astype(np.int64)
+    starts = np.cumsum(lengths) - lengths
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    return _Entries(pyarrow.compute.list_flatten(column), rows, np.arange(lengths.sum()) - starts[rows])
 
 
 def take_trained_views(data: LabelledRows, wanted: TrainedViews, store: StoreReader, split: str) -> LabelledRows:

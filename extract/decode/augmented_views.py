@@ -174,13 +174,22 @@ def render_augmented(frame: np.ndarray, view: View) -> np.ndarray:
     Returns:
         (scaled_height, scaled_width, 3) uint8.
     """
+    assert view.augmentation is not None
+    picture = apply_operations(Image.fromarray(frame), view.augmentation.operations)
+    size = (view.resized_width, view.resized_height)
+    return cut_augmented(np.asarray(picture.resize(size, Image.Resampling.BICUBIC)), view)
+
+
+def cut_augmented(resized: np.ndarray, view: View) -> np.ndarray:
+    """What `render_augmented` gives, of a frame that its operations were done on and that has its size.
+
+    Args:
+        resized: (resized_height, resized_width, 3) uint8.
+        view: With an augmentation.
+    """
     drawn = view.augmentation
     assert drawn is not None
-    picture = apply_operations(Image.fromarray(frame), drawn.operations)
-    size = (view.resized_width, view.resized_height)
-    if picture.size != size:
-        picture = picture.resize(size, Image.Resampling.BICUBIC)
-    picture = picture.crop((view.x, view.y, view.x + view.width, view.y + view.height))
+    picture = Image.fromarray(resized).crop((view.x, view.y, view.x + view.width, view.y + view.height))
     picture = picture.resize((drawn.scaled_width, drawn.scaled_height), Image.Resampling.BILINEAR)
     if drawn.grey:
         picture = picture.convert("L").convert("RGB")

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ...store.records import View, count_augmented
-from .augmented_views import augment_views, render_augmented
+from .augmented_views import augment_views, cut_augmented, render_augmented
 
 Size = tuple[int, int]
 """(width, height) in pixels."""
@@ -156,12 +156,15 @@ def render_views(frame: np.ndarray, views: Sequence[View]) -> list[np.ndarray]:
     resized: dict[Size, np.ndarray] = {(frame.shape[1], frame.shape[0]): frame}
     crops = []
     for view in views:
-        if view.augmentation is not None:
+        if view.augmentation is not None and view.augmentation.operations:
             crops.append(render_augmented(frame, view))
             continue
         size = (view.resized_width, view.resized_height)
         if size not in resized:
             resized[size] = np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
+        if view.augmentation is not None:
+            crops.append(cut_augmented(resized[size], view))
+            continue
         box = resized[size][view.y : view.y + view.height, view.x : view.x + view.width]
         crops.append(np.array(box[:, ::-1] if view.flip else box, order="C"))
     return crops

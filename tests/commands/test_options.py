@@ -12,9 +12,12 @@ GOLDEN = Path(__file__).parents[1] / "data/cli_options.json"
 """Made by `describe_commands` of s4v before its options came from config classes."""
 
 NEW = {
-    "extract": ("--codec", "--validation-clip"),
+    "extract": ("--codec", "--validation-clip", "--augmentation"),
     "scan": ("--validation-clip",),
-    "train": ("--set", "--norm-clips", "--log-every", "--optimizer", "--undecayed", "--order-seed", "--hold-out"),
+    "train": (
+        *("--set", "--norm-clips", "--log-every", "--optimizer", "--undecayed", "--order-seed", "--hold-out"),
+        "--train-views",
+    ),
     "compare": ("--run", "--split", "--checkpoint"),
 }
 """Options that have come since, by command."""
