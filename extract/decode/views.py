@@ -126,8 +126,14 @@ def make_views(name: str, width: int, height: int, resize: str, crop_px: int, dr
     if not count_augmented(name):
         return VIEWS[name](width, height, resize, crop_px)
     centre = centre_view(width, height, resize, crop_px)
-    drawn = {"seed": drawing.seed, "video_id": drawing.video_id, "class_name": drawing.class_name}
-    return augment_views(name, centre, drawing.steps, **drawn)
+    return augment_views(
+        name,
+        centre,
+        drawing.steps,
+        seed=drawing.seed,
+        video_id=drawing.video_id,
+        class_name=drawing.class_name,
+    )
 
 
 def render_view(frame: np.ndarray, view: View) -> np.ndarray:
