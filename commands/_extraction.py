@@ -37,6 +37,10 @@ def _parse_splits(splits: list[str] | None) -> tuple[str, ...] | None:
     return tuple(splits) if splits else None
 
 
+def _parse_steps(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(part.strip() for part in text.split(","))
+
+
 def _parse_part(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
@@ -72,6 +76,7 @@ SPELLINGS: Mapping[str, Spelling] = {
     "resize": Spelling(type=str, default=PLAIN_RECIPE.resize, is_open=True),
     "views": Spelling(type=str, default=_show_by_split(PLAIN_RECIPE.views), parse=parse_views, is_open=True),
     "input_size": Spelling(option="input", type=str | None, parse=_parse_input),
+    "augmentation": Spelling(type=str | None, default=None, parse=_parse_steps),
     "part": Spelling(type=str | None, parse=_parse_part),
     "with_classes": Spelling(option="no-classes"),
     "with_pixels": Spelling(option="no-pixels"),

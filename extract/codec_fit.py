@@ -159,7 +159,9 @@ def gather_sample(
                 continue
             # A video shorter than the sample shows frames twice: they would count as more than they are.
             _, distinct = np.unique(video.facts["frame_indices"], return_index=True)
-            frames.append(video.pixels[0, distinct, 0])
+            # Of several views each frame shows another one, and each video begins with another.
+            shown = (np.arange(len(distinct)) + len(frames)) % len(video.pixels)
+            frames.append(video.pixels[shown, distinct, 0])
             ids += [record.video_id] * len(frames[-1])
             padding += [find_padding(video.facts["views"][0], patch_size)] * len(frames[-1])
             count(len(frames))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
 import torch
 
 from ..backbone.vision_tower import Backbone
 from ..store.codecs.affine import round_mantissas
 from ..store.codecs.contract import Codec
-from ..store.fidelity import FIDELITY_NAME, FidelityMeter, LayerFidelity, write_fidelity
+from ..store.fidelity import FIDELITY_NAME, FidelityMeter, LayerFidelity, count_clipped, write_fidelity
 from ..store.reader import StoreReader, is_store, open_store
+from ..store.records import name_views
 from .codec_fit import (
     FrameSample,
     SampleTokens,
@@ -61,7 +63,28 @@ def write_codec_report(job: Job, store: StoreReader, table: pa.Table) -> None:
             batch_size=config.batch_size,
             report=job.report,
         )
-    write_fidelity(store.path, layers, videos=len(set(sample.video_ids)), is_held_out=bool(unseen))
+        clipped = _measure_clipping(store, table) if job.layout.patch_dtype == "int8" else {}
+    write_fidelity(
+        store.path,
+        layers,
+        videos=len(set(sample.video_ids)),
+        is_held_out=bool(unseen),
+        clipped=clipped,
+    )
+
+
+def _measure_clipping(store: StoreReader, table: pa.Table) -> dict[str, float]:
+    """The share of clipped codes of each view of some training rows; nothing where they have no views that are drawn.
+
+    Views that were drawn look otherwise than what most codecs were fitted on, where they were taken over.
+    """
+    if not store.facts.is_augmented("train"):
+        return {}
+    is_good = pa.compute.and_(pa.compute.equal(table["status"], "ok"), pa.compute.equal(table["split"], "train"))
+    rows = np.flatnonzero(is_good.to_numpy())
+    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), _MEASURED_VIDEOS), dtype=np.int64)] if len(rows) else rows
+    middles = table["num_cached_frames"].take(rows).to_numpy() // 2
+    return count_clipped(store, rows.tolist(), middles.tolist(), name_views(store.facts.views_of("train")))
 
 
 def _wants_measuring(job: Job, table: pa.Table) -> bool:

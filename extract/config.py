@@ -11,7 +11,7 @@ from typing import Literal
 from ..errors import ConfigError, EnvironmentFailedError
 from ..store.layout import DEFAULT_CODEC, PATCH_DTYPES, PatchDtype
 from ..store.offsets import SEEN_FRAME, PixelOffset, describe_offsets, order_offsets
-from ..store.records import WHOLE, VideoRecord
+from ..store.records import WHOLE, VideoRecord, count_augmented
 from .datasets import (
     PLAIN_RECIPE,
     ExtractionRecipe,
@@ -21,10 +21,11 @@ from .datasets import (
     read_listing,
     resolve_protocol,
 )
+from .decode.augmented_views import check_augmented_name, check_steps
 from .decode.sampling import PIXEL_EDGES, SAMPLINGS, STEPPED_SAMPLINGS, check_sampling, is_open_ended
 from .decode.views import RESIZES, VIEWS, WHOLE_VIEWS
 
-RECIPE_FIELDS = ("frames", "sampling", "clips", "validation_clip", "resize", "views")
+RECIPE_FIELDS = ("frames", "sampling", "clips", "validation_clip", "resize", "views", "augmentation")
 """Fields of a config that its data set's recipe fills in where nobody says otherwise."""
 ALLOWED_LOSS_SHARE = 0.02
 _MAX_TIMEOUT_S = 24 * 3600
@@ -96,10 +97,12 @@ class ExtractConfig:
     resize: str | None = None
     """256: short side 256, crop 224. 256x320: that size. 224: the backbone's own. whole: all of it, padded."""
     views: dict[str, str] | None = None
-    """centre, flip (with its mirror image), three; by split: test=three,centre.
+    """centre, flip (with its mirror image), three, augment:N; by split: train=augment:4,centre.
 
-    The key "" is for splits that are not named.
+    `augment:N` is the centre, and N views behind it that are drawn. The key "" is for splits that are not named.
     """
+    augmentation: tuple[str, ...] | None = None
+    """How augment:N draws: some of randaugment, crop, flip, grey. [the data set's]"""
     input_size: tuple[int, int] | None = None
     """HxW: frames of another size than the weights were made for, as 480x864, or N for a square. [the model's own]
 
@@ -378,6 +381,22 @@ class ExtractConfig:
         """The name of the views of a row of this split."""
         return self.recipe.views.get(split, self.recipe.views.get("", "centre"))
 
+    def sampled_views_of(self, split: str) -> str:
+        """The name of the views of this split that a codec is fitted and measured on: the centre, and drawn ones."""
+        name = self.views_of(split)
+        return name if count_augmented(name) else "centre"
+
+    def _require_training_split(self) -> None:
+        """Refuse drawn views of rows that something is evaluated on."""
+        views = self.recipe.views
+        if evaluated := sorted(split for split, name in views.items() if split != "train" and count_augmented(name)):
+            name = views[evaluated[0]]
+            which = ", ".join(split or "all splits that are not named" for split in evaluated)
+            raise ConfigError(
+                f"--views {name} is for the split train, whose clips are trained on; found it for {which}. "
+                f"Take --views train={name},centre"
+            )
+
     def _refuse_shares(self) -> None:
         """Rows that are as long as their videos are not shared out."""
         shares = {"--frames": self.recipe.frames, "--validation-clip": self.recipe.validation_clip}
@@ -395,7 +414,11 @@ class ExtractConfig:
         recipe = self.recipe
         _check_choice("--resize", recipe.resize, RESIZES)
         for name in recipe.views.values():
-            _check_choice("--views", name, VIEWS)
+            check_augmented_name(name)
+            if not count_augmented(name):
+                _check_choice("--views", name, [*VIEWS, "augment:N"])
+        self._require_training_split()
+        check_steps(recipe.augmentation)
         if recipe.resize == WHOLE and (cut := sorted(set(recipe.views.values()) - WHOLE_VIEWS)):
             raise ConfigError(
                 f"--resize {WHOLE} shows all of a frame: there is nothing for --views {', '.join(cut)} to cut. Take "

@@ -16,12 +16,12 @@ from ..store.layout import StoreLayout
 from ..store.manifest import ClassList
 from ..store.offsets import DEFAULT_PIXEL_EDGE
 from ..store.reader import StoreReader
-from ..store.records import VideoRecord
+from ..store.records import VideoRecord, count_augmented
 from ..store.spec import StoreSpec
 from .config import ALLOWED_LOSS_SHARE, ExtractConfig
 from .datasets import PLAIN_RECIPE, Listing, find_reader, resolve_protocol
 from .decode.pool import DecodedVideo, DecoderPool, decode_records
-from .decode.views import NUM_VIEWS
+from .decode.views import count_views
 from .meter import Meter, ReportProgress, StageClock
 from .row_frames import count_frames
 from .store_layout import plan_layout
@@ -168,7 +168,7 @@ def set_up_job(
     """
     records = listing.records
     num_frames = count_frames(config, records, target, pool, report)
-    num_views = [NUM_VIEWS[config.views_of(record.split)] for record in records]
+    num_views = [count_views(config.views_of(record.split)) for record in records]
     _warn_of_unused_splits(config, {record.split for record in records})
     with clock.stage("start"):
         backbone = _build_backbone(config)
@@ -253,6 +253,8 @@ def _warn_of_unused_splits(config: ExtractConfig, splits: set[str]) -> None:
     """Tell of splits that options name and that no video is in; recipes may name them."""
     known = {"", *splits, *PLAIN_RECIPE.frames, *find_reader(config.dataset).recipe.frames}
     recipe = config.recipe
+    if config.augmentation is not None and not any(map(count_augmented, recipe.views.values())):
+        _log.warning("--augmentation has no effect without --views train=augment:N,centre")
     by_option = {
         "--frames": recipe.frames,
         "--clips": recipe.clips,
@@ -291,6 +293,7 @@ def _describe(
         **({} if set(recipe.clips.values()) == {1} else {"clips": dict(sorted(recipe.clips.items()))}),
         **({"validation_clip": sorted(recipe.validation_clip)} if recipe.validation_clip else {}),
         **({} if set(recipe.views.values()) == {"centre"} else {"views": dict(sorted(recipe.views.items()))}),
+        **({"augmentation": list(recipe.augmentation)} if any(map(count_augmented, recipe.views.values())) else {}),
         **({} if recipe_name is None else {"recipe": recipe_name}),
         **({} if config.cached_edge == DEFAULT_PIXEL_EDGE else {"pixel_edge": config.cached_edge}),
         "sampling": recipe.sampling,

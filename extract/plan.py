@@ -21,7 +21,7 @@ from ..store.records import VideoRecord
 from ..store.texts import count_text_bytes
 from .config import ExtractConfig
 from .decode.pool import DecoderPool
-from .decode.views import NUM_VIEWS
+from .decode.views import count_views
 from .disk_space import free_bytes
 from .recipe import settle_recipe
 from .row_frames import count_frames
@@ -209,7 +209,7 @@ def plan_command(
         by_split[split] = (count, statistics.mean(own) if config.is_open_ended else config.frames_of(split))
     num_rows = sum(splits.values())
     num_frames = max(1, *counts) if config.is_open_ended else max(config.frames_of(split) for split in splits)
-    views = {split: NUM_VIEWS[config.views_of(split)] for split in splits}
+    views = {split: count_views(config.views_of(split)) for split in splits}
     layout = plan_layout(config, backbone, num_rows, num_frames, max(views.values()))
     if with_probe:
         rate = probe_backbone(backbone.load_weights(), layout, config.batch_size)

@@ -37,6 +37,8 @@ def settle_recipe(config: ExtractConfig, target: Target) -> ExtractConfig:
         source = target.reader.facts
         protocol = config.protocol or source.dataset.protocol
     values = {name: getattr(source, name) for name in RECIPE_FIELDS if getattr(config, name) is None}
+    if target.reader is None:
+        values.pop("augmentation", None)  # the recipe has it, and only where it was given it is told as given
     if target.reader is not None and target.reader.facts.backbone.own_image_size is not None:
         values["input_size"] = target.reader.facts.backbone.image_size  # `Target.find` refuses another one
     return replace(config, protocol=protocol, **values, **_settle_offsets(config, target))

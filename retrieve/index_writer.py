@@ -231,7 +231,7 @@ def _write_arrays(
         held, span = good[here], slice(offsets[here.start], offsets[here.stop])
         rows = range(int(held[0]), int(held[-1]) + 1)
         if trained is None:
-            vectors = normalise_rows(store.read_embeddings(rows)[held - rows.start])
+            vectors = normalise_rows(store.read_shown_embeddings(rows)[held - rows.start])
             if (np.isfinite(vectors[:, 0]).all(axis=2).sum(axis=1) != counts[here]).any():
                 raise StoreDamagedError(f"{store.path / 'embedding'} has lost frames of rows {held[0]} to {held[-1]}")
             pooled[here] = pool_frames(vectors)

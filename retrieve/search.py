@@ -285,7 +285,8 @@ def search_store(
 ) -> list[Answer]:
     """Find the videos of a store that fit a text best, with the frozen backbone alone or with a trained run.
 
-    A video's embedding is the mean of its frames' normalised embeddings, over all views, normalised again. The index
+    A video's embedding is the mean of its frames' normalised embeddings, over all views that were not drawn
+    for training, normalised again. The index
     beside the store (in the run's folder) is used, and built where there is none or the store or run has changed.
 
     Args:

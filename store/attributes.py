@@ -223,6 +223,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "frames": ("counts by split", _are_counts),
     "clips": ("counts by split", _are_counts),
     "views": ("names by split", lambda value: isinstance(value, dict) and all(map(_is_text, value.values()))),
+    "augmentation": _TEXTS,
     "validation_clip": _TEXTS,
     "recipe": _TEXT,
     "sampling": _TEXT,

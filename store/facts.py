@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from .attributes import Attributes
 from .layout import DEFAULT_CODEC, PatchDtype
 from .offsets import DEFAULT_PIXEL_EDGE
-from .records import VIEW_NAMES
+from .records import count_augmented, name_views
 
 RANDOM_WEIGHTS = "random"
 """How the weights of a backbone begin that was not trained: `random:SEED`."""
@@ -224,9 +224,23 @@ class StoreFacts:
 
     def centre_view(self, split: str) -> int:
         """Which view of a row of a split is the centre of the picture, as it is; 0 where none is named so."""
-        views = self.views
-        names = VIEW_NAMES.get(views.get(split, views.get("", "centre")), ())
+        names = name_views(self.views_of(split))
         return names.index("centre") if "centre" in names else 0
+
+    def views_of(self, split: str) -> str:
+        """The name of the views of a row of a split."""
+        views = self.views
+        return views.get(split, views.get("", "centre"))
+
+    def is_augmented(self, split: str) -> bool:
+        """Whether rows of a split have views that were drawn for training: all else looks at their centre alone."""
+        return count_augmented(self.views_of(split)) > 0
+
+    @property
+    def augmentation(self) -> tuple[str, ...] | None:
+        """The steps that augmented views were drawn with; None where there are none."""
+        steps = self.attributes.get("augmentation")
+        return None if steps is None else tuple(steps)
 
     @property
     def segment_s(self) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 from ..errors import StoreDamagedError
 from ..files import write_json
 from . import names
+from .codecs.affine import INT8_LIMIT
+from .reader import StoreReader
 
 FIDELITY_NAME = "fidelity.json"
 NOTABLE_LOSS = 0.05
@@ -93,6 +96,31 @@ class FidelityMeter:
         )
 
 
+def count_clipped(
+    store: StoreReader, rows: Sequence[int], places: Sequence[int], views: Sequence[str]
+) -> dict[str, float]:
+    """Of the int8 codes of some rows, the share at the ends of their range, view by view: what lies beyond is cut off.
+
+    Args:
+        store: Whose codes.
+        rows: Good ones, which have all views.
+        places: The frame of each row that is looked at.
+        views: Their names.
+
+    Returns:
+        By name of the view; nothing of no rows.
+    """
+    shares = {}
+    for view, name in enumerate(views if rows else ()):
+        clipped = []
+        for row, place in zip(rows, places, strict=True):
+            codes = store.read_clips([row], [[place]], view=view, arrays=("patches",)).patches
+            assert codes is not None
+            clipped.append(float((np.abs(codes) == INT8_LIMIT).mean()))  # no code is -128
+        shares[name] = float(np.mean(clipped))
+    return shares
+
+
 def measure_fidelity(tokens: np.ndarray, decoded: np.ndarray, layer: int) -> LayerFidelity:
     """Compare one layer whose tokens are all there.
 
@@ -107,7 +135,14 @@ def measure_fidelity(tokens: np.ndarray, decoded: np.ndarray, layer: int) -> Lay
     return meter.summarise()
 
 
-def write_fidelity(store: Path, layers: list[LayerFidelity], *, videos: int, is_held_out: bool) -> None:
+def write_fidelity(
+    store: Path,
+    layers: list[LayerFidelity],
+    *,
+    videos: int,
+    is_held_out: bool,
+    clipped: Mapping[str, float] | None = None,
+) -> None:
     """Leave in a store what its codec costs.
 
     Args:
@@ -115,10 +150,12 @@ def write_fidelity(store: Path, layers: list[LayerFidelity], *, videos: int, is_
         layers: One for each layer.
         videos: That were measured.
         is_held_out: Whether none of them was in the calibration sample.
+        clipped: As `count_clipped` has it; nothing where there is one view.
     """
+    by_view = {"clipped": dict(clipped)} if clipped else {}
     write_json(
         store / FIDELITY_NAME,
-        {"videos": videos, "is_held_out": is_held_out, "layers": [asdict(one) for one in layers]},
+        {"videos": videos, "is_held_out": is_held_out, **by_view, "layers": [asdict(one) for one in layers]},
     )
 
 
@@ -133,6 +170,8 @@ def read_fidelity(store: Path) -> dict[str, Any] | None:
     value = names.read_json(store, FIDELITY_NAME)
     layers = value.get("layers")
     is_right = type(value.get("videos")) is int and isinstance(layers, list) and "is_held_out" in value
+    clipped = value.get("clipped", {})
+    is_right &= isinstance(clipped, dict) and all(type(share) is float for share in clipped.values())
     if not is_right or not all(_is_layer(one) for one in layers or ()):
         raise StoreDamagedError(
             f"{store / FIDELITY_NAME} does not say what a codec costs, layer by layer. Remove it: the command "

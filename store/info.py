@@ -16,7 +16,7 @@ from ..files import describe_bytes
 from .fidelity import NOTABLE_LOSS, read_fidelity
 from .offsets import DEFAULT_PIXEL_EDGE, PixelOffset, describe_offsets
 from .reader import StoreReader
-from .records import Status
+from .records import Status, count_augmented
 from .texts import TEXT_NAME, TextReader, has_current_texts
 
 _SHOWN_VIDEOS = 20
@@ -82,8 +82,8 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
         rows (and files) by status, rows by split, failures and pending rows by reason code, arrays with shape, dtype
         and bytes on disk, bytes of one cached frame, backbone, codec and what it costs (fidelity; None where that is
         not known), layers, pixel_offsets (none without pixels), pixel_edge, frames (frame_range by split where rows are
-        as long as their videos), sampling, resize, clips, views, validation_clip and recipe (None where there was
-        none), classes, captions.
+        as long as their videos), sampling, resize, clips, views, augmentation, validation_clip and recipe (None where
+        there was none), classes, captions.
     """
     table = store.read_manifest(["path", "split", "status", "reason", "num_cached_frames", "num_views"])
     attributes, facts = store.attributes, store.facts
@@ -127,7 +127,7 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
         **({"frame_range": _find_frame_range(table)} if facts.is_open_ended else {}),
         "sampling": facts.sampling,
         "resize": facts.resize,
-        **{name: getattr(facts, name) for name in ("clips", "views", "validation_clip", "recipe")},
+        **{name: getattr(facts, name) for name in ("clips", "views", "augmentation", "validation_clip", "recipe")},
         "codec": {
             **attributes["codec"],
             "channels": store.layout.channels,
@@ -151,7 +151,7 @@ def _find_frame_range(table: pa.Table) -> dict[str, list[int]]:
 def _describe_frames(facts: Mapping[str, Any], split: str) -> str:
     """Of a row of a split: their number, or the fewest and the most."""
     if "frame_range" not in facts:
-        return str(facts["frames"].get(split, facts["frames"].get("")))
+        return str(_find_of(facts["frames"], split))
     return " to ".join(map(str, facts["frame_range"].get(split, ["none"])))
 
 
@@ -165,6 +165,17 @@ def _folder_bytes(folder: str) -> int:
             is_folder = entry.is_dir(follow_symlinks=False)  # a link to a folder above would never end
             total += _folder_bytes(entry.path) if is_folder else entry.stat(follow_symlinks=False).st_size
     return total
+
+
+def _find_of(by_split: Mapping[str, Any], split: str) -> Any:
+    return by_split.get(split, by_split.get(""))
+
+
+def _describe_views(facts: Mapping[str, Any], split: str) -> str:
+    """Of a split with more than the centre."""
+    views = _find_of(facts["views"], split) or "centre"
+    drawn = f": {', '.join(facts['augmentation'] or ())}" if count_augmented(views) else ""
+    return "" if views == "centre" else f", views {views}{drawn}"
 
 
 def _describe_activation(backbone: Mapping[str, Any]) -> str:
@@ -187,7 +198,7 @@ def render_info(facts: Mapping[str, Any]) -> list[str]:
         "store": f"{facts['store']} (format {facts['format_version']}, {facts['created']})",
         "videos": _describe_counts(facts["videos"], facts["files"]),
         "splits": "; ".join(
-            f"{name}: {sum(counts.values())} (frames {_describe_frames(facts, name)})"
+            f"{name}: {sum(counts.values())} (frames {_describe_frames(facts, name)}{_describe_views(facts, name)})"
             for name, counts in sorted(facts["splits"].items())
         ),
         "failures": _describe_reasons(facts["failures"]) or "none",
@@ -297,4 +308,6 @@ def _render_fidelity(fidelity: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"  {one['layer']:5}  {one['variance_kept']:8.2%}  {errors}  {normed}  {one['cosine_median']:6.4f}"
         )
+    if clipped := fidelity.get("clipped"):
+        lines.append("clipped codes: " + ", ".join(f"{view} {share:.3%}" for view, share in clipped.items()))
     return lines

@@ -25,8 +25,9 @@ import numpy as np
 from .offsets import SEEN_FRAME, PixelOffset
 
 FORMAT_VERSION = 3
-"""Of new stores, whose arrays are cut along F. A store of version 2 is not, one of version 1 keeps its done-markers in
-Parquet, too; each stays of its version."""
+"""Of new stores, whose arrays are cut along F, and whose training rows may have augmented views: an older s4v would
+search those, and train on labels that they do not have. A store of version 2 has neither, one of version 1 keeps its
+done-markers in Parquet, too; each stays of its version."""
 
 _UNCUT_VERSION = 2
 

@@ -7,9 +7,9 @@ each finished shard leaves its rows' results in a done-marker: see `markers.py`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,6 +28,22 @@ _VIEW = pa.struct(
         ("height", pa.int32()),
         ("flip", pa.bool_()),
         ("seed", pa.int64()),
+    ]
+)
+
+
+def _list_of(type_: pa.DataType) -> pa.DataType:
+    """A list as Parquet gives it back: a column that is there from its first row is then written as it was read."""
+    return pa.list_(pa.field("element", type_))
+
+
+_AUGMENTATION = pa.struct(
+    [
+        ("scaled_width", pa.int32()),
+        ("scaled_height", pa.int32()),
+        ("grey", pa.bool_()),
+        ("operations", _list_of(pa.struct([("name", pa.string()), ("argument", pa.float64())]))),
+        ("class_name", pa.string()),
     ]
 )
 INPUT_SCHEMA = pa.schema(
@@ -62,10 +78,13 @@ RESULT_SCHEMA = pa.schema(
         ("source_mtime_ns", pa.int64()),
         ("source_hash", pa.string()),
         ("validation_clip", pa.list_(pa.int32())),
+        ("augmentations", _list_of(_AUGMENTATION)),
     ]
 )
-_LATER_COLUMNS = frozenset({"source_bytes", "source_mtime_ns", "source_hash", "validation_clip"})
-"""Result columns that stores from before do not have."""
+_OPTIONAL_COLUMNS = frozenset({"augmentations"})
+"""Result columns that are written only where a row has something in them."""
+_LATER_COLUMNS = frozenset({"source_bytes", "source_mtime_ns", "source_hash", "validation_clip"}) | _OPTIONAL_COLUMNS
+"""Result columns that stores from before, or without such rows, do not have."""
 PART_SCHEMA = pa.schema([INPUT_SCHEMA.field("video_id"), *RESULT_SCHEMA])
 """Of a shard's results."""
 _CAPTION_SCHEMA = pa.schema([("caption_id", pa.string()), ("video_id", pa.string()), ("text", pa.string())])
@@ -108,22 +127,44 @@ def input_table(records: Sequence[VideoRecord], classes: ClassList) -> pa.Table:
 
 def result_table(results: Sequence[VideoResult]) -> pa.Table:
     """Results as a done-marker has them, one row each."""
+    views = [None if result.views is None else [view.as_dict() for view in result.views] for result in results]
+    made = {"augmentations": [None if row is None else _take_augmentations(row) for row in views], "views": views}
     columns = {
-        name: [None if result.views is None else [asdict(view) for view in result.views] for result in results]
-        if name == "views"
-        else [getattr(result, name) for result in results]
+        name: made[name] if name in made else [getattr(result, name) for result in results]
         for name in PART_SCHEMA.names
     }
-    return pa.table(columns, schema=PART_SCHEMA)
+    return _without_empty_columns(pa.table(columns, schema=PART_SCHEMA))
+
+
+def _take_augmentations(views: list[dict[str, Any]]) -> list[dict[str, Any] | None] | None:
+    """What was drawn for each view of a row, taken out of the views; None where nothing was."""
+    drawn = [view.pop("augmentation") for view in views]
+    return drawn if any(drawn) else None
+
+
+def _without_empty_columns(table: pa.Table) -> pa.Table:
+    """Without the columns that would be written for nothing."""
+    empty = [name for name in table.column_names if name in _OPTIONAL_COLUMNS and table[name].null_count == len(table)]
+    return table.drop_columns(empty) if empty else table
 
 
 def read_results(table: pa.Table) -> list[VideoResult]:
     """The rows of a done-marker, or of those columns of a manifest, as dataclasses."""
-    rows = table.select(PART_SCHEMA.names).to_pylist()
-    return [
-        VideoResult(**{**row, "views": None if row["views"] is None else [View(**view) for view in row["views"]]})
-        for row in rows
-    ]
+    results = []
+    for row in table.select(PART_SCHEMA.names).to_pylist():
+        views = read_views(row.pop("views"), row.pop("augmentations"))
+        results.append(VideoResult(**row, views=views))
+    return results
+
+
+def read_views(
+    views: Sequence[Mapping[str, Any]] | None, augmentations: Sequence[Mapping[str, Any] | None] | None
+) -> list[View] | None:
+    """The views of a row, of the manifest's columns `views` and `augmentations`."""
+    if views is None:
+        return None
+    drawn = augmentations or [None] * len(views)
+    return [View.from_dict({**view, "augmentation": one}) for view, one in zip(views, drawn, strict=True)]
 
 
 def caption_table(records: Sequence[VideoRecord]) -> pa.Table:
@@ -198,6 +239,7 @@ def _join_neighbours(parts: Mapping[int, pa.Table]) -> Iterator[tuple[int, pa.Ta
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file atomically, with a checksum on every page."""
+    table = _without_empty_columns(table)
     write_atomic(path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
 
 

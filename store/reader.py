@@ -30,7 +30,7 @@ from .layout import FORMAT_VERSION, ArraySpec
 from .markers import PARTS_NAME, Marker, find_markers, marker_path, read_joined, read_marker
 from .offsets import PixelOffset, describe_offsets
 from .padding import find_padding
-from .records import WHOLE, View
+from .records import WHOLE, View, count_augmented
 from .row_checks import check_captions, check_rows
 
 NO_FRAME = -1
@@ -419,6 +419,13 @@ class StoreReader:
         start = self.layout.shard_rows(shard).start
         values[good - first] = whole[good - start, :, : values.shape[2]]
 
+    def read_shown_embeddings(self, rows: range | None = None) -> np.ndarray:
+        """As `read_embeddings`, with NaN for views that were drawn for training: a search does not look at them."""
+        values = self.read_embeddings(rows)
+        if self._is_augmented.any():
+            values[self._is_augmented if rows is None else self._is_augmented[rows.start : rows.stop], 1:] = np.nan
+        return values
+
     def read_row(self, row: int, num_views: int, num_frames: int) -> dict[str, np.ndarray]:
         """All that a row has in the arrays, whatever the manifest says of it.
 
@@ -516,6 +523,13 @@ class StoreReader:
     @cached_property
     def _verified(self) -> set[str]:
         return set()
+
+    @cached_property
+    def _is_augmented(self) -> np.ndarray:
+        """(V,) whether views behind the first one of a row were drawn."""
+        if not any(map(count_augmented, self.facts.views.values())):
+            return np.zeros(self.layout.num_rows, dtype=bool)
+        return np.array([self.facts.is_augmented(split) for split in self.input_columns()["split"].to_pylist()])
 
     @cached_property
     def _row_states(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

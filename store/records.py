@@ -5,8 +5,9 @@ No pyarrow here: the decoder processes import this.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 Status = Literal["ok", "failed", "pending"]
 
@@ -58,7 +59,49 @@ VIEW_NAMES: dict[str, tuple[str, ...]] = {
     "flip": ("centre", "mirrored centre"),
     "three": ("left", "right", "centre"),
 }
-"""What each view of a row shows, in their order, by the name that `--views` takes."""
+"""What each view of a row shows, in their order, by the name that `--views` takes; `name_views` knows all."""
+
+AUGMENTED = "augment:"
+"""Begins the name of views that are drawn: `augment:4` is the centre, and four augmented ones behind it."""
+
+
+def count_augmented(name: str) -> int:
+    """How many views of a name are drawn: 4 of `augment:4`, 0 of names that draw nothing."""
+    count = name.removeprefix(AUGMENTED)
+    return int(count) if name.startswith(AUGMENTED) and count.isdecimal() else 0
+
+
+def name_views(name: str) -> tuple[str, ...]:
+    """What each view of a row shows, in their order; nothing of a name that is not known."""
+    if count := count_augmented(name):
+        return ("centre", *(f"augmented {number}" for number in range(1, count + 1)))
+    return VIEW_NAMES.get(name, ())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Operation:
+    """One step of RandAugment, as it was drawn."""
+
+    name: str
+    """As timm calls it, such as `Rotate`."""
+    argument: float | None = None
+    """Degrees, a factor, a share of the side, a threshold or bits; None of operations that take nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Augmentation:
+    """What was drawn for a view beside its box and its mirroring.
+
+    The operations come first, on the whole frame. Then it is resized, the view's box is scaled, and made grey.
+    """
+
+    scaled_width: int
+    """The box is scaled to this size, bilinearly."""
+    scaled_height: int
+    grey: bool = False
+    operations: tuple[Operation, ...] = ()
+    class_name: str | None = None
+    """The class that the view shows, where mirroring makes another one of the row's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +120,22 @@ class View:
     height: int
     flip: bool = False
     seed: int | None = None
+    """Of what was drawn; None where nothing was."""
+    augmentation: Augmentation | None = None
+    """None where nothing was drawn."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> View:
+        """One that `asdict` made a dict of."""
+        drawn = values.get("augmentation")
+        if drawn is None:
+            return cls(**values)
+        operations = tuple(Operation(**one) for one in drawn["operations"])
+        return cls(**{**values, "augmentation": Augmentation(**{**drawn, "operations": operations})})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its fields, and theirs."""
+        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -66,6 +66,10 @@ def check_rows(
     for name in ("frame_indices", "timestamps_s"):
         if name in table.column_names and "num_cached_frames" in table.column_names:
             _check_lengths(table, name, path)
+    if {"views", "augmentations"} <= {*table.column_names}:
+        lengths = [pc.list_value_length(table[name]) for name in ("views", "augmentations")]
+        if pc.any(pc.not_equal(*lengths)).as_py():
+            raise _damaged(path, "its column augmentations has more or fewer entries than a row has views")
 
 
 def check_captions(table: pa.Table, path: Path, read_ids: Callable[[], Any]) -> None:

@@ -21,7 +21,7 @@ def write_skeleton(folder: Path, spec: StoreSpec, format_version: int | None = N
     Args:
         folder: Where; it must not be there yet.
         spec: What to make it of, codec and the tower's end included.
-        format_version: To record; a store that is there keeps its own. None takes that of the layout.
+        format_version: To record: a store that is there keeps its own. None takes that of a new one.
 
     Returns:
         The manifest's input columns.
@@ -36,8 +36,8 @@ def write_skeleton(folder: Path, spec: StoreSpec, format_version: int | None = N
     (folder / PARTS_NAME).mkdir()
     manifest.write_table(folder / manifest.MANIFEST_NAME, manifest.pending_manifest(inputs))
     manifest.write_table(folder / manifest.CAPTIONS_NAME, manifest.caption_table(spec.records))
-    own = {} if format_version is None else {"format_version": format_version}
-    write_group(folder, {"s4v": {**spec.full_attributes(), **own}})
+    version = spec.format_version if format_version is None else format_version
+    write_group(folder, {"s4v": {**spec.full_attributes(), "format_version": version}})
     write_checksums(folder)
     return inputs
 

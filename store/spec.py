@@ -12,9 +12,9 @@ import pyarrow as pa
 from ..errors import StoreError
 from . import manifest
 from .codecs.contract import Codec
-from .layout import DEFAULT_CODEC, StoreLayout
+from .layout import DEFAULT_CODEC, FORMAT_VERSION, StoreLayout
 from .reader import StoreReader, open_store
-from .records import VideoRecord
+from .records import VideoRecord, count_augmented
 
 # May differ between two runs without making their stores differ: data, weights and a codec's source may lie elsewhere
 # by now. What they are is told by paths below the root, by the weights' hash and by the codec's. The activation follows
@@ -66,11 +66,17 @@ class StoreSpec:
             del sizes["frames_per_block"]  # of formats that do not know it
         sizes["pixel_offsets"] = [offset.recorded for offset in self.layout.pixel_offsets]
         return {
-            "format_version": self.layout.format_version,
+            "format_version": self.format_version,
             **self.attributes,
             "layout": {**sizes, "pixel_offsets_unit": "frame"},
             "codec": _describe_codec(self.codec),
         }
+
+    @property
+    def format_version(self) -> int:
+        """The lowest that a new store of these attributes is read right by."""
+        views = self.attributes.get("views") or {}
+        return FORMAT_VERSION if any(map(count_augmented, views.values())) else self.layout.format_version
 
     def input_table(self) -> pa.Table:
         """The manifest's input columns of its records."""

@@ -202,6 +202,7 @@ COVERED_BY = {
     "extract/datasets/vatex.py": "extract/test_datasets_captions.py",
     "extract/decode/containers.py": "extract/test_decoding_truth.py",
     "extract/decode/first_bytes.py": "extract/test_decoding_truth.py",
+    "extract/decode/image_operations.py": "extract/test_augmented_views.py",
     "extract/decode/matroska.py": "extract/test_decoding_truth.py",
     "extract/decode/orientation.py": "extract/test_decoding_truth.py",
     "extract/decode/timeline.py": "extract/test_decoding_truth.py",

@@ -6,7 +6,7 @@ from typing import Literal
 
 from ..backbone.facts import Family
 
-__all__ = ["Family", "Inputs", "Negatives", "OptimizerName", "Precision", "Similarity", "Undecayed"]
+__all__ = ["Family", "Inputs", "Negatives", "OptimizerName", "Precision", "Similarity", "TrainedViews", "Undecayed"]
 
 Inputs = Literal["all", "tokens", "pixels"]
 """What a side network sees."""
@@ -23,5 +23,8 @@ OptimizerName = Literal["adamw", "uncorrected-adam"]
 
 Undecayed = Literal["nothing", "biases", "vectors"]
 """What weight decay spares; vectors are biases and norms, all of one axis."""
+
+TrainedViews = Literal["all", "centre", "augmented"]
+"""Views of a training row that clips are taken of; `augmented` are those that were drawn."""
 
 Precision = Literal["fp32", "fp16", "bf16"]

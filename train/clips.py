@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ from ..store.codecs.contract import Codec
 from ..store.offsets import PixelOffset, describe_offsets
 from ..store.reader import Clips, StoreReader, pad_places
 from ..store.texts import TextReader, Texts
+from .choices import TrainedViews
 from .networks.contract import Network
 from .networks.text_interaction import TextBatch
 from .transfer import Streams, WaitMeter, copy_ahead, find_streams, time_waiting
@@ -108,6 +110,9 @@ class LabelledRows:
     """How the clips were chosen."""
     shows_centre_alone: bool = False
     """Whether an evaluation looks at the centre view of a row, not at all of them."""
+    view_labels: np.ndarray | None = None
+    """(n, A) the label of each view of a row in training, -1 of one that is not trained on; None where every view that
+    there is has the row's."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -123,10 +128,26 @@ class LabelledRows:
             eval_clips=[self.eval_clips[place] for place in places],
             centre_views=None if self.centre_views is None else self.centre_views[places],
             validation_clips=self.validation_clips and [self.validation_clips[place] for place in places],
+            view_labels=None if self.view_labels is None else self.view_labels[places],
         )
+
+    @property
+    def labels_by_view(self) -> np.ndarray:
+        """(n, A) `view_labels`, whatever there is."""
+        if self.view_labels is not None:
+            return self.view_labels
+        is_there = np.arange(int(self.num_views.max(initial=1))) < self.num_views[:, None]
+        return np.where(is_there, self.labels[:, None], -1)
+
+    @property
+    def num_trained_views(self) -> np.ndarray:
+        """(n,) views of each row that training takes clips of."""
+        return (self.labels_by_view >= 0).sum(axis=1)
 
 
 _ROW_COLUMNS = ["num_cached_frames", "num_views", "eval_clips", "validation_clip"]
+
+_VIEW_COLUMNS = ["views", "augmentations"]
 
 _FIRST_CLIP_ALONE = frozenset({"reference-k400"})
 """Samplings whose first clip of several is the one that they make where they make one; of others the middle one is."""
@@ -134,7 +155,7 @@ _FIRST_CLIP_ALONE = frozenset({"reference-k400"})
 
 def find_labelled_rows(store: StoreReader, split: str) -> LabelledRows:
     """The rows of a split that decoded and have a label; none is no error here."""
-    table = store.read_manifest(["split", "status", "label", *_ROW_COLUMNS])
+    table = store.read_manifest(["split", "status", "label", *_columns_of(store, split)])
     is_of_split = pyarrow.compute.and_(
         pyarrow.compute.and_(
             pyarrow.compute.equal(table["split"], split), pyarrow.compute.equal(table["status"], "ok")
@@ -143,12 +164,13 @@ def find_labelled_rows(store: StoreReader, split: str) -> LabelledRows:
     )
     rows = np.flatnonzero(is_of_split.to_numpy())
     own = table.take(rows)
-    return _make_rows(rows, own["label"].to_numpy().astype(np.int64), own, store, split)
+    return _make_rows(rows, own["label"].to_numpy().astype(np.int64), own, store, split, store.classes.names)
 
 
 def find_captioned_rows(store: StoreReader, split: str) -> LabelledRows:
     """The captions of a split's good rows, each with its row, in the order of the captions."""
-    table = store.read_manifest(["video_id", "split", "status", *_ROW_COLUMNS])
+    columns = _columns_of(store, split)
+    table = store.read_manifest(["video_id", "split", "status", *columns])
     is_wanted = pyarrow.compute.and_(
         pyarrow.compute.equal(table["split"], split), pyarrow.compute.equal(table["status"], "ok")
     ).to_numpy()
@@ -157,10 +179,112 @@ def find_captioned_rows(store: StoreReader, split: str) -> LabelledRows:
     rows = np.asarray(owners, dtype=np.int64)
     captions = np.flatnonzero(rows >= 0)
     rows = rows[captions]
-    return _make_rows(rows, captions, table.select(_ROW_COLUMNS).take(rows), store, split)
+    return _make_rows(rows, captions, table.select(columns).take(rows), store, split)
 
 
-def _make_rows(rows: np.ndarray, labels: np.ndarray, table: pa.Table, store: StoreReader, split: str) -> LabelledRows:
+def _columns_of(store: StoreReader, split: str) -> list[str]:
+    """Columns of the manifest that say what clips of a row there are; the views where they are not alike."""
+    return [*_ROW_COLUMNS, *_VIEW_COLUMNS] if store.facts.is_augmented(split) else _ROW_COLUMNS
+
+
+def label_views(table: pa.Table, labels: np.ndarray, class_names: Sequence[str] | None) -> np.ndarray:
+    """The label of each view of rows whose views were drawn.
+
+    A mirror image may show another class. Where the store has no such class, the view is not trained on. Nor is it
+    beside captions, which may tell left from right or name colours, where anything but a crop was drawn.
+
+    Args:
+        table: Columns views and augmentations of the manifest.
+        labels: (n,) of the rows.
+        class_names: In label order; None where labels are captions.
+
+    Returns:
+        (n, A) labels, -1 of views that are not trained on.
+    """
+    views, drawn = (_place_entries(table[name]) for name in _VIEW_COLUMNS)
+    by_view = np.full(
+        (len(table), int(max(views.places.max(initial=0), drawn.places.max(initial=0))) + 1), -1, np.int64
+    )
+    by_view[views.rows, views.places] = labels[views.rows]
+    if class_names is not None:
+        shown = pyarrow.compute.struct_field(drawn.values, "class_name")
+        known = pyarrow.compute.index_in(shown, pa.array(class_names, pa.string())).fill_null(-1).to_numpy()
+        is_other = shown.is_valid().to_numpy()
+        by_view[drawn.rows[is_other], drawn.places[is_other]] = known[is_other]
+        return by_view
+    is_flipped = pyarrow.compute.struct_field(views.values, "flip").fill_null(False).to_numpy()
+    by_view[views.rows[is_flipped], views.places[is_flipped]] = -1
+    is_grey = pyarrow.compute.struct_field(drawn.values, "grey").fill_null(False).to_numpy()
+    operations = pyarrow.compute.struct_field(drawn.values, "operations")
+    is_changed = is_grey | (pyarrow.compute.list_value_length(operations).fill_null(0).to_numpy() > 0)
+    by_view[drawn.rows[is_changed], drawn.places[is_changed]] = -1
+    return by_view
+
+
+class _Entries(NamedTuple):
+    """The entries of a column of lists, one after the other."""
+
+    values: pa.ChunkedArray
+    rows: np.ndarray
+    """Of each entry."""
+    places: np.ndarray
+    """In its row's list."""
+
+
+def _place_entries(column: pa.ChunkedArray) -> _Entries:
+    """Of a million rows at once: dicts of them would take minutes."""
+    lengths = pyarrow.compute.list_value_length(column).fill_null(0).to_numpy().astype(np.int64)
+    starts = np.cumsum(lengths) - lengths
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    return _Entries(pyarrow.compute.list_flatten(column), rows, np.arange(lengths.sum()) - starts[rows])
+
+
+def take_trained_views(data: LabelledRows, wanted: TrainedViews, store: StoreReader, split: str) -> LabelledRows:
+    """The same rows, of which training takes clips of some views alone.
+
+    Args:
+        data: Rows of one split.
+        wanted: `all`, the `centre`, or those that were drawn (`augmented`).
+        store: Theirs.
+        split: Theirs.
+
+    Raises:
+        StoreMismatchError: If they have no views that were drawn, or a row has none that it can be trained on.
+    """
+    if wanted == "augmented" and not store.facts.is_augmented(split):
+        raise StoreMismatchError(
+            f"--train-views augmented: rows of split {split!r} of {store.path} have the views "
+            f"{store.facts.views_of(split)}, of which none is drawn. Extract with --views {split}=augment:4,centre."
+        )
+    by_view = data.labels_by_view
+    _, firsts = np.unique(data.rows, return_index=True)  # a row stands there once for each of its captions
+    if num_lost := int(data.num_views[firsts].sum() - data.num_trained_views[firsts].sum()):
+        _log.warning(
+            "%d of %d views of %s are not trained on: they show a class that the store does not have (mirrored), or "
+            "something else than their captions say",
+            *(num_lost, int(data.num_views[firsts].sum()), store.path),
+        )
+    if wanted == "all" or not len(data):
+        return data
+    centre = store.facts.centre_view(split)
+    is_wanted = (np.arange(by_view.shape[1]) == centre) == (wanted == "centre")
+    by_view = np.where(is_wanted, by_view, -1)
+    if (is_lost := (by_view < 0).all(axis=1)).any():
+        raise StoreMismatchError(
+            f"{int(is_lost.sum())} training rows of {store.path} have no drawn view that they can be trained on, such "
+            f"as row {int(data.rows[is_lost][0])}: train with --train-views all"
+        )
+    return replace(data, view_labels=by_view)
+
+
+def _make_rows(
+    rows: np.ndarray,
+    labels: np.ndarray,
+    table: pa.Table,
+    store: StoreReader,
+    split: str,
+    class_names: Sequence[str] | None = None,
+) -> LabelledRows:
     return LabelledRows(
         rows,
         labels,
@@ -170,6 +294,8 @@ def _make_rows(rows: np.ndarray, labels: np.ndarray, table: pa.Table, store: Sto
         np.full(len(rows), store.facts.centre_view(split)),
         table["validation_clip"].to_pylist(),
         store.facts.sampling,
+        shows_centre_alone=store.facts.is_augmented(split),
+        view_labels=label_views(table, labels, class_names) if "views" in table.column_names else None,
     )
 
 
@@ -313,17 +439,19 @@ def plan_training_epoch(
     bounds = np.arange(num_frames + 1) * data.num_cached_frames[:, None] // num_frames
     first, stop = bounds[:, :-1], np.maximum(bounds[:, 1:], bounds[:, :-1] + 1)
     places = np.stack([generator.integers(first, stop) for _ in range(views_per_video)], axis=1)
-    # A random order of each row's views, those it does not have last.
-    chances = generator.random((len(data), int(data.num_views.max(initial=1))))
-    chances[np.arange(chances.shape[1]) >= data.num_views[:, None]] = 2
+    # A random order of each row's views, those that it is not trained on last.
+    labels, num_views = data.labels_by_view, data.num_trained_views
+    chances = generator.random(labels.shape)
+    chances[labels < 0] = 2
     views = chances.argsort(axis=1)[:, :views_per_video]
     size = min(batch_size // views_per_video, len(order) // num_ranks)
     plans = []
     for begin in range(0, len(order) - size * num_ranks + 1, size * num_ranks):
         videos = order[begin + rank * size :][:size]
-        which, view = np.nonzero(np.arange(views.shape[1]) < data.num_views[videos, None])
+        which, view = np.nonzero(np.arange(views.shape[1]) < num_views[videos, None])
         clips = videos[which]
-        plans.append(ClipPlan(data.rows[clips], views[clips, view], places[clips, view], data.labels[clips]))
+        shown = views[clips, view]
+        plans.append(ClipPlan(data.rows[clips], shown, places[clips, view], labels[clips, shown]))
     return plans
 
 

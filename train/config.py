@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..errors import ConfigError
-from .choices import Inputs, Negatives, OptimizerName, Precision, Similarity, Undecayed
+from .choices import Inputs, Negatives, OptimizerName, Precision, Similarity, TrainedViews, Undecayed
 
 _NETWORK_OPTIONS: dict[str, tuple[Any, ...]] = {
     "side_width": (None,),
@@ -92,6 +92,11 @@ class TrainConfig:
     """Views of a video side by side in a step. [preset where rows hold them, or 1]
 
     Different ones; None takes the preset's where all training rows hold as many.
+    """
+    train_views: TrainedViews = "all"
+    """Views of a row that clips are taken of: all, centre, augmented (without the centre).
+
+    A clip takes one of them at random. Validation and evaluation do not depend on it.
     """
     min_video_frames: int | None = None
     """Leave out training videos with fewer frames. [preset, or 0]
@@ -234,6 +239,7 @@ class TrainConfig:
                 raise ConfigError(f"{option} must be a number from 0 up; found {value:g}")
         _check_choice("--inputs", self.inputs, Inputs)
         _check_choice("--negatives", self.negatives, Negatives)
+        _check_choice("--train-views", self.train_views, TrainedViews)
         optional: dict[str, tuple[str | None, Any]] = {
             "--interaction": (self.interaction, Similarity),
             "--optimizer": (self.optimizer, OptimizerName),

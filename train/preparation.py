@@ -75,7 +75,7 @@ def begin_heads(
     shape = plan_network(configs[0], store, None if begun[0] is None else begun[0].shape)
     if begun[0] is not None and begun[0].validates_every_clip:
         task.validation = task.find_rows(store, configs[0].val_split)
-    num_views = resolve_views(configs[0], task.training.num_views, num_processes)
+    num_views = resolve_views(configs[0], task.training.num_trained_views, num_processes)
     configs = [replace(config, views_per_video=num_views) for config in configs]
     config = configs[0]
     frames = _resolve_frames(config, store, task, is_told=is_auto and config.preset != "none")

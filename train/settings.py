@@ -117,7 +117,7 @@ def resolve_views(config: TrainConfig, num_views: np.ndarray, num_processes: int
 
     Args:
         config: As `resolve_preset` left it.
-        num_views: Of each training row.
+        num_views: Of each training row, those that it is trained on.
         num_processes: That train together: their batch norms take it that all have as many clips.
 
     Raises:
@@ -128,7 +128,8 @@ def resolve_views(config: TrainConfig, num_views: np.ndarray, num_processes: int
         if config.views_per_video > num_held:
             raise StoreMismatchError(
                 f"{config.views_per_video} views of a video were asked for (--views-per-video), training rows of "
-                f"{config.features} hold {num_held}: extract with --views train=flip or train=three"
+                f"{config.features} hold {num_held} that are trained on (--train-views {config.train_views}): extract "
+                "with --views train=augment:4, train=flip or train=three"
             )
         return config.views_per_video
     num_preset = _find(config.preset).recipe.views_per_video if config.preset != "none" else 1

@@ -41,4 +41,5 @@ def make_retrieval_recipe(name: str) -> ExtractionRecipe:
         frames={"train": 2 * _RETRIEVAL_FRAMES, "": _RETRIEVAL_FRAMES},
         sampling="reference-retrieval",
         resize="224",
+        augmentation=("crop",),  # captions tell left from right, and colours
     )

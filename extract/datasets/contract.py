@@ -34,7 +34,9 @@ class ExtractionRecipe:
     resize: str = "256"
     """A name in `RESIZES`."""
     views: Mapping[str, str] = field(default_factory=lambda: {"": "centre"})
-    """Names in `VIEWS`."""
+    """Names in `VIEWS`, or `augment:N`."""
+    augmentation: tuple[str, ...] = ("crop", "flip", "grey")
+    """How `augment:N` draws views: of `STEPS` in decode/augmented_views.py. That of Kinetics, where no paper says."""
 
 
 PLAIN_RECIPE = ExtractionRecipe()

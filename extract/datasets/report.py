@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ...store.records import count_augmented
+
 _SHOWN_PATHS = 20
 
 
@@ -48,7 +50,9 @@ def list_cached(recipe: Mapping[str, Any]) -> list[str]:
         told = f"{count} frames"
         if own + more > 1:
             told += f" ({own} clips of {count // (own + more)}{', one more for validation in training' * more})"
-        parts.append(f"{split or 'other splits'}: {told}, views {views.get(split, views.get('', 'centre'))}")
+        name = views.get(split, views.get("", "centre"))
+        drawn = f" ({', '.join(recipe['augmentation'])})" if count_augmented(name) else ""
+        parts.append(f"{split or 'other splits'}: {told}, views {name}{drawn}")
     return [*parts, f"sampling {recipe['sampling']}, resize {recipe['resize']}"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from ...errors import DatasetError
@@ -120,7 +121,7 @@ _CLIPS = "Side4Video: 8 or 16 frames, frames resized to 256 x 320, test with 3 c
 
 
 def _make_recipe(name: str) -> ExtractionRecipe:
-    return make_test_recipe(
+    recipe = make_test_recipe(
         name,
         "Side4Video's of Something-Something",
         clips=2,
@@ -128,6 +129,7 @@ def _make_recipe(name: str) -> ExtractionRecipe:
         resize="256x320",
         holds_validation_clip=True,  # it stands between the two
     )
+    return replace(recipe, augmentation=("randaugment", "crop", "flip"))
 
 
 V1_READER = DatasetReader(

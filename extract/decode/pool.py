@@ -26,7 +26,7 @@ from ...store.offsets import DEFAULT_PIXEL_EDGE
 from ...store.records import VideoRecord, View
 from ..config import ExtractConfig
 from ..datasets import frame_rate
-from .views import BLACK, NUM_VIEWS, Colour
+from .views import BLACK, Colour, count_views
 
 # Wall seconds for one CPU second of budget: a stuck read or a deadlock uses no CPU.
 _WALL_FACTOR = 5
@@ -70,6 +70,11 @@ class DecodeRequest:
     timeout_s: float = 60.0
     allow_loss: float = 0.02
     """Share of the announced frames that may be missing from a good video."""
+    augmentation: tuple[str, ...] = ()
+    """Steps of views that are drawn; they depend on this and on the next three."""
+    seed: int = 0
+    video_id: str = ""
+    class_name: str | None = None
     pixel_offsets: tuple[int | str, ...] = (0,)
     """Pixel frames of each cached frame, as a store records them."""
     pixel_edge: str = DEFAULT_PIXEL_EDGE
@@ -77,7 +82,7 @@ class DecodeRequest:
     @property
     def answer_bytes(self) -> int:
         """Of the pixels that come back."""
-        frames = self.num_frames * len(self.pixel_offsets) * NUM_VIEWS[self.views]
+        frames = self.num_frames * len(self.pixel_offsets) * count_views(self.views)
         return frames * self.image_size[0] * self.image_size[1] * 3
 
     @classmethod
@@ -90,7 +95,7 @@ class DecodeRequest:
         padding: Colour = BLACK,
         num_frames: int | None = None,
     ) -> Self:
-        """What an extraction asks of one video's decoding: what its split caches, or so many frames of one view."""
+        """What an extraction asks of one video's decoding: what its split caches, or so many frames for a sample."""
         split = record.split
         is_sample = num_frames is not None
         if num_frames is None:
@@ -104,7 +109,7 @@ class DecodeRequest:
             resize=config.recipe.resize,
             image_size=image_size,
             padding=padding,
-            views="centre" if is_sample else config.views_of(split),
+            views=config.sampled_views_of(split) if is_sample else config.views_of(split),
             start_s=record.start_s,
             end_s=record.end_s,
             frame_fps=frame_rate(config.dataset),
@@ -113,6 +118,10 @@ class DecodeRequest:
             allow_loss=config.allow_loss,
             pixel_offsets=(0,) if is_sample else tuple(offset.recorded for offset in config.cached_offsets),
             pixel_edge=config.cached_edge,
+            augmentation=config.recipe.augmentation,
+            seed=config.seed,
+            video_id=record.video_id,
+            class_name=record.class_name,
         )
 
 
@@ -399,7 +408,7 @@ class _Child:
         shape = message["shape"]
         data = self._read_bytes(int(np.prod(shape)), budget_s * _WALL_FACTOR)
         facts = {k: v for k, v in message.items() if k not in ("event", "ok", "shape")}
-        facts["views"] = [View(**view) for view in facts["views"]]
+        facts["views"] = [View.from_dict(view) for view in facts["views"]]
         return DecodedVideo(np.frombuffer(data, dtype=np.uint8).reshape(shape), facts)
 
     def kill(self) -> None:

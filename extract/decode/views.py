@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
 
-from ...store.records import WHOLE, View
+from ...store.records import WHOLE, View, count_augmented
+from .augmented_views import augment_views, cut_augmented, render_augmented
 
 Size = tuple[int, int]
 """(width, height) in pixels."""
@@ -112,6 +113,47 @@ NUM_VIEWS = {name: len(make(224, 224, "224", (224, 224))) for name, make in VIEW
 """How many there are of each."""
 
 
+def count_views(name: str) -> int:
+    """How many views a name makes, of `VIEWS` or `augment:N`."""
+    return 1 + count_augmented(name) if count_augmented(name) else NUM_VIEWS[name]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drawing:
+    """What the drawn views of a row depend on, beside the size of its frames."""
+
+    steps: tuple[str, ...]
+    """Of `augmented_views.STEPS`."""
+    seed: int
+    """Of the extraction."""
+    video_id: str
+    class_name: str | None
+
+
+def make_views(name: str, width: int, height: int, resize: str, crop: Size, drawing: Drawing) -> list[View]:
+    """The views of a row.
+
+    Args:
+        name: Of `VIEWS`, or `augment:N`.
+        width: Of the upright frame, pixels.
+        height: Of the upright frame, pixels.
+        resize: A name in `RESIZES`.
+        crop: Width and height of the picture that the backbone sees.
+        drawing: Of drawn views.
+    """
+    if not count_augmented(name):
+        return VIEWS[name](width, height, resize, crop)
+    centre = centre_view(width, height, resize, crop)
+    return augment_views(
+        name,
+        centre,
+        drawing.steps,
+        seed=drawing.seed,
+        video_id=drawing.video_id,
+        class_name=drawing.class_name,
+    )
+
+
 def render_view(frame: np.ndarray, view: View, padding: Colour = BLACK) -> np.ndarray:
     """Resize a frame (PIL, bicubic, antialiased), take the view's box, mirror it if the view says so.
 
@@ -140,9 +182,15 @@ def render_views(frame: np.ndarray, views: Sequence[View], padding: Colour = BLA
     resized: dict[Size, np.ndarray] = {(frame.shape[1], frame.shape[0]): frame}
     crops = []
     for view in views:
+        if view.augmentation is not None and view.augmentation.operations:
+            crops.append(render_augmented(frame, view))
+            continue
         size = (view.resized_width, view.resized_height)
         if size not in resized:
             resized[size] = np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
+        if view.augmentation is not None:
+            crops.append(cut_augmented(resized[size], view))
+            continue
         box = _cut(resized[size], view, padding)
         crops.append(np.array(box[:, ::-1] if view.flip else box, order="C"))
     return crops

@@ -29,7 +29,7 @@ from .sampling import is_open_ended, pick_neighbours, pick_offset_frames, sample
 from .source import Fingerprint, SourceFacts, read_source, take_fingerprint
 from .trouble import MEMORY_LIMIT, DecodeTrouble, as_failure, unexpected_failure, verdict_of
 from .video_file import ALLOWED_LOSS_SHARE, DecodeFailure, Timeline, VideoFile, decord
-from .views import BLACK, NUM_VIEWS, VIEWS, render_views
+from .views import BLACK, Drawing, count_views, make_views, render_views
 
 # A container may announce any length: it gets at most so many CPU seconds for each packet that it really holds.
 _MOST_PER_PACKET_S = 0.1
@@ -82,11 +82,16 @@ class _Renderer:
     def __call__(self, frame: np.ndarray) -> list[np.ndarray]:
         if self.size is None:
             height, width = frame.shape[:2]
-            request = self._request
-            make = VIEWS[request.get("views", "centre")]
+            request, self.size = self._request, (width, height)
+            drawing = Drawing(
+                steps=tuple(request.get("augmentation", ())),
+                seed=request.get("seed", 0),
+                video_id=request.get("video_id", ""),
+                class_name=request.get("class_name"),
+            )
             crop_height, crop_width = request["image_size"]
-            self.size = (width, height)
-            self.views = make(width, height, request["resize"], (crop_width, crop_height))
+            name, crop = request.get("views", "centre"), (crop_width, crop_height)
+            self.views = make_views(name, width, height, request["resize"], crop, drawing)
         return render_views(frame, self.views, self._request.get("padding", BLACK))
 
 
@@ -102,7 +107,7 @@ def decode(
         request: path, num_frames (0 asks for the video's length alone, and the frames that `all` or `fps:X` would
             take; else those take what they take), sampling, num_clips, holds_validation_clip, start_s, end_s, resize,
             image_size (H, W), views, pixel_offsets, pixel_edge, decoder; padding (a colour), allow_loss; frame_fps for
-            folders of pictures.
+            folders of pictures; video_id, class_name, seed and augmentation for views that are drawn.
         announce: Called with the CPU seconds that the video's length is worth, as soon as it is known.
         last_video: What the request before this one has left open.
         tell_source: Called with the source's facts before anything is decoded, unless the length alone is asked for.
@@ -208,7 +213,7 @@ def _offsets_of(request: dict[str, Any]) -> list[PixelOffset]:
 def _offset_bytes(request: dict[str, Any], timeline: Timeline) -> int:
     """What pixel frames beside the cached ones take: with them a video has as much memory left as without."""
     more = len(_offsets_of(request)) - 1
-    views = NUM_VIEWS[request.get("views", "centre")]
+    views = count_views(request.get("views", "centre"))
     num_frames = len(timeline.times_s) if _is_open(request) else request["num_frames"]
     height, width = request["image_size"]
     return _COPIES * more * num_frames * views * height * width * 3

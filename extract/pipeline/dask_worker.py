@@ -21,7 +21,7 @@ from ...store.records import VideoRecord, VideoResult
 from ...store.writer import MarkerState, is_undone, join_store
 from ..config import ExtractConfig
 from ..decode.pool import DecoderPool
-from ..decode.views import NUM_VIEWS
+from ..decode.views import count_views
 from ..job import RowsAtHand, join_job
 from ..kept_rows import KeptRows
 from ..meter import StageClock
@@ -214,7 +214,7 @@ class WorkerJob:
         for rows, values in (
             (job.records, records),
             (job.num_frames, num_frames),
-            (job.num_views, {row: NUM_VIEWS[config.views_of(record.split)] for row, record in records.items()}),
+            (job.num_views, {row: count_views(config.views_of(record.split)) for row, record in records.items()}),
         ):
             assert isinstance(rows, RowsAtHand)
             rows.hold(values)

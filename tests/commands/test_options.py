@@ -12,12 +12,12 @@ GOLDEN = Path(__file__).parents[1] / "data/cli_options.json"
 """Made by `describe_commands` of s4v before its options came from config classes."""
 
 NEW = {
-    "extract": ("--codec", "--validation-clip", "--pixel-offsets", "--pixel-edge", "--input"),
+    "extract": ("--codec", "--validation-clip", "--pixel-offsets", "--pixel-edge", "--input", "--augmentation"),
     "plan": ("--pixel-offsets", "--input"),
     "scan": ("--validation-clip", "--pixel-offsets", "--pixel-edge"),
     "train": (
         *("--set", "--norm-clips", "--log-every", "--optimizer", "--undecayed", "--order-seed", "--hold-out"),
-        "--min-video-frames",
+        *("--min-video-frames", "--train-views"),
     ),
     "compare": ("--run", "--split", "--checkpoint"),
 }

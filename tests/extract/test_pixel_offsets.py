@@ -145,7 +145,7 @@ def test_a_segment_is_as_a_file_of_its_own(make_video, tmp_path):
 def test_a_frame_that_is_wanted_twice_is_rendered_once(make_video, tmp_path, monkeypatch):
     path, rendered = make_video(tmp_path / "v.mp4", num_frames=12), []
     render = worker.render_views
-    monkeypatch.setattr(worker, "render_views", lambda frame, views, *rest: rendered.append(1) or render(frame, views, *rest))
+    monkeypatch.setattr(worker, "render_views", lambda *given: rendered.append(1) or render(*given))
     _, pixels = run(path, num_frames=12, views="three", pixel_offsets=(-2, -1, 0, 1, 2))
     assert pixels.shape == (3, 12, 5, 32, 32, 3) and len(rendered) == 12
 

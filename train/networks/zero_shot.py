@@ -80,7 +80,7 @@ def classify_zero_shot(
         span = store.layout.shard_rows(shard)
         own_rows = rows[(rows >= span.start) & (rows < span.stop)]
         if len(own_rows):
-            frames = normalise_rows(store.read_embeddings(span)[own_rows - span.start])  # (rows, A, F, E)
+            frames = normalise_rows(store.read_shown_embeddings(span)[own_rows - span.start])  # (rows, A, F, E)
             scores.append(pool_frames(frames) @ classes.T)
             own += [video[0][~np.isnan(video[0, :, 0])] @ classes.T for video in frames]
     return ZeroShot(rows, tuple(prompts), np.concatenate(scores), own)

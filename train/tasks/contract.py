@@ -25,6 +25,7 @@ from ..clips import (
     hold_out_rows,
     leave_out_short_videos,
     plan_training_epoch,
+    take_trained_views,
 )
 from ..networks.contract import Network, Outputs
 from ..paired import Answers
@@ -168,13 +169,14 @@ class Task(ABC):
         Args:
             by_class: Whether every class gives its share of what is held out.
         """
-        config = self._config
-        every_row = self.find_rows(self._store, config.train_split)
-        training = leave_out_short_videos(every_row, self._store, config.min_video_frames or 0)
+        config, store = self._config, self._store
+        every_row = self.find_rows(store, config.train_split)
+        training = leave_out_short_videos(every_row, store, config.min_video_frames or 0)
         self.num_left_out = len(np.unique(every_row.rows)) - len(np.unique(training.rows))
+        training = take_trained_views(training, config.train_views, store, config.train_split)
         if config.hold_out is None or not len(training):
-            return training, self.find_rows(self._store, config.val_split)
-        return hold_out_rows(training, self._store, config.hold_out, seed=config.seed_of_order, by_class=by_class)
+            return training, self.find_rows(store, config.val_split)
+        return hold_out_rows(training, store, config.hold_out, seed=config.seed_of_order, by_class=by_class)
 
     def begin(self, network: Network) -> None:
         """Called once before the first step, with the network as it will be trained. By default nothing."""
