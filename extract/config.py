@@ -27,6 +27,7 @@ RECIPE_FIELDS = ("frames", "sampling", "clips", "validation_clip", "resize", "vi
 """Fields of a config that its data set's recipe fills in where nobody says otherwise."""
 ALLOWED_LOSS_SHARE = 0.02
 _MAX_TIMEOUT_S = 24 * 3600
+_FEWEST_WORDS = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +117,21 @@ class ExtractConfig:
     """Do not store frames.
 
     That is what False says: its option is `--no-pixels`. The side network's pixel stem needs them.
+    """
+    text_layers: str | None = None
+    """Store captions word by word after the text tower's last blocks too: last4. [no]
+
+    A finished store gets them when its command is run again with this.
+    """
+    text_words: int | None = None
+    """Keep so many words of a caption at most, start and end among them. [32]
+
+    Where it is given, M is what the longest caption has.
+    """
+    class_template: str | None = None
+    """Store class names as texts: "a video of {}", or "{}" for names alone. [no]
+
+    A finished store gets them when its command is run again with this.
     """
     weights: str | None = None
     """An open_clip tag, a file, or random. [the model's own]"""
@@ -235,10 +251,33 @@ class ExtractConfig:
             raise ConfigError("--append keeps what is there, --overwrite replaces it: take one of them")
         if self.append and self.repair:
             raise ConfigError("--repair mends the rows that are there: run it first, without --append")
+        if self.text_words is not None and self.text_words < _FEWEST_WORDS:
+            raise ConfigError(
+                f"--text-words counts start and end, so it must be at least {_FEWEST_WORDS}; found {self.text_words}"
+            )
+        _ = self.num_text_layers  # refuses what is no number of blocks
+        if self.class_template is not None and "{}" not in self.class_template:
+            raise ConfigError(
+                f"--class-template must hold {{}}, the place of a class's name; found {self.class_template!r}"
+            )
         if self.part is not None and not 1 <= self.part[0] <= self.part[1]:
             raise ConfigError(f"--part takes I/N with I from 1 to N; found {self.part[0]}/{self.part[1]}")
         check_options(self.dataset, annotations=self.annotations, columns=self.columns, with_classes=self.with_classes)
         resolve_protocol(self.dataset, self.protocol)
+
+    @property
+    def num_text_layers(self) -> int | None:
+        """How many of the text tower's last blocks are asked for; None where none are.
+
+        Raises:
+            ConfigError: If `text_layers` says otherwise.
+        """
+        if self.text_layers is None:
+            return None
+        digits = self.text_layers.removeprefix("last")
+        if not (digits.isascii() and digits.isdecimal() and int(digits[:6]) > 0):
+            raise ConfigError(f"--text-layers takes last4, or a number of blocks; found {self.text_layers!r}")
+        return int(digits[:6])
 
     def read_records(self, known_splits: Mapping[str, str] | None = None) -> list[VideoRecord]:
         """The data set's videos in row order: the records of `read_listing`."""
