@@ -9,14 +9,8 @@ from pathlib import Path
 from ..backbone.text_tower import TextTower, describe_text_tower, load_text_tower
 from ..errors import BackboneError, ConfigError, WeightsError
 from ..store.reader import StoreReader
-from ..store.texts import (
-    MAX_WORDS,
-    TextChoice,
-    has_current_texts,
-    read_text_choice,
-    remove_unfinished_texts,
-    write_texts,
-)
+from ..store.text_choice import TextChoice, read_text_choice
+from ..store.texts import MAX_WORDS, has_current_texts, remove_unfinished_texts, write_texts
 from ..terminal import quote
 from .config import ExtractConfig
 from .job import Job

@@ -10,17 +10,8 @@ from ..errors import ConfigError, StoreDamagedError
 from ..store.class_texts import has_current_class_texts, read_class_template
 from ..store.layout import StoreLayout
 from ..store.records import VideoRecord
-from ..store.texts import (
-    CLASSES_NAME,
-    LAYERS_NAME,
-    MAX_WORDS,
-    TEXT_NAME,
-    TextChoice,
-    count_layer_bytes,
-    count_text_bytes,
-    has_current_texts,
-    read_text_choice,
-)
+from ..store.text_choice import CLASSES_NAME, LAYERS_NAME, TEXT_NAME, TextChoice, read_text_choice
+from ..store.texts import MAX_WORDS, count_layer_bytes, count_text_bytes, has_current_texts
 from .caption_texts import choose_texts, load_job_text_tower
 from .config import ExtractConfig
 from .job import Job

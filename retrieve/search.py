@@ -26,7 +26,8 @@ from ..backbone.text_tower import TextTower, load_store_text_tower
 from ..errors import ConfigError, StoreError, StoreNotFoundError
 from ..store.info import count_statuses
 from ..store.reader import StoreReader, open_store
-from ..store.texts import MAX_WORDS, read_text_choice
+from ..store.text_choice import read_text_choice
+from ..store.texts import MAX_WORDS
 from ..terminal import quote
 from ..train.tasks.tuned_texts import load_tuned_text_tower
 from ..vectors import find_moment, normalise_rows, score_rows

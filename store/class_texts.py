@@ -22,7 +22,7 @@ from .checksums import write_checksums
 from .lease import Lease, Scope, hold_lease
 from .reader import StoreReader
 from .scratch import make_scratch, remove_dead_scratch
-from .texts import CLASSES_NAME, TEXT_NAME
+from .text_choice import CLASSES_NAME, TEXT_NAME
 
 _ARRAY = f"{TEXT_NAME}/{CLASSES_NAME}"
 _METADATA = f"{_ARRAY}/zarr.json"

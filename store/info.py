@@ -17,7 +17,8 @@ from .class_texts import describe_class_texts
 from .fidelity import NOTABLE_LOSS, read_fidelity
 from .reader import StoreReader
 from .records import Status
-from .texts import CLASSES_NAME, TEXT_NAME, TextReader, has_current_texts
+from .text_choice import CLASSES_NAME, TEXT_NAME
+from .texts import TextReader, has_current_texts
 
 _SHOWN_VIDEOS = 20
 

@@ -20,7 +20,8 @@ from .scratch import make_scratch, remove_dead_scratch
 from .skeleton import write_skeleton
 from .spec import StoreSpec, list_differences
 from .swap import shard_files
-from .texts import CLASSES_NAME, LAYERS_NAME, TEXT_NAME, remove_texts
+from .text_choice import CLASSES_NAME, LAYERS_NAME, TEXT_NAME
+from .texts import remove_texts
 from .verify import Damage
 
 _log = logging.getLogger(__name__)

@@ -35,22 +35,14 @@ from .lease import Lease, Scope, hold_lease
 from .manifest import CAPTIONS_NAME
 from .reader import StoreReader
 from .scratch import Scratch, make_scratch, remove_dead_scratch, take_over_scratch
+from .text_choice import CLASSES_NAME, LAYERS_NAME, MOST_WORDS, TEXT_ARRAYS, TEXT_NAME, TextChoice, read_text_choice
 
-TEXT_NAME = "text"
-TEXT_ARRAYS = ("tokens", "mask", "embedding")
-"""That all texts have."""
-LAYERS_NAME = "layers"
-"""The array that texts have where somebody asked for it."""
-CLASSES_NAME = "classes"
-"""The array of the same group that belongs to no caption: see class_texts.py."""
 TEXTS_PER_SHARD = 1024
 
 REMOVED_STEM = "removed"
 """Of scratch folders with texts that are on their way out."""
 _OLD_NAMES = (f"{TEXT_NAME}.partial", f"{TEXT_NAME}.partial.old")
 """Of what the version before was filling, and removing."""
-_MOST_WORDS = 2**12
-_MOST_BLOCKS = 2**10
 _MOST_CHUNK_BYTES = 2**30
 
 MAX_WORDS = 32
@@ -85,63 +77,6 @@ class Texts:
             self.embedding,
             None if self.layers is None else self.layers[:, :, :longest],
         )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TextChoice:
-    """What is kept of captions beside what every store keeps; as their group's attributes record it."""
-
-    layers: tuple[int, ...] = ()
-    """0-based blocks of the text tower whose raw outputs are kept, ascending; Lt is their number."""
-    width: int | None = None
-    """Dt, of those outputs; None without blocks."""
-    num_words: int | None = None
-    """The most words of a caption, where somebody said it: M is that, or what the longest caption has. None is
-    `MAX_WORDS`, however long the captions are."""
-
-    def describe(self) -> dict[str, Any]:
-        """As attributes; nothing where nothing was asked for, as in stores from before there was a choice."""
-        blocks = {"text_layers": list(self.layers), "text_width": self.width} if self.layers else {}
-        return {**blocks, **({} if self.num_words is None else {"text_words": self.num_words})}
-
-    @classmethod
-    def parse(cls, attributes: dict[str, Any]) -> TextChoice:
-        """From attributes.
-
-        Raises:
-            ValueError: If they are none that `describe` gives.
-        """
-        layers, width, num_words = (attributes.get(name) for name in ("text_layers", "text_width", "text_words"))
-        blocks = [] if layers is None else layers
-        if not isinstance(blocks, list) or not all(type(one) is int and 0 <= one < _MOST_BLOCKS for one in blocks):
-            raise ValueError(f"text_layers {ascii(layers)[:80]}")
-        if blocks != sorted(set(blocks)) or (layers is not None and not blocks):
-            raise ValueError(f"text_layers {ascii(layers)[:80]}")
-        if not (type(width) is int and 0 < width < 2**20 if blocks else width is None):
-            raise ValueError(f"text_width {ascii(width)[:80]}")
-        if num_words is not None and not (type(num_words) is int and 0 < num_words <= _MOST_WORDS):
-            raise ValueError(f"text_words {ascii(num_words)[:80]}")
-        return cls(layers=tuple(blocks), width=width, num_words=num_words)
-
-    @property
-    def arrays(self) -> tuple[str, ...]:
-        """Of the texts."""
-        return (*TEXT_ARRAYS, LAYERS_NAME) if self.layers else TEXT_ARRAYS
-
-
-def read_text_choice(root: Path) -> TextChoice:
-    """What was asked for of a store's captions, whether its texts are current or not.
-
-    Raises:
-        StoreDamagedError: If what is recorded is not readable.
-    """
-    if not os.path.lexists(root / TEXT_NAME / "zarr.json"):
-        return TextChoice()
-    attributes = names.read_json(root, f"{TEXT_NAME}/zarr.json").get("attributes")
-    try:
-        return TextChoice.parse(attributes if isinstance(attributes, dict) else {})
-    except ValueError as error:
-        raise StoreDamagedError(f"{root / TEXT_NAME / 'zarr.json'} cannot be: {error}. {_MEND}") from error
 
 
 def has_current_texts(root: Path) -> bool:
@@ -183,7 +118,7 @@ def describe_text_array(store: StoreReader, name: str) -> ArraySpec:
         rows = metadata["chunk_grid"]["configuration"]["chunk_shape"][0]
     except (LookupError, TypeError):
         num_words = rows = None
-    if not (type(num_words) is type(rows) is int and 0 < num_words <= _MOST_WORDS and 0 < rows <= 2**16):
+    if not (type(num_words) is type(rows) is int and 0 < num_words <= MOST_WORDS and 0 < rows <= 2**16):
         raise StoreDamagedError(
             f"{store.path / TEXT_NAME / name} has {ascii(num_words)[:40]} words a caption and {ascii(rows)[:40]} "
             f"captions a shard, which cannot be. {_MEND}"

@@ -29,15 +29,8 @@ from .markers import PARTS_NAME, Marker, find_markers, marker_path, read_joined
 from .reader import StoreReader
 from .row_checks import check_rows
 from .swap import find_swaps
-from .texts import (
-    CLASSES_NAME,
-    TEXT_ARRAYS,
-    TEXT_NAME,
-    describe_text_array,
-    has_void_texts,
-    name_text_shard,
-    read_text_choice,
-)
+from .text_choice import CLASSES_NAME, TEXT_ARRAYS, TEXT_NAME, read_text_choice
+from .texts import describe_text_array, has_void_texts, name_text_shard
 
 _SHOWN_DAMAGE = 50
 

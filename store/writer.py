@@ -50,7 +50,8 @@ from .scratch import Scratch, make_scratch, remove_dead_files, remove_dead_scrat
 from .skeleton import write_skeleton
 from .spec import StoreSpec, list_codec_differences, list_differences
 from .swap import find_swaps, finish_swap, place_marker, publish_shard, shard_files, swap_shard
-from .texts import REMOVED_STEM, TEXT_NAME
+from .text_choice import TEXT_NAME
+from .texts import REMOVED_STEM
 
 __all__ = [
     "MarkerState",
