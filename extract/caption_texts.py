@@ -69,8 +69,7 @@ def write_caption_texts(job: Job, store: StoreReader) -> None:
             _warn_of_cut_captions(store, tower, num_words)
             if choice.num_words is not None:
                 num_words = int(tower.count_words(captions, num_words).max())
-            blocks = {"blocks": choice.layers} if choice.layers else {}
-            encode = partial(tower.encode_words, num_words=num_words, is_cut_known=True, **blocks)
+            encode = partial(tower.encode_words, num_words=num_words, is_cut_known=True, blocks=choice.layers)
             write_texts(store, encode, num_words=num_words, choice=choice, report=job.report)
         except (WeightsError, BackboneError) as error:
             if (job.config.text_layers, job.config.text_words) != (None, None):

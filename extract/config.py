@@ -251,6 +251,13 @@ class ExtractConfig:
             raise ConfigError("--append keeps what is there, --overwrite replaces it: take one of them")
         if self.append and self.repair:
             raise ConfigError("--repair mends the rows that are there: run it first, without --append")
+        self._check_texts()
+        if self.part is not None and not 1 <= self.part[0] <= self.part[1]:
+            raise ConfigError(f"--part takes I/N with I from 1 to N; found {self.part[0]}/{self.part[1]}")
+        check_options(self.dataset, annotations=self.annotations, columns=self.columns, with_classes=self.with_classes)
+        resolve_protocol(self.dataset, self.protocol)
+
+    def _check_texts(self) -> None:
         if self.text_words is not None and self.text_words < _FEWEST_WORDS:
             raise ConfigError(
                 f"--text-words counts start and end, so it must be at least {_FEWEST_WORDS}; found {self.text_words}"
@@ -260,10 +267,6 @@ class ExtractConfig:
             raise ConfigError(
                 f"--class-template must hold {{}}, the place of a class's name; found {self.class_template!r}"
             )
-        if self.part is not None and not 1 <= self.part[0] <= self.part[1]:
-            raise ConfigError(f"--part takes I/N with I from 1 to N; found {self.part[0]}/{self.part[1]}")
-        check_options(self.dataset, annotations=self.annotations, columns=self.columns, with_classes=self.with_classes)
-        resolve_protocol(self.dataset, self.protocol)
 
     @property
     def num_text_layers(self) -> int | None:
