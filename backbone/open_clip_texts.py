@@ -173,9 +173,9 @@ def describe_text_tower(name: str) -> TextTowerInfo:
     Raises:
         BackboneError: If its words and blocks are not CLIP's kind, or its library is not there.
     """
-    architecture, _ = resolve_model(name)
+    tower = _build(name, read_architecture(resolve_model(name)[0]))
     try:
-        return _describe(_build(name, read_architecture(architecture)))
+        return _describe(tower)
     except BackboneError as error:
         raise BackboneError(f"{name}: {error}") from error
 

@@ -422,6 +422,18 @@ class TextReader:
             for name, array in self._arrays.items()
         }
 
+    def require(self, arrays: Sequence[str]) -> None:
+        """Refuse texts that lack an array.
+
+        Raises:
+            StoreMismatchError: If `layers` is wanted and not there.
+        """
+        if LAYERS_NAME in arrays and not self._choice.layers:
+            raise StoreMismatchError(
+                f"{self._folder} has no {LAYERS_NAME}: run the command that began this store once more with "
+                "--text-layers last4, which adds them"
+            )
+
     def read(self, captions: Sequence[int] | np.ndarray, arrays: Sequence[str] = TEXT_ARRAYS) -> Texts:
         """Texts by their rows, in the order asked for, padded to M words.
 
@@ -433,11 +445,7 @@ class TextReader:
             StoreMismatchError: If `layers` is asked for and not there.
             StoreDamagedError: If a chunk is missing or its bytes do not match their checksum.
         """
-        if LAYERS_NAME in arrays and not self._choice.layers:
-            raise StoreMismatchError(
-                f"{self._folder} has no {LAYERS_NAME}: run the command that began this store once more with "
-                "--text-layers last4, which adds them"
-            )
+        self.require(arrays)
         rows = np.asarray(captions, dtype=np.int64)
         read = {name: self._read(name, rows) for name in self._specs if name in arrays}
         return Texts(**{**dict.fromkeys(TEXT_ARRAYS), **read})

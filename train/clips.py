@@ -423,6 +423,8 @@ class ClipLoader:
     ) -> None:
         self._store = store
         self._texts = TextReader(store) if text_arrays else None
+        if self._texts is not None:
+            self._texts.require(text_arrays)
         self._text_arrays = text_arrays
         self._arrays = arrays
         self._layers = None if tuple(layers) == store.layout.layers else layers
@@ -526,7 +528,7 @@ class ClipLoader:
         texts = None if self._texts is None else self._texts.read(plan.labels, self._text_arrays)
         is_frame = plan.places >= 0
         if texts is not None:
-            if texts.layers is not None:  # M is what the longest caption of all has
+            if texts.layers is not None and texts.mask is not None:  # M is what the longest caption of all has
                 texts = texts.cut_to_longest()
             texts = Texts(*(None if values is None else self._pin(values) for values in texts.arrays))
         return _Read(clips, texts, self._pin(plan.labels), None if is_frame.all() else self._pin(is_frame))

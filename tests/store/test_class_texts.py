@@ -8,7 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import zarr
+from safetensors.torch import load_file
+from torch import nn
 
 from s4v.backbone import text_tower
 from s4v.backbone.text_tower import encode_class_texts, load_text_tower
@@ -28,6 +31,11 @@ from s4v.store.info import describe_store, render_info
 from s4v.store.merge import merge_stores
 from s4v.store.reader import open_store
 from s4v.store.verify import verify_store
+from s4v.train.config import TrainConfig
+from s4v.train.evaluate import evaluate_run
+from s4v.train.loop import train_run
+from s4v.train.networks import NETWORKS
+from s4v.train.networks.contract import Network, NetworkKind
 from s4v.train.networks.zero_shot import score_class_names
 
 TEMPLATE = "a video of {}"
@@ -218,6 +226,55 @@ def test_zero_shot_reads_them_and_gives_the_same_bits(float_store, config, monke
     score_class_names(open_store(config.out), "val", prompt="{} it is")
     score_class_names(open_store(config.out), "val", weights="random:0")
     assert len(asked) == 2, "other texts, and weights that are to be compared with the store's, need the tower"
+
+
+class Compared(Network):
+    """Class tokens beside the texts of classes, as networks without a classifier read them."""
+
+    arrays = ("cls",)
+
+    def __init__(self, shape):
+        super().__init__()
+        self.project = nn.Linear(shape.width, 128)
+        self.register_buffer("texts", torch.zeros(shape.num_classes, 128))
+
+    def inputs(self, batch):
+        return (batch.cls,)
+
+    def prepare(self, store):
+        self.texts.copy_(torch.from_numpy(read_class_texts(store).embedding))
+
+    def forward(self, cls, codec=None):
+        frames = F.normalize(self.project(cls[:, :, -1]).mean(dim=1), dim=-1)
+        return 20 * frames @ F.normalize(self.texts, dim=-1).T
+
+
+class ComparedKind(NetworkKind):
+    name = "compared"
+    tasks = ("recognition",)
+    reads = "class tokens and the texts of classes"
+
+    def plan(self, store, outputs, options, layers):
+        return self.describe_shape(store, outputs, layers)
+
+    def build(self, shape):
+        return Compared(shape)
+
+
+def test_a_run_keeps_the_texts_that_it_was_trained_with(config, monkeypatch, tmp_path):
+    monkeypatch.setitem(NETWORKS, "compared", ComparedKind())
+    training = TrainConfig(
+        features=config.out, out=tmp_path / "run", head="compared", epochs=1, batch_size=4, device="cpu"
+    )
+    with pytest.raises(StoreMismatchError, match="holds no texts of its classes"):
+        train_run(training)
+    extract_dataset(replace(config, class_template="{}"))
+    expected = read_class_texts(open_store(config.out)).embedding
+    train_run(replace(training, out=tmp_path / "kept"))
+    shutil.rmtree(config.out / "text")
+    write_checksums(config.out)
+    assert evaluate_run(tmp_path / "kept")["videos"] == 2
+    np.testing.assert_array_equal(load_file(tmp_path / "kept/best.safetensors")["texts"], expected)
 
 
 def test_many_classes_take_several_passes(monkeypatch):

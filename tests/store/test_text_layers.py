@@ -317,12 +317,15 @@ def test_parts_are_merged_with_their_layers(config, tmp_path):
 
 
 def test_a_batch_is_padded_to_its_longest_text(config):
+    reads = dict(arrays=("cls",), layers=range(6), device=CPU, text_arrays=("mask", "layers"))
+    with pytest.raises(StoreMismatchError, match="has no layers: .*--text-layers last4, which adds them"):
+        ClipLoader(open_store(config.out), **reads)
     extract_dataset(replace(config, text_layers="last2"))
     store = open_store(config.out)
     whole = TextReader(store).read(range(19), ("mask", "layers"))
     counts = whole.mask.sum(axis=1)
     captions = np.argsort(counts, kind="stable")[[0, 3, 5]]
-    loader = ClipLoader(store, arrays=("cls",), layers=store.layout.layers, device=CPU, text_arrays=("mask", "layers"))
+    loader = ClipLoader(store, **reads)
     plan = ClipPlan(np.zeros(3, np.int64), np.zeros(3, np.int64), np.zeros((3, 2), np.int64), captions)
     (batch,) = loader.load([plan])
     longest = counts[captions].max()
