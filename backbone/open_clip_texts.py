@@ -146,7 +146,15 @@ class OpenClipTextTower(TextTower):
             return words.float().cpu(), embeddings
         # Rounded here: in float32, all of a shard's texts would take a giant's memory.
         layers = [output if tower.transformer.batch_first else output.transpose(0, 1) for output in tapped]
-        return words.float().cpu(), embeddings, torch.stack([one[:, :num_words] for one in layers], dim=1).half().cpu()
+        rounded = torch.stack([one[:, :num_words] for one in layers], dim=1).half().cpu()
+        is_finite = rounded.isfinite().all(dim=3).all(dim=2).all(dim=0)  # (Lt,)
+        if not is_finite.all():
+            block = blocks[int(is_finite.int().argmin())]
+            raise BackboneError(
+                f"what block {block} of the text tower gives does not fit float16, in which it would be stored: "
+                "take fewer of its last blocks (--text-layers)"
+            )
+        return words.float().cpu(), embeddings, rounded
 
     def _tokenise(self, texts: list[str], num_words: int) -> torch.Tensor:
         """Texts to (n, context): cut at `num_words`, padded to what the tower takes."""

@@ -364,7 +364,7 @@ def remove_texts(root: Path, lease: Lease, *, is_choice_known: bool = True) -> N
 
 def remove_unfinished_texts(root: Path) -> None:
     """Remove what killed processes have left of texts that nobody asks for any more."""
-    if not any(root.glob(f".{TEXT_NAME}.*")):
+    if not any(entry.name.startswith(f".{TEXT_NAME}.") for entry in root.iterdir()):
         return
     advice = "run the command again in a moment"
     with hold_lease(root, Scope.manifest(), purpose="extract", wait=True, advice=advice):

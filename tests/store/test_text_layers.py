@@ -117,6 +117,17 @@ def test_float32_of_blocks_is_that_of_the_tower_run_live(small_models, monkeypat
     np.testing.assert_array_equal(layers.swapaxes(1, 2)[is_word], live.numpy().swapaxes(1, 2)[is_word])
 
 
+def test_a_block_that_overflows_is_named(small_models, tmp_path):
+    _, weights = small_models["small-clip"]
+    state = torch.load(weights)
+    state["transformer.resblocks.3.mlp.c_proj.bias"] += 1e5
+    torch.save(state, tmp_path / "large.pt")
+    tower = load_text_tower("small-clip", weights=str(tmp_path / "large.pt"), device=CPU)
+    assert np.isfinite(tower.encode_words(TEXTS, 9, blocks=[1, 2]).layers).all()
+    with pytest.raises(BackboneError, match="what block 3 of the text tower gives does not fit float16"):
+        tower.encode_words(TEXTS, 9, blocks=[2, 3, 4])
+
+
 def test_towers_that_are_not_clips_are_refused():
     with pytest.raises(BackboneError, match=r"ViT-B-16-SigLIP: this text tower is not like CLIP's"):
         describe_text_tower("ViT-B-16-SigLIP")
