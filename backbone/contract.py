@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ..errors import BackboneError, EnvironmentFailedError
 from ..store.texts import Texts
-from .facts import BackboneInfo, Precision, describe_size
+from .facts import BackboneInfo, Precision, TextTowerInfo, describe_size
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Of weights and arithmetic, by precision."""
@@ -230,21 +230,33 @@ class TextTower(ABC):
         """
 
     @abstractmethod
-    def encode_words(self, texts: list[str], num_words: int, *, is_cut_known: bool = False) -> Texts:
+    def encode_words(
+        self, texts: list[str], num_words: int, *, is_cut_known: bool = False, blocks: Sequence[int] = ()
+    ) -> Texts:
         """Embed texts word by word; each is cut at `num_words`, start and end among them.
 
         Args:
             texts: Any number.
             num_words: M.
             is_cut_known: Whether the caller has said what is cut off (`find_cut`); else a warning does.
+            blocks: 0-based, ascending, whose raw outputs are wanted too.
 
         Returns:
             Tokens (n, num_words, E), the final norm's output times the projection, zero where there is no word;
-            mask; embeddings (n, E), those of the end token.
+            mask; embeddings (n, E), those of the end token; layers (n, len(blocks), num_words, Dt), after each block
+            and before the final norm, zero where there is no word, or None without blocks.
 
         Raises:
-            BackboneError: If s4v cannot tell where the tower's words end.
+            BackboneError: If s4v cannot tell where the tower's words end, or the tower has no such block.
         """
+
+    def count_words(self, texts: Sequence[str], num_words: int) -> np.ndarray:
+        """How many words `encode_words` finds in each text, start and end among them: (n,) integers.
+
+        Raises:
+            BackboneError: As `encode_words` does.
+        """
+        raise BackboneError("this text tower does not tell how many words a text has")
 
     @abstractmethod
     def find_cut(self, texts: Sequence[str], num_words: int | None = None) -> dict[str, str]:
@@ -292,7 +304,37 @@ class TowerLibrary(ABC):
             WeightsError: If the weights cannot be had, do not fit, or have another hash.
             BackboneError: If there is none, or its tokenizer cannot be had.
         """
-        raise BackboneError(f"{name} has no text tower: it was not trained with texts, and cannot be asked by text")
+        raise _lack_text_tower(name)
+
+    def describe_text_tower(self, name: str) -> TextTowerInfo:
+        """The sizes of a model's text tower, for which no weights are needed. By default there is none.
+
+        Raises:
+            BackboneError: If there is none, or it is not one whose words and blocks s4v can tell.
+        """
+        raise _lack_text_tower(name)
+
+    def count_words(self, name: str, texts: Sequence[str], num_words: int) -> np.ndarray:
+        """How many words a model's text tower finds in each text, for which no weights are needed.
+
+        Weights may know fewer words than the tokenizer: those leave the others out. By default there is no tower.
+
+        Args:
+            name: Of the model.
+            texts: Any number.
+            num_words: At which each is cut, start and end among them.
+
+        Returns:
+            (len(texts),) integers.
+
+        Raises:
+            BackboneError: As `describe_text_tower` does, or if its tokenizer cannot be had.
+        """
+        raise _lack_text_tower(name)
+
+
+def _lack_text_tower(name: str) -> BackboneError:
+    return BackboneError(f"{name} has no text tower: it was not trained with texts, and cannot be asked by text")
 
 
 def normalise_pixels(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,20 @@ Family = Literal["clip", "eva"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TextTowerInfo:
+    """What is known of a text tower; no weights."""
+
+    depth: int
+    """Blocks."""
+    width: int
+    """Dt, of what they hand on."""
+    embed_dim: int
+    """E."""
+    context_length: int
+    """The most words that a text can have, start and end among them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class BackboneInfo:
     """What stage two and a store need to know of a backbone; no weights."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,15 @@ from ..errors import BackboneError, WeightsError
 from ..store.texts import Texts
 from ..terminal import quote
 from .contract import TextTower
+from .facts import TextTowerInfo
 from .open_clip_models import build_tower, read_architecture, resolve_model, resolve_weights
 from .weights import KNOWN_WORDS, fill_tower, open_tensors
 
 # Texts in one pass; the last is padded, so that a text's numbers do not depend on how many others there are.
 _TEXTS_PER_PASS = 64
+
+# Tokenised at once where words are counted: 200,000 captions would be two copies of a large array.
+_TEXTS_PER_COUNT = 4096
 
 _MOST_NAMED = 3
 
@@ -57,26 +61,37 @@ class OpenClipTextTower(TextTower):
         return self._tower(self._tokenise(texts, self.context_length).to(self._device)).float().cpu().numpy()
 
     @torch.inference_mode()
-    def encode_words(self, texts: list[str], num_words: int, *, is_cut_known: bool = False) -> Texts:
+    def encode_words(
+        self, texts: list[str], num_words: int, *, is_cut_known: bool = False, blocks: Sequence[int] = ()
+    ) -> Texts:
         """As the contract says.
 
         Raises:
             BackboneError: If the tower is not one of open_clip's own that ends a text with its highest token, as CLIP
-                does.
+                does, or has no such block.
         """
-        is_known = isinstance(getattr(self._tower, "ln_final", None), nn.Module)
-        if not is_known or getattr(self._tower, "pool_type", None) != "argmax" or self._tower.output_tokens:
-            raise BackboneError("this text tower is not like CLIP's: s4v cannot tell where its words end")
+        depth = _describe(self._tower).depth
+        if any(not 0 <= block < depth for block in blocks):
+            raise BackboneError(f"this text tower has blocks 0 to {depth - 1}; found {list(blocks)}")
         if not is_cut_known:
             self._warn_of_cut(texts, num_words)
         tokens = self._tokenise(texts, num_words)
         padded = F.pad(tokens, (0, 0, 0, -len(texts) % _TEXTS_PER_PASS))
-        parts = [self._encode_words(part) for part in padded.split(_TEXTS_PER_PASS)]
-        words, embeddings = (torch.cat(values)[: len(texts)] for values in zip(*parts, strict=True))
-        # Up to the end token, which has the highest number; a `!` inside a word has the number of the padding.
-        mask = torch.arange(num_words) <= tokens.argmax(dim=1, keepdim=True)
+        parts = [self._encode_words(part, blocks, num_words) for part in padded.split(_TEXTS_PER_PASS)]
+        words, embeddings, *layers = (torch.cat(values)[: len(texts)] for values in zip(*parts, strict=True))
+        mask = _find_words(tokens, num_words)
         words = words[:, :num_words] * mask[..., None]
-        return Texts(words.half().numpy(), mask.numpy(), embeddings.numpy())
+        tapped = layers[0].masked_fill(~mask[:, None, :, None], 0).numpy() if layers else None
+        return Texts(words.half().numpy(), mask.numpy(), embeddings.numpy(), tapped)
+
+    def count_words(self, texts: Sequence[str], num_words: int) -> np.ndarray:
+        """As the contract says.
+
+        Raises:
+            BackboneError: As `encode_words` does.
+        """
+        _describe(self._tower)
+        return _count_words(lambda part: self._tokenise(part, num_words), texts, num_words)
 
     def find_cut(self, texts: Sequence[str], num_words: int | None = None) -> dict[str, str]:
         """What is left out of texts that are longer than a number of words, start and end among them.
@@ -111,18 +126,35 @@ class OpenClipTextTower(TextTower):
         if len(cut) > _MOST_NAMED:
             _log.warning("the text tower leaves out the ends of %d more texts", len(cut) - _MOST_NAMED)
 
-    def _encode_words(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Texts (n, context) -> (n, context, E) and (n, E), from one pass."""
+    def _encode_words(self, tokens: torch.Tensor, blocks: Sequence[int], num_words: int) -> tuple[torch.Tensor, ...]:
+        """Texts (n, context) -> (n, context, E) and (n, E), of blocks also (n, Lt, M, Dt) float16, from one pass."""
         normed: list[torch.Tensor] = []
-        norm: Any = self._tower.ln_final
-        hook = norm.register_forward_hook(lambda _, __, output: normed.append(output))
+        tapped: list[torch.Tensor] = []
+        tower: Any = self._tower
+        hooks = [tower.ln_final.register_forward_hook(lambda _, __, output: normed.append(output))]
+        for block in blocks:
+            module = tower.transformer.resblocks[block]
+            hooks.append(module.register_forward_hook(lambda _, __, output: tapped.append(output)))
         try:
-            embeddings = self._tower(tokens.to(self._device)).float().cpu()
+            embeddings = tower(tokens.to(self._device)).float().cpu()
         finally:
-            hook.remove()
-        projection: Any = self._tower.text_projection
+            for hook in hooks:
+                hook.remove()
+        projection: Any = tower.text_projection
         words = projection(normed[0]) if isinstance(projection, nn.Linear) else normed[0] @ projection
-        return words.float().cpu(), embeddings
+        if not blocks:
+            return words.float().cpu(), embeddings
+        # Rounded here: in float32, all of a shard's texts would take a giant's memory.
+        layers = [output if tower.transformer.batch_first else output.transpose(0, 1) for output in tapped]
+        rounded = torch.stack([one[:, :num_words] for one in layers], dim=1).half().cpu()
+        is_finite = rounded.isfinite().all(dim=3).all(dim=2).all(dim=0)  # (Lt,)
+        if not is_finite.all():
+            block = blocks[int(is_finite.int().argmin())]
+            raise BackboneError(
+                f"what block {block} of the text tower gives does not fit float16, in which it would be stored: "
+                "take fewer of its last blocks (--text-layers)"
+            )
+        return words.float().cpu(), embeddings, rounded
 
     def _tokenise(self, texts: list[str], num_words: int) -> torch.Tensor:
         """Texts to (n, context): cut at `num_words`, padded to what the tower takes."""
@@ -141,6 +173,72 @@ class OpenClipTextTower(TextTower):
         for row, words_known in enumerate(is_known):
             kept[row, : int(words_known.sum())] = tokens[row, words_known]
         return kept
+
+
+def describe_text_tower(name: str) -> TextTowerInfo:
+    """The sizes of a model's text tower, for which no weights are needed.
+
+    Raises:
+        BackboneError: If its words and blocks are not CLIP's kind, or its library is not there.
+    """
+    tower = _build(name, read_architecture(resolve_model(name)[0]))
+    try:
+        return _describe(tower)
+    except BackboneError as error:
+        raise BackboneError(f"{name}: {error}") from error
+
+
+def _describe(tower: Any) -> TextTowerInfo:
+    """The sizes of a tower of open_clip's own that ends a text with its highest token, as CLIP does.
+
+    Raises:
+        BackboneError: If it is another.
+    """
+    is_known = isinstance(getattr(tower, "ln_final", None), nn.Module)
+    if not is_known or getattr(tower, "pool_type", None) != "argmax" or tower.output_tokens:
+        raise BackboneError("this text tower is not like CLIP's: s4v cannot tell where its words end")
+    return TextTowerInfo(
+        depth=len(tower.transformer.resblocks),
+        width=tower.width,
+        embed_dim=tower.output_dim or tower.width,
+        context_length=tower.context_length,
+    )
+
+
+def _find_words(tokens: torch.Tensor, num_words: int) -> torch.Tensor:
+    """Texts (n, context) to (n, M) bool: what is a word, up to the end token.
+
+    Which has the highest number; a `!` inside a word has the number of the padding.
+    """
+    return torch.arange(num_words) <= tokens.argmax(dim=1, keepdim=True)
+
+
+def count_words(name: str, texts: Sequence[str], num_words: int) -> np.ndarray:
+    """As the contract says.
+
+    Raises:
+        BackboneError: As `describe_text_tower` does, or if its tokenizer cannot be had.
+    """
+    describe_text_tower(name)
+    tokenizer = _load_tokenizer(name)
+    return _count_words(lambda part: tokenizer(part, context_length=num_words), texts, num_words)
+
+
+def _count_words(tokenise: Callable[[list[str]], torch.Tensor], texts: Sequence[str], num_words: int) -> np.ndarray:
+    parts = [list(texts[first : first + _TEXTS_PER_COUNT]) for first in range(0, len(texts), _TEXTS_PER_COUNT)]
+    counts = [_find_words(tokenise(part), num_words).sum(dim=1).numpy() for part in parts]
+    return np.concatenate([np.zeros(0, dtype=np.int64), *counts])
+
+
+def _load_tokenizer(name: str) -> Any:
+    try:
+        return open_clip.get_tokenizer(resolve_model(name)[0])
+    except (ImportError, OSError) as error:  # those of others are downloaded, by a library that s4v does not need
+        raise BackboneError(f"the tokenizer of {name} cannot be had: {str(error).splitlines()[0]}") from error
+
+
+def _build(name: str, config: Any) -> Any:
+    return build_tower(name, _build_text_tower, config["embed_dim"], config["text_cfg"], config)
 
 
 def load_text_tower(
@@ -167,14 +265,10 @@ def load_text_tower(
             f"the store was made with weights of hash {expected_sha256}, {source.label} has {source.sha256}. "
             "Name the file that the store was made with (--weights)."
         )
-    tower = build_tower(name, _build_text_tower, config["embed_dim"], config["text_cfg"], config)
+    tower = _build(name, config)
     # Custom-text models keep the tower under `text.`, plain CLIP keeps its parts at the top; Side4Video's own
     # checkpoints keep either of them under `clip.`.
     tensors = open_tensors(source)
     fill_tower(tower, tensors, source, ("text.", "", "clip.text.", "clip."), device, torch.float32)
     known_words = None if tensors is None else tensors.get(KNOWN_WORDS)
-    try:
-        tokenizer = open_clip.get_tokenizer(architecture)
-    except (ImportError, OSError) as error:  # those of others are downloaded, by a library that s4v does not need
-        raise BackboneError(f"the tokenizer of {name} cannot be had: {str(error).splitlines()[0]}") from error
-    return OpenClipTextTower(tower, tokenizer, device, known_words)
+    return OpenClipTextTower(tower, _load_tokenizer(name), device, known_words)

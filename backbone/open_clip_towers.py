@@ -18,7 +18,7 @@ from torch import nn
 
 from ..errors import BackboneError
 from .contract import DEFAULT_LOGIT_SCALE, DTYPES, Backbone, FrameTokens, TextTower, TowerLibrary
-from .facts import BackboneInfo, Precision, guess_side_family
+from .facts import BackboneInfo, Precision, TextTowerInfo, guess_side_family
 from .open_clip_models import (
     ACTIVATIONS,
     ALIASES,
@@ -163,6 +163,26 @@ class OpenClip(TowerLibrary):
         from .open_clip_texts import load_text_tower
 
         return load_text_tower(name, weights=weights, device=device, seed=seed, expected_sha256=expected_sha256)
+
+    def describe_text_tower(self, name: str) -> TextTowerInfo:
+        """The sizes of a model's text tower, for which no weights are needed.
+
+        Raises:
+            BackboneError: If its words and blocks are not CLIP's kind, or its library is not there.
+        """
+        from .open_clip_texts import describe_text_tower
+
+        return describe_text_tower(name)
+
+    def count_words(self, name: str, texts: Sequence[str], num_words: int) -> np.ndarray:
+        """How many words a model's text tower finds in each text, for which no weights are needed.
+
+        Raises:
+            BackboneError: As `describe_text_tower` does, or if its tokenizer cannot be had.
+        """
+        from .open_clip_texts import count_words
+
+        return count_words(name, texts, num_words)
 
 
 LIBRARY = OpenClip()

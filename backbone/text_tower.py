@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 
 from ..store.reader import StoreReader
 from . import find_library
 from .contract import TextTower
+from .facts import TextTowerInfo
 
-__all__ = ["TextTower", "load_store_text_tower", "load_text_tower"]
+__all__ = [
+    "TextTower",
+    "TextTowerInfo",
+    "count_text_words",
+    "describe_text_tower",
+    "encode_class_texts",
+    "load_store_text_tower",
+    "load_text_tower",
+]
+
+_CLASSES_PER_PASS = 1024
+"""A pass of 10,000 class names would take tens of GB."""
+
+
+def describe_text_tower(name: str) -> TextTowerInfo:
+    """The sizes of a model's text tower, for which no weights are needed.
+
+    Raises:
+        BackboneError: If there is no such model, it has no text tower, or not one whose words and blocks s4v can tell.
+    """
+    return find_library(name).describe_text_tower(name)
 
 
 def load_text_tower(
@@ -31,6 +55,15 @@ def load_text_tower(
     return library.load_text_tower(name, weights=weights, device=device, seed=seed, expected_sha256=expected_sha256)
 
 
+def count_text_words(name: str, texts: Sequence[str], num_words: int) -> np.ndarray:
+    """How many words a model's text tower finds in each text, cut at `num_words`; no weights are needed.
+
+    Raises:
+        BackboneError: As `describe_text_tower` does, or if its tokenizer cannot be had.
+    """
+    return find_library(name).count_words(name, texts, num_words)
+
+
 def load_store_text_tower(
     store: StoreReader, *, weights: str | None = None, device: torch.device | None = None
 ) -> TextTower:
@@ -46,3 +79,15 @@ def load_store_text_tower(
         device=device or torch.device("cpu"),
         expected_sha256=backbone.weights_sha256,
     )
+
+
+def encode_class_texts(tower: TextTower, texts: Sequence[str]) -> np.ndarray:
+    """Embed what stands for classes, as few passes as memory allows.
+
+    Stores and the zero-shot classifier both take this way: a text's bits depend on how many others are in its pass.
+
+    Returns:
+        (len(texts), E) float32, not normalised.
+    """
+    passes = range(0, len(texts), _CLASSES_PER_PASS)
+    return np.concatenate([tower.encode(list(texts[first : first + _CLASSES_PER_PASS])) for first in passes])

@@ -31,6 +31,7 @@ ALLOWED_LOSS_SHARE = 0.02
 _MAX_TIMEOUT_S = 24 * 3600
 _MOST_PIXELS = 2**14
 """Along one side of what a backbone sees."""
+_FEWEST_WORDS = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,6 +142,20 @@ class ExtractConfig:
     """Before the first frame: clamp (the first again), or wrap (the last ones).
 
     TDS-CLIP's reader of Kinetics wraps. None takes the rule of the store that is there.
+    text_layers: str | None = None
+    """Store captions word by word after the text tower's last blocks too: last4. [no]
+
+    A finished store gets them when its command is run again with this.
+    """
+    text_words: int | None = None
+    """Keep so many words of a caption at most, start and end among them. [32]
+
+    Where it is given, M is what the longest caption has.
+    """
+    class_template: str | None = None
+    """Store class names as texts: "a video of {}", or "{}" for names alone. [no]
+
+    A finished store gets them when its command is run again with this.
     """
     weights: str | None = None
     """An open_clip tag, a file, or random. [the model's own]"""
@@ -259,11 +274,37 @@ class ExtractConfig:
             raise ConfigError("--append keeps what is there, --overwrite replaces it: take one of them")
         if self.append and self.repair:
             raise ConfigError("--repair mends the rows that are there: run it first, without --append")
+        self._check_texts()
         if self.part is not None and not 1 <= self.part[0] <= self.part[1]:
             raise ConfigError(f"--part takes I/N with I from 1 to N; found {self.part[0]}/{self.part[1]}")
         self._check_offsets()
         check_options(self.dataset, annotations=self.annotations, columns=self.columns, with_classes=self.with_classes)
         resolve_protocol(self.dataset, self.protocol)
+
+    def _check_texts(self) -> None:
+        if self.text_words is not None and self.text_words < _FEWEST_WORDS:
+            raise ConfigError(
+                f"--text-words counts start and end, so it must be at least {_FEWEST_WORDS}; found {self.text_words}"
+            )
+        _ = self.num_text_layers  # refuses what is no number of blocks
+        if self.class_template is not None and "{}" not in self.class_template:
+            raise ConfigError(
+                f"--class-template must hold {{}}, the place of a class's name; found {self.class_template!r}"
+            )
+
+    @property
+    def num_text_layers(self) -> int | None:
+        """How many of the text tower's last blocks are asked for; None where none are.
+
+        Raises:
+            ConfigError: If `text_layers` says otherwise.
+        """
+        if self.text_layers is None:
+            return None
+        digits = self.text_layers.removeprefix("last")
+        if not (digits.isascii() and digits.isdecimal() and int(digits[:6]) > 0):
+            raise ConfigError(f"--text-layers takes last4, or a number of blocks; found {self.text_layers!r}")
+        return int(digits[:6])
 
     def read_records(self, known_splits: Mapping[str, str] | None = None) -> list[VideoRecord]:
         """The data set's videos in row order: the records of `read_listing`."""

@@ -9,25 +9,22 @@ from pathlib import Path
 from ..errors import ConfigError
 from ..files import describe_bytes
 from ..store.layout import StoreLayout
-from ..store.texts import count_text_bytes
 
 
-def require_space(
-    layout: StoreLayout, frames: int, out: Path, *, num_captions: int = 0, replaces: bool = False
-) -> None:
+def require_space(layout: StoreLayout, frames: int, out: Path, *, text_bytes: int = 0, replaces: bool = False) -> None:
     """Refuse an extraction whose store cannot fit.
 
     Args:
         layout: Of the store.
         frames: Cached frames that are still to be written, of all rows and views.
         out: The store.
-        num_captions: Whose texts are still to be written.
+        text_bytes: Of texts that are still to be written.
         replaces: Whether what stands there makes room first.
 
     Raises:
         ConfigError: With what is needed and what is free.
     """
-    needed = frames * sum(layout.bytes_per_frame.values()) + count_text_bytes(num_captions, layout.embed_dim)
+    needed = frames * sum(layout.bytes_per_frame.values()) + text_bytes
     free, old = free_bytes(out), used_bytes(out) if replaces else 0
     # Compressed patches need less, nobody knows how much.
     if layout.keep_bits is None and needed > free + old:

@@ -13,10 +13,10 @@ from ..store.append import append_rows
 from ..store.lease import Scope
 from ..store.reader import StoreReader
 from ..store.redone import note_redone
-from ..store.texts import has_current_texts
 from ..store.writer import StoreWriter, create_store, refuse_existing, resume_store
 from .caption_texts import write_caption_texts
 from .changed_rows import find_changed_rows, warn_of_changed
+from .class_texts import embed_classes
 from .codec_fit import make_codec
 from .codec_report import write_codec_report
 from .config import ExtractConfig
@@ -32,6 +32,7 @@ from .row_frames import warn_of_repeated_frames
 from .segments import list_rows_and_missing
 from .summary import ExtractSummary, refuse_damage, refuse_no_good_video, summarise_store
 from .target import Target
+from .text_needs import count_missing_bytes, require_texts
 
 _MANY_SHARDS = 1000
 """From so many on, joining their results takes long enough to be told."""
@@ -70,6 +71,7 @@ def extract_dataset(
         listing = list_rows_and_missing(config, target, pool, report)
         report("building the backbone", 0, 0)
         job = set_up_job(config, target, listing, pool, clock, report)
+        require_texts(job)
         changed = _find_changed(job)
         unmended = mend_store(job, changed) if config.repair and target.goes_on else []
         with open_writer(job) as writer:
@@ -85,6 +87,7 @@ def extract_dataset(
                 note_redone(config.out, _count_redone(table, changed, before))
         write_codec_report(job, store, table)
         write_caption_texts(job, store)
+        embed_classes(job, store)
     warn_of_repeated_frames(config, table)
     seconds = time.perf_counter() - start
     still_changed = find_changed_rows(store, config.root) if changed and config.redo_changed else changed
@@ -165,9 +168,8 @@ def undone_shards(job: Job, writer: StoreWriter, changed: Sequence[int] = ()) ->
 def _require_room(job: Job, shards: Sequence[int], *, replaces: bool = False) -> None:
     passes = job.passes
     frames = sum(passes[row] for shard in shards for row in job.layout.shard_rows(shard))
-    has_texts = not replaces and has_current_texts(job.config.out)
-    num_captions = 0 if has_texts else sum(len(record.captions) for record in job.records)
-    require_space(job.layout, frames, job.config.out, num_captions=num_captions, replaces=replaces)
+    text_bytes = count_missing_bytes(job, replaces=replaces)
+    require_space(job.layout, frames, job.config.out, text_bytes=text_bytes, replaces=replaces)
 
 
 def _run_here(job: Job, writer: StoreWriter, shards: Sequence[int]) -> tuple[Meter, None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from ..device import find_device
 from ..errors import ConfigError
 from ..files import describe_bytes
 from ..store.layout import StoreLayout
+from ..store.manifest import ClassList
 from ..store.records import VideoRecord
-from ..store.texts import count_text_bytes
+from .caption_texts import choose_texts
 from .config import ExtractConfig
 from .decode.pool import DecoderPool
 from .decode.views import count_views
@@ -28,6 +29,7 @@ from .row_frames import count_frames
 from .segments import list_rows
 from .store_layout import plan_layout
 from .target import Target
+from .text_needs import count_bytes, refuse_texts_of_nothing
 
 _READ_BYTES_PER_S = 500e6
 """What a cheap solid-state disk reads at random; the default where the user states none."""
@@ -97,7 +99,7 @@ def plan_extraction(
     frames_by_split: Mapping[str, tuple[int, float]],
     *,
     views_by_split: Mapping[str, int] | None = None,
-    num_captions: int = 0,
+    text_bytes: Mapping[str, int] | None = None,
     clip_frames: int = 8,
     frames_per_second: float | None = None,
     price_per_hour: float | None = None,
@@ -110,7 +112,7 @@ def plan_extraction(
         layout: Of the store; its number of rows does not matter.
         frames_by_split: Videos and cached frames of each video, or their mean, by split.
         views_by_split: Views of each video; None is one of all.
-        num_captions: Of all videos; their texts are stored too.
+        text_bytes: Of texts, by array: `text_needs.count_bytes`.
         clip_frames: T, frames of a training clip.
         frames_per_second: Of the backbone on one device: stated, or from `probe_backbone`.
         price_per_hour: Of that device.
@@ -142,8 +144,7 @@ def plan_extraction(
         break_even = extract_s / saved if saved > 0 else float("inf")
     hours = None if extract_s is None else extract_s / 3600
     sizes = {name: size * frames for name, size in frame_bytes.items()}
-    if num_captions:
-        sizes["text"] = count_text_bytes(num_captions, layout.embed_dim)
+    sizes |= text_bytes or {}
     return Plan(
         videos=videos,
         frames=frames,
@@ -193,8 +194,15 @@ def plan_command(
             f"--sampling {config.recipe.sampling} needs the videos' lengths: name a --dataset, or state the frames of "
             "a video (--sampling uniform --frames N)"
         )
+    if videos is not None and (config.text_layers, config.text_words, config.class_template) != (None, None, None):
+        raise ConfigError(
+            "--text-layers, --text-words and --class-template are of captions and classes: name the --dataset that "
+            "has them"
+        )
     config = settle_recipe(config, Target(config.out))
     records, counts = ([], []) if videos is not None else _read_rows(config)
+    if videos is None:
+        refuse_texts_of_nothing(config, records, ClassList.of(records).names)
     splits = {"train": videos} if videos is not None else Counter(record.split for record in records)
     backbone = build_backbone(
         config.model,
@@ -217,13 +225,19 @@ def plan_command(
         layout,
         by_split,
         views_by_split=views,
-        num_captions=sum(len(record.captions) for record in records),
+        text_bytes=_count_text_bytes(config, records, layout),
         clip_frames=clip_frames,
         frames_per_second=rate,
         price_per_hour=price,
         read_bytes_per_s=read_bytes_per_s,
         folder=config.out,
     )
+
+
+def _count_text_bytes(config: ExtractConfig, records: Sequence[VideoRecord], layout: StoreLayout) -> dict[str, int]:
+    classes = ClassList.of(records).names if config.class_template is not None else ()
+    captions = [text for record in records for text in record.captions]
+    return count_bytes(config.model, layout, captions, choose_texts(config, None), len(classes))
 
 
 def _read_rows(config: ExtractConfig) -> tuple[list[VideoRecord], list[int]]:

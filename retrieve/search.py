@@ -26,6 +26,7 @@ from ..backbone.text_tower import TextTower, load_store_text_tower
 from ..errors import ConfigError, StoreError, StoreNotFoundError
 from ..store.info import count_statuses
 from ..store.reader import StoreReader, open_store
+from ..store.text_choice import read_text_choice
 from ..store.texts import MAX_WORDS
 from ..terminal import quote
 from ..train.tasks.tuned_texts import load_tuned_text_tower
@@ -205,7 +206,9 @@ class Searcher:
     def _num_words(self) -> int:
         """Words of a query, start and end among them, that decide its ranking."""
         most = self._text_tower.context_length
-        return most if self._trained is None or not self._trained.reads_words else min(MAX_WORDS, most)
+        if self._trained is None or not self._trained.reads_words:
+            return most
+        return min(read_text_choice(self.store.path).num_words or MAX_WORDS, most)
 
     def find_like(self, video_id: str, top: int = 10) -> list[Answer]:
         """Videos like a video of the store, itself left out.

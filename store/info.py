@@ -13,11 +13,13 @@ import pyarrow as pa
 
 from ..errors import StoreDamagedError
 from ..files import describe_bytes
+from .class_texts import describe_class_texts
 from .fidelity import NOTABLE_LOSS, read_fidelity
 from .offsets import DEFAULT_PIXEL_EDGE, PixelOffset, describe_offsets
 from .reader import StoreReader
 from .records import Status, count_augmented
-from .texts import TEXT_NAME, TextReader, has_current_texts
+from .text_choice import CLASSES_NAME, TEXT_NAME
+from .texts import TextReader, has_current_texts
 
 _SHOWN_VIDEOS = 20
 
@@ -80,10 +82,10 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
 
     Returns:
         rows (and files) by status, rows by split, failures and pending rows by reason code, arrays with shape, dtype
-        and bytes on disk, bytes of one cached frame, backbone, codec and what it costs (fidelity; None where that is
-        not known), layers, pixel_offsets (none without pixels), pixel_edge, frames (frame_range by split where rows are
-        as long as their videos), sampling, resize, clips, views, augmentation, validation_clip and recipe (None where
-        there was none), classes, captions.
+        and bytes on disk (of texts what was asked for too), bytes of one cached frame, backbone, codec and what it
+        costs (fidelity; None where that is not known), layers, pixel_offsets (none without pixels), pixel_edge, frames
+        (frame_range by split where rows are as long as their videos), sampling, resize, clips, views, augmentation,
+        validation_clip and recipe (None where there was none), classes, captions.
     """
     table = store.read_manifest(["path", "split", "status", "reason", "num_cached_frames", "num_views"])
     attributes, facts = store.attributes, store.facts
@@ -105,6 +107,9 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
         for name, array in TextReader(store).describe().items():
             folder = os.fspath(store.path / TEXT_NAME / name)
             arrays[f"{TEXT_NAME}/{name}"] = {**array, "bytes": _folder_bytes(folder)}
+    if (classes := describe_class_texts(store)) is not None:
+        folder = os.fspath(store.path / TEXT_NAME / CLASSES_NAME)
+        arrays[f"{TEXT_NAME}/{CLASSES_NAME}"] = {**classes, "bytes": _folder_bytes(folder)}
     return {
         "store": str(store.path),
         "format_version": facts.format_version,
@@ -217,10 +222,17 @@ def render_info(facts: Mapping[str, Any]) -> list[str]:
     }
     arrays = [
         f"  {name:10} {array['dtype']:8} {tuple(array['shape'])}  {describe_bytes(array['bytes'])}"
+        + _describe_texts(array)
         for name, array in facts["arrays"].items()
     ]
     shown = [f"{name:9} {text}" for name, text in lines.items() if text or name not in ("pending", "pixels", "input")]
     return [*shown, *arrays, *([] if facts["fidelity"] is None else _render_fidelity(facts["fidelity"]))]
+
+
+def _describe_texts(array: Mapping[str, Any]) -> str:
+    """What was asked for of an array of texts; nothing of other arrays."""
+    blocks = f", blocks {','.join(map(str, array['blocks']))} of the text tower" if "blocks" in array else ""
+    return blocks + (f", in {array['template']!r}" if "template" in array else "")
 
 
 def describe_poor_layers(facts: Mapping[str, Any]) -> str | None:

@@ -9,6 +9,7 @@ Letters, here and in every docstring of s4v:
     T  frames of a clip                                S  side network width
     E  embedding width                                 O  pixel frames around each cached frame
     H, W  pixels                                       C, M  captions, words
+    Lt  kept blocks of the text tower                  Dt  its width
 
 V, A and F are maxima: what a row does not use is absent from its shard and costs nothing.
 """

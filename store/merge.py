@@ -19,6 +19,7 @@ from ..files import describe_bytes, hash_file, kill_point, write_atomic
 from . import manifest, names
 from ._zarr import describe_small_array, name_only_chunk
 from .checksums import read_recorded_hashes, write_checksums
+from .class_texts import list_class_files
 from .layout import StoreLayout
 from .markers import PARTS_NAME, marker_path
 from .reader import StoreReader, open_store
@@ -302,7 +303,8 @@ def _skeleton_files(store: StoreReader) -> list[str]:
     files = ["zarr.json", manifest.CAPTIONS_NAME, *arrays, "codec/zarr.json", "head/zarr.json"]
     for name, is_possible in small:
         files += [f"{name}/zarr.json", name_only_chunk(describe_small_array(store.path, name, is_possible))]
-    return [*files, *list_text_files(store)]
+    # The group of texts is one, whichever of them it holds.
+    return list(dict.fromkeys([*files, *list_text_files(store), *list_class_files(store)]))
 
 
 def _copy_file(source: Path, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from ..errors import StoreDamagedError, StoreMismatchError
 from ..files import hash_file, kill_point, sync_folder
 from . import manifest
 from .checksums import CHECKSUMS_NAME, forget_parts, read_recorded_hashes, write_checksums
+from .class_texts import remove_class_texts
 from .lease import Lease
 from .markers import JOINED_NAME, PARTS_NAME, make_marker, marker_path, read_marker
 from .reader import StoreReader
@@ -18,8 +20,11 @@ from .scratch import make_scratch, remove_dead_scratch
 from .skeleton import write_skeleton
 from .spec import StoreSpec, list_differences
 from .swap import shard_files
-from .texts import TEXT_NAME, remove_texts
+from .text_choice import CLASSES_NAME, LAYERS_NAME, TEXT_NAME
+from .texts import remove_texts
 from .verify import Damage
+
+_log = logging.getLogger(__name__)
 
 REPAIR_STEM = "repair"
 """Of the name under which a repair is prepared."""
@@ -55,7 +60,8 @@ def repair_store(
             "it with the command that began it, without --append and without videos that are new."
         )
     # Texts are not put back: without them, the extraction writes them anew.
-    has_bad_texts = any(one.where.startswith(f"{TEXT_NAME}/") for one in damage)
+    bad_texts = {one.where for one in damage if one.where.startswith(f"{TEXT_NAME}/")}
+    bad_classes = {where for where in bad_texts if where.startswith(f"{TEXT_NAME}/{CLASSES_NAME}")}
     whole_store = sorted({one.where for one in damage if one.shard is None and not one.where.startswith(TEXT_NAME)})
     hashes = read_recorded_hashes(path)
     remove_dead_scratch(path, REPAIR_STEM)
@@ -84,9 +90,21 @@ def repair_store(
         lease.check()
         (path / PARTS_NAME / JOINED_NAME).unlink(missing_ok=True)
         sync_folder(path / PARTS_NAME)
-        if has_bad_texts:
-            remove_texts(path, lease)
+        if bad_classes:
+            is_known = f"{TEXT_NAME}/{CLASSES_NAME}/zarr.json" not in bad_classes
+            _tell_lost("the template of its classes' texts (--class-template)", path, is_known)
+            remove_class_texts(path, lease, is_template_known=is_known)
+        if bad_texts - bad_classes:
+            is_known = f"{TEXT_NAME}/zarr.json" not in bad_texts
+            if (path / TEXT_NAME / LAYERS_NAME).is_dir():
+                _tell_lost("which blocks of the text tower it keeps (--text-layers)", path, is_known)
+            remove_texts(path, lease, is_choice_known=is_known)
         write_checksums(path)
+
+
+def _tell_lost(what: str, path: Path, is_known: bool) -> None:
+    if not is_known:
+        _log.warning("%s: %s was damaged and is lost, unless this command says it again", path, what)
 
 
 def _mark_damaged(store: StoreReader, shard: int, rows: Collection[int], scratch: Path) -> None:

@@ -3,9 +3,10 @@
     text/tokens      (C, M, E) float16   the final norm's output of each word times the projection
     text/mask        (C, M) bool         which of them are words, the start and end tokens among them
     text/embedding   (C, E) float32      of the whole text, not normalised
+    text/layers      (C, Lt, M, Dt) float16      where asked for: each word after the tower's last Lt blocks
 
 Row c belongs to row c of captions.parquet. The group records the hash of that file: with other captions the texts are
-void, and an extraction writes them anew.
+void, and an extraction writes them anew. What was asked for of them (`TextChoice`) stays recorded.
 """
 
 from __future__ import annotations
@@ -28,22 +29,21 @@ from ..files import hash_file, kill_point, read_json, sync_folder
 from . import names
 from ._shards import DamagedChunkError, verify_shard
 from ._zarr import create_array, open_array, refused_write, require_metadata, write_group
-from .checksums import write_checksums
+from .checksums import read_recorded_hashes, write_checksums
 from .layout import ArraySpec
 from .lease import Lease, Scope, hold_lease
 from .manifest import CAPTIONS_NAME
 from .reader import StoreReader
 from .scratch import Scratch, make_scratch, remove_dead_scratch, take_over_scratch
+from .text_choice import CLASSES_NAME, LAYERS_NAME, MOST_WORDS, TEXT_ARRAYS, TEXT_NAME, TextChoice, read_text_choice
 
-TEXT_NAME = "text"
-TEXT_ARRAYS = ("tokens", "mask", "embedding")
 TEXTS_PER_SHARD = 1024
 
 REMOVED_STEM = "removed"
 """Of scratch folders with texts that are on their way out."""
 _OLD_NAMES = (f"{TEXT_NAME}.partial", f"{TEXT_NAME}.partial.old")
 """Of what the version before was filling, and removing."""
-_MOST_WORDS = 2**12
+_MOST_CHUNK_BYTES = 2**30
 
 MAX_WORDS = 32
 """M, start and end among them, where the text tower takes as many: what the reference trains and tests with."""
@@ -59,6 +59,24 @@ class Texts:
     """(n, M) bool."""
     embedding: np.ndarray | None
     """(n, E) float32, not normalised."""
+    layers: np.ndarray | None = None
+    """(n, Lt, M, Dt) float16, raw outputs of the text tower's last blocks, zero where there is no word."""
+
+    @property
+    def arrays(self) -> tuple[np.ndarray | None, ...]:
+        """All of them, in the order in which they are given."""
+        return self.tokens, self.mask, self.embedding, self.layers
+
+    def cut_to_longest(self) -> Texts:
+        """The same without words that none of the texts has; they must have been read with their mask."""
+        assert self.mask is not None
+        longest = int(self.mask.sum(axis=1).max(initial=1))
+        return Texts(
+            None if self.tokens is None else self.tokens[:, :longest],
+            self.mask[:, :longest],
+            self.embedding,
+            None if self.layers is None else self.layers[:, :, :longest],
+        )
 
 
 def has_current_texts(root: Path) -> bool:
@@ -73,6 +91,20 @@ def has_current_texts(root: Path) -> bool:
         return False
 
 
+def has_void_texts(root: Path) -> bool:
+    """Whether a store holds texts of captions that it no longer has, or is about to get their first: nobody's damage.
+
+    Of captions that are damaged themselves nobody can tell.
+    """
+    try:
+        attributes = names.read_json(root, f"{TEXT_NAME}/zarr.json")["attributes"]
+        captions_sha256 = hash_file(names.require_file(root, CAPTIONS_NAME))
+    except (StoreDamagedError, LookupError, TypeError):
+        return False
+    is_whole = read_recorded_hashes(root).get(CAPTIONS_NAME) in (None, captions_sha256)
+    return is_whole and isinstance(attributes, dict) and attributes.get("captions_sha256") != captions_sha256
+
+
 def describe_text_array(store: StoreReader, name: str) -> ArraySpec:
     """An array of a store's texts, its name relative to their folder, compared with what the captions say of it.
 
@@ -80,22 +112,27 @@ def describe_text_array(store: StoreReader, name: str) -> ArraySpec:
         StoreDamagedError: If it is not of as many texts as there are captions, or is no such array at all.
     """
     metadata = names.read_json(store.path, f"{TEXT_NAME}/{name}/zarr.json")
+    choice = read_text_choice(store.path) if name == LAYERS_NAME else TextChoice()
     try:
-        num_words = 1 if name == "embedding" else metadata["shape"][1]
+        num_words = 1 if name == "embedding" else metadata["shape"][2 if name == LAYERS_NAME else 1]
         rows = metadata["chunk_grid"]["configuration"]["chunk_shape"][0]
     except (LookupError, TypeError):
         num_words = rows = None
-    if not (type(num_words) is type(rows) is int and 0 < num_words <= _MOST_WORDS and 0 < rows <= 2**16):
+    if not (type(num_words) is type(rows) is int and 0 < num_words <= MOST_WORDS and 0 < rows <= 2**16):
         raise StoreDamagedError(
             f"{store.path / TEXT_NAME / name} has {ascii(num_words)[:40]} words a caption and {ascii(rows)[:40]} "
             f"captions a shard, which cannot be. {_MEND}"
         )
+    if len(choice.layers) * num_words * (choice.width or 0) * 2 > _MOST_CHUNK_BYTES:
+        raise StoreDamagedError(f"{store.path / TEXT_NAME / name} has chunks of more than a GiB. {_MEND}")
     captions = names.require_file(store.path, CAPTIONS_NAME)
     try:
         num_captions = pq.read_metadata(captions).num_rows
     except (OSError, pa.ArrowException) as error:
         raise StoreDamagedError(f"{captions} is damaged: {error}. {_MEND}") from error
-    specs = {spec.name: spec for spec in _specs(num_captions, num_words, store.layout.embed_dim, rows)}
+    specs = {spec.name: spec for spec in _specs(num_captions, num_words, store.layout.embed_dim, choice, rows)}
+    if name not in specs:
+        raise StoreDamagedError(f"{store.path / TEXT_NAME} does not record the blocks of {name}. {_MEND}")
     require_metadata(store.path, replace(specs[name], name=f"{TEXT_NAME}/{name}"))
     return specs[name]
 
@@ -109,7 +146,7 @@ def list_text_files(store: StoreReader) -> list[str]:
     if not has_current_texts(store.path):
         return []
     files = [f"{TEXT_NAME}/zarr.json"]
-    for name in TEXT_ARRAYS:
+    for name in read_text_choice(store.path).arrays:
         spec = describe_text_array(store, name)
         files.append(f"{TEXT_NAME}/{name}/zarr.json")
         for shard in range(-(-spec.shape[0] // spec.shard_shape[0])):
@@ -126,16 +163,18 @@ def write_texts(
     encode: Callable[[list[str]], Texts],
     *,
     num_words: int,
+    choice: TextChoice | None = None,
     report: Callable[[str, int, int], None] = lambda *_: None,
 ) -> None:
-    """Write the texts of all captions beside their place, and rename them.
+    """Write the texts of all captions beside their place, and rename them; those that are there go.
 
     Whole shards that a killed one has left there are kept: what is encoded together depends on their place alone.
 
     Args:
         store: With at least one caption.
-        encode: Texts, `TEXTS_PER_SHARD` at most, to all three arrays.
+        encode: Texts, `TEXTS_PER_SHARD` at most, to all arrays of the choice.
         num_words: M.
+        choice: What is kept; None is what every store keeps.
         report: Told about progress.
 
     Another process that writes them is waited for; shards may be written meanwhile.
@@ -147,12 +186,13 @@ def write_texts(
     """
     advice = "run the command again in a moment"
     with hold_lease(store.path, Scope.manifest(), purpose="extract", wait=True, advice=advice) as lease:
-        if has_current_texts(store.path):
+        choice = choice or TextChoice()
+        if has_current_texts(store.path) and read_text_choice(store.path) == choice:
             return  # of whom we waited for
         remove_dead_scratch(store.path, REMOVED_STEM)
         scratch = _open_scratch(store.path, lease)
         try:
-            _write_texts(store, encode, num_words, report, scratch.path / TEXT_NAME, lease)
+            _write_texts(store, encode, num_words, choice, report, scratch.path / TEXT_NAME, lease)
         except EnvironmentFailedError:
             scratch.remove()
             raise
@@ -181,14 +221,16 @@ def _write_texts(
     store: StoreReader,
     encode: Callable[[list[str]], Texts],
     num_words: int,
+    choice: TextChoice,
     report: Callable[[str, int, int], None],
     partial: Path,
     lease: Lease,
 ) -> None:
     names.refuse_links(store.path)
     captions, final = store.read_captions()["text"].to_pylist(), store.path / TEXT_NAME
-    specs = _specs(len(captions), num_words, store.layout.embed_dim)
-    arrays = _open_partial(partial, specs, hash_file(store.path / CAPTIONS_NAME))
+    specs = _specs(len(captions), num_words, store.layout.embed_dim, choice)
+    attributes = {"captions_sha256": hash_file(store.path / CAPTIONS_NAME), **choice.describe()}
+    arrays = _open_partial(partial, specs, attributes)
     for shard, first in enumerate(range(0, len(captions), TEXTS_PER_SHARD)):
         span = slice(first, min(first + TEXTS_PER_SHARD, len(captions)))
         files = [partial / spec.name / key for spec in specs for key in spec.shard_keys(shard)]
@@ -207,17 +249,51 @@ def _write_texts(
         if folder.is_dir():
             sync_folder(folder)
     kill_point("texts written")
-    remove_texts(store.path, lease)
     lease.check()
-    partial.rename(final)
+    if final.is_dir():
+        _replace_texts(store.path, partial, choice, lease)
+    else:
+        partial.rename(final)
     sync_folder(store.path)
     kill_point("texts in place")
     write_checksums(store.path)
 
 
-def _open_partial(partial: Path, specs: Sequence[ArraySpec], captions_sha256: str) -> dict[str, ts.TensorStore]:
+def _replace_texts(root: Path, fresh: Path, choice: TextChoice, lease: Lease) -> None:
+    """Put arrays in the place of those that are there, which are void meanwhile; the texts of classes stay.
+
+    What was asked for stands recorded all the while, wherever a kill comes.
+    """
+    final = root / TEXT_NAME
+    with make_scratch(root, REMOVED_STEM, "extract", lease=lease.nonce) as scratch:
+        _retire_texts(root, choice, scratch, lease)
+        for name in choice.arrays:
+            lease.check()
+            (fresh / name).rename(final / name)
+        sync_folder(final)
+        kill_point("texts moved")
+        (fresh / "zarr.json").replace(final / "zarr.json")
+        sync_folder(final)
+
+
+def _retire_texts(root: Path, choice: TextChoice, scratch: Path, lease: Lease) -> None:
+    """Have the group say what is asked for and that nothing is there; then take the arrays of captions out of it."""
+    final = root / TEXT_NAME
+    lease.check()
+    write_group(final, choice.describe())
+    sync_folder(final)
+    kill_point("texts void")
+    for name in (*TEXT_ARRAYS, LAYERS_NAME):
+        if (final / name).is_dir():
+            lease.check()
+            (final / name).rename(scratch / name)
+    sync_folder(final)
+    write_checksums(root)
+    kill_point("texts away")
+
+
+def _open_partial(partial: Path, specs: Sequence[ArraySpec], attributes: dict[str, Any]) -> dict[str, ts.TensorStore]:
     """Arrays to fill: those that a killed process has left, if they are of the same captions and sizes, or new ones."""
-    attributes = {"captions_sha256": captions_sha256}
     try:
         goes_on = read_json(partial / "zarr.json")["attributes"] == attributes and all(
             _describe_sizes(read_json(partial / spec.name / "zarr.json")) == (spec.shape, spec.dtype, spec.shard_shape)
@@ -248,24 +324,51 @@ def _is_whole(shard: Path, num_texts: int, rows: int) -> bool:
     return not problems and bool(is_there[:num_texts].all())
 
 
-def count_text_bytes(num_captions: int, embed_dim: int) -> int:
-    """What the texts of so many captions take, checksums aside."""
-    specs = _specs(num_captions, MAX_WORDS, embed_dim)
+def count_text_bytes(num_captions: int, embed_dim: int, num_words: int = MAX_WORDS) -> int:
+    """What the texts of so many captions take without `layers`, checksums aside."""
+    specs = _specs(num_captions, num_words, embed_dim, TextChoice())
     return sum(math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in specs)
 
 
-def remove_texts(root: Path, lease: Lease) -> None:
-    """Take the texts out of a store, all at once.
+def count_layer_bytes(num_words: int, choice: TextChoice) -> int:
+    """What so many words, of all captions together, take in `layers` at most: what is no word is compressed away."""
+    return num_words * len(choice.layers) * (choice.width or 0) * 2
+
+
+def remove_texts(root: Path, lease: Lease, *, is_choice_known: bool = True) -> None:
+    """Take the texts of captions out of a store.
+
+    The texts of classes stay, and so does what was asked for of captions.
+
+    Args:
+        root: The store.
+        lease: Of all that the texts of captions are.
+        is_choice_known: Whether what the group records is as it was written.
 
     Raises:
         LeaseLostError: If another process took over.
     """
-    if (root / TEXT_NAME).is_dir():
-        with make_scratch(root, REMOVED_STEM, "extract", lease=lease.nonce) as scratch:
-            lease.check()
-            (root / TEXT_NAME).rename(scratch / TEXT_NAME)
-            write_checksums(root)
+    folder = root / TEXT_NAME
+    if not folder.is_dir():
+        return
+    choice = read_text_choice(root) if is_choice_known else TextChoice()
+    with make_scratch(root, REMOVED_STEM, "extract", lease=lease.nonce) as scratch:
+        lease.check()
+        if choice == TextChoice() and not (folder / CLASSES_NAME).is_dir():
+            folder.rename(scratch / TEXT_NAME)
             kill_point("texts away")
+        else:
+            _retire_texts(root, choice, scratch, lease)
+        write_checksums(root)
+
+
+def remove_unfinished_texts(root: Path) -> None:
+    """Remove what killed processes have left of texts that nobody asks for any more."""
+    if not any(entry.name.startswith(f".{TEXT_NAME}.") for entry in root.iterdir()):
+        return
+    advice = "run the command again in a moment"
+    with hold_lease(root, Scope.manifest(), purpose="extract", wait=True, advice=advice):
+        remove_dead_scratch(root, TEXT_NAME)
 
 
 class TextReader:
@@ -283,10 +386,20 @@ class TextReader:
             )
         self._folder = store.path / TEXT_NAME
         self._root = store.path
-        self._specs = {name: describe_text_array(store, name) for name in TEXT_ARRAYS}
-        if self._specs["tokens"].shape[1] != self._specs["mask"].shape[1]:
-            raise StoreDamagedError(f"{self._folder}: tokens and mask are of other numbers of words. {_MEND}")
-        self._arrays = {name: open_array(self._folder, name) for name in TEXT_ARRAYS}
+        self._choice = read_text_choice(store.path)
+        self._specs = {name: describe_text_array(store, name) for name in self._choice.arrays}
+        if (
+            len(
+                {
+                    spec.shape[spec.dimension_names.index("word")]
+                    for spec in self._specs.values()
+                    if "word" in spec.dimension_names
+                }
+            )
+            > 1
+        ):
+            raise StoreDamagedError(f"{self._folder}: its arrays are of other numbers of words. {_MEND}")
+        self._arrays = {name: open_array(self._folder, name) for name in self._specs}
 
     def __len__(self) -> int:
         return int(self._arrays["tokens"].shape[0])
@@ -296,18 +409,46 @@ class TextReader:
         """M."""
         return int(self._arrays["tokens"].shape[1])
 
-    def describe(self) -> dict[str, dict[str, Any]]:
-        """Shape and dtype of each array."""
-        return {name: {"shape": list(array.shape), "dtype": array.dtype.name} for name, array in self._arrays.items()}
+    @property
+    def choice(self) -> TextChoice:
+        """What was asked for of them: which blocks `layers` has, if any."""
+        return self._choice
 
-    def read(self, captions: Sequence[int] | np.ndarray, arrays: Sequence[str] = TEXT_ARRAYS) -> Texts:
-        """Texts by their rows, in the order asked for.
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """Shape and dtype of each array, of `layers` also the blocks."""
+        blocks = {LAYERS_NAME: {"blocks": list(self._choice.layers)}}
+        return {
+            name: {"shape": list(array.shape), "dtype": array.dtype.name, **blocks.get(name, {})}
+            for name, array in self._arrays.items()
+        }
+
+    def require(self, arrays: Sequence[str]) -> None:
+        """Refuse texts that lack an array.
 
         Raises:
+            StoreMismatchError: If `layers` is wanted and not there.
+        """
+        if LAYERS_NAME in arrays and not self._choice.layers:
+            raise StoreMismatchError(
+                f"{self._folder} has no {LAYERS_NAME}: run the command that began this store once more with "
+                "--text-layers last4, which adds them"
+            )
+
+    def read(self, captions: Sequence[int] | np.ndarray, arrays: Sequence[str] = TEXT_ARRAYS) -> Texts:
+        """Texts by their rows, in the order asked for, padded to M words.
+
+        Args:
+            captions: Their rows.
+            arrays: Of `choice.arrays`; by default those that all texts have.
+
+        Raises:
+            StoreMismatchError: If `layers` is asked for and not there.
             StoreDamagedError: If a chunk is missing or its bytes do not match their checksum.
         """
+        self.require(arrays)
         rows = np.asarray(captions, dtype=np.int64)
-        return Texts(**{name: self._read(name, rows) if name in arrays else None for name in TEXT_ARRAYS})
+        read = {name: self._read(name, rows) for name in self._specs if name in arrays}
+        return Texts(**{**dict.fromkeys(TEXT_ARRAYS), **read})
 
     def _read(self, name: str, rows: np.ndarray) -> np.ndarray:
         # Every chunk is fetched once, whatever the order and however often a row is asked for.
@@ -340,10 +481,12 @@ def name_text_shard(spec: ArraySpec, shard: int) -> str:
 _MEND = "The command that began the store mends it, with --repair."
 
 
-def _specs(num_captions: int, num_words: int, embed_dim: int, rows: int | None = None) -> tuple[ArraySpec, ...]:
+def _specs(
+    num_captions: int, num_words: int, embed_dim: int, choice: TextChoice, rows: int | None = None
+) -> tuple[ArraySpec, ...]:
     """Chunks of one caption: a step of training wants single ones, from anywhere."""
     rows = rows or TEXTS_PER_SHARD
-    return (
+    specs = (
         ArraySpec(
             name="tokens",
             shape=(num_captions, num_words, embed_dim),
@@ -369,3 +512,17 @@ def _specs(num_captions: int, num_words: int, embed_dim: int, rows: int | None =
             dimension_names=("caption", "channel"),
         ),
     )
+    if not choice.layers:
+        return specs
+    assert choice.width is not None
+    words = (len(choice.layers), num_words, choice.width)
+    layers = ArraySpec(
+        name=LAYERS_NAME,
+        shape=(num_captions, *words),
+        dtype="float16",
+        shard_shape=(rows, *words),
+        chunk_shape=(1, *words),
+        dimension_names=("caption", "layer", "word", "channel"),
+        is_compressed=True,  # most captions are far shorter than the longest: their zeros take nothing
+    )
+    return (*specs, layers)

@@ -22,13 +22,15 @@ from . import manifest, names
 from ._shards import DamagedChunkError, verify_chunk_file, verify_shard
 from ._zarr import describe_small_array, name_only_chunk, require_metadata
 from .checksums import CHECKSUMS_NAME, read_recorded_hashes
+from .class_texts import has_current_class_texts, read_class_template
 from .fingerprint import fingerprint_shard
 from .layout import ArraySpec
 from .markers import PARTS_NAME, Marker, find_markers, marker_path, read_joined
 from .reader import StoreReader
 from .row_checks import check_rows
 from .swap import find_swaps
-from .texts import TEXT_ARRAYS, TEXT_NAME, describe_text_array, name_text_shard
+from .text_choice import CLASSES_NAME, TEXT_ARRAYS, TEXT_NAME, read_text_choice
+from .texts import describe_text_array, has_void_texts, name_text_shard
 
 _SHOWN_DAMAGE = 50
 
@@ -132,21 +134,35 @@ def _check_small_arrays(store: StoreReader) -> Iterator[Damage]:
     parts = [part for part in store.facts.codec.parts if part in shapes]
     arrays = [(f"codec/{part}", shapes[part].__eq__) for part in parts]
     for name, is_possible in [*arrays, *((f"head/{name}", store.is_head_shape) for name in heads)]:
-        try:
-            spec = describe_small_array(store.path, name, is_possible)
-        except StoreDamagedError as error:
-            yield Damage(where=f"{name}/zarr.json", what=str(error))
-            continue
-        chunk = name_only_chunk(spec)
-        if (what := verify_chunk_file(store.path / chunk, 4 * math.prod(spec.shape))) is not None:
-            yield Damage(where=chunk, what=what)
+        yield from _check_small_array(store, name, is_possible)
+
+
+def _check_small_array(
+    store: StoreReader, name: str, is_possible: Callable[[tuple[int, ...]], bool]
+) -> Iterator[Damage]:
+    try:
+        spec = describe_small_array(store.path, name, is_possible)
+    except StoreDamagedError as error:
+        yield Damage(where=f"{name}/zarr.json", what=str(error))
+        return
+    chunk = name_only_chunk(spec)
+    if (what := verify_chunk_file(store.path / chunk, 4 * math.prod(spec.shape))) is not None:
+        yield Damage(where=chunk, what=what)
 
 
 def _check_texts(store: StoreReader) -> Iterator[Damage]:
-    """Captions' texts, if there are any."""
+    """Texts of captions and of classes, if there are any; those of other ones than the store has now are void."""
     if not os.path.lexists(store.path / TEXT_NAME):
         return
-    for name in TEXT_ARRAYS:
+    yield from _check_class_texts(store)
+    if has_void_texts(store.path):
+        return
+    try:
+        arrays = read_text_choice(store.path).arrays
+    except StoreDamagedError as error:
+        yield Damage(where=f"{TEXT_NAME}/zarr.json", what=str(error))
+        arrays = TEXT_ARRAYS
+    for name in arrays:
         try:
             spec = describe_text_array(store, name)
         except StoreDamagedError as error:
@@ -163,6 +179,17 @@ def _check_texts(store: StoreReader) -> Iterator[Damage]:
             yield from (Damage(where=where, what=what) for what in problems.values())
             if missing := np.flatnonzero(~is_there[: num_texts - shard * per_shard]).tolist():
                 yield Damage(where=where, what=f"has no chunk {missing[0]}")
+
+
+def _check_class_texts(store: StoreReader) -> Iterator[Damage]:
+    try:
+        is_asked = read_class_template(store.path) is not None
+    except StoreDamagedError as error:
+        yield Damage(where=f"{TEXT_NAME}/{CLASSES_NAME}/zarr.json", what=str(error))
+        return
+    if is_asked and has_current_class_texts(store):
+        shape = (len(store.classes.names), store.layout.embed_dim)
+        yield from _check_small_array(store, f"{TEXT_NAME}/{CLASSES_NAME}", shape.__eq__)
 
 
 def _read_ids(store: StoreReader) -> list[str] | None:

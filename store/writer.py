@@ -50,7 +50,8 @@ from .scratch import Scratch, make_scratch, remove_dead_files, remove_dead_scrat
 from .skeleton import write_skeleton
 from .spec import StoreSpec, list_codec_differences, list_differences
 from .swap import find_swaps, finish_swap, place_marker, publish_shard, shard_files, swap_shard
-from .texts import REMOVED_STEM, TEXT_NAME, has_current_texts
+from .text_choice import TEXT_NAME
+from .texts import REMOVED_STEM
 
 __all__ = [
     "MarkerState",
@@ -516,10 +517,7 @@ def move_into_place(fresh: Path, path: Path) -> None:
 
 def _remove_unfinished(path: Path, arrays: Sequence[str]) -> None:
     """What killed processes have left in a store that is all ours, and what the version before has left there."""
-    stems = [APPEND_NAME, REMOVED_STEM, REPAIR_STEM]
-    if has_current_texts(path):  # else they are what the next ones go on with
-        stems.append(TEXT_NAME)
-    for stem in stems:
+    for stem in (APPEND_NAME, REMOVED_STEM, REPAIR_STEM):  # unfinished texts are what the next ones go on with
         remove_dead_scratch(path, stem)
     for folder in (path, path / PARTS_NAME, *(path / name for name in arrays)):
         remove_dead_files(folder)

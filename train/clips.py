@@ -86,7 +86,7 @@ class ClipBatch:
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """All that there are."""
-        texts = () if self.texts is None else (self.texts.tokens, self.texts.mask, self.texts.embedding)
+        texts = () if self.texts is None else self.texts.arrays
         for tensor in (self.pixels, self.patches, self.cls, self.labels, self.frame_mask, *texts):
             if tensor is not None:
                 yield tensor
@@ -656,6 +656,8 @@ class ClipLoader:
     ) -> None:
         self._store = store
         self._texts = TextReader(store) if text_arrays else None
+        if self._texts is not None:
+            self._texts.require(text_arrays)
         self._text_arrays = text_arrays
         self._arrays = arrays
         self._layers = None if tuple(layers) == store.layout.layers else layers
@@ -756,8 +758,9 @@ class ClipLoader:
         texts = None if self._texts is None else self._texts.read(plan.labels, self._text_arrays)
         is_frame = plan.places >= 0
         if texts is not None:
-            arrays = (texts.tokens, texts.mask, texts.embedding)
-            texts = Texts(*(None if values is None else self._pin(values) for values in arrays))
+            if texts.layers is not None and texts.mask is not None:  # M is what the longest caption of all has
+                texts = texts.cut_to_longest()
+            texts = Texts(*(None if values is None else self._pin(values) for values in texts.arrays))
         return _Read(clips, texts, self._pin(plan.labels), None if is_frame.all() else self._pin(is_frame))
 
     def _read_arrays(self, plan: ClipPlan, places: np.ndarray, arrays: Sequence[str]) -> Clips:
@@ -814,11 +817,11 @@ class ClipLoader:
 
 def hand_over_texts(texts: Texts, device: torch.device) -> TextBatch:
     """Texts on the training device, in float32."""
-    tokens, mask, embedding = (
-        None if values is None else torch.from_numpy(values).to(device, non_blocking=True)
-        for values in (texts.tokens, texts.mask, texts.embedding)
+    tokens, mask, embedding, layers = (
+        None if values is None else torch.from_numpy(values).to(device, non_blocking=True) for values in texts.arrays
     )
-    return TextBatch(None if tokens is None else tokens.float(), mask, embedding)
+    floats = [None if values is None else values.float() for values in (tokens, layers)]
+    return TextBatch(floats[0], mask, embedding, floats[1])
 
 
 def codec_for(store: StoreReader, layers: Sequence[int], device: torch.device) -> Codec:

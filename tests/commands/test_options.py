@@ -12,8 +12,11 @@ GOLDEN = Path(__file__).parents[1] / "data/cli_options.json"
 """Made by `describe_commands` of s4v before its options came from config classes."""
 
 NEW = {
-    "extract": ("--codec", "--validation-clip", "--pixel-offsets", "--pixel-edge", "--input", "--augmentation"),
-    "plan": ("--pixel-offsets", "--input"),
+    "extract": (
+        *("--codec", "--validation-clip", "--pixel-offsets", "--pixel-edge", "--input", "--augmentation"),
+        *("--text-layers", "--text-words", "--class-template"),
+    ),
+    "plan": ("--pixel-offsets", "--input", "--text-layers", "--text-words", "--class-template"),
     "scan": ("--validation-clip", "--pixel-offsets", "--pixel-edge"),
     "train": (
         *("--set", "--norm-clips", "--log-every", "--optimizer", "--undecayed", "--order-seed", "--hold-out"),

@@ -27,6 +27,13 @@ class TextBatch:
     """(A, M) bool, which of them are words; at least one a text."""
     embedding: torch.Tensor | None
     """(A, E) of the whole text, not normalised."""
+    layers: torch.Tensor | None = None
+    """(A, Lt, M, Dt) of words after the text tower's last blocks, zero where there is none."""
+
+    @property
+    def arrays(self) -> tuple[torch.Tensor | None, ...]:
+        """All of them, in the order in which they are given."""
+        return self.tokens, self.mask, self.embedding, self.layers
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ...errors import ConfigError, StoreMismatchError
+from ...store.class_texts import has_current_class_texts, read_class_texts
 from ...store.reader import StoreReader
 from ...vectors import normalise_rows, pool_frames
 from .contract import NetworkKind, NetworkShape, Outputs
@@ -54,7 +55,8 @@ def classify_zero_shot(
         store: With embeddings, as every store has them.
         prompts: Texts of each class, one or more.
         split: Which videos.
-        weights: Where the backbone's weights are now; None takes what the store recorded.
+        weights: Where the backbone's weights are now; None takes the texts of classes that the store holds, if they
+            are these prompts, else the weights that it recorded.
         device: Where the text tower runs; None takes the CPU.
 
     Raises:
@@ -71,9 +73,13 @@ def classify_zero_shot(
     if not len(rows):
         splits = ", ".join(sorted(set(table["split"].to_pylist())))
         raise StoreMismatchError(f"{store.path} has no good video in split {split!r}; it has {splits}")
-    from ...backbone.text_tower import load_store_text_tower  # and with it open_clip
+    stored = _find_stored_texts(store, prompts) if weights is None else None
+    if stored is None:
+        from ...backbone.text_tower import load_store_text_tower  # and with it open_clip
 
-    classes = embed_classes(load_store_text_tower(store, weights=weights, device=device), prompts)
+        classes = embed_classes(load_store_text_tower(store, weights=weights, device=device), prompts)
+    else:
+        classes = _average_prompts(stored, prompts)
     scores: list[np.ndarray] = []
     own: list[np.ndarray] = []
     for shard in range(store.layout.num_shards):  # all embeddings of K400 are 16 GB
@@ -118,7 +124,25 @@ def score_class_names(
 
 def embed_classes(tower: TextTower, prompts: Mapping[str, Sequence[str]]) -> np.ndarray:
     """The mean of each class's prompts' normalised embeddings, normalised again: (classes, E)."""
-    texts = normalise_rows(tower.encode([text for one in prompts.values() for text in one]))
+    from ...backbone.text_tower import encode_class_texts
+
+    return _average_prompts(encode_class_texts(tower, _list_texts(prompts)), prompts)
+
+
+def _list_texts(prompts: Mapping[str, Sequence[str]]) -> list[str]:
+    return [text for one in prompts.values() for text in one]
+
+
+def _find_stored_texts(store: StoreReader, prompts: Mapping[str, Sequence[str]]) -> np.ndarray | None:
+    """What the store holds of exactly these texts, (n, E), as its own text tower made it; None where it does not."""
+    if not has_current_class_texts(store):
+        return None
+    classes = read_class_texts(store)
+    return classes.embedding if list(classes.texts) == _list_texts(prompts) else None
+
+
+def _average_prompts(embeddings: np.ndarray, prompts: Mapping[str, Sequence[str]]) -> np.ndarray:
+    texts = normalise_rows(embeddings)
     ends = np.cumsum([len(one) for one in prompts.values()])
     return normalise_rows(np.stack([one.mean(axis=0) for one in np.split(texts, ends[:-1])]))
 

@@ -179,8 +179,7 @@ class Retrieval(Task):
     ) -> torch.Tensor:
         """CLIP's loss of frames (B, T, E), and what the interaction adds to it."""
         assert batch.texts is not None
-        own = (batch.texts.tokens, batch.texts.mask, batch.texts.embedding)
-        texts = TextBatch(*(None if values is None else gather(values) for values in own))
+        texts = TextBatch(*(None if values is None else gather(values) for values in batch.texts.arrays))
         self._identities = self._identities.to(batch.labels.device)
         identities = gather(self._identities[batch.labels])  # (A, 2)
         is_same = None

@@ -11,7 +11,8 @@ import torch
 from ...backbone.text_tower import TextTower, load_text_tower
 from ...errors import ConfigError
 from ...store.reader import StoreReader
-from ...store.texts import MAX_WORDS, TEXT_ARRAYS, Texts
+from ...store.text_choice import TEXT_ARRAYS
+from ...store.texts import MAX_WORDS, Texts
 from ..paper.import_checkpoint import TEXT_NAME
 from ..run_folder import Run
 
