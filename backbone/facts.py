@@ -44,6 +44,9 @@ class BackboneInfo:
     """Whose side blocks fit beside it."""
     activation: Activation | None = None
     """Of its MLPs, where its library has a choice; None where the architecture has but one."""
+    has_class_token: bool = True
+    has_text_tower: bool = True
+    """Whether it was built with one: its embeddings can be asked by text then."""
 
     @property
     def num_patches(self) -> int:
@@ -53,14 +56,18 @@ class BackboneInfo:
     def describe(self) -> dict[str, Any]:
         """As JSON, for a store.
 
-        The family is told only where `guess_side_family` would take another one. So stores are the same as those that
-        were begun before backbones told it, and a command can go on with such a store.
+        The family is told only where `guess_side_family` would take another one, and a class token or a text tower only
+        where there is none. So stores are the same as those that were begun before backbones told it, and a command can
+        go on with such a store.
         """
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         if self.side_family == guess_side_family(self.architecture):
             del values["side_family"]
         if self.activation is None:
             del values["activation"]
+        for name in ("has_class_token", "has_text_tower"):
+            if values[name]:
+                del values[name]
         return values
 
 
