@@ -18,7 +18,7 @@ from .front import Json, run_command
 
 _FIELDS = (
     *("model", *DATA_FIELDS, "out", "frames", "views", "segment_s", "layers", "dtype", "channels", "with_pixels"),
-    *("device", "precision", "batch_size"),
+    *("cls", "device", "precision", "batch_size"),
 )
 
 

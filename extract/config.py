@@ -34,9 +34,9 @@ class ExtractConfig:
     """Everything that decides what a store holds, and how the machine at hand is used to make it."""
 
     model: str
-    """`vit-e`, `vit-e-plus`, `vit-l`, `vit-b16`, `vit-b32`, `tiny-clip`, or any open_clip ViT.
+    """`vit-e`, `vit-e-plus`, `vit-l`, `vit-b16`, `vit-b32`, `tiny-clip`, or any ViT of open_clip or timm.
 
-    Which must have a class token.
+    One of timm's is `vit_small_patch14_dinov2`; open_clip's must have a class token.
     """
     dataset: str
     """A data set's name (`k400`, `ssv2`, ...), `folder`, `lists` or `table`."""
@@ -103,6 +103,11 @@ class ExtractConfig:
 
     K of a patch token.
     """
+    cls: Literal["own", "mean"] = "own"
+    """Class tokens: the model's own, where it has one, or mean: of patch tokens.
+
+    Means stand in the place of class tokens for whatever reads those.
+    """
     codec: str = DEFAULT_CODEC
     """How tokens are coded, by name. [that of --codec-from]
 
@@ -118,7 +123,7 @@ class ExtractConfig:
     That is what False says: its option is `--no-pixels`. The side network's pixel stem needs them.
     """
     weights: str | None = None
-    """An open_clip tag, a file, or random. [the model's own]"""
+    """A tag of open_clip's or timm's, a file, or random. [the model's own]"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     precision: Literal["fp32", "fp16", "bf16"] | None = None
@@ -201,6 +206,7 @@ class ExtractConfig:
         if not find_reader(self.dataset).may_be_mirrored and "flip" in recipe.views.values():
             raise ConfigError("--views flip would turn left into right, and these classes too: take three or centre")
         _check_choice("--dtype", self.dtype, PATCH_DTYPES)
+        _check_choice("--cls", self.cls, ("own", "mean"))
         _check_choice("--decoder", self.decoder, ("auto", "decord", "pyav"))
         if self.precision is not None:
             _check_choice("--precision", self.precision, ("fp32", "fp16", "bf16"))

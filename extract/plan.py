@@ -246,7 +246,8 @@ def render_plan(plan: Plan, epochs: int) -> list[str]:
         plan: The extraction.
         epochs: That are meant to be trained: whether the cache pays depends on them.
     """
-    tokens = plan.bytes_by_array["patches"] + plan.bytes_by_array["cls"]
+    tokens = plan.bytes_by_array["patches"] + plan.bytes_by_array.get("cls", 0)
+    kinds = "patches and class tokens" if "cls" in plan.bytes_by_array else "patches (the model has no class token)"
     pixels = plan.bytes_by_array.get("pixels")
     with_pixels = "" if pixels is None else f", {describe_bytes(tokens + pixels)} with pixels"
     free = "" if plan.free_bytes is None else f"; {describe_bytes(plan.free_bytes)} free there"
@@ -255,7 +256,7 @@ def render_plan(plan: Plan, epochs: int) -> list[str]:
         f"{'videos':13} {plan.videos:,}, {plan.frames:,} cached frames",
         *(_render_split(name, split) for name, split in sorted(plan.splits.items()) if len(plan.splits) > 1),
         *(f"  {name:11} {describe_bytes(size)}" for name, size in plan.bytes_by_array.items()),
-        f"{'tokens':13} {describe_bytes(tokens)} of patches and class tokens{with_pixels}",
+        f"{'tokens':13} {describe_bytes(tokens)} of {kinds}{with_pixels}",
         f"{'in all':13} {describe_bytes(plan.total_bytes)}{free}{verdict}",
         *_render_time(plan, epochs),
     ]

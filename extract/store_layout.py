@@ -41,6 +41,7 @@ def plan_layout(
         patch_dtype=config.dtype,
         keep_bits=config.keep_bits,
         with_pixels=config.with_pixels,
+        class_tokens="mean" if config.cls == "mean" else "own" if info.has_class_token else "none",
     )
 
 

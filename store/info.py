@@ -19,6 +19,12 @@ from .records import Status
 from .texts import TEXT_NAME, TextReader, has_current_texts
 
 _SHOWN_VIDEOS = 20
+_CLASS_TOKENS: Mapping[str, str] = {
+    "own": "",
+    "mean": "means of patch tokens, in the place of class tokens",
+    "none": "none: the backbone has no class token",
+}
+"""In words, where they are not the tower's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +87,7 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
         rows (and files) by status, rows by split, failures and pending rows by reason code, arrays with shape, dtype
         and bytes on disk, bytes of one cached frame, backbone, codec and what it costs (fidelity; None where that is
         not known), layers, frames, sampling, resize, clips, views, validation_clip and recipe (None where there was
-        none), classes, captions.
+        none), classes, captions, and class_tokens: own, mean (of patch tokens, in their place) or none.
     """
     table = store.read_manifest(["path", "split", "status", "reason", "num_cached_frames", "num_views"])
     attributes, facts = store.attributes, store.facts
@@ -119,6 +125,7 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
         "bytes_per_frame": store.layout.bytes_per_frame,
         "backbone": attributes["backbone"],
         "layers": list(store.layout.layers),
+        "class_tokens": store.layout.class_tokens,
         "frames": attributes["frames"],
         "sampling": facts.sampling,
         "resize": facts.resize,
@@ -169,6 +176,7 @@ def render_info(facts: Mapping[str, Any]) -> list[str]:
         "backbone": f"{backbone['name']} ({backbone['architecture']}), weights {backbone['weights']}, "
         f"{backbone['precision']} on {backbone['device_type']}{_describe_activation(backbone)}",
         "layers": f"{','.join(map(str, facts['layers']))} of {backbone['depth']}, width {backbone['width']}",
+        "cls": _CLASS_TOKENS[facts["class_tokens"]],
         "codec": _describe_codec(facts["codec"]),
         "frames": f"{facts['cached_frames']} cached, {facts['sampling']} sampling, resize {facts['resize']}"
         + (f", by the recipe of {facts['recipe']}" if facts["recipe"] else ""),
@@ -179,7 +187,7 @@ def render_info(facts: Mapping[str, Any]) -> list[str]:
         f"  {name:10} {array['dtype']:8} {tuple(array['shape'])}  {describe_bytes(array['bytes'])}"
         for name, array in facts["arrays"].items()
     ]
-    shown = [f"{name:9} {text}" for name, text in lines.items() if text or name != "pending"]
+    shown = [f"{name:9} {text}" for name, text in lines.items() if text or name not in ("pending", "cls")]
     return [*shown, *arrays, *([] if facts["fidelity"] is None else _render_fidelity(facts["fidelity"]))]
 
 

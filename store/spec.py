@@ -43,7 +43,8 @@ class StoreSpec:
     codec: Codec | None = None
     """How patches are coded, numpy arrays; None means that of the store that is there."""
     head: Mapping[str, np.ndarray] | None = None
-    """What stage two needs of the frozen tower's end, by name; None means that of the store that is there."""
+    """What stage two needs of the frozen tower's end, by name; None means that of the store that is there. It is empty
+    where the embedding is no projection of a norm of the class token: the store has no `head` then."""
 
     def with_codec(self, codec: Codec) -> StoreSpec:
         """The same with a codec."""
@@ -55,13 +56,15 @@ class StoreSpec:
             self,
             attributes={**self.attributes, "created": store.facts.created},
             codec=store.codec if self.codec is None else self.codec,
-            head=store.head if self.head is None else self.head,
+            head=(store.head if store.has_head else {}) if self.head is None else self.head,
         )
 
     def full_attributes(self) -> dict[str, Any]:
         """The group's `s4v` attribute; with a codec alone."""
         assert self.codec is not None
         sizes = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.layout).items()}
+        if sizes["class_tokens"] == "own":
+            del sizes["class_tokens"]  # as in all stores from before there was a choice
         return {
             "format_version": FORMAT_VERSION,
             **self.attributes,
