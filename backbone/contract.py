@@ -233,6 +233,14 @@ class TowerLibrary(ABC):
         """Whether a name means a model of this library: one of its lists, or written in another way that it takes."""
         return name in self.short_names or name in self.list_models()
 
+    def find_architecture(self, name: str) -> str | None:
+        """The architecture that a name means now, as a store records it; None where a name cannot change its meaning.
+
+        Raises:
+            BackboneError: If it means none.
+        """
+        return None
+
     @abstractmethod
     def build_backbone(
         self, name: str, *, weights: str | None, device: torch.device, precision: Precision, seed: int
@@ -253,7 +261,7 @@ class TowerLibrary(ABC):
             WeightsError: If the weights cannot be had, do not fit, or have another hash.
             BackboneError: If there is none, or its tokenizer cannot be had.
         """
-        raise BackboneError(f"{name} has no text tower: it was not trained with texts, and cannot be asked by text")
+        raise BackboneError(f"{name} has no text tower: it cannot be asked by text")
 
 
 def normalise_pixels(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
