@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..errors import WeightsError
 from ..store.reader import StoreReader
 from . import find_library
 from .contract import TextTower
@@ -40,6 +41,12 @@ def load_store_text_tower(
         WeightsError: If the weights cannot be had, or are not those that the store was made with.
     """
     backbone = store.facts.backbone
+    found = find_library(backbone.name).find_architecture(backbone.name)
+    if found not in (None, backbone.architecture) and "@" in backbone.architecture:
+        raise WeightsError(
+            f"{store.path} was made with the configuration {backbone.architecture}; {backbone.name} is {found} by now. "
+            "Put the file back as it was."
+        )
     return load_text_tower(
         backbone.name,
         weights=weights or backbone.weights,
