@@ -25,8 +25,9 @@ def _library_of(module: str) -> Callable[[], TowerLibrary]:
 
 LIBRARIES: dict[str, Callable[[], TowerLibrary]] = {
     "open_clip": _library_of("open_clip_towers"),
+    "timm": _library_of("timm_towers"),
 }
-"""By name, in the order in which they are asked for a model."""
+"""By name, in the order in which they are asked for a model: of a name that two know, it is the first one's."""
 
 
 def find_library(model: str) -> TowerLibrary:
@@ -38,7 +39,7 @@ def find_library(model: str) -> TowerLibrary:
     libraries = []
     for load in LIBRARIES.values():
         library = load()
-        if model in library.short_names or model in library.list_models():
+        if library.has_model(model):
             return library
         libraries.append(library)
     short = [name for library in libraries for name in library.short_names]

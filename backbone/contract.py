@@ -35,8 +35,8 @@ class FrameTokens:
 
     patches: list[torch.Tensor]
     """One (B, N, D) for each tapped layer, ascending."""
-    cls: torch.Tensor
-    """(B, L, D)."""
+    cls: torch.Tensor | None
+    """(B, L, D); None of a tower without a class token."""
     embedding: torch.Tensor
     """(B, E) float32, not normalised."""
 
@@ -99,7 +99,8 @@ class Backbone(ABC):
 
         Returns:
             norm_weight, norm_bias (D,), norm_eps (), proj_weight (E, D), logit_scale () as its logarithm and, where
-            there is one, proj_bias (E,); float32. A tower without projection gives the identity.
+            there is one, proj_bias (E,); float32. A tower without projection gives the identity. Nothing at all where
+            the embedding is made otherwise: of patches, by attention, or by two norms.
         """
 
     def resize_tower(self, image_size: tuple[int, int]) -> None:
@@ -149,6 +150,11 @@ class Backbone(ABC):
             self.resize_tower(self.info.image_size)
 
     @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens beside the patches: the class token, and registers."""
+        return int(self.info.has_class_token)
+
+    @property
     def has_weights(self) -> bool:
         """Whether the tower has its weights, and the memory for them."""
         return not any(parameter.is_meta for parameter in self.tower.parameters())
@@ -177,7 +183,7 @@ class Backbone(ABC):
     @property
     def flops_per_frame(self) -> int:
         """Multiplications and additions of one frame's forward pass, in the matrix products of its blocks."""
-        num_tokens = self.info.num_patches + 1
+        num_tokens = self.info.num_patches + self.num_prefix_tokens
         weights = sum(parameter.numel() for parameter in self.blocks.parameters() if parameter.ndim == 2)
         attention = 2 * self.info.depth * num_tokens**2 * self.info.width
         return 2 * (weights * num_tokens + attention)
@@ -208,7 +214,7 @@ class Backbone(ABC):
             raise EnvironmentFailedError(f"torch.compile does not work here: {reason}. Leave out --compile.") from error
         return FrameTokens(
             patches=[values[:count] for values in tokens.patches],
-            cls=tokens.cls[:count],
+            cls=None if tokens.cls is None else tokens.cls[:count],
             embedding=tokens.embedding[:count].float(),
         )
 
@@ -284,6 +290,18 @@ class TowerLibrary(ABC):
     def list_models(self) -> Sequence[str]:
         """All names that it builds a vision tower of, beside the short ones; no two libraries have one in common."""
 
+    def has_model(self, name: str) -> bool:
+        """Whether a name means a model of this library: one of its lists, or written in another way that it takes."""
+        return name in self.short_names or name in self.list_models()
+
+    def find_architecture(self, name: str) -> str | None:
+        """The architecture that a name means now, as a store records it; None where a name cannot change its meaning.
+
+        Raises:
+            BackboneError: If it means none.
+        """
+        return None
+
     @abstractmethod
     def build_backbone(
         self, name: str, *, weights: str | None, device: torch.device, precision: Precision, seed: int
@@ -291,7 +309,7 @@ class TowerLibrary(ABC):
         """A model's vision tower, without its weights as yet: see `vision_tower.build_backbone`.
 
         Raises:
-            BackboneError: If its tower has no class token or no blocks.
+            BackboneError: If its tokens cannot be had: it has no blocks, say.
             WeightsError: If the weights cannot be had.
         """
 
@@ -334,7 +352,7 @@ class TowerLibrary(ABC):
 
 
 def _lack_text_tower(name: str) -> BackboneError:
-    return BackboneError(f"{name} has no text tower: it was not trained with texts, and cannot be asked by text")
+    return BackboneError(f"{name} has no text tower: it cannot be asked by text")
 
 
 def normalise_pixels(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:

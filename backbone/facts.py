@@ -61,6 +61,9 @@ class BackboneInfo:
     """Of its MLPs, where its library has a choice; None where the architecture has but one."""
     own_image_size: tuple[int, int] | None = None
     """What its weights were made for, where it takes frames of another size; None where `image_size` is that."""
+    has_class_token: bool = True
+    has_text_tower: bool = True
+    """Whether it was built with one: its embeddings can be asked by text then."""
 
     @property
     def num_patches(self) -> int:
@@ -103,12 +106,15 @@ class BackboneInfo:
         """As JSON, for a store.
 
         The family is told only where `guess_side_family` would take another one, the own size only where it is another
-        than the frames'. So stores are the same as those that were begun before backbones told it, and a command can go
-        on with such a store.
+        than the frames', and a class token or a text tower only where there is none. So stores are the same as those
+        that were begun before backbones told it, and a command can go on with such a store.
         """
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         if self.side_family == guess_side_family(self.architecture):
             del values["side_family"]
+        for name in ("has_class_token", "has_text_tower"):
+            if values[name]:
+                del values[name]
         for name in ("activation", "own_image_size"):
             if values[name] is None:
                 del values[name]

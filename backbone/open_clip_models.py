@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -13,7 +15,7 @@ from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_p
 from torch import nn
 
 from ..errors import BackboneError, WeightsError
-from ..files import hash_file
+from ..files import hash_file, hash_text
 from .facts import Activation
 from .weights import WeightsSource, find_file, find_random, parameters_on_meta
 
@@ -44,8 +46,17 @@ def list_models() -> list[str]:
 
 
 def resolve_model(name: str) -> tuple[str, str | None]:
-    """The open_clip architecture of a model name, an alias or one of `list_models`, and its default weights."""
+    """The open_clip architecture of a model name, and its default weights.
+
+    Args:
+        name: An alias, one of `list_models`, or the path of a configuration's file (`is_file_name`).
+
+    Raises:
+        BackboneError: If the file is not there, or holds no configuration.
+    """
     _register_models()
+    if is_file_name(name):
+        return _register_file(Path(name)), None
     return ALIASES.get(name, (name, None))
 
 
@@ -54,10 +65,51 @@ def _register_models() -> None:
     open_clip.add_model_config(_MODELS)
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a model is named by the file of its configuration: `PATH.json`."""
+    return name.endswith(".json")
+
+
+_OF_FILES: dict[str, dict[str, Any]] = {}
+"""Configurations of files, by architecture."""
+
+
+def _register_file(path: Path) -> str:
+    """The architecture of a configuration's file: its name and a hash of what it says, so that no two are mixed up.
+
+    Raises:
+        BackboneError: If it is not there, or holds no configuration of open_clip's.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise BackboneError(f"--model {path}: the configuration cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise BackboneError(f"--model {path} is not JSON: {error}") from error
+    if isinstance(config, dict) and isinstance(config.get("model_cfg"), dict):  # as models are laid on hubs
+        config = {**config["model_cfg"], "preprocess_cfg": config.get("preprocess_cfg") or {}}
+    parts = ("vision_cfg", "text_cfg", "preprocess_cfg")
+    is_right = isinstance(config, dict) and isinstance(config.get("embed_dim"), int) and "vision_cfg" in config
+    if not is_right or not all(isinstance(config.get(part, {}), dict) for part in parts):
+        raise BackboneError(
+            f"--model {path} is no configuration of open_clip's: it must hold embed_dim, vision_cfg and, for texts, "
+            "text_cfg"
+        )
+    architecture = f"{path.stem}@{hash_text(json.dumps(config, sort_keys=True))[:12]}"
+    if architecture not in _OF_FILES:
+        _OF_FILES[architecture] = config
+        if "text_cfg" in config:  # open_clip makes a tokenizer for a name that it knows
+            with tempfile.TemporaryDirectory(prefix="s4v-model-") as folder:
+                copy = Path(folder) / f"{architecture}.json"
+                copy.write_text(json.dumps(config), encoding="utf-8")
+                open_clip.add_model_config(copy)
+    return architecture
+
+
 @cache
 def read_architecture(architecture: str) -> dict[str, Any]:
     """open_clip's configuration of an architecture that `resolve_model` returned."""
-    config = open_clip.get_model_config(architecture)
+    config = _OF_FILES.get(architecture) or open_clip.get_model_config(architecture)
     assert config is not None and parse_model_name(architecture)[0] is None
     # Never let a config fetch weights on its own.
     return {**config, "vision_cfg": {**config["vision_cfg"], "timm_model_pretrained": False}}
@@ -143,7 +195,8 @@ def build_tower(
     try:
         with parameters_on_meta():
             return build(embed_dim, tower_config, config.get("quick_gelu", False))
-    except (RuntimeError, NotImplementedError, ImportError) as error:  # towers that compute while they are built
+    except (RuntimeError, NotImplementedError, ImportError, TypeError, ValueError, AssertionError) as error:
+        # Towers that compute while they are built, and files with sizes that cannot be.
         reason = str(error).splitlines()[0]
         raise BackboneError(
             f"a tower of {name} cannot be built ({reason}); s4v needs a ViT such as {', '.join(ALIASES)}"

@@ -27,6 +27,8 @@ _TEXTS_PER_PASS = 64
 # Tokenised at once where words are counted: 200,000 captions would be two copies of a large array.
 _TEXTS_PER_COUNT = 4096
 
+_PREFIXES = ("text.", "", "clip.text.", "clip.")
+
 _MOST_NAMED = 3
 
 _log = logging.getLogger(__name__)
@@ -259,6 +261,8 @@ def load_text_tower(
     """
     architecture, _ = resolve_model(name)
     config = read_architecture(architecture)
+    if "text_cfg" not in config:
+        raise BackboneError(f"{name} has no text tower: its configuration has no text_cfg")
     source = resolve_weights(name, weights, seed)
     if expected_sha256 not in (None, source.sha256):
         raise WeightsError(
@@ -269,6 +273,13 @@ def load_text_tower(
     # Custom-text models keep the tower under `text.`, plain CLIP keeps its parts at the top; Side4Video's own
     # checkpoints keep either of them under `clip.`.
     tensors = open_tensors(source)
-    fill_tower(tower, tensors, source, ("text.", "", "clip.text.", "clip."), device, torch.float32)
+    if tensors is not None and not any(
+        f"{prefix}{own}" in tensors for own in tower.state_dict() for prefix in _PREFIXES
+    ):
+        raise WeightsError(
+            f"no text tower in these weights: {source.label}. They cannot be asked by text; search by --like VIDEO, or "
+            "with a trained run that brings a text tower."
+        )
+    fill_tower(tower, tensors, source, _PREFIXES, device, torch.float32)
     known_words = None if tensors is None else tensors.get(KNOWN_WORDS)
     return OpenClipTextTower(tower, _load_tokenizer(name), device, known_words)

@@ -7,7 +7,8 @@ weights' size in the precision they run in.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -24,6 +25,7 @@ from .open_clip_models import (
     ALIASES,
     build_tower,
     find_other_activation,
+    is_file_name,
     list_models,
     read_activation,
     read_architecture,
@@ -107,13 +109,21 @@ class OpenClip(TowerLibrary):
         """open_clip's names, and those of configurations that come with s4v."""
         return list_models()
 
+    def has_model(self, name: str) -> bool:
+        """Whether it is one of open_clip's names, or the file of a configuration."""
+        return is_file_name(name) or super().has_model(name)
+
+    def find_architecture(self, name: str) -> str:
+        """open_clip's name of it; of a file's configuration one that follows from what the file says."""
+        return resolve_model(name)[0]
+
     def build_backbone(
         self, name: str, *, weights: str | None, device: torch.device, precision: Precision, seed: int
     ) -> Backbone:
         """A model's vision tower, without its weights as yet.
 
         Args:
-            name: An alias, or an open_clip architecture.
+            name: An alias, an open_clip architecture, or the path of a configuration's file.
             weights: An open_clip tag, a local file, or `random`; None takes the alias's own tag.
             device: Where it runs.
             precision: Of weights and arithmetic.
@@ -129,9 +139,9 @@ class OpenClip(TowerLibrary):
         _require_class_token(name, tower)
         source = resolve_weights(name, weights, seed)
         grid, patch_size, image_size = _read_geometry(tower)
-        mean, std = _read_normalisation(source)
+        mean, std = _read_normalisation(source, config)
         info = BackboneInfo(
-            name=name,
+            name=str(Path(name).resolve()) if is_file_name(name) else name,
             architecture=architecture,
             weights=source.label,
             weights_sha256=source.sha256,
@@ -147,6 +157,7 @@ class OpenClip(TowerLibrary):
             device_type=device.type,
             side_family=guess_side_family(architecture),
             activation=read_activation(architecture),
+            has_text_tower="text_cfg" in config,
         )
         _tell_activation(info, source)
         return OpenClipBackbone(tower, info, source, device)
@@ -247,9 +258,9 @@ def _read_geometry(tower: Any) -> tuple[tuple[int, int], tuple[int, int], tuple[
     return tuple(tower.grid_size), tuple(tower.patch_size), tuple(tower.image_size)
 
 
-def _read_normalisation(source: WeightsSource) -> tuple[Any, Any]:
-    """Mean and std of the weights' own preprocessing; OpenAI's where the weights do not say."""
-    config = source.pretrained_cfg or {}
+def _read_normalisation(source: WeightsSource, architecture: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Mean and std of the weights' own preprocessing, or of a file's configuration; OpenAI's where neither says."""
+    config = source.pretrained_cfg or architecture.get("preprocess_cfg") or {}
     mean = config.get("mean") or open_clip.OPENAI_DATASET_MEAN
     std = config.get("std") or open_clip.OPENAI_DATASET_STD
     return tuple(mean), tuple(std)

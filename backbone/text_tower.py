@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ..errors import WeightsError
 from ..store.reader import StoreReader
 from . import find_library
 from .contract import TextTower
@@ -73,6 +74,12 @@ def load_store_text_tower(
         WeightsError: If the weights cannot be had, or are not those that the store was made with.
     """
     backbone = store.facts.backbone
+    found = find_library(backbone.name).find_architecture(backbone.name)
+    if found not in (None, backbone.architecture) and "@" in backbone.architecture:
+        raise WeightsError(
+            f"{store.path} was made with the configuration {backbone.architecture}; {backbone.name} is {found} by now. "
+            "Put the file back as it was."
+        )
     return load_text_tower(
         backbone.name,
         weights=weights or backbone.weights,

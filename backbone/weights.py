@@ -102,8 +102,23 @@ def fill_tower(
     prefixes: tuple[str, ...],
     device: torch.device,
     dtype: torch.dtype,
+    *,
+    casts_buffers: bool = True,
 ) -> None:
-    """Give a tower built on meta its memory and its weights, one tensor at a time, frozen and in evaluation mode."""
+    """Give a tower built on meta its memory and its weights, one tensor at a time, frozen and in evaluation mode.
+
+    Args:
+        tower: Built with `parameters_on_meta`.
+        tensors: By name; None draws random weights.
+        source: Where they come from.
+        prefixes: Before the tower's names in the file, the more likely one first.
+        device: Where it will run.
+        dtype: Of its parameters.
+        casts_buffers: Whether floating buffers get that dtype too, or stay as they are.
+
+    Raises:
+        WeightsError: If the tensors belong to another model.
+    """
     names = {} if tensors is None else _match_names(tower, tensors, prefixes, source)
     for module in tower.modules():  # all memory first: taken between the values' it leaves holes, 1.2 GB beside ViT-E
         for name, parameter in module._parameters.items():
@@ -131,7 +146,8 @@ def fill_tower(
             full = f"{module_name}.{name}" if module_name else name
             if tensors is not None and full in names:
                 buffer.copy_(tensors[names[full]])
-            module._buffers[name] = buffer.to(device, dtype if buffer.is_floating_point() else None)
+            is_cast = casts_buffers and buffer.is_floating_point()
+            module._buffers[name] = buffer.to(device, dtype if is_cast else None)
     tower.eval()
 
 

@@ -19,7 +19,7 @@ from .front import Json, run_command
 _FIELDS = (
     *("model", *DATA_FIELDS, "out", "frames", "views", "segment_s", "layers", "dtype", "channels", "with_pixels"),
     *("input_size", "pixel_offsets", "text_layers", "text_words", "class_template"),
-    *("device", "precision", "batch_size"),
+    *("cls", "device", "precision", "batch_size"),
 )
 
 

@@ -39,9 +39,9 @@ class ExtractConfig:
     """Everything that decides what a store holds, and how the machine at hand is used to make it."""
 
     model: str
-    """`vit-e`, `vit-e-plus`, `vit-l`, `vit-b16`, `vit-b32`, `tiny-clip`, or any open_clip ViT.
+    """`vit-e`, `vit-e-plus`, `vit-l`, `vit-b16`, `vit-b32`, `tiny-clip`, or any ViT of open_clip or timm.
 
-    Which must have a class token.
+    One of timm's is `vit_small_patch14_dinov2`; open_clip's must have a class token.
     """
     dataset: str
     """A data set's name (`k400`, `ssv2`, ...), `folder`, `lists` or `table`."""
@@ -118,6 +118,11 @@ class ExtractConfig:
 
     K of a patch token.
     """
+    cls: Literal["own", "mean"] = "own"
+    """Class tokens: the model's own, where it has one, or mean: of patch tokens.
+
+    Means stand in the place of class tokens for whatever reads those.
+    """
     codec: str = DEFAULT_CODEC
     """How tokens are coded, by name. [that of --codec-from]
 
@@ -142,6 +147,7 @@ class ExtractConfig:
     """Before the first frame: clamp (the first again), or wrap (the last ones).
 
     TDS-CLIP's reader of Kinetics wraps. None takes the rule of the store that is there.
+    """
     text_layers: str | None = None
     """Store captions word by word after the text tower's last blocks too: last4. [no]
 
@@ -158,7 +164,7 @@ class ExtractConfig:
     A finished store gets them when its command is run again with this.
     """
     weights: str | None = None
-    """An open_clip tag, a file, or random. [the model's own]"""
+    """A tag of open_clip's or timm's, a file, or random. [the model's own]"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     precision: Literal["fp32", "fp16", "bf16"] | None = None
@@ -240,6 +246,7 @@ class ExtractConfig:
             SAMPLINGS[recipe.sampling](1, 1, max(recipe.clips.values(), default=1))
         self._check_pictures()
         _check_choice("--dtype", self.dtype, PATCH_DTYPES)
+        _check_choice("--cls", self.cls, ("own", "mean"))
         _check_choice("--decoder", self.decoder, ("auto", "decord", "pyav"))
         if self.precision is not None:
             _check_choice("--precision", self.precision, ("fp32", "fp16", "bf16"))

@@ -181,6 +181,8 @@ def set_up_job(
             frames_held=sum(frames * views for frames, views in zip(num_frames, num_views, strict=True)),
             like=None if target.reader is None else target.reader.layout,
         )
+        if target.reader is None:
+            _tell_class_tokens(config, layout)
         recipe = config.recipe.name if target.reader is None else target.reader.facts.recipe
         attributes = _describe(config, backbone, ClassList.of(records).names, pool.library_versions(), recipe)
     return Job(
@@ -247,6 +249,16 @@ def _build_backbone(config: ExtractConfig) -> Backbone:
     if config.with_compile:
         backbone.compile(config.batch_size)
     return backbone
+
+
+def _tell_class_tokens(config: ExtractConfig, layout: StoreLayout) -> None:
+    """Say before the work what a new store will lack."""
+    if layout.class_tokens == "none":
+        _log.warning(
+            "%s has no class token: the store will have no `cls`, which most networks read. --cls mean keeps the mean "
+            "of a layer's patch tokens in its place.",
+            config.model,
+        )
 
 
 def _warn_of_unused_splits(config: ExtractConfig, splits: set[str]) -> None:

@@ -291,7 +291,8 @@ def render_plan(plan: Plan, epochs: int) -> list[str]:
         plan: The extraction.
         epochs: That are meant to be trained: whether the cache pays depends on them.
     """
-    tokens = plan.bytes_by_array["patches"] + plan.bytes_by_array["cls"]
+    tokens = plan.bytes_by_array["patches"] + plan.bytes_by_array.get("cls", 0)
+    kinds = "patches and class tokens" if "cls" in plan.bytes_by_array else "patches (the model has no class token)"
     pixels = plan.bytes_by_array.get("pixels")
     with_pixels = "" if pixels is None else f", {describe_bytes(tokens + pixels)} with pixels"
     height, width = plan.image_size
@@ -302,7 +303,7 @@ def render_plan(plan: Plan, epochs: int) -> list[str]:
         f"{'frames':13} {height} x {width} pixels, {plan.num_patches:,} patches",
         *(_render_split(name, split) for name, split in sorted(plan.splits.items()) if len(plan.splits) > 1),
         *(f"  {name:11} {describe_bytes(size)}" for name, size in plan.bytes_by_array.items()),
-        f"{'tokens':13} {describe_bytes(tokens)} of patches and class tokens{with_pixels}",
+        f"{'tokens':13} {describe_bytes(tokens)} of {kinds}{with_pixels}",
         f"{'in all':13} {describe_bytes(plan.total_bytes)}{free}{verdict}",
         *([_render_large_row(plan.bytes_per_row)] if plan.bytes_per_row > _LARGE_ROW_BYTES else []),
         *_render_time(plan, epochs),

@@ -67,6 +67,7 @@ def plan_layout(
         keep_bits=config.keep_bits,
         with_pixels=config.with_pixels,
         pixel_offsets=config.cached_offsets,
+        class_tokens="mean" if config.cls == "mean" else "own" if info.has_class_token else "none",
     )
     if like is not None:
         return replace(layout, rows_per_shard=like.rows_per_shard, frames_per_block=like.frames_per_block)

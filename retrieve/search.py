@@ -25,6 +25,7 @@ import torch
 from ..backbone.text_tower import TextTower, load_store_text_tower
 from ..errors import ConfigError, StoreError, StoreNotFoundError
 from ..store.info import count_statuses
+from ..store.needs import StoreNeeds, require_needs
 from ..store.reader import StoreReader, open_store
 from ..store.text_choice import read_text_choice
 from ..store.texts import MAX_WORDS
@@ -38,6 +39,11 @@ from .trained_frames import TrainedFrames
 
 _log = logging.getLogger(__name__)
 
+_TEXT_NEEDS = StoreNeeds(
+    arrays=("embedding",),
+    text_tower=True,
+    instead={"text_tower": "search by --like VIDEO, or with a trained run that brings a text tower (--run)"},
+)
 _RERANKED = 100
 _MOST_NAMED = 5
 
@@ -234,6 +240,7 @@ class Searcher:
             if self._trained is not None and self._trained.run.is_imported:
                 self._tower = load_tuned_text_tower(self._trained.run, self.store, device=self._device)
             else:
+                require_needs(self.store, _TEXT_NEEDS, "a search by text")
                 self._tower = load_store_text_tower(self.store, weights=self._weights, device=self._device)
             self.text_tower_seconds = round(time.perf_counter() - start, 3)
         return self._tower

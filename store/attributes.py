@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import StoreDamagedError
-from .layout import PATCH_DTYPES, ArraySpec, StoreLayout
+from .layout import CLASS_TOKENS, PATCH_DTYPES, ArraySpec, StoreLayout
 from .offsets import MOST_OFFSETS, SEEN_FRAME, PixelOffset
 
 _MOST = {
@@ -117,6 +117,8 @@ def _find_wrong_sizes(sizes: dict[str, Any]) -> list[str]:
         problems.append(f"patch_dtype must be in {', '.join(PATCH_DTYPES)}, found {_shorten(sizes.get('patch_dtype'))}")
     if not isinstance(sizes.get("with_pixels", True), bool):
         problems.append(f"with_pixels must be true or false, found {_shorten(sizes['with_pixels'])}")
+    if (class_tokens := sizes.get("class_tokens", "own")) not in CLASS_TOKENS:
+        problems.append(f"class_tokens must be in {', '.join(CLASS_TOKENS)}, found {_shorten(class_tokens)}")
     keep_bits = sizes.get("keep_bits")
     if keep_bits is not None and not (_is_int(keep_bits, 0, 10) and sizes.get("patch_dtype") == "float16"):
         problems.append(f"keep_bits must be none or, of float16, 0 to 10, found {_shorten(keep_bits)}")
@@ -194,6 +196,7 @@ _COUNT = ("a count", lambda value: _is_int(value, 1, 2**20))
 _PAIR = ("two sizes", _is_pair)
 _COLOUR = ("three numbers", _is_colour)
 _OBJECT = ("an object", _is_object)
+_YES_OR_NO = ("true or false", lambda value: isinstance(value, bool))
 _TEXTS = ("a list of texts", _are_texts)
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "created": _TEXT,
@@ -219,6 +222,8 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "backbone.std": _COLOUR,
     "backbone.precision": _TEXT,
     "backbone.device_type": _TEXT,
+    "backbone.has_class_token": _YES_OR_NO,
+    "backbone.has_text_tower": _YES_OR_NO,
     "layout": _OBJECT,
     "frames": ("counts by split", _are_counts),
     "clips": ("counts by split", _are_counts),

@@ -70,6 +70,16 @@ class BackboneFacts:
         return self.attributes["weights_sha256"]
 
     @property
+    def has_class_token(self) -> bool:
+        """Whether the tower has one of its own."""
+        return self.attributes.get("has_class_token", True)
+
+    @property
+    def has_text_tower(self) -> bool:
+        """Whether its embeddings can be asked by text."""
+        return self.attributes.get("has_text_tower", True)
+
+    @property
     def width(self) -> int:
         """D."""
         return self.attributes["width"]

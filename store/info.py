@@ -22,6 +22,12 @@ from .text_choice import CLASSES_NAME, TEXT_NAME
 from .texts import TextReader, has_current_texts
 
 _SHOWN_VIDEOS = 20
+_CLASS_TOKENS: Mapping[str, str] = {
+    "own": "",
+    "mean": "means of patch tokens, in the place of class tokens",
+    "none": "none: the backbone has no class token",
+}
+"""In words, where they are not the tower's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +89,10 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
     Returns:
         rows (and files) by status, rows by split, failures and pending rows by reason code, arrays with shape, dtype
         and bytes on disk (of texts what was asked for too), bytes of one cached frame, backbone, codec and what it
-        costs (fidelity; None where that is not known), layers, pixel_offsets (none without pixels), pixel_edge, frames
-        (frame_range by split where rows are as long as their videos), sampling, resize, clips, views, augmentation,
-        validation_clip and recipe (None where there was none), classes, captions.
+        costs (fidelity; None where that is not known), layers, pixel_offsets (none without pixels), pixel_edge,
+        class_tokens (own, mean of patch tokens in their place, or none), frames (frame_range by split where rows are as
+        long as their videos), sampling, resize, clips, views, augmentation, validation_clip and recipe (None where
+        there was none), classes, captions.
     """
     table = store.read_manifest(["path", "split", "status", "reason", "num_cached_frames", "num_views"])
     attributes, facts = store.attributes, store.facts
@@ -128,6 +135,7 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
         "layers": list(store.layout.layers),
         "pixel_offsets": [offset.recorded for offset in store.layout.pixel_offsets] * store.layout.with_pixels,
         "pixel_edge": facts.pixel_edge,
+        "class_tokens": store.layout.class_tokens,
         "frames": attributes["frames"],
         **({"frame_range": _find_frame_range(table)} if facts.is_open_ended else {}),
         "sampling": facts.sampling,
@@ -213,6 +221,7 @@ def render_info(facts: Mapping[str, Any]) -> list[str]:
         f"{backbone['precision']} on {backbone['device_type']}{_describe_activation(backbone)}",
         "layers": f"{','.join(map(str, facts['layers']))} of {backbone['depth']}, width {backbone['width']}",
         "input": _describe_input(backbone),
+        "cls": _CLASS_TOKENS[facts["class_tokens"]],
         "codec": _describe_codec(facts["codec"]),
         "frames": f"{facts['cached_frames']} cached, {facts['sampling']} sampling, resize {facts['resize']}"
         + (f", by the recipe of {facts['recipe']}" if facts["recipe"] else ""),
@@ -225,7 +234,9 @@ def render_info(facts: Mapping[str, Any]) -> list[str]:
         + _describe_texts(array)
         for name, array in facts["arrays"].items()
     ]
-    shown = [f"{name:9} {text}" for name, text in lines.items() if text or name not in ("pending", "pixels", "input")]
+    shown = [
+        f"{name:9} {text}" for name, text in lines.items() if text or name not in ("pending", "pixels", "input", "cls")
+    ]
     return [*shown, *arrays, *([] if facts["fidelity"] is None else _render_fidelity(facts["fidelity"]))]
 
 

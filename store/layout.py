@@ -40,6 +40,10 @@ DEFAULT_CODEC = "affine"
 """Of a store that names no codec: all before there was a choice."""
 PATCH_DTYPES: tuple[PatchDtype, ...] = ("int8", "float16", "float32")
 
+ClassTokens = Literal["own", "mean", "none"]
+CLASS_TOKENS: tuple[ClassTokens, ...] = ("own", "mean", "none")
+"""What `cls` holds: the tower's own class tokens, means of patch tokens in their place, or there is no such array."""
+
 _SHARD_BYTES = 512 * 2**20
 _MAX_VIDEOS_PER_SHARD = 64
 _MIN_SHARDS = 16
@@ -135,6 +139,8 @@ class StoreLayout:
     """Mantissa bits kept of float16 patches, which are then compressed; None keeps all and compresses nothing."""
     pixel_offsets: tuple[PixelOffset, ...] = (SEEN_FRAME,)
     """Which frames around each cached one `pixels` holds, in this order; O is their number. A number is frames."""
+    class_tokens: ClassTokens = "own"
+    """One of `CLASS_TOKENS`; a store records it where it is not `own`."""
     rows_per_shard: int = 0
     """Rows in one shard, the same for all arrays. 0 takes a pure function of V and sizes; a store that rows are added
     to keeps the number that it was begun with."""
@@ -243,6 +249,8 @@ class StoreLayout:
                 dimension_names=(*place, "channel"),
             ),
         ]
+        if self.class_tokens == "none":
+            specs = [spec for spec in specs if spec.name != "cls"]
         if self.with_pixels:
             height, width = self.image_size
             offsets = len(self.pixel_offsets)

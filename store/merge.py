@@ -298,9 +298,11 @@ def _skeleton_files(store: StoreReader) -> list[str]:
     arrays = [f"{spec.name}/zarr.json" for spec in store.layout.array_specs()]
     small = [
         *((f"codec/{part}", store.codec_shapes[part].__eq__) for part in sorted(store.codec.parts)),
-        *((f"head/{name}", store.is_head_shape) for name in sorted(store.head)),  # read: their checksums are right
+        # Read: their checksums are right.
+        *((f"head/{name}", store.is_head_shape) for name in sorted(store.head if store.has_head else ())),
     ]
-    files = ["zarr.json", manifest.CAPTIONS_NAME, *arrays, "codec/zarr.json", "head/zarr.json"]
+    groups = ["codec/zarr.json", *(["head/zarr.json"] if store.has_head else [])]
+    files = ["zarr.json", manifest.CAPTIONS_NAME, *arrays, *groups]
     for name, is_possible in small:
         files += [f"{name}/zarr.json", name_only_chunk(describe_small_array(store.path, name, is_possible))]
     # The group of texts is one, whichever of them it holds.

@@ -113,8 +113,22 @@ class StoreReader:
 
     @cached_property
     def head(self) -> dict[str, np.ndarray]:
-        """The frozen tower's end, by name: final norm, projection, logit scale."""
+        """The frozen tower's end, by name: final norm, projection, logit scale.
+
+        Raises:
+            StoreMismatchError: If the store has none.
+        """
+        if not self.has_head:
+            raise StoreMismatchError(
+                f"{self.path} has no `head`: the embedding of {self.facts.backbone.name} is no projection of a norm of "
+                "its class token"
+            )
         return {name: read_small_array(self.path, f"head/{name}", self.is_head_shape) for name in self.head_names}
+
+    @property
+    def has_head(self) -> bool:
+        """Whether it was written with the tower's end."""
+        return os.path.lexists(self.path / "head") or "head/zarr.json" in _recorded_hashes(self.path)
 
     @property
     def head_names(self) -> list[str]:
@@ -223,7 +237,7 @@ class StoreReader:
         frames: Sequence[Sequence[int]] | np.ndarray,
         view: int | Sequence[int] | np.ndarray = 0,
         layers: Sequence[int] | None = None,
-        arrays: Sequence[str] = _CLIP_ARRAYS,
+        arrays: Sequence[str] | None = None,
         allocate: Callable[[tuple[int, ...], np.dtype], np.ndarray] = np.empty,
         offsets: Sequence[PixelOffset | int | str] | None = None,
     ) -> Clips:
@@ -234,7 +248,7 @@ class StoreReader:
             frames: (B, T) places on the axis F, the same number for every clip; `NO_FRAME` is no frame (`pad_places`).
             view: One view for all clips, or (B,) views.
             layers: Backbone blocks to return, all cached ones by default.
-            arrays: Which arrays to read.
+            arrays: Which arrays to read; all that the store has by default.
             allocate: Makes room for each array, from its shape and dtype; say in pinned memory.
             offsets: Of the pixels, in the order wanted: `-1`, `"0.5step"`; all stored ones by default.
 
@@ -257,6 +271,8 @@ class StoreReader:
                 f"view must be one view, or one for each of {len(rows)} videos; found shape {views.shape}"
             )
         views = np.broadcast_to(views, rows.shape)
+        if arrays is None:
+            arrays = [spec.name for spec in self.layout.array_specs() if spec.name in _CLIP_ARRAYS]
         if unknown := sorted(set(arrays) - set(_CLIP_ARRAYS)):
             raise StoreMismatchError(f"read_clips reads {', '.join(_CLIP_ARRAYS)}; found {', '.join(unknown)}")
         self._check_rows(rows, places, views)
@@ -455,7 +471,8 @@ class StoreReader:
         """An array as the layout has it, its `zarr.json` compared with that once."""
         spec = next((spec for spec in self.layout.array_specs() if spec.name == name), None)
         if spec is None:
-            raise StoreMismatchError(f"{self.path} has no array {name!r}: it was extracted without it")
+            why = "its backbone has no class token" if name == "cls" else "it was extracted without it"
+            raise StoreMismatchError(f"{self.path} has no array {name!r}: {why}")
         if name not in self._compared:
             self._require_recorded_hash(f"{name}/zarr.json")
             require_metadata(self.path, spec)

@@ -31,7 +31,8 @@ def write_skeleton(folder: Path, spec: StoreSpec, format_version: int | None = N
     for array in spec.layout.array_specs():
         create_array(folder, array)
     _write_named(folder, "codec", spec.codec.parts)
-    _write_named(folder, "head", spec.head)
+    if spec.head:
+        _write_named(folder, "head", spec.head)
     inputs = spec.input_table()
     (folder / PARTS_NAME).mkdir()
     manifest.write_table(folder / manifest.MANIFEST_NAME, manifest.pending_manifest(inputs))

@@ -75,10 +75,10 @@ class RowTokens:
 
     patches: np.ndarray
     """(a, f, L, N, K) codes."""
-    cls: np.ndarray
-    """(a, f, L, D)."""
     embedding: np.ndarray
     """(a, f, E)."""
+    cls: np.ndarray | None = None
+    """(a, f, L, D); None in a store without class tokens."""
     pixels: np.ndarray | None = None
     """(a, f, O, H, W, 3) uint8."""
 

@@ -155,6 +155,7 @@ COVERED_BY = {
     "store/_shards.py": "store/test_reader.py",
     "store/_zarr.py": "store/test_reader.py",
     "store/append.py": "extract/test_append.py",
+    "store/needs.py": "train/test_needs.py",
     "store/repair.py": "extract/test_repair.py",
     "store/attributes.py": "store/test_hostile_store.py",
     "store/checksums.py": "store/test_verify.py",

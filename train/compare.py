@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..device import find_device
-from ..errors import ConfigError, S4vError
+from ..errors import ConfigError, S4vError, StoreMismatchError
 from ..files import write_json, write_text
 from ..store.reader import StoreReader, open_store
 from .clips import find_labelled_rows
@@ -23,7 +23,7 @@ from .networks import NETWORKS, find_network
 from .networks.contract import NetworkKind
 from .paired import Answers, Difference, average_answers, find_difference
 from .run_folder import CONFIG_NAME, open_run
-from .settings import resolve_preset
+from .settings import require_what_is_read, resolve_preset
 from .sweep import SWEEP_NAME, sweep_heads
 from .tasks import find_task
 from .tasks.ranks import rank_own
@@ -91,7 +91,7 @@ def compare_methods(
     Raises:
         ConfigError: If a method is not known, or there is no seed.
     """
-    known = list_methods()
+    known, is_asked = list_methods(), methods is not None
     methods = known if methods is None else methods
     if unknown := [method for method in methods if method not in known]:
         raise ConfigError(f"--methods takes {', '.join(known)}; found {', '.join(unknown)}")
@@ -104,7 +104,7 @@ def compare_methods(
     base = replace(base, epochs=side.epochs, batch_size=side.batch_size, warmup_epochs=side.warmup_epochs)
     lines: list[Compared] = []
     answers: dict[str, Answers | None] = {}
-    for method in methods:
+    for method in _leave_out_unserved(base, methods, store, say, is_asked=is_asked):
         if not NETWORKS[method].is_trained:
             line, own = _ask(NETWORKS[method], store, base.val_split, untrained or {}, say)
         else:
@@ -115,6 +115,29 @@ def compare_methods(
             answers[method] = own
         _write(base.out, store, lines)
     return lines
+
+
+def _leave_out_unserved(
+    base: TrainConfig, methods: Sequence[str], store: StoreReader, say: Callable[[str], None], *, is_asked: bool
+) -> list[str]:
+    """The methods that read nothing that the store lacks; told before any training.
+
+    Raises:
+        StoreMismatchError: If one that was asked for does, or all do.
+    """
+    served = []
+    for method in methods:
+        kind = NETWORKS[method]
+        try:
+            if kind.is_trained:
+                require_what_is_read(_configure(base, method), store)
+        except StoreMismatchError as error:
+            if is_asked or len(methods) == 1:
+                raise
+            say(f"no {method}: {error}")
+        else:
+            served.append(method)
+    return served
 
 
 def compare_runs(
@@ -212,13 +235,17 @@ def _choose(config: TrainConfig, say: Callable[[str], None]) -> tuple[TrainConfi
     return replace(config, learning_rate=best.learning_rate, weight_decay=best.weight_decay), choice
 
 
+def _configure(base: TrainConfig, method: str) -> TrainConfig:
+    """A method's first training."""
+    own = {"inputs": "all", "side_width": None} if method != list_methods()[0] else {}
+    fields = {name: getattr(base, name) for name in TrainConfig.__dataclass_fields__}
+    return TrainConfig(**{**fields, "head": method, "out": base.out / f"{method}-0", "seed": 0, "resume": True, **own})
+
+
 def _train_and_evaluate(
     base: TrainConfig, method: str, seeds: int, say: Callable[[str], None]
 ) -> tuple[Compared, Answers | None]:
-    own = {"inputs": "all", "side_width": None} if method != list_methods()[0] else {}
-    fields = {name: getattr(base, name) for name in TrainConfig.__dataclass_fields__}
-    first = TrainConfig(**{**fields, "head": method, "out": base.out / f"{method}-0", "seed": 0, "resume": True, **own})
-    config, choice = _choose(first, say)
+    config, choice = _choose(_configure(base, method), say)
     runs = [replace(config, out=base.out / f"{method}-{seed}", seed=seed) for seed in range(seeds)]
     trainings = []
     for run in runs:

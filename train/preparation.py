@@ -43,7 +43,14 @@ from .run_folder import (
     refuse_existing_run,
     require_same_run,
 )
-from .settings import find_recipe, plan_network, resolve_preset, resolve_views, take_recorded
+from .settings import (
+    find_recipe,
+    plan_network,
+    require_what_is_read,
+    resolve_preset,
+    resolve_views,
+    take_recorded,
+)
 from .stack import Head
 from .tasks import find_task
 from .tasks.contract import Task
@@ -64,6 +71,7 @@ def begin_heads(
     num_processes = int(os.environ["WORLD_SIZE"]) if TorchElasticEnvironment.detect() else 1
     device_type, precision = resolve_device(configs[0])
     store = open_store(configs[0].features)
+    require_what_is_read(configs[0], store)
     is_auto = configs[0].preset == "auto"
     given = configs[0]
     begun = [open_run(config.out) if can else None for config, can in zip(configs, can_resume, strict=True)]

@@ -23,6 +23,7 @@ from ..errors import (
     StoreNotFoundError,
 )
 from ..files import hash_file, hash_text, read_json, write_atomic, write_json, write_text
+from ..store.needs import find_lacks
 from ..store.reader import StoreReader, open_store
 from ..store.redone import count_redone
 from .batches import StepShares
@@ -283,6 +284,8 @@ def require_matching_store(run: Run, store: StoreReader) -> None:
         differences.append(f"patches: of {patch_px} px in the store, of {run.shape.patch_px} px in the run")
     if there["store"] is None:
         differences += find_network(run.shape.name).find_differences(run.shape, store)
+    needs = find_network(run.shape.name).find_needs(run.shape.task, run.shape)
+    differences += [f"the store lacks {lack.why}" for lack in find_lacks(store, needs)]
     if missing := sorted(set(run.shape.layers) - set(store.layout.layers)):
         differences.append(f"layers {missing} are not in the store")
     if not run.shape.num_classes:

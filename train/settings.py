@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, StoreMismatchError
+from ..store.needs import require_needs
 from ..store.reader import StoreReader
 from .batches import resolve_batches
 from .config import TrainConfig
@@ -38,13 +39,29 @@ def plan_network(config: TrainConfig, store: StoreReader, begun: NetworkShape | 
     layers = tuple(sorted(config.layers)) if config.layers else store.layout.layers
     store.layer_places(layers)
     others = dict(one.split("=", 1) for one in config.set)
-    options = kind.read_options(config.network_options, others)
+    options = require_what_is_read(config, store)
     shape = kind.plan(store, find_task(config.task).describe_outputs(store), options, layers)
     if type(begun) is not type(shape):
         return shape
     own = {one.name for one in fields(kind.options)} & {one.name for one in fields(shape)}
     kept = own - {*config.network_options, *others}
     return kind.go_on_with(replace(shape, **{name: getattr(begun, name) for name in kept}), begun)
+
+
+def require_what_is_read(config: TrainConfig, store: StoreReader) -> Any:
+    """Refuse a store that lacks what a configuration's network reads, before anything is read.
+
+    Returns:
+        The network's options.
+
+    Raises:
+        ConfigError: If an option has no effect on the network.
+        StoreMismatchError: With all that is lacking, and the command that makes a store that has it.
+    """
+    kind = find_network(config.head)
+    options = kind.read_options(config.network_options, dict(one.split("=", 1) for one in config.set))
+    require_needs(store, kind.find_needs(config.task, options), f"--head {kind.name}")
+    return options
 
 
 def take_recorded(config: TrainConfig, begun: Run) -> TrainConfig:

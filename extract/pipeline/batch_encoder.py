@@ -33,21 +33,21 @@ class BatchCoder:
         """Code a batch, on the device.
 
         Returns:
-            patches (B, L, N, K), cls (B, L, D), embedding (B, E), and is_finite (1,): whether the tokens that they come
-            from and they themselves are all numbers.
+            patches (B, L, N, K), cls (B, L, D) where the store has class tokens, embedding (B, E), and is_finite (1,):
+            whether the tokens that they come from and they themselves are all numbers.
         """
         layout, first = self._layout, tokens.patches[0]
         shape = (len(first), len(layout.layers), layout.num_patches, layout.channels)
         codes = torch.empty(shape, dtype=getattr(torch, layout.patch_dtype), device=first.device)
-        cls = self._cast_class_tokens(tokens)
-        checked = [cls, tokens.embedding]
+        cls = self._make_class_tokens(tokens)
+        checked = [*cls.values(), tokens.embedding]
         are_finite = [torch.isfinite(values).all() for values in checked]
         for place, values in enumerate(tokens.patches):
             codes[:, place] = self._codec.encode(values, place)
             # A float code is a number only if its token is; int8 hides it.
             are_finite.append(torch.isfinite(values if layout.patch_dtype == "int8" else codes[:, place]).all())
         is_finite = torch.stack(are_finite).all().reshape(1)
-        return {"patches": codes, "cls": cls, "embedding": tokens.embedding, "is_finite": is_finite}
+        return {"patches": codes, **cls, "embedding": tokens.embedding, "is_finite": is_finite}
 
     def finish(self, results: dict[str, np.ndarray]) -> bool:
         """Round the patches of results that have left the device, where the store keeps fewer bits.
@@ -75,14 +75,23 @@ class BatchCoder:
         for place, (block, values) in enumerate(zip(self._layout.layers, tokens.patches, strict=True)):
             codes = round_mantissas(self._codec.encode(values, place).cpu().numpy(), self._layout.keep_bits)
             check_finite(torch.from_numpy(codes), values, block, video_ids)
-        cls = self._cast_class_tokens(tokens)
-        for place, block in enumerate(self._layout.layers):
-            check_finite(cls[:, place], tokens.cls[:, place], block, video_ids)
+        for cls in self._make_class_tokens(tokens).values():
+            source = cls if tokens.cls is None or self._layout.class_tokens == "mean" else tokens.cls
+            for place, block in enumerate(self._layout.layers):
+                check_finite(cls[:, place], source[:, place], block, video_ids)
         check_finite(tokens.embedding, tokens.embedding, self._backbone.info.depth - 1, video_ids)
         raise EnvironmentFailedError(
             f"the backbone gave NaN or infinity on a batch from {video_ids[0]} to {video_ids[-1]}, and none when it "
             "ran on it again: this device cannot be relied on. Finished shards are kept."
         )
 
-    def _cast_class_tokens(self, tokens: FrameTokens) -> torch.Tensor:
-        return tokens.cls.to(getattr(torch, self._layout.cls_dtype))
+    def _make_class_tokens(self, tokens: FrameTokens) -> dict[str, torch.Tensor]:
+        """`cls` (B, L, D) as the store keeps it; nothing in a store that has none."""
+        dtype = getattr(torch, self._layout.cls_dtype)
+        if self._layout.class_tokens == "mean":
+            # In float32: half precision would round the sum of a thousand patches.
+            return {"cls": torch.stack([values.float().mean(dim=1) for values in tokens.patches], dim=1).to(dtype)}
+        if self._layout.class_tokens == "none":
+            return {}
+        assert tokens.cls is not None
+        return {"cls": tokens.cls.to(dtype)}

@@ -240,7 +240,8 @@ class Pipeline:
             if number not in shard.tokens:
                 shard.tokens[number] = self._allocate(pixels)
             for name in ("patches", "cls", "embedding"):
-                getattr(shard.tokens[number], name)[view, frame] = results[name][place]
+                if name in results:
+                    getattr(shard.tokens[number], name)[view, frame] = results[name][place]
 
     def _allocate(self, pixels: np.ndarray) -> RowTokens:
         layout = self._layout
@@ -248,7 +249,9 @@ class Pipeline:
         num_layers = len(layout.layers)
         return RowTokens(
             patches=np.empty((*place, num_layers, layout.num_patches, layout.channels), dtype=layout.patch_dtype),
-            cls=np.empty((*place, num_layers, layout.width), dtype=layout.cls_dtype),
+            cls=None
+            if layout.class_tokens == "none"
+            else np.empty((*place, num_layers, layout.width), dtype=layout.cls_dtype),
             embedding=np.empty((*place, layout.embed_dim), dtype=np.float32),
             pixels=pixels if layout.with_pixels else None,
         )

@@ -14,9 +14,9 @@ GOLDEN = Path(__file__).parents[1] / "data/cli_options.json"
 NEW = {
     "extract": (
         *("--codec", "--validation-clip", "--pixel-offsets", "--pixel-edge", "--input", "--augmentation"),
-        *("--text-layers", "--text-words", "--class-template"),
+        *("--text-layers", "--text-words", "--class-template", "--cls"),
     ),
-    "plan": ("--pixel-offsets", "--input", "--text-layers", "--text-words", "--class-template"),
+    "plan": ("--pixel-offsets", "--input", "--text-layers", "--text-words", "--class-template", "--cls"),
     "scan": ("--validation-clip", "--pixel-offsets", "--pixel-edge"),
     "train": (
         *("--set", "--norm-clips", "--log-every", "--optimizer", "--undecayed", "--order-seed", "--hold-out"),

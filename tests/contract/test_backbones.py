@@ -110,7 +110,7 @@ class ToyLibrary(TowerLibrary):
         return ToyBackbone(tower, info, source, device)
 
 
-SMALL_MODELS = {"open_clip": "tiny-clip", "toy": "toy"}
+SMALL_MODELS = {"open_clip": "tiny-clip", "timm": "test_vit", "toy": "toy"}
 """Of each library a model that a test can afford, by the library's name in the table."""
 
 

@@ -276,6 +276,12 @@ class TestEveryNetwork:
         assert set(network.arrays) <= {"patches", "cls", "pixels"} and 0 in network.pixel_offsets
         assert isinstance(network, FrameNetwork) == find_task(task).embeds_frames
 
+    def test_what_it_needs_of_a_store_is_what_it_reads(self, name, task, network, store, tmp_path):
+        kind, shape = find_network(name), plan_network(config_for(store.path, tmp_path, head=name, task=task), store)
+        assert set(kind.needs) == set(kind.tasks)
+        for needs in (kind.needs[task], kind.find_needs(task, kind.options()), kind.find_needs(task, shape)):
+            assert set(network.arrays) == set(needs.arrays)
+
     def test_its_output_is_the_tasks(self, task, network, store, batch, codec):
         found = network(*network.inputs(batch), codec)
         outputs = find_task(task).describe_outputs(store)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from ...errors import ConfigError
 from ...store.codecs.contract import Codec
+from ...store.needs import StoreNeeds
 from ...store.reader import StoreReader
 from ..recipe import Recipe
 from .contract import Network, NetworkKind, NetworkShape, Outputs
@@ -34,7 +36,7 @@ class AttentiveProbe(Network):
         Attentive probing as in V-JEPA, https://arxiv.org/abs/2404.08471; ours reads several layers.
     """
 
-    arrays = ("patches", "cls")
+    arrays = ("patches",)
 
     def __init__(self, *, num_layers: int, width: int, side_width: int, num_classes: int) -> None:
         super().__init__()
@@ -57,7 +59,7 @@ class AttentiveProbe(Network):
         self,
         pixels: torch.Tensor | None,
         patches: torch.Tensor,
-        cls: torch.Tensor,
+        cls: torch.Tensor | None,
         codec: Codec | None = None,
     ) -> torch.Tensor:
         """Score clips from patches (B, T, L, N, D), or codes with a codec; returns (B, num_classes) logits."""
@@ -68,7 +70,7 @@ class AttentiveProbe(Network):
             assert isinstance(tap, Tap)
 
             def pool(codes: torch.Tensor, where: torch.Tensor, tap: Tap = tap, place: int = place) -> torch.Tensor:
-                read = tap(codes.to(cls.dtype)) if codec is None else tap.read_codes(codes, codec, place)
+                read = tap(codes.to(self.layer.dtype)) if codec is None else tap.read_codes(codes, codec, place)
                 return _pool_tokens((read + where).flatten(1, 2), ask)
 
             pooled_and_mass = make_again(pool, patches[:, :, place], self.layer[place] + times, side_width=width)
@@ -143,6 +145,7 @@ class Attentive(NetworkKind):
     name = "attentive"
     tasks = ("recognition",)
     reads = "patch tokens of all layers, order"
+    needs: ClassVar[Mapping[str, StoreNeeds]] = {"recognition": StoreNeeds(arrays=("patches",))}
     tried_rates = (3e-4, 1e-3, 3e-3)
     options = AttentiveOptions
     shape: ClassVar[type[NetworkShape]] = AttentiveShape

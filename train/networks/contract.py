@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ...errors import ConfigError
+from ...store.needs import NOTHING, StoreNeeds
 from ..recipe import Optimisation, ParameterGroup, Preset, Recipe
 
 if TYPE_CHECKING:
@@ -171,6 +172,9 @@ class NetworkKind(ABC):
     """That it serves, by name."""
     reads: ClassVar[str]
     """What it reads and what it is blind to, in a phrase for tables."""
+    needs: ClassVar[Mapping[str, StoreNeeds]] = {}
+    """By task: what a store must have for it, with its options as they are by default. A store that lacks it is refused
+    before anything is read."""
     options: ClassVar[type] = NoOptions
     """A dataclass of its options, each with a default. One that is named like a field of `TrainConfig` is given by that
     field's option, the others by `--set name=value`."""
@@ -194,6 +198,15 @@ class NetworkKind(ABC):
     def find_recipe(self, task: str, width: int) -> Recipe | None:
         """How it is trained without a preset, beside a backbone of a width; None takes the task's own recipe."""
         return None
+
+    def find_needs(self, task: str, options: Any) -> StoreNeeds:
+        """What a store must have for it with these options; by default what `needs` says.
+
+        Args:
+            task: By name.
+            options: An instance of `options`, or a shape, which has fields of the same names.
+        """
+        return self.needs.get(task, NOTHING)
 
     def find_sizes(self, task: str, store: StoreReader) -> Mapping[str, Any]:
         """Options that it takes without a preset, beside this store's backbone: those are written into the run."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from ...errors import ConfigError
 from ...store.codecs.contract import Codec
+from ...store.needs import StoreNeeds
 from ...store.reader import StoreReader
 from ..recipe import Recipe
 from .contract import Network, NetworkKind, NetworkShape, NetworkStack, Outputs
@@ -168,6 +169,9 @@ class Linear(NetworkKind):
     name = "linear"
     tasks = ("recognition",)
     reads = "class tokens of the last layer, averaged: blind to order"
+    needs: ClassVar[Mapping[str, StoreNeeds]] = {
+        "recognition": StoreNeeds(arrays=("cls",), instead={"cls": "train with --head attentive"})
+    }
     tried_rates = (1e-3, 3e-3, 1e-2, 3e-2)
     tried_decays = (0.0, 0.15)
     options = LinearOptions

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NotRequired, TypedDict, Unpack
 
 import torch
@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from ...errors import ConfigError, StoreMismatchError
 from ...store.codecs.contract import Codec
+from ...store.needs import StoreNeeds, require_needs
 from ...store.reader import StoreReader
 from ..choices import Family, Inputs, Similarity
 from ..paper.presets import PAPER_SIDE_WIDTHS, PRESETS, RETRIEVAL_SIDE_WIDTH, is_of_paper, side_family
@@ -54,6 +55,12 @@ _HIGHEST_LOGIT_SCALE = math.log(100)
 """CLIP's, and the reference's: similarities are multiplied with 100 at most."""
 
 _POSITION_STD: dict[Family, float] = {"clip": 0.01, "eva": 0.02}
+
+_INSTEAD: Mapping[str, str] = {
+    "pixels": "train with --inputs tokens or --head linear",
+    "cls": "train with --head attentive",
+}
+"""What recognition can do with a store that lacks it."""
 
 ARRAYS: dict[str, tuple[str, ...]] = {
     "all": ("patches", "cls", "pixels"),
@@ -417,8 +424,18 @@ class Side4Video(NetworkKind):
     options = SideOptions
     shape: ClassVar[type[NetworkShape]] = SideShape
     presets = PRESETS
+    needs: ClassVar[Mapping[str, StoreNeeds]] = {
+        "recognition": StoreNeeds(arrays=ARRAYS["all"], instead=_INSTEAD),
+        "retrieval": StoreNeeds(
+            arrays=ARRAYS["all"], head=True, text_tower=True, instead={"pixels": "train with --inputs tokens"}
+        ),
+    }
     can_begin_with_a_run = True
     can_checkpoint_activations = True
+
+    def find_needs(self, task: str, options: SideOptions | SideShape) -> StoreNeeds:
+        """Of the arrays what its inputs are."""
+        return replace(self.needs[task], arrays=ARRAYS[options.inputs])
 
     def find_sizes(self, task: str, store: StoreReader) -> Mapping[str, Any]:
         """For retrieval the paper has one S, whatever the backbone."""
@@ -426,11 +443,7 @@ class Side4Video(NetworkKind):
 
     def plan(self, store: StoreReader, outputs: Outputs, options: SideOptions, layers: tuple[int, ...]) -> NetworkShape:
         """Fit it to a store: blocks of the backbone's family, and for retrieval the end of its tower."""
-        if "pixels" in ARRAYS[options.inputs] and not store.layout.with_pixels:
-            raise StoreMismatchError(
-                f"{store.path} was extracted with --no-pixels, and the side network's stem reads pixels. "
-                "Train with --inputs tokens or --head linear, or extract with pixels."
-            )
+        require_needs(store, self.find_needs(outputs.task, options), f"--head {self.name}")
         _require_effect(options, is_retrieval=outputs.embed_dim is not None)
         side_width = options.side_width or _find_side_width(store.layout.width)
         if side_width % HEAD_WIDTH:

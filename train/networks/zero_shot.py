@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 
 from ...errors import ConfigError, StoreMismatchError
 from ...store.class_texts import has_current_class_texts, read_class_texts
+from ...store.needs import StoreNeeds, require_needs
 from ...store.reader import StoreReader
 from ...vectors import normalise_rows, pool_frames
 from .contract import NetworkKind, NetworkShape, Outputs
 
 if TYPE_CHECKING:
     from ...backbone.text_tower import TextTower
+
+
+_NEEDS = StoreNeeds(arrays=("embedding",), text_tower=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,7 @@ def classify_zero_shot(
     frames, as in `search_store`.
 
     Args:
-        store: With embeddings, as every store has them.
+        store: Of a backbone with a text tower; embeddings every store has.
         prompts: Texts of each class, one or more.
         split: Which videos.
         weights: Where the backbone's weights are now; None takes the texts of classes that the store holds, if they
@@ -61,9 +65,10 @@ def classify_zero_shot(
 
     Raises:
         ConfigError: If a class has no prompt.
-        StoreMismatchError: If the split has no good video.
+        StoreMismatchError: If the split has no good video, or there is no text tower.
         WeightsError: If the weights cannot be had, or are not those that the store was made with.
     """
+    require_needs(store, _NEEDS, "zero-shot")
     if not prompts or not all(prompts.values()):
         without = [name for name, texts in prompts.items() if not texts]
         raise ConfigError(f"every class needs a prompt; found none for {', '.join(without) or 'any'}")
@@ -154,6 +159,7 @@ class ZeroShotText(NetworkKind):
     tasks = ("recognition",)
     reads = "the backbone's embeddings and class names; nothing trained"
     is_trained = False
+    needs: ClassVar[Mapping[str, StoreNeeds]] = {"recognition": _NEEDS}
 
     def plan(self, store: StoreReader, outputs: Outputs, options: Any, layers: tuple[int, ...]) -> NetworkShape:
         """It has no sizes of its own."""

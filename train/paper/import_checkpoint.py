@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from ...errors import ConfigError, StoreMismatchError
 from ...files import hash_file, write_atomic
+from ...store.needs import StoreNeeds, require_needs
 from ...store.reader import StoreReader, open_store
 from ..networks.parts import TOWER_END
 from ..run_folder import BACKBONE_IDENTITY, Run, describe_source, refuse_existing_run, save_checkpoint, write_run_config
@@ -104,6 +105,7 @@ def require_fitting_store(official: OfficialCheckpoint, store: StoreReader) -> l
     Raises:
         StoreMismatchError: With all differences.
     """
+    require_needs(store, StoreNeeds(arrays=("patches", "cls"), head=True), f"the network of {official.path}")
     shape, backbone = official.shape, store.facts.backbone
     facts: dict[str, tuple[Any, Any]] = {
         "width": (shape.width, backbone.width),
