@@ -144,7 +144,7 @@ class ExtractConfig:
     store that is there.
     """
     pixel_edge: str | None = None
-    """Before the first frame: clamp (the first again), or wrap (the last ones).
+    """Pixels before a row's first frame: clamp (the first again), wrap (the last ones). [clamp]
 
     TDS-CLIP's reader of Kinetics wraps. None takes the rule of the store that is there.
     """
