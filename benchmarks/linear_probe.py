@@ -3,13 +3,15 @@
     python benchmarks/linear_probe.py [--train 2400] [--val 2400] [--epochs 14] [--folder benchmark-linear-probe]
 
 Both are chosen on the same tenth of the training videos: the probe among the rates and decays that `s4v compare`
-tries, L-BFGS among penalties. Both are then fitted to all of them. The store stays in the folder for another call.
+tries, L-BFGS among penalties. Both are then fitted to all of them. Beside them stands the probe that `s4v train` makes
+alone, at its own rate. The store stays in the folder for another call.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +26,9 @@ from s4v.store.reader import StoreReader, open_store
 from s4v.train.clips import ClipLoader, LabelledRows, find_labelled_rows, hold_out_rows, plan_evaluation
 from s4v.train.config import TrainConfig
 from s4v.train.evaluate import evaluate_run
+from s4v.train.loop import train_run
 from s4v.train.networks import NETWORKS
+from s4v.train.run_folder import open_run
 from s4v.train.sweep import HELD_OUT_SHARE, render_sweep, sweep_heads, train_winner
 
 PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -96,6 +100,8 @@ def main() -> None:
     print("\n".join(render_sweep(sweep)))
     train_winner(config, sweep)
     probe = evaluate_run(out / "winner", checkpoint="last")["top1"]
+    train_run(replace(config, out=out / "alone"))
+    alone, own = evaluate_run(out / "alone", checkpoint="last")["top1"], open_run(out / "alone").config
 
     data = find_labelled_rows(store, "train")
     parts = hold_out_rows(data, store, HELD_OUT_SHARE, seed=0, by_class=True)
@@ -107,10 +113,11 @@ def main() -> None:
     tops = {one: fit(train, val, num_classes, one) for one in PENALTIES}
     best = sweep.winner
     rows = [["probe", f"rate {best.learning_rate:g}, decay {best.weight_decay:g}", f"{best.top:.1%}", f"{probe:.1%}"]]
+    rows += [["alone", f"rate {own['learning_rate']:g}, decay {own['weight_decay']:g}", "", f"{alone:.1%}"]]
     rows += [["L-BFGS", f"penalty {one:g}", f"{chosen_by[one]:.1%}", f"{tops[one]:.1%}"] for one in PENALTIES]
     table = format_table(["fit", "of", "held-out tenth", f"{len(val[1])} held-out videos"], rows)
     bar = check_bar("points below the chosen fit of L-BFGS", 100 * (tops[penalty] - probe), 2.0)
-    figures = {"probe": probe, "lbfgs": tops, "chosen_by": chosen_by, "penalty": penalty}
+    figures = {"probe": probe, "alone": alone, "lbfgs": tops, "chosen_by": chosen_by, "penalty": penalty}
     keep("linear_probe", {"machine": describe_machine("torch", "s4v"), **figures}, table, [bar])
 
 
