@@ -480,7 +480,7 @@ def test_absurd_length_in_a_container_costs_only_its_video(tmp_path, make_config
 def test_options_out_of_range_are_refused_before_any_work(video_folder, tmp_path, make_config):
     for changes, message in (
         ({"sampling": "sparse"}, "--sampling takes uniform, reference-k400, .*; found 'sparse'"),
-        ({"resize": "300"}, "--resize takes 256, 256x320, 224; found '300'"),
+        ({"resize": "300"}, "--resize takes 256, 256x320, 224, whole; found '300'"),
         ({"views": {"": "ten"}}, "--views takes centre, flip, three; found 'ten'"),
         ({"dataset": "ssv2", "views": {"": "flip"}}, "--views flip would turn left into right"),
         ({"sampling": "reference-retrieval", "clips": {"": 3}}, "reference-retrieval has one clip; found --clips 3"),
