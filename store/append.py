@@ -117,9 +117,9 @@ def _hold(path: Path) -> Lease:
 
 def _require_same_rows(store: StoreReader, spec: StoreSpec) -> None:
     expected = spec.with_codec(store.codec).full_attributes()
-    growing = _GROWING
-    if store.layout.frames_per_block and spec.layout.num_frames > store.layout.num_frames:
-        growing += (_LENGTHENING,)  # files hold blocks of frames: those that are there stay
+    # Files hold blocks of frames: of longer rows those that are there stay.
+    is_longer = store.layout.frames_per_block and spec.layout.num_frames > store.layout.num_frames
+    growing = (*_GROWING, _LENGTHENING) if is_longer else _GROWING
     differences = [one for one in list_differences(store.attributes, expected) if not one.startswith(growing)]
     differences += list_codec_differences(store, spec)
     known = spec.records[: store.layout.num_rows]
