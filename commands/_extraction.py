@@ -70,6 +70,8 @@ SPELLINGS: Mapping[str, Spelling] = {
     "columns": Spelling(option="column", type=list[str] | None, default=None, parse=_parse_columns),
     "splits": Spelling(option="split", type=list[str] | None, parse=_parse_splits),
     "frames": Spelling(type=str, default=_show_by_split(PLAIN_RECIPE.frames), parse=parse_frames, is_open=True),
+    "layers": Spelling(type=str, default="paper", is_open=True),
+    "purpose": Spelling(option="for"),
     "sampling": Spelling(type=str, default=PLAIN_RECIPE.sampling, is_open=True),
     "clips": Spelling(type=str, default=_show_by_split(PLAIN_RECIPE.clips), parse=parse_clips, is_open=True),
     "validation_clip": Spelling(type=list[str] | None, parse=_parse_splits),

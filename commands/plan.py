@@ -17,7 +17,20 @@ from ._options import Options, takes_options
 from .front import Json, run_command
 
 _FIELDS = (
-    *("model", *DATA_FIELDS, "out", "frames", "views", "segment_s", "layers", "dtype", "channels", "with_pixels"),
+    *(
+        "model",
+        *DATA_FIELDS,
+        "purpose",
+        "out",
+        "frames",
+        "sampling",
+        "views",
+        "segment_s",
+        "layers",
+        "dtype",
+        "channels",
+        "with_pixels",
+    ),
     *("input_size", "pixel_offsets", "text_layers", "text_words", "class_template"),
     *("cls", "device", "precision", "batch_size"),
 )

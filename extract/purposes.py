@@ -1,0 +1,66 @@
+"""What networks need of a store, as options of an extraction: `--for NAME`. Options that are given win.
+
+A network need not be there yet: a store that is made for it holds what its specification says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import ConfigError
+
+PURPOSES: Mapping[str, Mapping[str, Any]] = {
+    "side4video": {},
+    "linear": {"with_pixels": False},
+    "attentive": {"with_pixels": False},
+    "zero-shot": {"with_pixels": False},
+    "tds-clip": {"layers": "all", "pixel_offsets": (-2, -1, 0, 1, 2)},
+    # Its clips are whole: a frame of pixels lies half way to the next frame of the clip as it is cached.
+    "dist": {
+        "layers": "all",
+        "sampling": "reference-dist",
+        "frames": {"train": 8, "val": 32, "": 8},
+        "clips": {"val": 3, "": 1},
+        "validation_clip": ("val",),
+        "views": {"": "centre"},
+        "resize": "224",
+        "pixel_offsets": (0, "0.5step"),
+        "class_template": "{}",
+    },
+    "r2-tuning": {
+        "layers": "last4",
+        "sampling": "fps:0.5",
+        "views": {"": "centre"},
+        "resize": "224",
+        "with_pixels": False,
+        "text_layers": "last4",
+        "text_words": 77,
+    },
+}
+"""By the network's name: fields of an extraction's config. What is not named is as the data set's recipe has it.
+
+Source:
+    TDS-CLIP: https://github.com/BBYL9413/TDS-CLIP at cf4e58c. DiST: https://github.com/alibaba-mmai-research/DiST at
+    4b3a09b, three test views of one crop; its training frames are drawn anew in each epoch, here they are the uniform
+    ones. R2-Tuning: https://github.com/yeliudev/R2-Tuning at 03fbcf6, at the rate of QVHighlights; of Charades-STA it
+    is one frame a second.
+"""
+
+_OF_RECIPE: Mapping[tuple[str, str | None], Mapping[str, Any]] = {("tds-clip", "k400"): {"pixel_edge": "wrap"}}
+"""By network and recipe: what the network's reader of such data sets does otherwise."""
+
+
+def find_purpose(name: str, recipe: str | None) -> dict[str, Any]:
+    """What a network needs of a store, by field of the config.
+
+    Args:
+        name: In `PURPOSES`.
+        recipe: Of the data set, by name; None where it has none.
+
+    Raises:
+        ConfigError: If no such network is known.
+    """
+    if name not in PURPOSES:
+        raise ConfigError(f"--for takes {', '.join(PURPOSES)}; found {name!r}")
+    return {**PURPOSES[name], **_OF_RECIPE.get((name, recipe), {})}
