@@ -25,6 +25,7 @@ from ..files import hash_file
 from . import open_clip_models
 from .contract import DEFAULT_LOGIT_SCALE, DTYPES, Backbone, FrameTokens, TowerLibrary
 from .facts import BackboneInfo, Family, Precision
+from .resizing import resize_timm
 from .weights import WeightsSource, fill_tower, find_file, find_random, open_tensors, parameters_on_meta
 
 _PREFIX = "timm/"
@@ -69,12 +70,23 @@ class TimmBackbone(Backbone):
         """
         dtype = DTYPES[self.info.precision]
         tensors = open_tensors(self._source)
-        if tensors is not None:
-            tensors = _convert_names(tensors, self.tower, self._source)
-        fill_tower(self.tower, tensors, self._source, ("",), self.device, dtype, casts_buffers=False)
-        # By the modules themselves: some keep a buffer in float32, such as the periods of rotary embeddings.
-        self.tower.to(dtype=dtype)
+        with self.at_own_size():
+            if tensors is not None:
+                tensors = _convert_names(tensors, self.tower, self._source)
+            fill_tower(self.tower, tensors, self._source, ("",), self.device, dtype, casts_buffers=False)
+            # By the modules themselves: some keep a buffer in float32, such as the periods of rotary embeddings.
+            self.tower.to(dtype=dtype)
         return self
+
+    def resize_tower(self, image_size: tuple[int, int]) -> None:
+        """Have the tower as it is take frames of another size; see the contract.
+
+        Raises:
+            BackboneError: If timm cannot resize it.
+        """
+        if not hasattr(self.tower, "set_input_size"):
+            super().resize_tower(image_size)  # which says so
+        resize_timm(self.tower, image_size)
 
     def run_tower(self, images: torch.Tensor, layers: Sequence[int]) -> FrameTokens:
         """One pass over (B, 3, H, W); see the contract."""

@@ -245,14 +245,15 @@ def measure_index(path: Path, options: argparse.Namespace) -> dict[str, float]:
     (folder / "_parts").mkdir(parents=True)
     (folder / "checksums.json").write_text("{}")
     layout = SimpleNamespace(
-        num_rows=num_rows, embed_dim=8, rows_per_shard=rows_per_shard, num_shards=-(-num_rows // rows_per_shard),
+        num_rows=num_rows, num_views=1, embed_dim=8, rows_per_shard=rows_per_shard,
+        num_shards=-(-num_rows // rows_per_shard),
         shard_rows=lambda shard: range(shard * rows_per_shard, min(num_rows, (shard + 1) * rows_per_shard)),
     )  # fmt: skip
     store = SimpleNamespace(
         path=folder,
         layout=layout,
         read_manifest=lambda names: table.select(names),
-        read_embeddings=lambda rows: values[: len(rows)],
+        read_shown_embeddings=lambda rows: values[: len(rows)],
     )
     state = {"rows": 0}
     watch = Stopwatch()

@@ -163,13 +163,14 @@ def gather_sample(
             shown = (np.arange(len(distinct)) + len(frames)) % len(video.pixels)
             frames.append(video.pixels[shown, distinct, 0])
             ids += [record.video_id] * len(frames[-1])
-            padding += [find_padding(video.facts["views"][0], patch_size)] * len(frames[-1])
+            masks = [find_padding(view, patch_size) for view in video.facts["views"]]
+            padding += [masks[view] for view in shown]
             count(len(frames))
             if len(frames) == num_videos:
                 break
         if frames:
-            masks = np.stack(padding)
-            return FrameSample(np.concatenate(frames), tuple(ids), masks if masks.any() else None)
+            is_padding = np.stack(padding)
+            return FrameSample(np.concatenate(frames), tuple(ids), is_padding if is_padding.any() else None)
     raise NoGoodVideoError(
         f"not one of {len(reasons)} videos decodes: nothing was written. First reasons: "
         + "; ".join(sorted(set(reasons))[:3])

@@ -18,6 +18,8 @@ def find_padding(view: View, patch_size: tuple[int, int]) -> np.ndarray:
         (N,) bool, row by row of the grid: true where a patch is padding.
     """
     patch_height, patch_width = patch_size
+    if (drawn := view.augmentation) is not None:  # its box lies in the picture, and is scaled to the canvas
+        return np.zeros(drawn.scaled_height // patch_height * (drawn.scaled_width // patch_width), dtype=bool)
     down = _shows_picture(view.y, view.height, view.resized_height, patch_height)
     across = _shows_picture(view.x, view.width, view.resized_width, patch_width)
     return ~(down[:, None] & (across[::-1] if view.flip else across)).reshape(-1)

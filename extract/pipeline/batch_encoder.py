@@ -29,8 +29,12 @@ class BatchCoder:
         self._codec = codec.map_parts(lambda array: torch.from_numpy(np.asarray(array)).to(backbone.device))
         self._layout = layout
 
-    def code(self, tokens: FrameTokens) -> dict[str, torch.Tensor]:
+    def code(self, tokens: FrameTokens, is_picture: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Code a batch, on the device.
+
+        Args:
+            tokens: Of its frames.
+            is_picture: (B, N) bool, on the device: the patches that a mean of them is taken of; None takes all.
 
         Returns:
             patches (B, L, N, K), cls (B, L, D) where the store has class tokens, embedding (B, E), and is_finite (1,):
@@ -39,7 +43,7 @@ class BatchCoder:
         layout, first = self._layout, tokens.patches[0]
         shape = (len(first), len(layout.layers), layout.num_patches, layout.channels)
         codes = torch.empty(shape, dtype=getattr(torch, layout.patch_dtype), device=first.device)
-        cls = self._make_class_tokens(tokens)
+        cls = self._make_class_tokens(tokens, is_picture)
         checked = [*cls.values(), tokens.embedding]
         are_finite = [torch.isfinite(values).all() for values in checked]
         for place, values in enumerate(tokens.patches):
@@ -85,13 +89,23 @@ class BatchCoder:
             "ran on it again: this device cannot be relied on. Finished shards are kept."
         )
 
-    def _make_class_tokens(self, tokens: FrameTokens) -> dict[str, torch.Tensor]:
+    def _make_class_tokens(
+        self, tokens: FrameTokens, is_picture: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """`cls` (B, L, D) as the store keeps it; nothing in a store that has none."""
         dtype = getattr(torch, self._layout.cls_dtype)
         if self._layout.class_tokens == "mean":
             # In float32: half precision would round the sum of a thousand patches.
-            return {"cls": torch.stack([values.float().mean(dim=1) for values in tokens.patches], dim=1).to(dtype)}
+            return {"cls": torch.stack([_average(one.float(), is_picture) for one in tokens.patches], dim=1).to(dtype)}
         if self._layout.class_tokens == "none":
             return {}
         assert tokens.cls is not None
         return {"cls": tokens.cls.to(dtype)}
+
+
+def _average(patches: torch.Tensor, is_picture: torch.Tensor | None) -> torch.Tensor:
+    """The mean of patch tokens (B, N, D), of those that show something of the picture."""
+    if is_picture is None:
+        return patches.mean(dim=1)
+    shares = is_picture / is_picture.sum(dim=1, keepdim=True)
+    return (patches * shares[:, :, None]).sum(dim=1)

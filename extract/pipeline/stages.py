@@ -28,7 +28,8 @@ import torch
 
 from ...backbone.vision_tower import FrameTokens
 from ...errors import StoreDamagedError
-from ...store.records import Status, VideoRecord, VideoResult
+from ...store.padding import find_padding
+from ...store.records import WHOLE, Status, VideoRecord, VideoResult
 from ...store.writer import RowTokens, StoreWriter
 from ..batching import Slot, batch_slots
 from ..decode.pool import DecodedVideo
@@ -162,7 +163,7 @@ class Pipeline:
         for batch, tokens in batches:
             if tokens is not None:
                 with self._job.clock.stage("encoding"):
-                    batch.buffers.download(self._coder.code(tokens))
+                    batch.buffers.download(self._coder.code(tokens, self._find_pictures(batch)))
             del tokens
             under_way.append(batch)
             if len(under_way) > self._num_ahead:
@@ -217,6 +218,18 @@ class Pipeline:
                 frame = batch.find_pixels(slot)
                 pixels[place] = 0 if frame is None else frame[shown]
             return self._job.backbone.encode_frames(batch.buffers.upload(len(batch.slots)), self._layout.layers)
+
+    def _find_pictures(self, batch: _Batch) -> torch.Tensor | None:
+        """(B, N) bool, which patches show something of their picture, where means are taken of patches."""
+        if self._layout.class_tokens != "mean" or self._job.config.recipe.resize != WHOLE:
+            return None
+        masks = np.ones((len(batch.slots), self._layout.num_patches), dtype=bool)
+        patch_size = self._job.backbone.info.patch_size
+        for mask, (row, view, _) in zip(masks, batch.slots, strict=True):
+            video = batch.shard.videos[row]
+            if video.pixels is not None:
+                mask[:] = ~find_padding(video.facts["views"][view], patch_size)
+        return torch.from_numpy(masks).to(self._job.backbone.device)
 
     def _place_results(self, batch: _Batch) -> Iterator[_Shard]:
         """Wait for a batch's results and put them where they belong; yields the shard that is complete with it."""

@@ -14,9 +14,12 @@ GOLDEN = Path(__file__).parents[1] / "data/cli_options.json"
 NEW = {
     "extract": (
         *("--codec", "--validation-clip", "--pixel-offsets", "--pixel-edge", "--input", "--augmentation"),
-        *("--text-layers", "--text-words", "--class-template", "--cls"),
+        *("--text-layers", "--text-words", "--class-template", "--cls", "--for"),
     ),
-    "plan": ("--pixel-offsets", "--input", "--text-layers", "--text-words", "--class-template", "--cls"),
+    "plan": (
+        *("--pixel-offsets", "--input", "--text-layers", "--text-words", "--class-template", "--cls", "--for"),
+        "--sampling",
+    ),
     "scan": ("--validation-clip", "--pixel-offsets", "--pixel-edge"),
     "train": (
         *("--set", "--norm-clips", "--log-every", "--optimizer", "--undecayed", "--order-seed", "--hold-out"),

@@ -481,7 +481,7 @@ def test_options_out_of_range_are_refused_before_any_work(video_folder, tmp_path
     for changes, message in (
         ({"sampling": "sparse"}, "--sampling takes uniform, reference-k400, .*; found 'sparse'"),
         ({"resize": "300"}, "--resize takes 256, 256x320, 224, whole; found '300'"),
-        ({"views": {"": "ten"}}, "--views takes centre, flip, three; found 'ten'"),
+        ({"views": {"": "ten"}}, "--views takes centre, flip, three, augment:N; found 'ten'"),
         ({"dataset": "ssv2", "views": {"": "flip"}}, "--views flip would turn left into right"),
         ({"sampling": "reference-retrieval", "clips": {"": 3}}, "reference-retrieval has one clip; found --clips 3"),
         ({"dtype": "int4"}, "--dtype takes int8, float16, float32; found 'int4'"),
@@ -499,8 +499,10 @@ def test_options_out_of_range_are_refused_before_any_work(video_folder, tmp_path
 
 def test_store_without_pixels(video_folder, tmp_path, make_config):
     extract_dataset(make_config(video_folder, tmp_path / "n.zarr", with_pixels=False, limit=1))
+    store = open_store(tmp_path / "n.zarr")
+    assert store.read_clips([0], [[0]]).pixels is None
     with pytest.raises(StoreMismatchError, match="has no array 'pixels'"):
-        open_store(tmp_path / "n.zarr").read_clips([0], [[0]])
+        store.read_clips([0], [[0]], arrays=("pixels",))
 
 
 def test_real_files_make_a_store(real_videos, tmp_path, make_config):

@@ -297,3 +297,15 @@ def test_info_tells_of_another_size(whole_store, float_store):
     assert "input     80 x 144 pixels, 10 x 18 patches; its weights were made for 64 x 64" in lines
     assert any("resize whole" in line for line in lines)
     assert not any(line.startswith("input") for line in render_info(describe_store(open_store(float_store))))
+
+
+def test_means_of_patches_leave_padding_out(whole_config, tmp_path):
+    config = replace(whole_config, cls="mean", out=tmp_path / "means.zarr")
+    extract_dataset(config)
+    store = open_store(config.out)
+    for row in range(store.layout.num_rows):
+        for view, _ in enumerate(store.read_manifest(["views"])["views"][row].as_py()):
+            clips = store.read_clips([row], [[0, 1, 2]], view=view)
+            is_picture = ~store.read_padding([row], view)[0]
+            expected = clips.patches[0][:, :, is_picture].mean(axis=2)
+            np.testing.assert_allclose(clips.cls[0], expected, rtol=1e-4, atol=1e-5)

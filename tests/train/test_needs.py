@@ -34,7 +34,9 @@ def extract_bare(folder, out, make_config, **changes):
 @pytest.fixture(scope="module")
 def bare_store(build_once, video_folder, make_config):
     """Of a tower without a class token, a text tower and a head, and without pixels: with patches and embeddings."""
-    return build_once("bare.zarr", lambda out: extract_bare(video_folder, out, make_config, with_pixels=False))
+    return build_once(
+        "without-pixels.zarr", lambda out: extract_bare(video_folder, out, make_config, with_pixels=False)
+    )
 
 
 @pytest.fixture
