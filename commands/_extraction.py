@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from ..errors import ConfigError
-from ..extract.datasets import PLAIN_RECIPE
+from ..extract.datasets import PLAIN_RECIPE, find_reader
 from ..extract.decode.sampling import parse_clips, parse_frames, parse_views
-from ..store.offsets import parse_offsets
-from ._options import Spelling
+from ..store.offsets import describe_offsets, order_offsets, parse_offsets
+from ._options import Options, Spelling
 
 DATA_FIELDS = ("root", "annotations", "columns", "protocol", "with_classes")
 """What says which videos there are, beside the data set's name."""
@@ -70,8 +72,6 @@ SPELLINGS: Mapping[str, Spelling] = {
     "columns": Spelling(option="column", type=list[str] | None, default=None, parse=_parse_columns),
     "splits": Spelling(option="split", type=list[str] | None, parse=_parse_splits),
     "frames": Spelling(type=str, default=_show_by_split(PLAIN_RECIPE.frames), parse=parse_frames, is_open=True),
-    "layers": Spelling(type=str, default="paper", is_open=True),
-    "purpose": Spelling(option="for"),
     "sampling": Spelling(type=str, default=PLAIN_RECIPE.sampling, is_open=True),
     "clips": Spelling(type=str, default=_show_by_split(PLAIN_RECIPE.clips), parse=parse_clips, is_open=True),
     "validation_clip": Spelling(type=list[str] | None, parse=_parse_splits),
@@ -90,6 +90,52 @@ SPELLINGS: Mapping[str, Spelling] = {
     "num_workers": Spelling(option="workers"),
 }
 """By field of ExtractConfig."""
+
+
+Purpose = Annotated[
+    str | None,
+    typer.Option(
+        "--for", help="Set what a network needs: side4video, linear, attentive, zero-shot, tds-clip, dist, r2-tuning."
+    ),
+]
+"""Of the commands that make or plan a store; options that are given win."""
+
+
+def take_purpose(purpose: str | None, options: Options, values: dict[str, Any]) -> str | None:
+    """Fill in what a network needs of a store, but for what the user gave.
+
+    Args:
+        purpose: The network; None fills in nothing.
+        options: As they were given.
+        values: The config's fields, the data set's name among them, which are filled in.
+
+    Returns:
+        What was set, in a line; None where nothing was.
+
+    Raises:
+        ConfigError: If no such network is known.
+    """
+    if purpose is None:
+        return None
+    from ..train.paper.planned import find_extraction
+
+    needed = find_extraction(purpose, find_reader(values["dataset"]).recipe.name)
+    taken = {name: value for name, value in needed.items() if name not in values or not options.is_typed(name)}
+    values.update({name: value for name, value in taken.items() if name in values})
+    told = [_tell(name, value) for name, value in taken.items() if name in values]
+    return f"for {purpose}: {' '.join(told)}" if told else None
+
+
+def _tell(name: str, value: Any) -> str:
+    """A field's value as the command line says it."""
+    option = SPELLINGS[name].option if name in SPELLINGS else None
+    option = option or name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{option}"
+    if isinstance(value, Mapping):
+        return f"--{option} {_show_by_split(value)}"
+    text = describe_offsets(order_offsets(value)) if name == "pixel_offsets" else value
+    return f"--{option} {','.join(text) if isinstance(text, tuple) else text}"
 
 
 def spellings_of(*names: str) -> dict[str, Spelling]:

@@ -10,13 +10,13 @@ from ..extract.config import ExtractConfig
 from ..extract.datasets import default_paths
 from ..progress import show_progress
 from ..terminal import print_lines
-from ._extraction import SPELLINGS
+from ._extraction import SPELLINGS, Purpose, take_purpose
 from ._options import Options, takes_options
 from .front import EXIT_ENVIRONMENT, EXIT_STRICT, LOADING, Json, Strict, run_command, say
 
 
 @takes_options(ExtractConfig, spellings=SPELLINGS)
-def extract(options: Options, strict: Strict = False, as_json: Json = False) -> None:
+def extract(options: Options, purpose: Purpose = None, strict: Strict = False, as_json: Json = False) -> None:
     """Run the backbone once over all videos and write their tokens to a store; run again to continue.
 
     A public data set's recipe (s4v datasets NAME) goes before the defaults of --frames, --sampling, --clips, --resize
@@ -27,6 +27,8 @@ def extract(options: Options, strict: Strict = False, as_json: Json = False) -> 
         values["root"], values["out"] = default_paths(values["dataset"], values["root"], values["out"])
         # Cheap checks are done; what follows imports torch.
         with show_progress("extract", LOADING) as report:
+            if needed := take_purpose(purpose, options, values):
+                say(f"s4v extract: {needed}")
             config = ExtractConfig(**values)
             from ..extract.extraction import extract_dataset
 

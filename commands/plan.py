@@ -12,15 +12,14 @@ from ..errors import ConfigError
 from ..extract.config import ExtractConfig
 from ..extract.datasets import default_paths
 from ..terminal import print_lines
-from ._extraction import DATA_FIELDS, SPELLINGS, spellings_of
+from ._extraction import DATA_FIELDS, SPELLINGS, Purpose, spellings_of, take_purpose
 from ._options import Options, takes_options
-from .front import Json, run_command
+from .front import Json, run_command, say
 
 _FIELDS = (
     *(
         "model",
         *DATA_FIELDS,
-        "purpose",
         "out",
         "frames",
         "sampling",
@@ -50,6 +49,7 @@ def plan(
     clip_frames: Annotated[int, typer.Option(help="Frames of a training clip.")] = 8,
     epochs: Annotated[int, typer.Option(help="Epochs you mean to train.")] = 30,
     read_rate: Annotated[float, typer.Option(help="MB/s that the disk gives in training.")] = 500.0,
+    purpose: Purpose = None,
     as_json: Json = False,
 ) -> None:
     """Say what an extraction takes in bytes, hours and money, and after how many epochs it pays."""
@@ -65,7 +65,10 @@ def plan(
             values["root"], values["out"] = Path(), values["out"] or Path("store")
         else:
             values["root"], values["out"] = default_paths(dataset, values["root"], values["out"])
-        config = ExtractConfig(dataset=dataset or "folder", **values)
+        values["dataset"] = dataset or "folder"
+        if needed := take_purpose(purpose, options, values):
+            say(f"s4v plan: {needed}")
+        config = ExtractConfig(**values)
         from ..extract.plan import plan_command, render_plan
 
         facts = plan_command(

@@ -24,7 +24,6 @@ from .datasets import (
 from .decode.augmented_views import check_augmented_name, check_steps
 from .decode.sampling import PIXEL_EDGES, SAMPLINGS, STEPPED_SAMPLINGS, check_sampling, is_open_ended
 from .decode.views import RESIZES, VIEWS, WHOLE_VIEWS
-from .purposes import find_purpose
 
 RECIPE_FIELDS = ("frames", "sampling", "clips", "validation_clip", "resize", "views", "augmentation")
 """Fields of a config that its data set's recipe fills in where nobody says otherwise."""
@@ -110,16 +109,8 @@ class ExtractConfig:
 
     Multiples of the patch; positions are interpolated. None takes what the store that is there was begun with.
     """
-    layers: str | None = None
-    """paper, all, last4, or 0-based blocks: 1,3,5.
-
-    None takes `paper`, or what `purpose` needs.
-    """
-    purpose: str | None = None
-    """What a network needs: side4video, linear, attentive, tds-clip, dist, r2-tuning.
-
-    It sets layers, frames, sampling, pixels and texts; an option that is given wins.
-    """
+    layers: str = "paper"
+    """paper, all, last4, or 0-based blocks: 1,3,5."""
     dtype: PatchDtype = "int8"
     """Of stored patch tokens: int8, float16, float32."""
     channels: int | None = None
@@ -241,7 +232,6 @@ class ExtractConfig:
     """What is cached of a row: what was given, and the rest as the data set has it."""
 
     def __post_init__(self) -> None:
-        self._take_purpose()
         object.__setattr__(self, "recipe", self._find_recipe())
         if self.codec != DEFAULT_CODEC:
             from ..store.codecs import CODECS  # a fifth of a second, for those who ask for another one
@@ -454,13 +444,6 @@ class ExtractConfig:
                 f"--views {name} is for the split train, whose clips are trained on; found it for {which}. "
                 f"Take --views train={name},centre"
             )
-
-    def _take_purpose(self) -> None:
-        """Fill in what the network needs that the store is for, where nobody says otherwise."""
-        needed = {} if self.purpose is None else find_purpose(self.purpose, find_reader(self.dataset).recipe.name)
-        for name, value in {**needed, "layers": needed.get("layers", "paper")}.items():
-            if getattr(self, name) is None or name == "with_pixels":
-                object.__setattr__(self, name, value)
 
     def _refuse_shares(self) -> None:
         """Rows that are as long as their videos are not shared out."""

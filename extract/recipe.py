@@ -14,7 +14,6 @@ from ..store.offsets import DEFAULT_PIXEL_EDGE, SEEN_FRAME, describe_offsets
 from .config import RECIPE_FIELDS, ExtractConfig
 from .datasets import find_protocol
 from .datasets.report import list_cached
-from .purposes import find_purpose
 from .target import Target
 
 
@@ -71,10 +70,7 @@ def describe_recipe(config: ExtractConfig, target: Target) -> str | None:
     elif settled.name is None or target.is_half_appended:
         return None
     else:
-        needed = () if config.purpose is None else find_purpose(config.purpose, settled.name)
-        own = [name for name in RECIPE_FIELDS if getattr(config, name) is not None and name not in needed]
-        given = [f"--{name.replace('_', '-')}" for name in own]
-        given += [] if config.purpose is None else [f"--for {config.purpose}"]
+        given = [f"--{name.replace('_', '-')}" for name in RECIPE_FIELDS if getattr(config, name) is not None]
         whose = f"the recipe of {config.dataset}{protocol} ({settled.told_as})"
         whose += f", with {', '.join(given)} as given" if given else ""
     told = [*list_cached(asdict(settled)), *_list_offsets(chosen)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -144,6 +144,7 @@ class Attentive(NetworkKind):
 
     name = "attentive"
     tasks = ("recognition",)
+    extraction: ClassVar[Mapping[str, Any]] = {"with_pixels": False}
     reads = "patch tokens of all layers, order"
     needs: ClassVar[Mapping[str, StoreNeeds]] = {"recognition": StoreNeeds(arrays=("patches",))}
     tried_rates = (3e-4, 1e-3, 3e-3)

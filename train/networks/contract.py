@@ -172,6 +172,8 @@ class NetworkKind(ABC):
     """That it serves, by name."""
     reads: ClassVar[str]
     """What it reads and what it is blind to, in a phrase for tables."""
+    extraction: ClassVar[Mapping[str, Any]] = {}
+    """What `s4v extract --for NAME` sets, by field of an extraction's config, where nobody says otherwise."""
     needs: ClassVar[Mapping[str, StoreNeeds]] = {}
     """By task: what a store must have for it, with its options as they are by default. A store that lacks it is refused
     before anything is read."""

@@ -168,6 +168,7 @@ class Linear(NetworkKind):
 
     name = "linear"
     tasks = ("recognition",)
+    extraction: ClassVar[Mapping[str, Any]] = {"with_pixels": False}
     reads = "class tokens of the last layer, averaged: blind to order"
     needs: ClassVar[Mapping[str, StoreNeeds]] = {
         "recognition": StoreNeeds(arrays=("cls",), instead={"cls": "train with --head attentive"})

@@ -157,6 +157,7 @@ class ZeroShotText(NetworkKind):
 
     name = "zero-shot"
     tasks = ("recognition",)
+    extraction: ClassVar[Mapping[str, Any]] = {"with_pixels": False}
     reads = "the backbone's embeddings and class names; nothing trained"
     is_trained = False
     needs: ClassVar[Mapping[str, StoreNeeds]] = {"recognition": _NEEDS}

@@ -1,6 +1,6 @@
-"""What networks need of a store, as options of an extraction: `--for NAME`. Options that are given win.
+"""What `s4v extract --for NAME` sets: what networks need of a store, those that are there and papers' that are not yet.
 
-A network need not be there yet: a store that is made for it holds what its specification says.
+A store that is made for a network of a paper holds what its specification says.
 """
 
 from __future__ import annotations
@@ -8,13 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import ConfigError
+from ...errors import ConfigError
+from ..networks import NETWORKS
 
-PURPOSES: Mapping[str, Mapping[str, Any]] = {
-    "side4video": {},
-    "linear": {"with_pixels": False},
-    "attentive": {"with_pixels": False},
-    "zero-shot": {"with_pixels": False},
+PLANNED: Mapping[str, Mapping[str, Any]] = {
     "tds-clip": {"layers": "all", "pixel_offsets": (-2, -1, 0, 1, 2)},
     # Its clips are whole: a frame of pixels lies half way to the next frame of the clip as it is cached.
     "dist": {
@@ -51,16 +48,17 @@ _OF_RECIPE: Mapping[tuple[str, str | None], Mapping[str, Any]] = {("tds-clip", "
 """By network and recipe: what the network's reader of such data sets does otherwise."""
 
 
-def find_purpose(name: str, recipe: str | None) -> dict[str, Any]:
-    """What a network needs of a store, by field of the config.
+def find_extraction(name: str, recipe: str | None) -> dict[str, Any]:
+    """What a network needs of a store, by field of an extraction's config.
 
     Args:
-        name: In `PURPOSES`.
+        name: Of a network that is there, or in `PLANNED`.
         recipe: Of the data set, by name; None where it has none.
 
     Raises:
         ConfigError: If no such network is known.
     """
-    if name not in PURPOSES:
-        raise ConfigError(f"--for takes {', '.join(PURPOSES)}; found {name!r}")
-    return {**PURPOSES[name], **_OF_RECIPE.get((name, recipe), {})}
+    known = {**{kind.name: kind.extraction for kind in NETWORKS.values()}, **PLANNED}
+    if name not in known:
+        raise ConfigError(f"--for takes {', '.join(known)}; found {name!r}")
+    return {**known[name], **_OF_RECIPE.get((name, recipe), {})}
