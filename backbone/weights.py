@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
+import threading
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -74,25 +75,32 @@ def find_file(weights: str) -> WeightsSource | None:
     return WeightsSource(str(path), hash_file(path), path, activation=activation)
 
 
+_CHANGING_REGISTRATION = threading.RLock()
+
+
 @contextlib.contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Build modules whose parameters take no memory, while their buffers are computed as usual.
 
     Building on the meta device as a whole would lose non-persistent buffers (rope tables, k_bias, attn_mask): no
     checkpoint holds them, so they would stay uninitialised although every key loads.
+
+    It holds for modules of this thread. Another thread that wants the same waits: torch has one way to register
+    parameters for all, and of two that change it at once the last would leave it changed.
     """
-    register = nn.Module.register_parameter
+    with _CHANGING_REGISTRATION:
+        register, owner = nn.Module.register_parameter, threading.get_ident()
 
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None:
-            module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+            register(module, name, parameter)
+            if parameter is not None and threading.get_ident() == owner:
+                module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.register_parameter = register_on_meta  # type: ignore[assignment, method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def fill_tower(

@@ -239,6 +239,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "codec.name": _TEXT,
     "codec.parts": _TEXTS,
     "codec.sha256": _TEXT,
+    "codecs": _OBJECT,
     "codec_from": _TEXT_OR_NONE,
     "libraries": _OBJECT,
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .attributes import Attributes
-from .layout import DEFAULT_CODEC, PatchDtype
+from .layout import CODED_ARRAY, DEFAULT_CODEC, IDENTITY_CODEC, PatchDtype
 from .offsets import DEFAULT_PIXEL_EDGE
 from .records import count_augmented, name_views
 
@@ -178,6 +178,11 @@ class StoreFacts:
         recorded = self.attributes["codec"]
         name = recorded.get("name", DEFAULT_CODEC)  # today's has none: stores stay what they were
         return CodecFacts(recorded["dtype"], tuple(recorded["parts"]), name, recorded["sha256"])
+
+    def codec_of(self, array: str) -> str:
+        """The name of the codec of an array of frames; stores from before format 3 code patches alone."""
+        known = {CODED_ARRAY: self.codec.name, **self.attributes.get("codecs", {})}
+        return known.get(array, IDENTITY_CODEC)
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -36,6 +36,10 @@ STATS_NAME = "stats.json"
 """File of a store that says how long its last extraction took."""
 
 PatchDtype = Literal["int8", "float16", "float32"]
+CODED_ARRAY = "patches"
+"""The array of frames that a codec codes."""
+IDENTITY_CODEC = "identity"
+"""Of the other arrays: values as they are."""
 DEFAULT_CODEC = "affine"
 """Of a store that names no codec: all before there was a choice."""
 PATCH_DTYPES: tuple[PatchDtype, ...] = ("int8", "float16", "float32")

@@ -26,7 +26,7 @@ from .checksums import APPEND_NAME, CHECKSUMS_NAME
 from .codecs import CODECS
 from .codecs.contract import Codec
 from .facts import StoreFacts
-from .layout import FORMAT_VERSION, ArraySpec
+from .layout import CODED_ARRAY, FORMAT_VERSION, IDENTITY_CODEC, ArraySpec
 from .markers import PARTS_NAME, Marker, find_markers, marker_path, read_joined, read_marker
 from .offsets import PixelOffset, describe_offsets
 from .padding import find_padding
@@ -473,6 +473,12 @@ class StoreReader:
         if spec is None:
             why = "its backbone has no class token" if name == "cls" else "it was extracted without it"
             raise StoreMismatchError(f"{self.path} has no array {name!r}: {why}")
+        expected = self.facts.codec.name if name == CODED_ARRAY else IDENTITY_CODEC
+        if (codec := self.facts.codec_of(name)) != expected:
+            raise StoreMismatchError(
+                f"`{name}` of {self.path} has a codec {ascii(codec)[:80]}, expected {expected}: use the s4v that made "
+                "it, or a later one"
+            )
         if name not in self._compared:
             self._require_recorded_hash(f"{name}/zarr.json")
             require_metadata(self.path, spec)

@@ -12,7 +12,7 @@ import pyarrow as pa
 from ..errors import StoreError
 from . import manifest
 from .codecs.contract import Codec
-from .layout import DEFAULT_CODEC, FORMAT_VERSION, StoreLayout
+from .layout import CODED_ARRAY, DEFAULT_CODEC, FORMAT_VERSION, IDENTITY_CODEC, StoreLayout
 from .reader import StoreReader, open_store
 from .records import VideoRecord, count_augmented
 
@@ -73,7 +73,13 @@ class StoreSpec:
             **self.attributes,
             "layout": {**sizes, "pixel_offsets_unit": "frame"},
             "codec": _describe_codec(self.codec),
+            **({"codecs": self._name_codecs(self.codec)} if self.layout.frames_per_block else {}),
         }
+
+    def _name_codecs(self, codec: Codec) -> dict[str, str]:
+        """By array of frames: patches are coded, the others are as they are."""
+        names = (spec.name for spec in self.layout.array_specs())
+        return {name: codec.name if name == CODED_ARRAY else IDENTITY_CODEC for name in names}
 
     @property
     def format_version(self) -> int:

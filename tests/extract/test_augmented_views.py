@@ -330,6 +330,7 @@ def test_tokens_of_drawn_views_are_the_towers_on_their_pixels(augmented):
             assert np.array_equal(held.patches[:, 0, layer], tokens.numpy())  # float32, in the store's own batches
 
 
+@pytest.mark.slow  # three extractions
 def test_a_store_does_not_depend_on_decoders_or_interruptions(augmented, tmp_path, contents):
     config = replace(augmented, out=tmp_path / "s.zarr", num_decoders=3)
     extract_dataset(replace(config, limit=4))

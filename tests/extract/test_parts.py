@@ -84,6 +84,7 @@ def test_impossible_parts_are_refused(video_folder, tmp_path, make_config, part)
         make_config(video_folder, tmp_path / "x.zarr", part=part)
 
 
+@pytest.mark.slow  # three extractions
 def test_parts_with_one_codec_from_several_places_merge(video_folder, int8_store, tmp_path, make_config):
     stores = []
     for number in (1, 2):

@@ -266,6 +266,7 @@ def test_a_failed_video_that_is_mended_may_be_the_longest(make_config, tmp_path,
     assert sorted(counts_of(store).values()) == [5, 21] and verify_store(store) == []
 
 
+@pytest.mark.slow  # three extractions
 def test_a_part_may_hold_the_longest_row(make_config, tmp_path, make_video):
     root = tmp_path / "videos"
     make_video(root / "train/a/one.mp4", num_frames=5)

@@ -1,5 +1,6 @@
 import json
 import math
+import threading
 
 import numpy as np
 import open_clip
@@ -497,3 +498,29 @@ def test_a_compiled_tower_gives_the_same_tokens_from_one_kernel_for_all_batches(
         for one, other in pairs:
             torch.testing.assert_close(one[:count], other, rtol=1e-4, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_towers_that_two_threads_build_at_once_leave_torch_as_it_was():
+    inside, may_leave, outside = threading.Event(), threading.Event(), []
+
+    def build():
+        with parameters_on_meta():
+            inside.set()
+            may_leave.wait(30)
+            outside.append(torch.nn.Linear(2, 2).weight.is_meta)
+
+    def build_too():
+        with parameters_on_meta():
+            outside.append(torch.nn.Linear(2, 2).weight.is_meta)
+
+    register = torch.nn.Module.register_parameter
+    first, second = threading.Thread(target=build), threading.Thread(target=build_too)
+    first.start()
+    assert inside.wait(30)
+    second.start()
+    own = torch.nn.Linear(2, 2).weight
+    assert not own.is_meta and own.requires_grad, "a module of another thread is none of the tower's"
+    may_leave.set()
+    first.join()
+    second.join()
+    assert outside == [True, True] and torch.nn.Module.register_parameter is register

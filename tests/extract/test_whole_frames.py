@@ -212,6 +212,7 @@ def test_too_few_tokens_of_the_picture_are_told():
         codec_fit.fit_codec("int8", sample, backbone, (0,), channels=16, batch_size=1)
 
 
+@pytest.mark.slow  # four extractions
 def test_a_store_goes_on_at_its_own_size(whole_config, tmp_path, contents):
     """Cut short and taken up without --input, appended to, damaged and mended: the same as made at once."""
     config = replace(whole_config, out=tmp_path / "s.zarr")

@@ -222,3 +222,14 @@ def test_shards_of_short_rows_hold_more_of_them():
     frame = layout.num_views * sum(layout.bytes_per_frame.values())
     assert layout.choose_rows(10_000 * 10 * layout.num_views) == min(64, 2**29 // (10 * frame))
     assert layout.choose_rows(10_000 * 7200 * layout.num_views) == 1
+
+
+def test_an_array_of_a_codec_that_is_not_known_is_refused_alone(tmp_path):
+    store = write_store(tmp_path / "s.zarr", [(3, 1), (4, 1)])
+    assert store.attributes["codecs"] == {
+        "patches": "affine", "cls": "identity", "embedding": "identity", "pixels": "identity",
+    }  # fmt: skip
+    store.attributes["codecs"]["pixels"] = "delta"
+    assert store.read_clips([0], [[0]], arrays=("patches", "cls")).patches.shape[0] == 1
+    with pytest.raises(StoreMismatchError, match=r"`pixels` of .* has a codec 'delta', expected identity: use the s4v"):
+        store.read_clips([0], [[0]], arrays=("pixels",))

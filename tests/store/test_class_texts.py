@@ -139,6 +139,7 @@ def test_texts_of_other_classes_are_void_and_nobodys_damage(config):
     assert "text/classes" not in describe_store(open_store(config.out))["arrays"]
 
 
+@pytest.mark.slow  # as captions are
 def test_damage_is_found_and_mended(config, contents, flip_byte, caplog):
     extract_dataset(replace(config, class_template=TEMPLATE))
     whole = contents(config.out)

@@ -147,6 +147,7 @@ def config(captioned_folder, captioned_store, make_captioned_config, tmp_path):
     return make_captioned_config(captioned_folder, shutil.copytree(captioned_store, tmp_path / "s.zarr"))
 
 
+@pytest.mark.slow  # four commands
 def test_a_finished_store_gets_layers_and_keeps_them(config, captioned_store, contents, tower):
     before, captions = contents(config.out), open_store(config.out).read_captions()["text"].to_pylist()
     extract_dataset(replace(config, text_layers="last2"))
@@ -202,6 +203,7 @@ def test_as_many_words_as_the_longest_caption_has(config, tower):
     assert reader.read(range(19), ("mask",)).mask.sum(axis=1).max() == 10
 
 
+@pytest.mark.slow  # as captions are
 def test_damaged_layers_are_found_and_mended(config, contents, flip_byte):
     """By a command that does not ask for them."""
     extract_dataset(replace(config, text_layers="last2"))

@@ -27,6 +27,7 @@ def run(**environment: str) -> tuple[str, int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is on Linux")
+@pytest.mark.slow  # measures memory
 def test_freed_memory_is_taken_again():
     kept, faults = run()
     if kept == "False":

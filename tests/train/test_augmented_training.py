@@ -173,6 +173,7 @@ def test_a_run_on_drawn_views_goes_on_to_the_same_bit(sided, tmp_path, monkeypat
     assert open_run(tmp_path / "run").config["train_views"] == "all"
 
 
+@pytest.mark.slow  # an extraction and a training
 def test_captions_stand_beside_crops_alone(make_captioned_config, captioned_folder, tmp_path):
     config = make_captioned_config(
         captioned_folder, tmp_path / "s.zarr", views=VIEWS, augmentation=("crop", "flip", "grey")

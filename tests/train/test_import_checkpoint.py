@@ -174,7 +174,7 @@ def test_a_retrieval_run_keeps_its_text_tower_and_says_what_it_cannot_do(data_pa
         import_checkpoint(tmp_path / "half.pt", tmp_path / "half")
 
 
-@pytest.fixture(scope="module", params=["mean", "wti"])
+@pytest.fixture(scope="module", params=[pytest.param("mean", marks=pytest.mark.slow), "wti"])
 def trained_retrieval(request, captioned_store, tmp_path_factory):
     """A run of ours, and what of it the reference's file would hold; the text tower is not in it."""
     out = tmp_path_factory.mktemp("retrieval") / request.param

@@ -60,6 +60,7 @@ def test_a_store_for_dist(config_for):
     assert read_class_texts(store).template == "{}"
 
 
+@pytest.mark.slow  # a store with texts of blocks
 def test_a_store_for_r2_tuning(config_for, captioned_folder):
     own = dict(dataset="table", annotations=captioned_folder / "videos.csv", sampling="fps:5", weights=None)
     # tiny-clip's text tower has three blocks.
