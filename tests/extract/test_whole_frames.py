@@ -213,14 +213,14 @@ def test_too_few_tokens_of_the_picture_are_told():
 
 
 @pytest.mark.slow  # four extractions
-def test_a_store_goes_on_at_its_own_size(whole_config, tmp_path, contents):
+def test_a_store_goes_on_at_its_own_size(whole_config, whole_store, tmp_path, contents):
     """Cut short and taken up without --input, appended to, damaged and mended: the same as made at once."""
     config = replace(whole_config, out=tmp_path / "s.zarr")
     extract_dataset(replace(config, limit=2))
     plain = replace(config, input_size=None, resize=None, views=None, frames=None)
     extract_dataset(plain)
     files = contents(config.out)
-    assert files == {**contents(whole_config.out), "zarr.json": files["zarr.json"]}
+    assert files == {**contents(whole_store.path), "zarr.json": files["zarr.json"]}
     shard = next((config.out / "patches").rglob("c.1.*"))
     data = bytearray(shard.read_bytes())
     data[40] ^= 1
