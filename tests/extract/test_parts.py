@@ -97,6 +97,7 @@ def test_parts_with_one_codec_from_several_places_merge(video_folder, int8_store
     assert merge_stores([*stores, fitted.out], tmp_path / "out.zarr") == {"ok": 10, "failed": 1, "pending": 0}
 
 
+@pytest.mark.slow  # four extractions
 def test_a_codecs_source_may_move_and_not_change(video_folder, int8_store, tmp_path, make_config):
     config = make_config(video_folder, tmp_path / "x.zarr", dtype="int8", codec_from=int8_store, limit=1)
     extract_dataset(config)

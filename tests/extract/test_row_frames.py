@@ -254,6 +254,7 @@ def test_a_longer_video_gets_room(make_config, clips, tmp_path, make_video, cont
     assert all(after[name] == data for name, data in first.items() if name.split("/")[-1].startswith("c.0."))
 
 
+@pytest.mark.slow  # two extractions; an append is as long
 def test_a_failed_video_that_is_mended_may_be_the_longest(make_config, tmp_path, make_video):
     root = tmp_path / "videos"
     make_video(root / "train/a/one.mp4", num_frames=5)

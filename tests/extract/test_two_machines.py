@@ -126,7 +126,7 @@ STOPS = {
 
 
 @pytest.mark.parametrize(
-    "first", [name if name == "extract" else pytest.param(name, marks=pytest.mark.slow) for name in STOPS]
+    "first", [name if name == "merge" else pytest.param(name, marks=pytest.mark.slow) for name in STOPS]
 )
 def test_what_a_second_machine_does_meanwhile_is_refused_or_side_by_side(  # C4
     first, two_machines, half_store, captioned_store, captioned_folder, make_captioned_config, tmp_path, monkeypatch

@@ -53,6 +53,7 @@ def config(video_folder, float_store, make_config, tmp_path):
     return make_config(video_folder, shutil.copytree(float_store, tmp_path / "s.zarr"))
 
 
+@pytest.mark.slow  # three extractions
 def test_a_finished_store_gets_its_class_names_as_texts(config, contents, tower):
     before = contents(config.out)
     extract_dataset(replace(config, class_template=TEMPLATE))

@@ -321,6 +321,7 @@ def test_layers_follow_captions_that_are_added(captioned_folder, make_captioned_
     assert verify_store(open_store(config.out)) == []
 
 
+@pytest.mark.slow  # three extractions
 def test_parts_are_merged_with_their_layers(config, tmp_path):
     extract_dataset(replace(config, text_layers="last2", class_template=None))
     merge_stores([config.out], tmp_path / "merged.zarr")

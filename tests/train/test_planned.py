@@ -45,6 +45,7 @@ def test_a_store_for_tds_clip(config_for):
     assert find_extraction("tds-clip", "k400")["pixel_edge"] == "wrap", "as its reader of Kinetics"
 
 
+@pytest.mark.slow  # 32 frames of each video
 def test_a_store_for_dist(config_for):
     config = config_for("dist", weights=None)
     extract_dataset(config)

@@ -115,6 +115,7 @@ def test_a_run_stops_when_it_gets_no_better(int8_store, tmp_path):
     assert again["epochs"] == 3
 
 
+@pytest.mark.slow  # three trainings
 def test_patience_waits_for_validations(int8_store, tmp_path):
     slow = dict(epochs=9, patience=1, validate_every=3, learning_rate=1e-12)
     assert train_run(config_for(int8_store, tmp_path / "run", **slow))["epochs"] == 6, "3 is the first, 6 no better"
@@ -211,6 +212,7 @@ def test_a_run_that_wandb_refuses_is_told_and_goes_on_with_resume(wandb, int8_st
     assert train_run(replace(config, resume=True))["epochs"] == config.epochs
 
 
+@pytest.mark.slow  # three trainings
 def test_a_run_that_goes_on_is_the_same_one_in_wandb(wandb, int8_store, tmp_path, monkeypatch):
     begun, logged, axes = [], [], {}
 
