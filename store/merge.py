@@ -63,13 +63,14 @@ def merge_stores(
     for other in stores:
         _require_same(first, other)
     if is_there:
-        _require_same(first, open_store(out), is_target=True)
+        _require_same(first, open_store(out))
     for store in [*stores, *([open_store(out)] if is_there else [])]:
         store.require_arrays()
     if not is_there:
         with naming_what_is_refused(out):
             _copy_skeleton(first.path, out)
     target = open_store(out)
+    _require_room(first, target)
     video_ids = first.read_manifest(["video_id"])["video_id"]
     bad: list[str] = []
     with StoreWriter(target, first.input_columns()) as writer:
@@ -221,9 +222,19 @@ def _tell_changed_sources(stores: Sequence[StoreReader], merged: pa.Table) -> No
         )
 
 
-def _require_same(first: StoreReader, other: StoreReader, *, is_target: bool = False) -> None:
+def _require_room(source: StoreReader, target: StoreReader) -> None:
+    """Refuse a target that was begun for shorter rows than a part holds by now."""
+    longest, room = source.layout.num_frames, target.layout.num_frames
+    if longest > room:
+        raise StoreMismatchError(
+            f"{target.path} was begun for rows of at most {room} frames, and {source.path} has room for {longest}. "
+            "Nothing was merged: name another --out, which takes all parts."
+        )
+
+
+def _require_same(first: StoreReader, other: StoreReader) -> None:
     differences = list_differences(first.attributes, other.attributes)
-    if first.layout.frames_per_block and other.layout.num_frames < first.layout.num_frames and not is_target:
+    if first.layout.frames_per_block and other.layout.num_frames < first.layout.num_frames:
         # A part may hold a longer row than was known when all began; files hold blocks of frames, and do not mind.
         differences = [one for one in differences if not one.startswith("layout.num_frames ")]
     versions = [store.facts.format_version for store in (first, other)]

@@ -279,6 +279,9 @@ def test_a_part_may_hold_the_longest_row(make_config, tmp_path, make_video):
     for number, path in enumerate(parts, start=1):
         extract_dataset(replace(config, out=path, prepare=False, part=(number, 2)))
     assert [open_store(path).layout.num_frames for path in parts] == [5, 21]
+    merge_stores(parts[:1], tmp_path / "short.zarr")
+    with pytest.raises(StoreMismatchError, match="rows of at most 5 frames, and .* has room for 21.*another --out"):
+        merge_stores(parts, tmp_path / "short.zarr")
     assert merge_stores(parts, tmp_path / "merged.zarr") == {"ok": 2, "failed": 0, "pending": 0}
     store = open_store(tmp_path / "merged.zarr")
     assert sorted(counts_of(store).values()) == [5, 21] and verify_store(store) == []
