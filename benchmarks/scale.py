@@ -119,7 +119,8 @@ class Stopwatch:
         return {
             "s": time.perf_counter() - start,
             "cpu_s": time.process_time() - cpu_start,
-            "mb": read_peak_mb() - self._memory,
+            # The kernel counts pages in batches: the peak may read a page or two below where it began.
+            "mb": max(0.0, read_peak_mb() - self._memory),
         }
 
 
