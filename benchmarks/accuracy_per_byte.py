@@ -11,13 +11,13 @@ side network reads, and of the frames' embeddings: captions' texts are left out,
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from _report import RESULTS, check_bar, describe_machine, format_table, keep
+from _trainings import Lines, summarise_pairs, tell_difference, train_and_evaluate
 
 from s4v.demo.pipeline import EXTRACTION, RECIPES
 from s4v.demo.world import ANNOTATIONS_NAME, WorldConfig, write_world
@@ -26,13 +26,9 @@ from s4v.extract.extraction import extract_dataset
 from s4v.store.info import describe_store
 from s4v.store.reader import open_store
 from s4v.train.allocator import keep_freed_memory
-from s4v.train.config import TrainConfig
-from s4v.train.evaluate import evaluate_run
-from s4v.train.loop import train_run
 
 WIDTH = 192
-_T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-"""Quantiles of Student's t for an interval of 95 % over so many paired seeds; more take that of 10, a little wide."""
+REFERENCE = "float32"
 
 _LABELS_BELOW = 75
 """Percent: names of points under it stand under them, out of the way of those above."""
@@ -84,27 +80,15 @@ def make_store(folder: Path, arm: Arm, device: str) -> dict[str, Any]:
 def measure(folder: Path, arm: Arm, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Train one arm with one seed; a line of the results."""
     facts = make_store(folder, arm, options.device)
-    run = folder / "runs" / f"{arm.name.replace(' ', '-').replace('/', '')}-{seed}"
     recipe = dict(RECIPES[arm.recipe])
     if recipe["head"] == "side4video":
         recipe["epochs"] = options.epochs
-    recipe["validate_every"] = recipe["epochs"]  # once, at the end
-    if run.exists():  # from a run that was stopped
-        for file in run.iterdir():
-            file.unlink()
-        run.rmdir()
-    trained = train_run(TrainConfig(features=Path(facts["store"]), out=run, seed=seed, device=options.device, **recipe))
-    evaluated = evaluate_run(run, checkpoint="last")
+    run = folder / "runs" / f"{arm.name.replace(' ', '-').replace('/', '')}-{seed}"
+    found = train_and_evaluate(Path(facts["store"]), run, seed=seed, device=options.device, **recipe)
     frames = facts["cached_frames"]
     held = {name: array["bytes"] for name, array in facts["arrays"].items() if not name.startswith("text/")}
     return {
-        "arm": arm.name,
-        "seed": seed,
-        "settings": settings_of(options),
-        "top1": evaluated["top1"],
-        "videos": evaluated["videos"],
-        "seconds": trained["seconds"],
-        "epochs": trained["epochs"],
+        **found,
         "bytes_per_frame": sum(held.values()) / frames,
         "patch_bytes_per_frame": held["patches"] / frames,
         "variance_kept": min((one["variance_kept"] for one in facts["fidelity"]["layers"]), default=1.0)
@@ -114,62 +98,21 @@ def measure(folder: Path, arm: Arm, seed: int, options: argparse.Namespace) -> d
     }
 
 
-def settings_of(options: argparse.Namespace) -> dict[str, int]:
-    """What lines must agree in to stand in one table."""
-    return {name: getattr(options, name) for name in ("epochs", "train", "val")}
-
-
-def read_lines(results: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The lines of earlier runs; one that a kill has cut short is left out.
-
-    Raises:
-        SystemExit: If they were measured with other settings.
-    """
-    lines = []
-    for text in results.read_text(encoding="utf-8").splitlines() if results.is_file() else ():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    if others := [line["settings"] for line in lines if line["settings"] != settings_of(options)]:
-        raise SystemExit(
-            f"{results} holds lines of {others[0]}, this run is {settings_of(options)}: name another --folder"
-        )
-    return lines
-
-
 def summarise(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each arm's difference to float32 over the seeds that both have, with a 95 % interval.
+    """Each arm's difference to float32, and its bytes.
 
     A codec's top-1 is float32's mean plus that difference: means over other seeds cannot be compared.
     """
-    by_arm: dict[str, dict[int, dict[str, Any]]] = {}
-    for line in lines:
-        by_arm.setdefault(line["arm"], {})[line["seed"]] = line
-    reference = {seed: line["top1"] for seed, line in by_arm.get("float32", {}).items()}
-    summaries = []
-    for arm in ARMS:
-        found = by_arm.get(arm.name, {})
-        if not found:
-            continue
-        first = next(iter(found.values()))
-        paired = [line["top1"] - reference[seed] for seed, line in found.items() if seed in reference]
-        difference = statistics.mean(paired) if paired else None
-        quantile = _T_95.get(min(len(paired), 10))
-        reach = None if quantile is None else quantile * statistics.stdev(paired) / len(paired) ** 0.5
-        summaries.append(
-            {
-                "arm": arm.name,
-                "is_control": arm.is_control,
-                "seeds": len(found),
-                "top1": statistics.mean(line["top1"] for line in found.values())
-                if difference is None or arm.is_control
-                else statistics.mean(reference.values()) + difference,
-                "difference": difference,
-                "reach": reach,
-                **{name: first[name] for name in ("bytes_per_frame", "patch_bytes_per_frame", "variance_kept")},
-            }
-        )
+    summaries = summarise_pairs(lines, [arm.name for arm in ARMS], REFERENCE)
+    first = {line["arm"]: line for line in reversed(lines)}
+    controls = {arm.name for arm in ARMS if arm.is_control}
+    for one in summaries:
+        is_control, difference = one["arm"] in controls, one["difference"]
+        if difference is not None and not is_control:
+            one["top1"] = statistics.mean(line["top1"] for line in lines if line["arm"] == REFERENCE) + difference
+        one["is_control"] = is_control
+        sizes = ("bytes_per_frame", "patch_bytes_per_frame", "variance_kept")
+        one.update({name: first[one["arm"]][name] for name in sizes})
     return summaries
 
 
@@ -177,11 +120,7 @@ def tabulate(summaries: list[dict[str, Any]]) -> str:
     """Markdown."""
     rows = []
     for one in summaries:
-        difference = ""
-        if one["difference"] is not None and one["arm"] != "float32":
-            difference = f"{100 * one['difference']:+.1f}"
-        if difference and one["reach"] is not None:
-            difference += f" ± {100 * one['reach']:.1f}"
+        difference = "" if one["arm"] == REFERENCE else tell_difference(one)
         sizes = ("", "") if one["is_control"] else (
             f"{one['patch_bytes_per_frame'] / 1e3:.1f} kB", f"{one['bytes_per_frame'] / 1e3:.1f} kB"
         )  # fmt: skip
@@ -256,20 +195,15 @@ def main() -> None:
     marker = options.folder / "world" / ANNOTATIONS_NAME
     if not marker.is_file():
         write_world(options.folder / "world", world)
-    results = options.folder / "results.jsonl"
-    lines = read_lines(results, options)
-    done = {(line["arm"], line["seed"]) for line in lines}
+    settings = {name: getattr(options, name) for name in ("epochs", "train", "val")}
+    lines = Lines(options.folder / "results.jsonl", settings)
     for seed in range(options.seeds):
         for arm in ARMS:
-            if (arm.name, seed) in done or (options.only and arm.name not in options.only):
+            if lines.holds(arm.name, seed) or (options.only and arm.name not in options.only):
                 continue
-            line = measure(options.folder, arm, seed, options)
-            lines.append(line)
-            with results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            print(f"{arm.name}, seed {seed}: {line['top1']:.1%} in {line['seconds']:.0f} s", flush=True)
-    summaries = summarise(lines)
-    result = {"machine": describe_machine("torch"), "world": asdict(world), "summaries": summaries, "runs": lines}
+            lines.add(arm.name, seed, measure(options.folder, arm, seed, options))
+    summaries = summarise(lines.done)
+    result = {"machine": describe_machine("torch"), "world": asdict(world), "summaries": summaries, "runs": lines.done}
     keep("accuracy_per_byte", result, tabulate(summaries), check_bars(summaries))
     plot(summaries, RESULTS / "accuracy_per_byte.png")
 

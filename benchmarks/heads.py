@@ -6,6 +6,9 @@ Stores are of random tokens: of ViT-B/16's sizes, and of the demo's. Probes lear
 trains on: with few, the files of eight runs would count for more than they do in a training. Rounds are paired: in each
 of them every arm trains the same epochs on the same clips, one after another, and the ratio is the middle one of the
 rounds' ratios.
+
+The floor is what no code around them can save: the further heads' products, losses and AdamW by bare calls of torch, on
+one batch in memory, beside the time of one head. One head's own share of that is in its time already.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from _report import check_bar, describe_machine, format_table, keep
 from _stores import begin_store, write_rows
 
@@ -28,6 +32,7 @@ from s4v.store.writer import RowTokens
 from s4v.train.allocator import keep_freed_memory
 from s4v.train.config import TrainConfig
 from s4v.train.loop import train_heads, train_run
+from s4v.train.networks import find_network
 
 B16 = {
     "num_frames": 8,
@@ -51,6 +56,8 @@ STORES = {"B/16": (B16, 1.3), "demo": (DEMO, 1.6)}
 """Sizes, and the most that eight probes may take of one probe's time."""
 
 CHANNELS = 64
+
+BATCH_SIZE = find_network("linear").find_recipe("recognition", B16["width"]).batch_size
 
 
 def write_store(path: Path, sizes: dict, num_videos: int) -> None:
@@ -143,6 +150,36 @@ def measure_probes(store: Path, folder: Path, options: argparse.Namespace) -> di
     return time_rounds(arms, folder, options.rounds)
 
 
+def measure_floor(sizes: dict, heads: int, steps: int = 200) -> dict[str, float]:
+    """Seconds of a CPU's step of so many linear heads on one batch, the middle one: without and with their losses."""
+    x = torch.randn(BATCH_SIZE, sizes["width"])
+    labels = torch.randint(0, sizes["classes"], (BATCH_SIZE,))
+    weights = [torch.nn.Parameter(0.01 * torch.randn(sizes["classes"], sizes["width"])) for _ in range(heads)]
+    optimizer = torch.optim.AdamW(weights, lr=1e-3, fused=True)
+
+    def multiply() -> None:
+        for weight in weights:
+            scores = x @ weight.detach().T
+            weight.grad = scores.T @ x  # of the size of a loss's gradient
+        optimizer.step()
+
+    def learn() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        losses = [torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, one), labels) for one in weights]
+        torch.stack(losses).sum().backward()
+        optimizer.step()
+
+    found = {}
+    for name, step in (("products and AdamW", multiply), ("products, losses and AdamW", learn)):
+        seconds = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - start)
+        found[name] = statistics.median(seconds)
+    return found
+
+
 def measure_side_networks(store: Path, folder: Path, options: argparse.Namespace) -> dict[str, list[float]]:
     """Side networks in one read, and each in one of its own."""
     config = TrainConfig(
@@ -192,7 +229,13 @@ def main() -> None:
             rows.append([name, f"{options.heads} linear probes", f"{middle['one']:.2f} s", f"{middle['several']:.2f} s",
                          f"{ratio:.2f} of one"])  # fmt: skip
             bars.append(check_bar(f"{options.heads} linear probes in one read, {name}", ratio, bar, " of one"))
-            results[f"{name} probes"] = {**seconds, "ratio": ratio}
+            floor = measure_floor(sizes, options.heads - 1) if options.device == "cpu" else {}
+            steps = options.epochs * (options.videos // BATCH_SIZE)
+            for part, of_step in floor.items():
+                label = f"{options.heads - 1} further heads, bare {part}"
+                share = 1 + of_step * steps / middle["one"]
+                rows.append([name, label, "", f"{of_step * 1e3:.1f} ms a step", f"{share:.2f} of one"])
+            results[f"{name} probes"] = {**seconds, "ratio": ratio, "floor": floor, "steps": steps}
         if options.only != "probes":
             shutil.rmtree(store, ignore_errors=True)
             write_store(store, sizes, options.side_videos)
