@@ -3,7 +3,7 @@
 # make test-slow   those that take long or measure the machine, in one process
 # make lint   ruff and mypy
 # make tiny-clip   train the small world's CLIP again
-# Each sets up .venv first, once; afterwards only when pyproject.toml changes.
+# Each sets up .venv first, once; afterwards only when pyproject.toml or what is compiled changes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -36,7 +36,7 @@ format: $(INSTALLED)
 tiny-clip: $(INSTALLED)
 	$(BIN)/python -m s4v.demo.tiny_clip --out backbone/tiny_clip
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml setup.py store/_native.c
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 11) else "s4v needs Python 3.11 or newer, $(PYTHON) is " + v + "; try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77"
@@ -44,4 +44,4 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build s4v.egg-info
+	rm -rf $(VENV) build s4v.egg-info store/_native*.so

@@ -1,43 +1,30 @@
-"""Frames from local, uncompressed shards: a `preadv` for each chunk, straight into the batch, its checksum verified.
+"""Frames from local, uncompressed shards: which chunks make up clips, and where their bytes go.
 
-tensorstore reads any Zarr array, at about a third of what the page cache gives. This reads one layout, the one that
-s4v writes by default, at nearly all of it. What it does not know (compression, another chunking) is tensorstore's.
+tensorstore reads any Zarr array, at a part of what the page cache gives. This reads one layout, the one that s4v writes
+by default, at nearly all of it. What it does not know (compression, another chunking) is tensorstore's.
 """
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from crc32c import crc32c
 
+from ._chunk_reads import ChunkReads
+from ._shard_file import CHECKSUM_BYTES, ShardFile, ShardIndex
 from .layout import ArraySpec
-from .names import open_file
 
-_ABSENT = 2**64 - 1
-"""Offset of a chunk that the shard does not hold, by Zarr's sharding codec."""
-_CHECKSUM_BYTES = 4
 _OPEN_SHARDS = 64
 """For each array: three arrays of a process stay below the 256 files that macOS lets it open."""
 _INDEX_BYTES = 128 * 2**20
 """For each array, of the indices that are kept of shards which are no longer open: those of K400 are 60 to 120 MB."""
-
-
-class DamagedChunkError(Exception):
-    """A chunk is missing or is not as it was written."""
-
-    def __init__(self, row: int, why: str) -> None:
-        super().__init__(why)
-        self.row = row
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,33 +56,43 @@ class _Geometry:
 
     @property
     def bytes_per_chunk(self) -> int:
-        """With its checksum."""
-        values = self.frames_per_chunk * math.prod(self.tail) // self.parts_per_frame
-        return values * self.dtype.itemsize + _CHECKSUM_BYTES
+        """Without its checksum."""
+        return self.frames_per_chunk * math.prod(self.tail) // self.parts_per_frame * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
-class ClipsUnderWay:
-    """A batch that threads are reading."""
+class _Frames:
+    """Frames that are read, (n,) each."""
+
+    row: np.ndarray
+    first_chunk: np.ndarray
+    """Of the row's view, in its shard."""
+    in_block: np.ndarray
+    """Place in the row's part of the shard."""
+    target: np.ndarray
+    """Place among the batch's frames."""
+
+    def take(self, which: np.ndarray) -> _Frames:
+        return _Frames(self.row[which], self.first_chunk[which], self.in_block[which], self.target[which])
+
+
+def _number(coordinates: np.ndarray) -> np.ndarray:
+    """(n, axes) places -> (n,) numbers that are equal where all places are, in their order."""
+    sizes = coordinates.max(axis=0, initial=0) + 1
+    return np.ravel_multi_index(tuple(coordinates.T), tuple(sizes.tolist()))
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedClips:
+    """What of an array is read for a batch."""
 
     clips: np.ndarray
-    """(B, T, ...); not whole before `wait` has returned."""
-    tasks: list[Future[None]]
+    """(B, T, ...); zeros where there is no frame, and whole when all rounds are read."""
+    rounds: Iterator[ChunkReads]
+    """One after another, so that only so many files are open at a time; each opens its own when its turn comes.
 
-    def wait(self) -> np.ndarray:
-        """The clips, when they are there.
-
-        Raises:
-            DamagedChunkError: For the first clip of the batch that has one.
-        """
-        for task in self.tasks:
-            task.result()
-        return self.clips
-
-    def cancel(self) -> None:
-        """Read no more of them."""
-        for task in self.tasks:
-            task.cancel()
+    Raises DamagedChunkError where a shard is none.
+    """
 
 
 class ShardedArray:
@@ -104,8 +101,8 @@ class ShardedArray:
     def __init__(self, folder: Path, geometry: _Geometry) -> None:
         self._folder = folder
         self._geometry = geometry
-        self._shards: OrderedDict[str, _Shard] = OrderedDict()
-        self._indices: OrderedDict[str, _Index] = OrderedDict()
+        self._shards: OrderedDict[str, ShardFile] = OrderedDict()
+        self._indices: OrderedDict[str, ShardIndex] = OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
@@ -117,30 +114,25 @@ class ShardedArray:
         geometry = _find_geometry(spec)
         return None if geometry is None or not hasattr(os, "preadv") else cls(root / spec.name, geometry)
 
-    def read(
+    def plan(
         self,
         rows: np.ndarray,
         views: np.ndarray,
         places: np.ndarray,
-        layers: Sequence[int] | None,
-        threads: ThreadPoolExecutor | None,
+        layers: Sequence[int] | None = None,
         allocate: Callable[[tuple[int, ...], np.dtype], np.ndarray] = np.empty,
-    ) -> ClipsUnderWay:
-        """Begin to read clips, one task for each; without threads, read them.
+    ) -> PlannedClips:
+        """Say which chunks make up clips.
 
         Args:
             rows: (B,).
             views: (B,).
-            places: (B, T) on the axis F; what is below zero is no frame, and comes out as zeros.
+            places: (B, T) on the axis F; what is below zero is no frame.
             layers: Places on the first axis behind the frame's, or of pixels their offsets; None takes all.
-            threads: What reads; of small chunks one thread reads as fast, and tasks take longer than they do.
             allocate: Makes room for the clips.
 
-        Returns:
-            (B, T, ...), the axes behind the frame's, to be waited for.
-
         Raises:
-            DamagedChunkError: If the first clip's shard is none; without threads, for the first clip that has one.
+            DamagedChunkError: If the first clip's shard is none.
         """
         tail = self._geometry.tail
         if len(rows):  # before room is made: a store that promises more than its files hold gets none
@@ -148,79 +140,103 @@ class ShardedArray:
         if layers is not None:
             tail = (len(layers), *tail[1:])
         clips = allocate((*places.shape, *tail), self._geometry.dtype)
-        each = zip(rows.tolist(), views.tolist(), places, clips, strict=True)
-        if threads is not None:
-            return ClipsUnderWay(
-                clips, [threads.submit(self._read_clip, row, view, p, layers, c) for row, view, p, c in each]
-            )
-        for row, view, steps, clip in each:
-            self._read_clip(row, view, steps, layers, clip)
-        return ClipsUnderWay(clips, [])
+        is_frame = places >= 0
+        if not is_frame.all():
+            clips[~is_frame] = 0
+        return PlannedClips(clips, self._plan_rounds(rows, views, places, is_frame, layers, clips))
 
-    def _read_clip(
-        self, row: int, view: int, places: np.ndarray, layers: Sequence[int] | None, clip: np.ndarray
-    ) -> None:
-        """Read the frames of one clip, (T, ...), each chunk once."""
+    def _plan_rounds(
+        self,
+        rows: np.ndarray,
+        views: np.ndarray,
+        places: np.ndarray,
+        is_frame: np.ndarray,
+        layers: Sequence[int] | None,
+        clips: np.ndarray,
+    ) -> Iterator[ChunkReads]:
+        """Frames of as many shards as may be open, one round after another, in the order of shards."""
         geometry = self._geometry
-        in_shard = row % geometry.rows_per_shard * geometry.views_per_shard + view % geometry.views_per_shard
-        read = self._read_frames if geometry.frames_per_chunk == 1 else self._read_blocks
-        read(row, view, in_shard * geometry.chunks_per_view, places, layers, clip)
-
-    def _read_frames(
-        self,
-        row: int,
-        view: int,
-        first_chunk: int,
-        places: np.ndarray,
-        layers: Sequence[int] | None,
-        clip: np.ndarray,
-    ) -> None:
-        """A clip of an array whose chunks hold one frame, or a part of one."""
-        geometry, parts, open_block = self._geometry, self._geometry.parts_per_frame, -1
-        wanted = range(parts) if layers is None else layers
-        whole = None if parts > 1 or layers is None else np.empty(geometry.tail, dtype=geometry.dtype)
-        for place, frame in zip(places.tolist(), clip, strict=True):
-            if place < 0:
-                frame[...] = 0
-                continue
-            block, in_block = divmod(place, geometry.frames_per_shard)
-            if block != open_block:
-                shard, open_block = self._shard(row, view, place), block
-            number = first_chunk + in_block * parts
-            if parts > 1:
-                for part, values in zip(wanted, frame, strict=True):
-                    shard.read_chunk(number + part, values, row)
-            elif whole is None:
-                shard.read_chunk(number, frame, row)
+        clip, step = np.nonzero(is_frame)
+        row, view = rows[clip], views[clip]
+        block, in_block = np.divmod(places[is_frame], geometry.frames_per_shard)
+        first = (row % geometry.rows_per_shard * geometry.views_per_shard + view % geometry.views_per_shard) * (
+            geometry.chunks_per_view
+        )
+        frames = _Frames(row, first, in_block, clip * places.shape[1] + step)
+        shards = np.stack([row // geometry.rows_per_shard, view // geometry.views_per_shard, block], axis=1)
+        _, one_of_each, files = np.unique(_number(shards), return_index=True, return_inverse=True)
+        for start in range(0, len(one_of_each), _OPEN_SHARDS):
+            open_now = one_of_each[start : start + _OPEN_SHARDS].tolist()
+            found = tuple(
+                self._shard(int(row[one]), int(view[one]), int(block[one]) * geometry.frames_per_shard)
+                for one in open_now
+            )
+            if len(one_of_each) <= _OPEN_SHARDS:
+                yield self._plan_chunks(found, files, frames, layers, clips)
             else:
-                shard.read_chunk(number, whole, row)
-                for tokens, layer in zip(frame, wanted, strict=True):
-                    tokens[...] = whole[layer]
+                is_now = (files >= start) & (files < start + _OPEN_SHARDS)
+                yield self._plan_chunks(found, files[is_now] - start, frames.take(is_now), layers, clips)
 
-    def _read_blocks(
+    def _plan_chunks(
         self,
-        row: int,
-        view: int,
-        first_chunk: int,
-        places: np.ndarray,
+        shards: tuple[ShardFile, ...],
+        files: np.ndarray,
+        frames: _Frames,
         layers: Sequence[int] | None,
-        clip: np.ndarray,
-    ) -> None:
-        """A clip of an array whose chunks hold several frames."""
-        geometry, size = self._geometry, self._geometry.frames_per_chunk
-        chunk = np.empty((size, *geometry.tail), dtype=geometry.dtype)
-        numbers = places // size  # of chunks, counted along F; below zero there is none
-        for number in np.unique(numbers).tolist():
-            own = np.flatnonzero(numbers == number)
-            if number < 0:
-                clip[own] = 0
-                continue
-            shard = self._shard(row, view, number * size)
-            shard.read_chunk(first_chunk + number % geometry.chunks_per_view, chunk, row)
-            frames = chunk[places[own] % size]
-            clip[own] = frames if layers is None else frames[:, layers]
+        clips: np.ndarray,
+    ) -> ChunkReads:
+        """Chunks of frames that lie in these shards, (n,) files, each chunk once where it holds several frames."""
+        geometry = self._geometry
+        is_all = layers is None or list(layers) == list(range(geometry.tail[0]))
+        if geometry.parts_per_frame == 1 and (geometry.frames_per_chunk > 1 or not is_all):
+            return self._plan_pieces(shards, files, frames, None if is_all else layers, clips)
+        parts = np.arange(geometry.parts_per_frame) if is_all else np.asarray(layers)
+        first = frames.first_chunk + frames.in_block * geometry.parts_per_frame
+        target = frames.target[:, None] * len(parts) + np.arange(len(parts))
+        return ChunkReads(
+            shards=shards,
+            files=np.repeat(files, len(parts)),
+            numbers=(first[:, None] + parts).ravel(),
+            rows=np.repeat(frames.row, len(parts)),
+            chunk_bytes=geometry.bytes_per_chunk,
+            target=clips,
+            offsets=target.ravel() * geometry.bytes_per_chunk,
+        )
 
-    def _shard(self, row: int, view: int, frame: int) -> _Shard:
+    def _plan_pieces(
+        self,
+        shards: tuple[ShardFile, ...],
+        files: np.ndarray,
+        frames: _Frames,
+        layers: Sequence[int] | None,
+        clips: np.ndarray,
+    ) -> ChunkReads:
+        """Chunks of which not all is wanted, or not in their own order; each is read once."""
+        geometry = self._geometry
+        of_frame = geometry.bytes_per_chunk // geometry.frames_per_chunk
+        in_block, in_chunk = np.divmod(frames.in_block, geometry.frames_per_chunk)
+        keys = files * geometry.chunks_per_shard + frames.first_chunk + in_block
+        _, one_of_each, chunk_of = np.unique(keys, return_index=True, return_inverse=True)
+        order = np.argsort(chunk_of, kind="stable")
+        source, target = in_chunk[order] * of_frame, frames.target[order]
+        wanted = np.zeros(1, np.int64) if layers is None else np.asarray(layers)
+        size = of_frame if layers is None else of_frame // geometry.tail[0]
+        places = np.arange(len(wanted))
+        pieces = np.broadcast_arrays(
+            source[:, None] + wanted * size, (target[:, None] * len(wanted) + places) * size, np.int64(size)
+        )
+        return ChunkReads(
+            shards=shards,
+            files=files[one_of_each],
+            numbers=keys[one_of_each] % geometry.chunks_per_shard,
+            rows=frames.row[one_of_each],
+            chunk_bytes=geometry.bytes_per_chunk,
+            target=clips,
+            firsts=np.concatenate([[0], np.cumsum(np.bincount(chunk_of) * len(wanted))]),
+            pieces=np.stack(pieces, axis=-1).reshape(-1, 3),
+        )
+
+    def _shard(self, row: int, view: int, frame: int) -> ShardFile:
         geometry = self._geometry
         place = (row // geometry.rows_per_shard, view // geometry.views_per_shard, frame // geometry.frames_per_shard)
         key = ".".join(["c", *map(str, place), *["0"] * len(geometry.tail)])
@@ -229,7 +245,8 @@ class ShardedArray:
                 self._shards.move_to_end(key)
                 return shard
             known = self._indices.get(key)
-        shard = _Shard(self._folder / key, geometry.chunks_per_shard, row, known, geometry.bytes_per_chunk)
+        chunk_bytes = geometry.bytes_per_chunk + CHECKSUM_BYTES
+        shard = ShardFile(self._folder / key, geometry.chunks_per_shard, row, known, chunk_bytes)
         with self._lock:
             self._shards[key] = shard
             self._indices[key] = shard.index_as_read
@@ -239,181 +256,6 @@ class ShardedArray:
             if len(self._indices) * shard.index.nbytes > _INDEX_BYTES:
                 self._indices.popitem(last=False)
         return shard
-
-
-def verify_shard(path: Path, num_chunks: int) -> tuple[np.ndarray, dict[int, str]]:
-    """Read all of a shard and check it, whatever codecs its chunks went through before their checksum.
-
-    Args:
-        path: The shard; chunks and index end with a crc32c.
-        num_chunks: Places in its index.
-
-    Returns:
-        (num_chunks,) bool, which chunks the shard holds; and what is wrong with which of them.
-
-    Raises:
-        DamagedChunkError: If there is no reading the index.
-    """
-    shard = _Shard(path, num_chunks, row=-1)
-    problems: dict[int, str] = {}
-    is_there = shard.index[:, 0] != _ABSENT
-    for number in np.flatnonzero(is_there).tolist():
-        try:
-            shard.read_chunk(number, np.empty(max(0, int(shard.index[number, 1]) - _CHECKSUM_BYTES), np.uint8), row=-1)
-        except DamagedChunkError as error:
-            problems[number] = str(error)
-    return is_there, problems
-
-
-def verify_chunk_file(path: Path, num_bytes: int) -> str | None:
-    """What is wrong with a file that is one chunk of so many bytes with a crc32c behind it; None if nothing is."""
-    try:
-        read_chunk_file(path, (num_bytes,), np.dtype(np.uint8))
-    except DamagedChunkError as error:
-        return str(error)
-    return None
-
-
-def read_chunk_file(path: Path, shape: tuple[int, ...], dtype: np.dtype, row: int = -1) -> np.ndarray:
-    """Read a file that is one uncompressed chunk with a crc32c behind it.
-
-    Args:
-        path: The file.
-        shape: Of the chunk; no room is made for it unless the file has as many bytes.
-        dtype: Little-endian.
-        row: Whose it is, for the error.
-
-    Raises:
-        DamagedChunkError: If it is missing, has another size, or does not match its checksum.
-    """
-    expected = math.prod(shape) * dtype.itemsize + _CHECKSUM_BYTES
-    try:
-        with os.fdopen(open_file(path), "rb") as file:
-            if (size := os.fstat(file.fileno()).st_size) != expected:
-                raise DamagedChunkError(row, f"{path.name} has {size} bytes, expected {expected}")
-            values = np.empty(shape, dtype)
-            is_whole = file.readinto(values.reshape(-1).view(np.uint8).data) == values.nbytes
-            checksum = file.read(_CHECKSUM_BYTES)
-    except FileNotFoundError:
-        raise DamagedChunkError(row, f"the file {path.name} is missing") from None
-    except OSError as error:
-        raise _refused(path, row, error) from error
-    if not is_whole or crc32c(values.reshape(-1).view(np.uint8).data) != int.from_bytes(checksum, "little"):
-        raise DamagedChunkError(row, f"{path.name} does not match its checksum")
-    return values
-
-
-def _refused(path: Path, row: int, error: OSError) -> DamagedChunkError | OSError:
-    """What to raise for a file that does not open: a process out of file handles is not the shard's fault."""
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        return error
-    is_link = error.errno == errno.ELOOP
-    return DamagedChunkError(row, f"{path.name}: {'it is a link' if is_link else error.strerror}")
-
-
-@dataclass(frozen=True, slots=True)
-class _Index:
-    """Where the chunks of a shard are, and of which state of the file that is true."""
-
-    places: np.ndarray
-    """(chunks, 2) offset and length."""
-    state: tuple[int, int, int]
-    """Inode, size and time of the last change."""
-
-
-class _Shard:
-    """An open shard and its index, which is read unless it is known of this state of the file.
-
-    Args:
-        path: Its file.
-        num_chunks: Places in its index.
-        row: Whose read it is, for errors.
-        known: An index that was read before.
-        chunk_bytes: What each chunk takes with its checksum; None where they are compressed.
-    """
-
-    def __init__(
-        self, path: Path, num_chunks: int, row: int, known: _Index | None = None, chunk_bytes: int | None = None
-    ) -> None:
-        self._name = path.name
-        try:
-            self._descriptor = open_file(path)
-        except FileNotFoundError:
-            raise DamagedChunkError(row, f"the file {path.name} is missing") from None
-        except OSError as error:
-            raise _refused(path, row, error) from error
-        stat = os.fstat(self._descriptor)
-        state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        if known is None or known.state != state:
-            known = _Index(self._read_index(stat.st_size, num_chunks, row, chunk_bytes), state)
-        self.index_as_read = known
-        self.index = known.places
-
-    def _read_index(self, file_bytes: int, num_chunks: int, row: int, chunk_bytes: int | None) -> np.ndarray:
-        size = 16 * num_chunks
-        start = file_bytes - size - _CHECKSUM_BYTES
-        try:
-            data = os.pread(self._descriptor, size + _CHECKSUM_BYTES, start) if start >= 0 else b""
-        except OSError as error:
-            raise DamagedChunkError(row, f"the index of {self._name}: {error.strerror}") from error
-        index, checksum = data[:size], data[size:]
-        if len(checksum) != _CHECKSUM_BYTES or crc32c(index) != int.from_bytes(checksum, "little"):
-            raise DamagedChunkError(row, f"the index at the end of {self._name} is cut short or damaged")
-        places = np.frombuffer(index, dtype="<u8").reshape(num_chunks, 2)
-        if (problem := _judge_places(places, start, chunk_bytes)) is not None:
-            raise DamagedChunkError(row, f"the index at the end of {self._name} {problem}")
-        return places
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
-
-    def read_chunk(self, number: int, out: np.ndarray, row: int) -> None:
-        """Fill a contiguous array with a chunk.
-
-        Raises:
-            DamagedChunkError: If the chunk is missing, is cut short, or does not match its checksum.
-        """
-        offset, length = self.index[number].tolist()
-        if offset == _ABSENT:
-            raise DamagedChunkError(row, f"chunk {number} of {self._name} is missing")
-        target, checksum = out.data.cast("B"), bytearray(_CHECKSUM_BYTES)
-        num_bytes = out.nbytes + _CHECKSUM_BYTES
-        try:
-            is_whole = length == num_bytes and os.preadv(self._descriptor, [target, checksum], offset) == num_bytes
-        except OSError as error:
-            raise DamagedChunkError(row, f"chunk {number} of {self._name}: {error.strerror}") from error
-        if not is_whole:
-            raise DamagedChunkError(row, f"chunk {number} of {self._name} is cut short")
-        if crc32c(target) != int.from_bytes(checksum, "little"):
-            raise DamagedChunkError(row, f"chunk {number} of {self._name} does not match its checksum")
-
-
-def _judge_places(places: np.ndarray, data_bytes: int, chunk_bytes: int | None) -> str | None:
-    """What is wrong with an index, (chunks, 2) offsets and lengths; None if nothing is.
-
-    A checksum tells accidents, not intent: whoever makes a store may write any index, and its checksum.
-
-    Args:
-        places: As they stand in the file, unsigned.
-        data_bytes: What lies before the index.
-        chunk_bytes: What each chunk takes; None where they differ.
-    """
-    present = places[places[:, 0] != _ABSENT]
-    offsets, lengths = present[:, 0], present[:, 1]
-    room = np.uint64(data_bytes)
-    # Unsigned: lengths are compared first, so that nothing wraps around.
-    is_inside = (lengths >= _CHECKSUM_BYTES) & (lengths <= room) & (offsets <= room - np.minimum(lengths, room))
-    if not is_inside.all():
-        return "names bytes that are not in the file"
-    if chunk_bytes is not None and (lengths != chunk_bytes).any():
-        return "names chunks of another size than the array's"
-    ends = offsets + lengths
-    if (offsets[1:] < ends[:-1]).any():  # written in another order, or over each other
-        order = np.argsort(offsets)
-        if (offsets[order][1:] < ends[order][:-1]).any():
-            return "has chunks that lie over each other"
-    return None
 
 
 def _find_geometry(spec: ArraySpec) -> _Geometry | None:

@@ -12,7 +12,7 @@ import tensorstore as ts
 from ..errors import EnvironmentFailedError, StoreDamagedError
 from ..files import describe_bytes, write_json
 from . import names
-from ._shards import DamagedChunkError, read_chunk_file
+from ._shard_file import DamagedChunkError, read_chunk_file
 from .layout import ArraySpec
 
 # tensorstore's default takes a lock file, leaves it behind when killed, and later reuses it without truncating:

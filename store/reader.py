@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -19,7 +20,9 @@ import tensorstore as ts
 from ..errors import StoreBusyError, StoreDamagedError, StoreMismatchError, StoreNotFoundError
 from ..files import hash_file
 from . import manifest, names
-from ._shards import ClipsUnderWay, DamagedChunkError, ShardedArray, read_chunk_file
+from ._chunk_reads import ChunkReads, read_chunks
+from ._shard_file import DamagedChunkError, read_chunk_file
+from ._shards import PlannedClips, ShardedArray
 from ._zarr import fill_value_of, open_array, read_small_array, require_metadata
 from .attributes import check_attributes, parse_layout
 from .checksums import APPEND_NAME, CHECKSUMS_NAME
@@ -281,29 +284,39 @@ class StoreReader:
         if offsets is not None:
             places_by_array |= {name: self.offset_places(offsets) for name in arrays if name == "pixels"}
         values: dict[str, np.ndarray | None] = dict.fromkeys(_CLIP_ARRAYS)
-        under_way: dict[str, ClipsUnderWay] = {}
-        try:
-            for name in arrays:
-                if (sharded := self._sharded(name)) is not None:
-                    try:
-                        under_way[name] = sharded.read(
-                            rows, views, places, places_by_array[name], self._threads, allocate
-                        )
-                    except DamagedChunkError as error:
-                        raise self._damage(name, np.array([error.row]), str(error)) from error
-            for name in arrays:
-                if name in under_way:
-                    values[name] = self._wait_for(name, under_way[name])
-                else:
-                    values[name] = self._read_with_tensorstore(name, rows, views, places, places_by_array[name])
-        finally:
-            for clips in under_way.values():
-                clips.cancel()
+        planned: dict[str, PlannedClips] = {}
+        for name in arrays:
+            if (sharded := self._sharded(name)) is not None:
+                with self._naming(name):
+                    planned[name] = sharded.plan(rows, views, places, places_by_array[name], allocate)
+        values |= self._read_planned(planned)
+        for name in arrays:
+            if name not in planned:
+                values[name] = self._read_with_tensorstore(name, rows, views, places, places_by_array[name])
         return Clips(**values)
 
-    def _wait_for(self, name: str, clips: ClipsUnderWay) -> np.ndarray:
+    def _read_planned(self, planned: Mapping[str, PlannedClips], num_threads: int | None = None) -> dict[str, Any]:
+        """The clips of several arrays, round by round of all of them; by so many threads, or the usual number."""
+        names = list(planned)
+        rounds = [self._rounds_of(name, one) for name, one in planned.items()]
+        for together in itertools.zip_longest(*rounds):
+            held = [(name, reads) for name, reads in zip(names, together, strict=True) if reads is not None]
+            try:
+                read_chunks([reads for _, reads in held], num_threads or count_threads())
+            except DamagedChunkError as error:
+                name = held[error.place][0]
+                raise self._damage(name, np.array([error.row]), str(error)) from error
+        return {name: one.clips for name, one in planned.items()}
+
+    def _rounds_of(self, name: str, planned: PlannedClips) -> Iterator[ChunkReads]:
+        with self._naming(name):
+            yield from planned.rounds
+
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """Errors of shards say of which array they are, and for which video."""
         try:
-            return clips.wait()
+            yield
         except DamagedChunkError as error:
             raise self._damage(name, np.array([error.row]), str(error)) from error
 
@@ -412,10 +425,10 @@ class StoreReader:
         if sharded is None:
             found = self._read_with_tensorstore("embedding", rows, views, places, None)
         else:
-            try:
-                found = sharded.read(rows, views, places, None, threads=None).clips
-            except DamagedChunkError as error:
-                raise self._damage("embedding", np.array([error.row]), str(error)) from error
+            with self._naming("embedding"):
+                planned = sharded.plan(rows, views, places)
+            # Of small chunks one thread reads as fast.
+            found = self._read_planned({"embedding": planned}, num_threads=1)["embedding"]
         found[places < 0] = np.nan
         values[rows - first, views] = found
 
@@ -456,16 +469,21 @@ class StoreReader:
         Raises:
             StoreDamagedError: If a chunk is missing or its bytes do not match their checksum.
         """
-        values: dict[str, np.ndarray] = {}
         views, rows = np.arange(num_views), np.full(num_views, row)
         places = np.broadcast_to(np.arange(num_frames), (num_views, num_frames))
-        for spec in self.layout.array_specs():
-            sharded = self._sharded(spec.name) if spec.chunk_shape is not None else None
-            if sharded is not None:
-                values[spec.name] = self._wait_for(spec.name, sharded.read(rows, views, places, None, self._threads))
-            else:
-                values[spec.name] = self._read_with_tensorstore(spec.name, rows, views, places, None)
-        return values
+        planned: dict[str, PlannedClips] = {}
+        specs = self.layout.array_specs()
+        for spec in specs:
+            if spec.chunk_shape is not None and (sharded := self._sharded(spec.name)) is not None:
+                with self._naming(spec.name):
+                    planned[spec.name] = sharded.plan(rows, views, places)
+        read = self._read_planned(planned)
+        return {
+            spec.name: read[spec.name]
+            if spec.name in read
+            else self._read_with_tensorstore(spec.name, rows, views, places, None)
+            for spec in specs
+        }
 
     def _spec(self, name: str) -> ArraySpec:
         """An array as the layout has it, its `zarr.json` compared with that once."""
@@ -596,10 +614,6 @@ class StoreReader:
     @cached_property
     def _sharded_arrays(self) -> dict[str, ShardedArray | None]:
         return {}
-
-    @cached_property
-    def _threads(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(count_threads(), thread_name_prefix="s4v-preadv")
 
     def _read_with_tensorstore(
         self, name: str, rows: np.ndarray, views: np.ndarray, places: np.ndarray, layer_places: list[int] | None

@@ -27,7 +27,7 @@ import tensorstore as ts
 from ..errors import EnvironmentFailedError, StoreDamagedError, StoreMismatchError
 from ..files import hash_file, kill_point, read_json, sync_folder
 from . import names
-from ._shards import DamagedChunkError, verify_shard
+from ._shard_file import DamagedChunkError, verify_shard
 from ._zarr import create_array, open_array, refused_write, require_metadata, write_group
 from .checksums import read_recorded_hashes, write_checksums
 from .layout import ArraySpec

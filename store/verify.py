@@ -19,7 +19,7 @@ from ..device import count_cores
 from ..errors import StoreDamagedError
 from ..files import hash_file
 from . import manifest, names
-from ._shards import DamagedChunkError, verify_chunk_file, verify_shard
+from ._shard_file import DamagedChunkError, verify_chunk_file, verify_shard
 from ._zarr import describe_small_array, name_only_chunk, require_metadata
 from .checksums import CHECKSUMS_NAME, read_recorded_hashes
 from .class_texts import has_current_class_texts, read_class_template

@@ -152,6 +152,7 @@ def test_the_rule_tells_what_breaks_it(source, is_offender):
 
 COVERED_BY = {
     "store/_row_differences.py": "extract/test_repair.py",
+    "store/_shard_file.py": "store/test_reader.py",
     "store/_shards.py": "store/test_reader.py",
     "store/_zarr.py": "store/test_reader.py",
     "store/append.py": "extract/test_append.py",

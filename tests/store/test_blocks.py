@@ -19,6 +19,8 @@ from s4v.store.spec import StoreSpec
 from s4v.store.verify import verify_store
 from s4v.store.writer import RowTokens, create_store
 
+pytestmark = pytest.mark.usefixtures("each_reader")
+
 LAYOUT = StoreLayout(
     num_rows=5,
     num_views=2,

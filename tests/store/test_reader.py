@@ -21,7 +21,7 @@ from s4v.errors import (
     StoreMismatchError,
     StoreNotFoundError,
 )
-from s4v.store import _shards, manifest
+from s4v.store import _shard_file, manifest
 from s4v.store.codecs.affine import AffineCodec, round_mantissas
 from s4v.store.info import describe_store
 from s4v.store.layout import StoreLayout
@@ -30,6 +30,8 @@ from s4v.store.reader import open_store
 from s4v.store.records import VideoRecord, VideoResult
 from s4v.store.spec import StoreSpec
 from s4v.store.writer import RowTokens, create_store, resume_store
+
+pytestmark = pytest.mark.usefixtures("each_reader")
 
 LAYOUT = StoreLayout(
     num_rows=20,
@@ -209,9 +211,9 @@ def test_threads_share_a_reader_whose_files_come_and_go(tmp_path, monkeypatch):
 def test_the_index_of_a_shard_is_read_once_unless_the_shard_is_replaced(store_path, monkeypatch):
     monkeypatch.setattr("s4v.store._shards._OPEN_SHARDS", 1)
     read = []
-    original = _shards._Shard._read_index
+    original = _shard_file.ShardFile._read_index
     monkeypatch.setattr(
-        _shards._Shard, "_read_index", lambda shard, *rest: read.append(shard._name) or original(shard, *rest)
+        _shard_file.ShardFile, "_read_index", lambda shard, *rest: read.append(shard._name) or original(shard, *rest)
     )
     store = open_store(store_path)
     for row in (2, 0, 2, 0):
