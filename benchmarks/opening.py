@@ -4,7 +4,7 @@
     python benchmarks/opening.py --long-row          # 10,000 rows of ten seconds, with and without one of two hours
 
 The store is real but for its shards, of which only the one that is read was written: the others have its done-marker.
-Stores with the long row are whole, of small made-up tokens, a frame a second.
+Stores with the long row are whole, of made-up tokens, two layers of ViT-B/32, a frame a second.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,26 +105,29 @@ def make_store(path: Path, num_videos: int) -> int:
 
 
 def make_rows(path: Path, lengths: list[int]) -> int:
-    """Write a whole store of rows of so many frames; returns its bytes."""
+    """Write a whole store of rows of so many frames, two layers of ViT-B/32's sizes; returns its bytes."""
     layout = StoreLayout(
         num_rows=len(lengths),
         num_views=1,
         num_frames=max(lengths),
         layers=(5, 11),
         num_patches=49,
-        width=96,
-        channels=64,
-        embed_dim=64,
-        image_size=(112, 112),
+        width=768,
+        channels=256,
+        embed_dim=512,
+        image_size=(224, 224),
         patch_dtype="int8",
         with_pixels=False,
     )
-    held = layout.choose_rows(sum(lengths))
-    layout = replace(layout, rows_per_shard=held, frames_per_block=choose_block(layout.num_frames, 10**4))
-    codec = AffineCodec(dtype="int8", scale=np.ones((2, 64), np.float32))
+    layout = replace(
+        layout,
+        rows_per_shard=layout.choose_rows(sum(lengths)),
+        frames_per_block=choose_block(layout.num_frames, sum(layout.bytes_per_frame.values()), Counter(lengths)),
+    )
+    codec = AffineCodec(dtype="int8", scale=np.ones((2, 256), np.float32))
     rng = np.random.default_rng(0)
-    patches = rng.integers(-127, 128, (1, max(lengths), 2, 49, 64), dtype=np.int8)
-    cls, embedding = np.ones((1, max(lengths), 2, 96), np.float16), np.ones((1, max(lengths), 64), np.float32)
+    patches = rng.integers(-127, 128, (1, max(lengths), 2, 49, 256), dtype=np.int8)
+    cls, embedding = np.ones((1, max(lengths), 2, 768), np.float16), np.ones((1, max(lengths), 512), np.float32)
     writer, records = begin_store(path, layout, codec, ["a", "b"])
     with writer:
         for shard in writer.pending_shards():
@@ -177,7 +181,7 @@ def measure_long_row(folder: Path) -> None:
          f"{own['more_mb']:.0f} MB"] for name, own in medians.items()
     ]  # fmt: skip
     (_, of_short), (_, of_long) = sizes.items()
-    own_bytes = 7200 * (2 * 49 * 64 + 2 * 2 * 96 + 4 * 64)
+    own_bytes = 7200 * (2 * 49 * 256 + 2 * 2 * 768 + 4 * 512)
     bars = [check_bar("bytes beyond the long row's own", 100 * (of_long - of_short - own_bytes) / of_short, 1, " %")]
     result = {"machine": describe_machine("pyarrow", "numpy"), "bytes": sizes, "rounds": rounds}
     heads = ["rows", "bytes", "opening", "first clip", "memory beyond the imports"]
