@@ -52,7 +52,7 @@ def make_store(folder: Path, weights: Path) -> StoreReader:
     """The tower's tokens in float32."""
     path = folder / "float32.zarr"
     places = {"root": folder / "world", "annotations": folder / "world" / ANNOTATIONS_NAME, "out": path}
-    tower = {"model": MODEL, "weights": str(weights), "input_size": (SIDE, SIDE), "resize": str(SIDE)}
+    tower = {"model": MODEL, "weights": str(weights), "input_size": (SIDE, SIDE)}
     layers = ",".join(map(str, LAYERS))
     extract_dataset(
         ExtractConfig(**{**EXTRACTION, **places, **tower, "layers": layers, "dtype": "float32", "device": "cpu"})

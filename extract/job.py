@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -169,6 +170,9 @@ def set_up_job(
     records = listing.records
     num_frames = count_frames(config, records, target, pool, report)
     num_views = [count_views(config.views_of(record.split)) for record in records]
+    lengths: Counter[int] = Counter()
+    for frames, views in zip(num_frames, num_views, strict=True):
+        lengths[frames] += views
     _warn_of_unused_splits(config, {record.split for record in records})
     with clock.stage("start"):
         backbone = _build_backbone(config)
@@ -178,7 +182,7 @@ def set_up_job(
             len(records),
             _find_longest(config, num_frames, target),
             max(num_views),
-            frames_held=sum(frames * views for frames, views in zip(num_frames, num_views, strict=True)),
+            lengths=lengths,
             like=None if target.reader is None else target.reader.layout,
         )
         if target.reader is None:

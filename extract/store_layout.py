@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 
 from ..backbone.facts import describe_size
@@ -22,7 +23,7 @@ def plan_layout(
     num_frames: int,
     num_views: int,
     *,
-    frames_held: int | None = None,
+    lengths: Mapping[int, int] | None = None,
     like: StoreLayout | None = None,
 ) -> StoreLayout:
     """The sizes of the store that an extraction makes.
@@ -33,7 +34,7 @@ def plan_layout(
         num_rows: V.
         num_frames: F.
         num_views: A.
-        frames_held: Cached frames of all rows and views together; None takes those of rows that are all full.
+        lengths: How many rows and views hold so many cached frames; None takes rows that are all full.
         like: Of the store that is there, which keeps the division into files that it was begun with.
 
     Raises:
@@ -72,8 +73,10 @@ def plan_layout(
     if like is not None:
         return replace(layout, rows_per_shard=like.rows_per_shard, frames_per_block=like.frames_per_block)
     frame_bytes = num_views * sum(layout.bytes_per_frame.values())
-    rows = layout.rows_per_shard if frames_held is None else layout.choose_rows(frames_held)
-    return replace(layout, rows_per_shard=rows, frames_per_block=choose_block(num_frames, frame_bytes))
+    if lengths is None:
+        lengths = {num_frames: num_rows * num_views}
+    rows = layout.choose_rows(sum(length * count for length, count in lengths.items()))
+    return replace(layout, rows_per_shard=rows, frames_per_block=choose_block(num_frames, frame_bytes, lengths))
 
 
 def _check_codec_source(config: ExtractConfig, backbone: Backbone, source: StoreReader) -> int:

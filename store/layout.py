@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -55,14 +56,23 @@ _SPLIT_ABOVE_BYTES = 10**9
 _FRAMES_PER_BLOCK = 16
 
 
-def choose_block(num_frames: int, bytes_per_frame: int) -> int:
-    """Frames of a row that lie in one file of a new store: 16, of shorter rows all, fewer where they pass 1 GB.
+def choose_block(num_frames: int, bytes_per_frame: int, lengths: Mapping[int, int] | None = None) -> int:
+    """Frames of a row that lie in one file of a new store: 8 to 16, of shorter rows all, fewer where they pass 1 GB.
+
+    A row's last block is padded in arrays whose chunks hold a block, so the length that pads least is taken. Rows of
+    ten frames have blocks of ten, also where one row has thousands.
 
     Args:
         num_frames: F.
         bytes_per_frame: Of all arrays and views.
+        lengths: How many rows (and views) hold so many frames; None takes rows that are all full.
     """
-    return max(1, min(_FRAMES_PER_BLOCK, num_frames, _SPLIT_ABOVE_BYTES // max(1, bytes_per_frame)))
+    most = max(1, min(_FRAMES_PER_BLOCK, num_frames, _SPLIT_ABOVE_BYTES // max(1, bytes_per_frame)))
+
+    def count_held(block: int) -> int:
+        return sum(count * -(-length // block) * block for length, count in (lengths or {num_frames: 1}).items())
+
+    return min(range(most, max(1, most // 2) - 1, -1), key=count_held)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

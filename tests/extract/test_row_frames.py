@@ -188,7 +188,8 @@ def test_every_frame(make_config, clips, tmp_path):
     extract_dataset(config)
     store = open_store(config.out)
     assert sorted(counts_of(store).values()) == [3, 12, 17, 20, 45]
-    assert store.layout.frames_per_block == 16 and verify_store(store) == []
+    assert store.layout.frames_per_block == 9  # of 8 to 16 it pads these rows least
+    assert verify_store(store) == []
     indices = store.read_manifest(["frame_indices"])["frame_indices"].to_pylist()
     assert all(own == list(range(len(own))) for own in indices)
 

@@ -213,10 +213,39 @@ def test_one_long_row_costs_its_own_bytes_alone(tmp_path):
 
 @pytest.mark.parametrize(
     ("num_frames", "bytes_per_frame", "block"),
-    [(8, 10**6, 8), (16, 10**6, 16), (24, 10**6, 16), (7200, 10**6, 16), (16, 238 * 10**6, 4), (16, 2 * 10**9, 1)],
+    [
+        *[(8, 10**6, 8), (16, 10**6, 16), (24, 10**6, 12), (33, 10**6, 11), (7200, 10**6, 16)],
+        *[(16, 238 * 10**6, 4), (16, 2 * 10**9, 1), (1, 10, 1)],
+    ],
 )
-def test_a_block_is_sixteen_frames_or_what_a_gigabyte_holds(num_frames, bytes_per_frame, block):
+def test_a_block_is_up_to_sixteen_frames_or_what_a_gigabyte_holds(num_frames, bytes_per_frame, block):
     assert choose_block(num_frames, bytes_per_frame) == block
+
+
+@pytest.mark.parametrize(
+    ("lengths", "block"),
+    [
+        ({10: 10_000, 7200: 1}, 10),
+        ({16: 240_000, 32: 20_000}, 16),
+        ({8: 100, 16: 3}, 8),
+        ({0: 5, 7200: 1}, 16),
+        ({0: 5}, 16),
+        ({20: 1000, 7201: 1}, 10),
+    ],
+)
+def test_a_block_pads_the_rows_that_there_are_as_little_as_it_can(lengths, block):
+    assert choose_block(max(16, *lengths), 10**4, lengths) == block
+
+
+@given(
+    lengths=st.dictionaries(st.integers(0, 400), st.integers(1, 50), min_size=1),
+    frame_bytes=st.sampled_from([10, 10**8, 4 * 10**8]),
+)
+def test_no_block_pads_more_than_the_longest_would(lengths, frame_bytes):
+    longest = max(1, *lengths)
+    block, most = choose_block(longest, frame_bytes, lengths), min(16, longest, max(1, 10**9 // frame_bytes))
+    padded = {size: sum(n * -(-length // size) * size for length, n in lengths.items()) for size in (block, most)}
+    assert max(1, most // 2) <= block <= most and padded[block] <= padded[most]
 
 
 def test_shards_of_short_rows_hold_more_of_them():
