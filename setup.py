@@ -10,6 +10,7 @@ native = Extension(
 )
 is_wanted = os.environ.get("S4V_NATIVE") != "0"
 setup(
+    script_name="setup.py",  # a module of the root package else, for that is the root
     ext_modules=[native] if is_wanted else [],
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if is_wanted else {},
 )

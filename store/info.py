@@ -87,7 +87,7 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
     """Count a store's rows and bytes.
 
     Returns:
-        rows (and files) by status, rows by split, failures and pending rows by reason code, arrays with shape, dtype
+        what reads it here, rows (and files) by status, rows by split, failures and pending rows by reason code, arrays with shape, dtype
         and bytes on disk (of texts what was asked for too), bytes of one cached frame, backbone, codec and what it
         costs (fidelity; None where that is not known), layers, pixel_offsets (none without pixels), pixel_edge,
         class_tokens (own, mean of patch tokens in their place, or none), frames (frame_range by split where rows are as
@@ -122,6 +122,7 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
         "format_version": facts.format_version,
         "created": facts.created,
         "dataset": attributes["dataset"],
+        "reader": store.describe_reading(),
         "videos": totals.rows,
         "files": totals.files,
         "splits": by_split,
@@ -228,6 +229,7 @@ def render_info(facts: Mapping[str, Any]) -> list[str]:
         "pixels": _describe_pixels(facts),
         "a frame": ", ".join(f"{name} {describe_bytes(size)}" for name, size in facts["bytes_per_frame"].items()),
         "on disk": describe_bytes(facts["bytes"]),
+        "read by": facts["reader"],
     }
     arrays = [
         f"  {name:10} {array['dtype']:8} {tuple(array['shape'])}  {describe_bytes(array['bytes'])}"

@@ -20,7 +20,7 @@ import tensorstore as ts
 from ..errors import StoreBusyError, StoreDamagedError, StoreMismatchError, StoreNotFoundError
 from ..files import hash_file
 from . import manifest, names
-from ._chunk_reads import ChunkReads, read_chunks
+from ._chunk_reads import ChunkReads, find_native, read_chunks
 from ._shard_file import DamagedChunkError, read_chunk_file
 from ._shards import PlannedClips, ShardedArray
 from ._zarr import fill_value_of, open_array, read_small_array, require_metadata
@@ -484,6 +484,12 @@ class StoreReader:
             else self._read_with_tensorstore(spec.name, rows, views, places, None)
             for spec in specs
         }
+
+    def describe_reading(self) -> str:
+        """What reads patches here: the native module, Python, or tensorstore."""
+        if self._sharded(CODED_ARRAY) is None:
+            return "tensorstore (patches are compressed, or cut otherwise than s4v cuts them by default)"
+        return find_native()[1]
 
     def _spec(self, name: str) -> ArraySpec:
         """An array as the layout has it, its `zarr.json` compared with that once."""

@@ -3,14 +3,17 @@
 import ast
 import functools
 import importlib
+import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 import s4v
+from s4v.store._chunk_reads import find_native
 
 ROOT = Path(s4v.__file__).parent
 
@@ -69,9 +72,12 @@ FLOORS = (
 
 @functools.cache
 def modules():
-    """All modules of the package, by their paths from its root."""
+    """All modules of the package, by their paths from its root; setup.py is of no package."""
     folders = {name for floor in FLOORS for name in floor}
-    files = [*ROOT.glob("*.py"), *(file for folder in folders for file in (ROOT / folder).rglob("*.py"))]
+    files = [
+        *(file for file in ROOT.glob("*.py") if file.name != "setup.py"),
+        *(file for folder in folders for file in (ROOT / folder).rglob("*.py")),
+    ]
     return {file.relative_to(ROOT).with_suffix("").parts: file for file in files}
 
 
@@ -154,22 +160,43 @@ def test_no_imports_go_round():
         follow(parts)
 
 
-def test_wheel_holds_the_package_and_nothing_else_and_works_elsewhere(tmp_path):
+PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+
+
+def build_wheel(folder, **environment):
+    """A wheel of what is committed, and the files of its package."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("needs a git checkout: the wheel is built from what is committed")
-    tree = tmp_path / "s4v-main"
+    tree = folder / "s4v-main"
     tree.mkdir()
     archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
     subprocess.run(["tar", "-x", "-C", tree], input=archive, check=True)
     (tree / "store/x.zarr").mkdir()
     (tree / "store/x.zarr/zarr.json").write_text("{}")
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", tmp_path, tree], check=True)
-    (wheel,) = tmp_path.glob("s4v-*.whl")
+    command = [*PIP, "wheel", "--no-build-isolation", "--no-deps", "-w", folder, tree]
+    subprocess.run(command, check=True, env={**os.environ, **environment})
+    (wheel,) = folder.glob("s4v-*.whl")
+    with zipfile.ZipFile(wheel) as archived:
+        names = {name.removeprefix("s4v/") for name in archived.namelist() if name.startswith("s4v/")}
+    return wheel, names
+
+
+@pytest.mark.slow  # two builds
+def test_a_wheel_without_the_native_module_is_built_where_it_cannot_be_or_is_not_wanted(tmp_path):
+    for name, environment in {"pure": {"S4V_NATIVE": "0"}, "none": {"CC": "false", "S4V_NATIVE": "1"}}.items():
+        (tmp_path / name).mkdir()
+        wheel, files = build_wheel(tmp_path / name, **environment)
+        assert "store/_chunk_reads.py" in files and not [one for one in files if one.endswith((".so", ".pyd", ".c"))]
+        assert wheel.name.endswith("py3-none-any.whl") == (name == "pure")
+
+
+def test_wheel_holds_the_package_and_nothing_else_and_works_elsewhere(tmp_path):
+    wheel, files = build_wheel(tmp_path)
     site = tmp_path / "site"
-    subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
-    files = {p.relative_to(site / "s4v").as_posix() for p in (site / "s4v").rglob("*") if p.is_file()}
-    files = {name for name in files if "__pycache__" not in name}
+    subprocess.run([*PIP, "install", "--no-deps", "--target", site, wheel], check=True)
+    if (native := find_native()[0]) is not None:
+        assert Path(native.__file__).name in {name.removeprefix("store/") for name in files}
+        assert "-abi3-" in wheel.name
     assert {name.split("/")[0] for name in files} == {
         *("backbone", "commands", "demo", "extract", "retrieve", "store", "train"),
         "__init__.py",

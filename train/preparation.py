@@ -102,6 +102,7 @@ def begin_heads(
     if given.norm_clips is not None and not has_norms(networks[0]):
         raise ConfigError(f"--norm-clips has no effect on --head {config.head}, which has no batch norm: leave it out")
     say(shares.describe(available, has_norms=has_norms(networks[0])))
+    say(f"Tokens are read by: {store.describe_reading()}")
     if task.num_left_out:
         say(_describe_left_out(task.num_left_out, config, find_recipe(config, store)))
     fabric = make_fabric(config, device_type)
