@@ -38,6 +38,7 @@ from s4v.train.allocator import keep_freed_memory
 MODEL = "vit_small_patch14_dinov2"
 SIDE = 112
 LAYERS = (5, 10)
+"""That the side network reads. The store has the last block too, which is not DINOv2's own in these weights."""
 REFERENCE = "float32"
 ARMS = {REFERENCE: None, "int8": 1, "int8, K = D/8": 8, "tokens zeroed": None}
 """By name: D over the stored channels; None reads the store of float32."""
@@ -81,7 +82,9 @@ def fit(store: StoreReader, weights: Path, channels: int) -> Codec:
     rows = order_for_calibration(store)[:SAMPLE_VIDEOS]
     pixels = np.concatenate([store.read_row(row, 1, FRAMES)["pixels"][0, ::2, 0] for row in rows])
     ids = tuple(str(row) for row in rows for _ in range(FRAMES // 2))
-    return fit_codec("int8", FrameSample(pixels, ids), tower.load_weights(), LAYERS, channels=channels, batch_size=32)
+    return fit_codec(
+        "int8", FrameSample(pixels, ids), tower.load_weights(), store.layout.layers, channels=channels, batch_size=32
+    )
 
 
 def recode(store: StoreReader, out: Path, weights: Path, channels: int) -> None:
@@ -107,7 +110,7 @@ def code(store: StoreReader, codec: Codec, row: int) -> RowTokens:
     """A row, its patches coded."""
     values = store.read_row(row, 1, FRAMES)
     patches = values.pop("patches")  # (1, F, L, N, D)
-    codes = np.stack([codec.encode(patches[:, :, place], place) for place in range(len(LAYERS))], axis=2)
+    codes = np.stack([codec.encode(patches[:, :, place], place) for place in range(patches.shape[2])], axis=2)
     return RowTokens(patches=codes, **values)
 
 
@@ -117,7 +120,7 @@ def measure_kept(store: StoreReader, coded: StoreReader) -> list[float]:
     plain = np.concatenate([store.read_row(row, 1, FRAMES)["patches"] for row in rows])
     codes = np.concatenate([coded.read_row(row, 1, FRAMES)["patches"] for row in rows])
     kept = []
-    for place, layer in enumerate(LAYERS):
+    for place, layer in zip(store.layer_places(LAYERS), LAYERS, strict=True):
         tokens = plain[:, :, place].reshape(-1, plain.shape[-1])
         back = coded.codec.decode(codes[:, :, place].reshape(-1, codes.shape[-1]), place)
         kept.append(measure_fidelity(tokens, np.asarray(back), layer).variance_kept)
@@ -161,7 +164,7 @@ def main() -> None:
                 continue
             recipe = {**RECIPES["pixels only" if arm == "tokens zeroed" else "side network"], "epochs": options.epochs}
             run = options.folder / "runs" / f"{store.stem}-{recipe.get('inputs', 'all')}-{seed}"
-            lines.add(arm, seed, train_and_evaluate(store, run, seed=seed, device="cpu", **recipe))
+            lines.add(arm, seed, train_and_evaluate(store, run, seed=seed, device="cpu", layers=LAYERS, **recipe))
     summaries = summarise_pairs(lines.done, list(ARMS), REFERENCE)
     rows = []
     for one in summaries:
