@@ -87,12 +87,12 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
     """Count a store's rows and bytes.
 
     Returns:
-        what reads it here, rows (and files) by status, rows by split, failures and pending rows by reason code, arrays with shape, dtype
-        and bytes on disk (of texts what was asked for too), bytes of one cached frame, backbone, codec and what it
-        costs (fidelity; None where that is not known), layers, pixel_offsets (none without pixels), pixel_edge,
-        class_tokens (own, mean of patch tokens in their place, or none), frames (frame_range by split where rows are as
-        long as their videos), sampling, resize, clips, views, augmentation, validation_clip and recipe (None where
-        there was none), classes, captions.
+        what reads it here (reader), rows (and files) by status, rows by split, failures and pending rows by reason
+        code, arrays with shape, dtype and bytes on disk (of texts what was asked for too), bytes of one cached frame,
+        backbone, codec and what it costs (fidelity; None where that is not known), layers, pixel_offsets (none without
+        pixels), pixel_edge, class_tokens (own, mean of patch tokens in their place, or none), frames (frame_range by
+        split where rows are as long as their videos), sampling, resize, clips, views, augmentation, validation_clip and
+        recipe (None where there was none), classes, captions.
     """
     table = store.read_manifest(["path", "split", "status", "reason", "num_cached_frames", "num_views"])
     attributes, facts = store.attributes, store.facts
