@@ -36,7 +36,7 @@ format: $(INSTALLED)
 tiny-clip: $(INSTALLED)
 	$(BIN)/python -m s4v.demo.tiny_clip --out backbone/tiny_clip
 
-$(INSTALLED): pyproject.toml setup.py store/_native.c
+$(INSTALLED): pyproject.toml setup.py store/_native.c store/_crc32c.h
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 11) else "s4v needs Python 3.11 or newer, $(PYTHON) is " + v + "; try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77"

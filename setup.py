@@ -6,7 +6,12 @@ from setuptools import Extension, setup
 
 # Optional: without a compiler, or with S4V_NATIVE=0, Python reads what it would have read.
 native = Extension(
-    "s4v.store._native", ["store/_native.c"], py_limited_api=True, optional=True, extra_compile_args=["-O3"]
+    "s4v.store._native",
+    ["store/_native.c"],
+    depends=["store/_crc32c.h"],
+    py_limited_api=True,
+    optional=True,
+    extra_compile_args=["-O3"],
 )
 is_wanted = os.environ.get("S4V_NATIVE") != "0"
 setup(

@@ -10,13 +10,14 @@ import importlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 
-from ._shard_file import DamagedChunkError, ShardFile
+from ._shard_file import PASSING, WAITS_S, DamagedChunkError, ShardFile, wait
 
 _ABI = 1
 """Of the native module that this code goes with: one that an older s4v left behind is not used."""
@@ -49,6 +50,24 @@ class ChunkReads:
     pieces: np.ndarray | None = None
     """(p, 3) bytes: offset in the chunk, offset in the target, length."""
 
+    def take(self, chunks: Sequence[int]) -> ChunkReads:
+        """Some of the chunks."""
+        own = np.asarray(chunks, np.int64)
+        firsts = pieces = None
+        if self.firsts is not None and self.pieces is not None:
+            counts = np.diff(self.firsts)[own]
+            firsts = np.concatenate([[0], np.cumsum(counts)])
+            pieces = np.concatenate([self.pieces[self.firsts[chunk] : self.firsts[chunk + 1]] for chunk in own])
+        return replace(
+            self,
+            files=self.files[own],
+            numbers=self.numbers[own],
+            rows=self.rows[own],
+            offsets=None if self.offsets is None else self.offsets[own],
+            firsts=firsts,
+            pieces=pieces,
+        )
+
     def as_native(self) -> tuple[object, ...]:
         """As `_native.read_chunks` takes it."""
         descriptors = np.array([shard.descriptor for shard in self.shards], dtype=np.int32)
@@ -75,53 +94,82 @@ def find_native() -> tuple[ModuleType | None, str]:
     return module, f"native (crc32c by {module.CRC32C_KIND})"
 
 
+class _Problem(NamedTuple):
+    """A chunk that is not whole."""
+
+    place: int
+    """Of its array among the reads."""
+    chunk: int
+    """Among the array's chunks."""
+    why: str
+    """`missing`, `cut short`, `mismatch`, or what the system said."""
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether the system refused the read, and may give it later."""
+        return self.why in PASSING
+
+
 def read_chunks(reads: Sequence[ChunkReads], num_threads: int) -> None:
-    """Fill the targets.
+    """Fill the targets. What is not as it was written is read once more, what the system refused after waits too.
 
     Args:
         reads: Of one or several arrays.
         num_threads: The most that read.
 
     Raises:
-        DamagedChunkError: For the first chunk, array by array, that is missing, is cut short, or does not match its
-            checksum; `place` says of which of the reads it is.
+        DamagedChunkError: For the first chunk, array by array, that is missing, or stays cut short, other than its
+            checksum, or refused by the system; `place` says of which of the reads it is.
     """
+    problems = _try_to_read(reads, num_threads)
+    for wait_s in (0.0, *WAITS_S):
+        again = [one for one in problems if one.may_pass or (wait_s == 0 and one.why != "missing")]
+        if not again:
+            break
+        if wait_s:
+            wait(wait_s, str(_describe(reads, again[0])))
+        kept = [one for one in problems if one not in again]
+        places = sorted({one.place for one in again})
+        chunks = [[one.chunk for one in again if one.place == place] for place in places]
+        parts = [reads[place].take(own) for place, own in zip(places, chunks, strict=True)]
+        still = _try_to_read(parts, num_threads)
+        problems = sorted([*kept, *(_Problem(places[i], chunks[i][chunk], why) for i, chunk, why in still)])
+    if problems:
+        raise _describe(reads, problems[0])
+
+
+def _describe(reads: Sequence[ChunkReads], problem: _Problem) -> DamagedChunkError:
+    """The error of a chunk."""
+    own, chunk = reads[problem.place], problem.chunk
+    why = own.shards[int(own.files[chunk])].explain(int(own.numbers[chunk]), problem.why)
+    return DamagedChunkError(int(own.rows[chunk]), why, problem.place)
+
+
+def _try_to_read(reads: Sequence[ChunkReads], num_threads: int) -> list[_Problem]:
+    """Read each chunk once; those that are not whole, in order."""
     native, _ = find_native()
     if native is None:
-        _read_by_python(reads, num_threads)
-    elif problems := native.read_chunks(tuple(one.as_native() for one in reads), num_threads):
-        place, chunk, outcome = problems[0]
-        raise _describe(native, reads[place], place, chunk, outcome)
-
-
-def _describe(native: ModuleType, reads: ChunkReads, place: int, chunk: int, outcome: int) -> Exception:
-    """The error of a chunk that is not whole."""
-    if outcome == native.NO_MEMORY:
-        return MemoryError(f"no room for a chunk of {reads.chunk_bytes} bytes")
-    shard, number = reads.shards[int(reads.files[chunk])], int(reads.numbers[chunk])
+        return _read_by_python(reads, num_threads)
     whys = {native.MISSING: "missing", native.CUT_SHORT: "cut short", native.MISMATCH: "mismatch"}
-    why = shard.explain(number, whys.get(outcome) or os.strerror(-outcome))
-    return DamagedChunkError(int(reads.rows[chunk]), why, place)
+    found = native.read_chunks(tuple(one.as_native() for one in reads), num_threads)
+    if any(outcome == native.NO_MEMORY for *_, outcome in found):
+        raise MemoryError("no room for a chunk")
+    return [_Problem(place, chunk, whys.get(outcome) or os.strerror(-outcome)) for place, chunk, outcome in found]
 
 
-def _read_by_python(reads: Sequence[ChunkReads], num_threads: int) -> None:
+def _read_by_python(reads: Sequence[ChunkReads], num_threads: int) -> list[_Problem]:
     """The same, a call for each chunk."""
     if num_threads == 1 or sum(len(one.numbers) for one in reads) <= num_threads:
-        for place, one in enumerate(reads):
-            _read_share(one, place, range(len(one.numbers)))
-        return
+        return [
+            problem for place, one in enumerate(reads) for problem in _read_share(one, place, range(len(one.numbers)))
+        ]
     threads = _threads(num_threads)
     tasks = [
         threads.submit(_read_share, one, place, share)
         for place, one in enumerate(reads)
         for share in _share_out(len(one.numbers), num_threads * _TASKS_PER_THREAD)
     ]
-    try:
-        for task in tasks:
-            task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
+    return [problem for task in tasks for problem in task.result()]
 
 
 @lru_cache
@@ -136,10 +184,11 @@ def _share_out(count: int, num_shares: int) -> list[range]:
     return [range(first, min(count, first + size)) for first in range(0, count, size)]
 
 
-def _read_share(reads: ChunkReads, place: int, chunks: range) -> None:
+def _read_share(reads: ChunkReads, place: int, chunks: range) -> list[_Problem]:
     """Some of the chunks of one array."""
     target = reads.target.reshape(-1).view(np.uint8)
     scratch = None if reads.offsets is not None else np.empty(reads.chunk_bytes, np.uint8)
+    problems = []
     for chunk in chunks:
         if reads.offsets is not None:
             start = int(reads.offsets[chunk])
@@ -147,11 +196,10 @@ def _read_share(reads: ChunkReads, place: int, chunks: range) -> None:
         else:
             assert scratch is not None
             out = scratch
-        try:
-            reads.shards[int(reads.files[chunk])].read_chunk(int(reads.numbers[chunk]), out, int(reads.rows[chunk]))
-        except DamagedChunkError as error:
-            error.place = place
-            raise
-        if reads.firsts is not None and reads.pieces is not None:
+        shard = reads.shards[int(reads.files[chunk])]
+        if (why := shard.try_to_read(int(reads.numbers[chunk]), out)) is not None:
+            problems.append(_Problem(place, chunk, why))
+        elif reads.firsts is not None and reads.pieces is not None:
             for source, to, size in reads.pieces[reads.firsts[chunk] : reads.firsts[chunk + 1]].tolist():
                 target[to : to + size] = out[source : source + size]
+    return problems

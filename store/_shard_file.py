@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from crc32c import crc32c
@@ -14,6 +18,17 @@ from crc32c import crc32c
 from .names import open_file
 
 CHECKSUM_BYTES = 4
+PASSING = frozenset(
+    os.strerror(getattr(errno, name))
+    for name in ("EIO", "EAGAIN", "ETIMEDOUT", "ESTALE", "EREMOTEIO", "ENETDOWN", "ENETUNREACH", "EHOSTDOWN",
+                 "ECONNRESET", "ENOTCONN", "EBUSY")
+    if hasattr(errno, name)
+)  # fmt: skip
+"""What the system says of a read that may do later."""
+WAITS_S = (0.1, 1.0, 5.0)
+"""Before such a read is tried again."""
+_log = logging.getLogger(__name__)
+_Read = TypeVar("_Read")
 _ABSENT = 2**64 - 1
 """Offset of a chunk that the shard does not hold, by Zarr's sharding codec."""
 
@@ -21,11 +36,35 @@ _ABSENT = 2**64 - 1
 class DamagedChunkError(Exception):
     """A chunk is missing or is not as it was written."""
 
-    def __init__(self, row: int, why: str, place: int = 0) -> None:
+    def __init__(self, row: int, why: str, place: int = 0, *, may_pass: bool = False) -> None:
         super().__init__(why)
         self.row = row
         self.place = place
         """Of the array it was read of, among those that were read together."""
+        self.may_pass = may_pass
+        """Whether the same read may do later: of a disk on a network that was away for a moment."""
+
+
+def try_patiently(read: Callable[[], _Read]) -> _Read:
+    """Read, and read again after waits as long as the error may pass.
+
+    Raises:
+        DamagedChunkError: That of the last time.
+    """
+    for wait_s in WAITS_S:
+        try:
+            return read()
+        except DamagedChunkError as error:
+            if not error.may_pass:
+                raise
+            wait(wait_s, str(error))
+    return read()
+
+
+def wait(seconds: float, why: str) -> None:
+    """Say why, and wait."""
+    _log.warning("%s; reading again in %g s", why, seconds)
+    time.sleep(seconds)
 
 
 def verify_shard(path: Path, num_chunks: int) -> tuple[np.ndarray, dict[int, str]]:
@@ -94,8 +133,8 @@ def _refused(path: Path, row: int, error: OSError) -> DamagedChunkError | OSErro
     """What to raise for a file that does not open: a process out of file handles is not the shard's fault."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return error
-    is_link = error.errno == errno.ELOOP
-    return DamagedChunkError(row, f"{path.name}: {'it is a link' if is_link else error.strerror}")
+    why = "it is a link" if error.errno == errno.ELOOP else str(error.strerror)
+    return DamagedChunkError(row, f"{path.name}: {why}", may_pass=why in PASSING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +181,8 @@ class ShardFile:
         try:
             data = os.pread(self.descriptor, size + CHECKSUM_BYTES, start) if start >= 0 else b""
         except OSError as error:
-            raise DamagedChunkError(row, f"the index of {self._name}: {error.strerror}") from error
+            why = str(error.strerror)
+            raise DamagedChunkError(row, f"the index of {self._name}: {why}", may_pass=why in PASSING) from error
         index, checksum = data[:size], data[size:]
         if len(checksum) != CHECKSUM_BYTES or crc32c(index) != int.from_bytes(checksum, "little"):
             raise DamagedChunkError(row, f"the index at the end of {self._name} is cut short or damaged")
@@ -161,22 +201,26 @@ class ShardFile:
         Raises:
             DamagedChunkError: If the chunk is missing, is cut short, or does not match its checksum.
         """
+        if (why := self.try_to_read(number, out)) is not None:
+            raise DamagedChunkError(row, self.explain(number, why))
+
+    def try_to_read(self, number: int, out: np.ndarray) -> str | None:
+        """The same, but what is wrong is returned: `missing`, `cut short`, `mismatch`, or what the system said."""
         offset, length = self.index[number].tolist()
         if offset == _ABSENT:
-            raise DamagedChunkError(row, self.explain(number, "missing"))
+            return "missing"
         target, checksum = out.data.cast("B"), bytearray(CHECKSUM_BYTES)
         num_bytes = out.nbytes + CHECKSUM_BYTES
         try:
             is_whole = length == num_bytes and os.preadv(self.descriptor, [target, checksum], offset) == num_bytes
         except OSError as error:
-            raise DamagedChunkError(row, self.explain(number, str(error.strerror))) from error
+            return str(error.strerror)
         if not is_whole:
-            raise DamagedChunkError(row, self.explain(number, "cut short"))
-        if crc32c(target) != int.from_bytes(checksum, "little"):
-            raise DamagedChunkError(row, self.explain(number, "mismatch"))
+            return "cut short"
+        return None if crc32c(target) == int.from_bytes(checksum, "little") else "mismatch"
 
     def explain(self, number: int, why: str) -> str:
-        """What is wrong with a chunk: `missing`, `cut short`, `mismatch`, or what the system said."""
+        """What `try_to_read` said, as a sentence."""
         name = f"chunk {number} of {self._name}"
         known = {"missing": "is missing", "cut short": "is cut short", "mismatch": "does not match its checksum"}
         return f"{name} {known[why]}" if why in known else f"{name}: {why}"

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ._chunk_reads import ChunkReads
-from ._shard_file import CHECKSUM_BYTES, ShardFile, ShardIndex
+from ._shard_file import CHECKSUM_BYTES, ShardFile, ShardIndex, try_patiently
 from .layout import ArraySpec
 
 _OPEN_SHARDS = 64
@@ -246,7 +246,8 @@ class ShardedArray:
                 return shard
             known = self._indices.get(key)
         chunk_bytes = geometry.bytes_per_chunk + CHECKSUM_BYTES
-        shard = ShardFile(self._folder / key, geometry.chunks_per_shard, row, known, chunk_bytes)
+        path, count = self._folder / key, geometry.chunks_per_shard
+        shard = try_patiently(lambda: ShardFile(path, count, row, known, chunk_bytes))
         with self._lock:
             self._shards[key] = shard
             self._indices[key] = shard.index_as_read

@@ -1,5 +1,7 @@
 """Chunks in one call: both ways of reading give the same bytes and the same errors."""
 
+import errno
+import functools
 import os
 import shutil
 import sysconfig
@@ -12,7 +14,7 @@ from crc32c import crc32c
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s4v.store import _chunk_reads
+from s4v.store import _chunk_reads, _shard_file
 from s4v.store._chunk_reads import ChunkReads, find_native, read_chunks
 from s4v.store._shard_file import DamagedChunkError, ShardFile
 
@@ -165,6 +167,83 @@ def test_each_flipped_byte_is_refused(kind, tmp_path):
                 read_one(shard, stored + (stored >= ABSENT))
             os.pwrite(file.fileno(), content[place : place + 1], place)
     assert np.array_equal(read_one(shard, 0), data_of(0))
+
+
+class Disk:
+    """Refuses the first reads of some chunks, as a disk on a network does that was away for a moment."""
+
+    def __init__(self, monkeypatch, why, times, chunks=(1, 2)):
+        self.waits, self.asked, self._read = [], [], _chunk_reads._try_to_read
+        self._why, self._left, self._chunks = why, times, chunks
+        monkeypatch.setattr(_chunk_reads, "_try_to_read", self.read)
+        monkeypatch.setattr(_shard_file.time, "sleep", self.waits.append)
+
+    def read(self, reads, num_threads):
+        self.asked.append([len(one.numbers) for one in reads])
+        if not self._left:
+            return self._read(reads, num_threads)
+        self._left -= 1
+        given = [(place, chunk) for place, one in enumerate(reads) for chunk in range(len(one.numbers))]
+        first = len(self.asked) == 1
+        return [_chunk_reads._Problem(*one, self._why) for one in given if not first or one[1] in self._chunks]
+
+
+def read_four(shard):
+    target, parts = np.zeros((4, CHUNK), np.uint8), np.zeros((4, 10), np.uint8)
+    pieces = np.stack([np.full(4, 7), np.arange(4) * 10, np.full(4, 10)], axis=1)
+    wanted = [(0, number) for number in range(4)]
+    reads = [
+        plan([shard], wanted, target, offsets=np.arange(4) * CHUNK),
+        plan([shard], wanted, parts, firsts=np.arange(5), pieces=pieces),
+    ]
+    read_chunks(reads, num_threads=3)
+    return target, parts
+
+
+@pytest.mark.parametrize("why", [os.strerror(errno.EIO), os.strerror(errno.ESTALE), "mismatch", "cut short"])
+def test_what_a_disk_refused_for_a_moment_is_read_again_and_nothing_else_is(kind, monkeypatch, shard, why, caplog):
+    expected = [part.copy() for part in read_four(shard)]
+    disk = Disk(monkeypatch, why, times=1 if why in ("mismatch", "cut short") else 3)
+    found = read_four(shard)
+    assert disk.asked[0] == [4, 4] and all(own == [2, 2] for own in disk.asked[1:])
+    assert all(np.array_equal(*pair) for pair in zip([found[1][1:3]], [expected[1][1:3]], strict=True))
+    assert np.array_equal(found[0][1:3], expected[0][1:3])
+    assert len(disk.waits) == (0 if disk.asked[1:] == [[2, 2]] else 2)
+    assert len(caplog.records) == len(disk.waits)
+    assert all("chunk 1 of c.0" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("why", "tries", "waits"),
+    [(os.strerror(errno.EIO), 5, [0.1, 1.0, 5.0]), ("mismatch", 2, []), ("missing", 1, []), ("Is a directory", 2, [])],
+)
+def test_what_stays_bad_is_told(monkeypatch, shard, why, tries, waits):
+    disk = Disk(monkeypatch, why, times=9)
+    with pytest.raises(DamagedChunkError, match=r"^chunk 1 of c\.0") as caught:
+        read_four(shard)
+    assert (len(disk.asked), disk.waits, caught.value.row) == (tries, waits, 101)
+
+
+def test_a_file_that_does_not_open_for_a_moment_is_opened_again(monkeypatch, tmp_path):
+    write_shard(tmp_path / "c.0")
+    waits, errors = [], [errno.EIO, errno.ESTALE]
+    real = _shard_file.open_file
+
+    def open_file(path):
+        if errors:
+            raise OSError(errors.pop(), os.strerror(errno.EIO))
+        return real(path)
+
+    monkeypatch.setattr(_shard_file, "open_file", open_file)
+    monkeypatch.setattr(_shard_file.time, "sleep", waits.append)
+    make = functools.partial(ShardFile, tmp_path / "c.0", NUM_CHUNKS, 0, None, CHUNK + 4)
+    assert _shard_file.try_patiently(make).index.shape == (NUM_CHUNKS, 2)
+    assert waits == [0.1, 1.0]
+    errors[:] = [errno.EACCES]
+    monkeypatch.setattr(_shard_file, "_refused", lambda path, row, error: DamagedChunkError(row, "no"))
+    with pytest.raises(DamagedChunkError):
+        _shard_file.try_patiently(make)
+    assert waits == [0.1, 1.0]
 
 
 @pytest.mark.parametrize(
