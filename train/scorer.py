@@ -89,6 +89,12 @@ class Scorer:
     """Show the network every clip from its last frame to its first."""
     shared: SharedAnswers | None = None
     """Of several networks that are asked for the same clips."""
+    _loader: ClipLoader = field(init=False, repr=False, compare=False)
+    """One for all questions: an index asks shard by shard."""
+
+    def __post_init__(self) -> None:
+        loader = ClipLoader.for_network(self.network, self.store, layers=self.layers, device=self.device)
+        object.__setattr__(self, "_loader", loader)
 
     def share(self, networks: Sequence[Network]) -> list[Scorer]:
         """A scorer for each of several networks that read the same: what all of them ask for is read once.
@@ -156,7 +162,6 @@ class Scorer:
         were_training = [network.training for network in networks]
         reader = self.network
         codec = codec_for(self.store, self.layers, self.device) if "patches" in reader.arrays else None
-        loader = ClipLoader.for_network(reader, self.store, layers=self.layers, device=self.device)
         if self.is_backwards:
             plans = [reader.reverse_plan(plan) for plan in plans]
         parts: list[list[torch.Tensor]] = [[] for _ in networks]
@@ -164,7 +169,7 @@ class Scorer:
             for network in networks:
                 network.eval()
                 folding.enter_context(network.folded(codec))
-            for batch in loader.load(self.team.take(plans)):
+            for batch in self._loader.load(self.team.take(plans)):
                 seen = reader.reverse_batch(batch) if self.is_backwards else batch
                 for network, own in zip(networks, parts, strict=True):
                     with self.team.autocast():

@@ -22,7 +22,7 @@ from s4v.retrieve.search import Searcher, search_store
 from s4v.retrieve.trained_frames import TrainedFrames
 from s4v.store.reader import open_store
 from s4v.store.texts import TextReader
-from s4v.train.clips import LabelledRows, find_captioned_rows
+from s4v.train.clips import ClipLoader, LabelledRows, find_captioned_rows
 from s4v.train.config import TrainConfig
 from s4v.train.loop import train_run
 from s4v.train.networks import find_network
@@ -162,6 +162,17 @@ def test_beside_eva_too_an_untrained_network_is_the_frozen_backbone(eva_store):
     torch.nn.init.normal_(head.widen.weight, std=0.1)
     moved = embed_clips(scorer, data)
     assert np.abs(moved - frozen).max() > 1e-3
+
+
+def test_all_reads_of_an_index_share_one_loader(run, monkeypatch):
+    made, make = [], ClipLoader.for_network
+    monkeypatch.setattr(ClipLoader, "for_network", lambda *given, **named: made.append(1) or make(*given, **named))
+    trained = TrainedFrames(run)
+    rows = np.flatnonzero(np.asarray(trained.store.read_manifest(["status"])["status"]) == "ok")
+    parts = [trained.embed(part, [[0, 1, 2, 3]] * len(part)).frames for part in np.array_split(rows, 3)]
+    whole = trained.embed(rows, [[0, 1, 2, 3]] * len(rows)).frames
+    assert len(made) == 1
+    np.testing.assert_allclose(np.concatenate(parts), whole, rtol=0, atol=1e-5)
 
 
 def test_the_command_takes_the_newest_retrieval_run(run, captioned_store, tmp_path, monkeypatch):
