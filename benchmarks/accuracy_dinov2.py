@@ -111,6 +111,7 @@ def code(store: StoreReader, codec: Codec, row: int) -> RowTokens:
     values = store.read_row(row, 1, FRAMES)
     patches = values.pop("patches")  # (1, F, L, N, D)
     codes = np.stack([codec.encode(patches[:, :, place], place) for place in range(patches.shape[2])], axis=2)
+    values["cls"] = values["cls"].astype(np.float16)  # as beside int8 patches
     return RowTokens(patches=codes, **values)
 
 
