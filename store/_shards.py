@@ -59,27 +59,71 @@ class _Geometry:
         """Without its checksum."""
         return self.frames_per_chunk * math.prod(self.tail) // self.parts_per_frame * self.dtype.itemsize
 
+    @property
+    def division(self) -> tuple[int, int, int]:
+        """What decides in which shard a frame lies: all arrays of most stores have the same."""
+        return self.rows_per_shard, self.views_per_shard, self.frames_per_shard
+
 
 @dataclass(frozen=True, slots=True)
-class _Frames:
-    """Frames that are read, (n,) each."""
+class ShardedFrames:
+    """The frames of a batch of clips, (n,) each, and where they lie; the same for arrays that are divided alike.
+
+    Places of clips that are below zero are no frames, and not among them.
+    """
 
     row: np.ndarray
-    first_chunk: np.ndarray
-    """Of the row's view, in its shard."""
+    in_shard: np.ndarray
+    """Which of a shard's rows and views."""
     in_block: np.ndarray
     """Place in the row's part of the shard."""
     target: np.ndarray
-    """Place among the batch's frames."""
+    """Place among the batch's frames, those that are none counted."""
+    shards: Sequence[tuple[int, int, int]]
+    """Of the frames, by row, view and block."""
+    files: np.ndarray
+    """Which of those."""
 
-    def take(self, which: np.ndarray) -> _Frames:
-        return _Frames(self.row[which], self.first_chunk[which], self.in_block[which], self.target[which])
+    @classmethod
+    def of(
+        cls, rows: np.ndarray, views: np.ndarray, places: np.ndarray, division: tuple[int, int, int]
+    ) -> ShardedFrames:
+        """Those of clips: rows (B,), views (B,), places (B, T)."""
+        rows_per_shard, views_per_shard, frames_per_shard = division
+        if (places >= 0).all():
+            clip, target, place = (
+                np.repeat(np.arange(len(rows)), places.shape[1]),
+                np.arange(places.size),
+                places.ravel(),
+            )
+        else:
+            target = np.flatnonzero(places >= 0)
+            clip, place = target // places.shape[1], places.ravel()[target]
+        row, view = rows[clip], views[clip]
+        block, in_block = np.divmod(place, frames_per_shard)
+        of_row, in_row = np.divmod(row, rows_per_shard)
+        of_view, in_view = np.divmod(view, views_per_shard)
+        sizes = [int(axis.max(initial=0)) + 1 for axis in (of_view, block)]
+        keys = (of_row * sizes[0] + of_view) * sizes[1] + block
+        found, files = np.unique(keys, return_inverse=True)
+        shards = [(key // (sizes[0] * sizes[1]), key // sizes[1] % sizes[0], key % sizes[1]) for key in found.tolist()]
+        return cls(row, in_row * views_per_shard + in_view, in_block, target, shards, files)
 
-
-def _number(coordinates: np.ndarray) -> np.ndarray:
-    """(n, axes) places -> (n,) numbers that are equal where all places are, in their order."""
-    sizes = coordinates.max(axis=0, initial=0) + 1
-    return np.ravel_multi_index(tuple(coordinates.T), tuple(sizes.tolist()))
+    def split(self, most: int) -> Iterator[ShardedFrames]:
+        """Frames of so many shards at a time, in the order of shards."""
+        if len(self.shards) <= most:
+            yield self
+            return
+        for start in range(0, len(self.shards), most):
+            own = (self.files >= start) & (self.files < start + most)
+            yield ShardedFrames(
+                row=self.row[own],
+                in_shard=self.in_shard[own],
+                in_block=self.in_block[own],
+                target=self.target[own],
+                shards=self.shards[start : start + most],
+                files=self.files[own] - start,
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +145,8 @@ class ShardedArray:
     def __init__(self, folder: Path, geometry: _Geometry) -> None:
         self._folder = folder
         self._geometry = geometry
-        self._shards: OrderedDict[str, ShardFile] = OrderedDict()
-        self._indices: OrderedDict[str, ShardIndex] = OrderedDict()
+        self._shards: OrderedDict[tuple[int, int, int], ShardFile] = OrderedDict()
+        self._indices: OrderedDict[tuple[int, int, int], ShardIndex] = OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
@@ -114,100 +158,76 @@ class ShardedArray:
         geometry = _find_geometry(spec)
         return None if geometry is None or not hasattr(os, "preadv") else cls(root / spec.name, geometry)
 
+    @property
+    def division(self) -> tuple[int, int, int]:
+        """Which `ShardedFrames` it takes: those of its rows, views and frames in a shard."""
+        return self._geometry.division
+
     def plan(
         self,
-        rows: np.ndarray,
-        views: np.ndarray,
-        places: np.ndarray,
+        frames: ShardedFrames,
+        shape: tuple[int, int],
         layers: Sequence[int] | None = None,
         allocate: Callable[[tuple[int, ...], np.dtype], np.ndarray] = np.empty,
     ) -> PlannedClips:
         """Say which chunks make up clips.
 
         Args:
-            rows: (B,).
-            views: (B,).
-            places: (B, T) on the axis F; what is below zero is no frame.
+            frames: Of the clips, of this array's division.
+            shape: (B, T).
             layers: Places on the first axis behind the frame's, or of pixels their offsets; None takes all.
             allocate: Makes room for the clips.
 
         Raises:
-            DamagedChunkError: If the first clip's shard is none.
+            DamagedChunkError: If the first shard is none.
         """
         tail = self._geometry.tail
-        if len(rows):  # before room is made: a store that promises more than its files hold gets none
-            self._shard(int(rows[0]), int(views[0]), max(0, int(places[0, 0])) if places.size else 0)
+        if frames.shards:  # before room is made: a store that promises more than its files hold gets none
+            self._shard(frames.shards[0], frames)
         if layers is not None:
             tail = (len(layers), *tail[1:])
-        clips = allocate((*places.shape, *tail), self._geometry.dtype)
-        is_frame = places >= 0
-        if not is_frame.all():
-            clips[~is_frame] = 0
-        return PlannedClips(clips, self._plan_rounds(rows, views, places, is_frame, layers, clips))
+        clips = allocate((*shape, *tail), self._geometry.dtype)
+        if len(frames.target) < shape[0] * shape[1]:
+            flat = clips.reshape(-1, *tail)
+            is_none = np.ones(len(flat), bool)
+            is_none[frames.target] = False
+            flat[is_none] = 0
+        return PlannedClips(clips, self._plan_rounds(frames, layers, clips))
 
     def _plan_rounds(
-        self,
-        rows: np.ndarray,
-        views: np.ndarray,
-        places: np.ndarray,
-        is_frame: np.ndarray,
-        layers: Sequence[int] | None,
-        clips: np.ndarray,
+        self, frames: ShardedFrames, layers: Sequence[int] | None, clips: np.ndarray
     ) -> Iterator[ChunkReads]:
-        """Frames of as many shards as may be open, one round after another, in the order of shards."""
-        geometry = self._geometry
-        clip, step = np.nonzero(is_frame)
-        row, view = rows[clip], views[clip]
-        block, in_block = np.divmod(places[is_frame], geometry.frames_per_shard)
-        first = (row % geometry.rows_per_shard * geometry.views_per_shard + view % geometry.views_per_shard) * (
-            geometry.chunks_per_view
-        )
-        frames = _Frames(row, first, in_block, clip * places.shape[1] + step)
-        shards = np.stack([row // geometry.rows_per_shard, view // geometry.views_per_shard, block], axis=1)
-        _, one_of_each, files = np.unique(_number(shards), return_index=True, return_inverse=True)
-        for start in range(0, len(one_of_each), _OPEN_SHARDS):
-            open_now = one_of_each[start : start + _OPEN_SHARDS].tolist()
-            found = tuple(
-                self._shard(int(row[one]), int(view[one]), int(block[one]) * geometry.frames_per_shard)
-                for one in open_now
-            )
-            if len(one_of_each) <= _OPEN_SHARDS:
-                yield self._plan_chunks(found, files, frames, layers, clips)
-            else:
-                is_now = (files >= start) & (files < start + _OPEN_SHARDS)
-                yield self._plan_chunks(found, files[is_now] - start, frames.take(is_now), layers, clips)
-
-    def _plan_chunks(
-        self,
-        shards: tuple[ShardFile, ...],
-        files: np.ndarray,
-        frames: _Frames,
-        layers: Sequence[int] | None,
-        clips: np.ndarray,
-    ) -> ChunkReads:
-        """Chunks of frames that lie in these shards, (n,) files, each chunk once where it holds several frames."""
+        """Frames of as many shards as may be open, one round after another."""
         geometry = self._geometry
         is_all = layers is None or list(layers) == list(range(geometry.tail[0]))
-        if geometry.parts_per_frame == 1 and (geometry.frames_per_chunk > 1 or not is_all):
-            return self._plan_pieces(shards, files, frames, None if is_all else layers, clips)
-        parts = np.arange(geometry.parts_per_frame) if is_all else np.asarray(layers)
-        first = frames.first_chunk + frames.in_block * geometry.parts_per_frame
-        target = frames.target[:, None] * len(parts) + np.arange(len(parts))
+        cuts_chunks = geometry.parts_per_frame == 1 and (geometry.frames_per_chunk > 1 or not is_all)
+        for own in frames.split(max(1, _OPEN_SHARDS // 2)):  # a loader reads two batches at a time
+            shards = tuple(self._shard(place, own) for place in own.shards)
+            if cuts_chunks:
+                yield self._plan_pieces(shards, own, None if is_all else layers, clips)
+            else:
+                yield self._plan_whole(shards, own, None if is_all else layers, clips)
+
+    def _plan_whole(
+        self, shards: tuple[ShardFile, ...], frames: ShardedFrames, layers: Sequence[int] | None, clips: np.ndarray
+    ) -> ChunkReads:
+        """Chunks that go straight into the clips."""
+        geometry = self._geometry
+        files, rows, target = frames.files, frames.row, frames.target
+        numbers = frames.in_shard * geometry.chunks_per_view + frames.in_block * geometry.parts_per_frame
+        if geometry.parts_per_frame > 1:
+            parts = np.arange(geometry.parts_per_frame) if layers is None else np.asarray(layers)
+            numbers = (numbers[:, None] + parts).ravel()
+            target = (target[:, None] * len(parts) + np.arange(len(parts))).ravel()
+            files, rows = np.repeat(files, len(parts)), np.repeat(rows, len(parts))
         return ChunkReads(
-            shards=shards,
-            files=np.repeat(files, len(parts)),
-            numbers=(first[:, None] + parts).ravel(),
-            rows=np.repeat(frames.row, len(parts)),
-            chunk_bytes=geometry.bytes_per_chunk,
-            target=clips,
-            offsets=target.ravel() * geometry.bytes_per_chunk,
+            shards, files, numbers, rows, geometry.bytes_per_chunk, clips, offsets=target * geometry.bytes_per_chunk
         )
 
     def _plan_pieces(
         self,
         shards: tuple[ShardFile, ...],
-        files: np.ndarray,
-        frames: _Frames,
+        frames: ShardedFrames,
         layers: Sequence[int] | None,
         clips: np.ndarray,
     ) -> ChunkReads:
@@ -215,7 +235,8 @@ class ShardedArray:
         geometry = self._geometry
         of_frame = geometry.bytes_per_chunk // geometry.frames_per_chunk
         in_block, in_chunk = np.divmod(frames.in_block, geometry.frames_per_chunk)
-        keys = files * geometry.chunks_per_shard + frames.first_chunk + in_block
+        of_view = frames.in_shard * geometry.chunks_per_view
+        keys = frames.files * geometry.chunks_per_shard + of_view + in_block
         _, one_of_each, chunk_of = np.unique(keys, return_index=True, return_inverse=True)
         order = np.argsort(chunk_of, kind="stable")
         source, target = in_chunk[order] * of_frame, frames.target[order]
@@ -227,7 +248,7 @@ class ShardedArray:
         )
         return ChunkReads(
             shards=shards,
-            files=files[one_of_each],
+            files=frames.files[one_of_each],
             numbers=keys[one_of_each] % geometry.chunks_per_shard,
             rows=frames.row[one_of_each],
             chunk_bytes=geometry.bytes_per_chunk,
@@ -236,17 +257,17 @@ class ShardedArray:
             pieces=np.stack(pieces, axis=-1).reshape(-1, 3),
         )
 
-    def _shard(self, row: int, view: int, frame: int) -> ShardFile:
-        geometry = self._geometry
-        place = (row // geometry.rows_per_shard, view // geometry.views_per_shard, frame // geometry.frames_per_shard)
-        key = ".".join(["c", *map(str, place), *["0"] * len(geometry.tail)])
+    def _shard(self, key: tuple[int, int, int], frames: ShardedFrames) -> ShardFile:
+        """An open shard, by row, view and block."""
         with self._lock:
             if (shard := self._shards.get(key)) is not None:
                 self._shards.move_to_end(key)
                 return shard
             known = self._indices.get(key)
-        chunk_bytes = geometry.bytes_per_chunk + CHECKSUM_BYTES
-        path, count = self._folder / key, geometry.chunks_per_shard
+        geometry = self._geometry
+        chunk_bytes, count = geometry.bytes_per_chunk + CHECKSUM_BYTES, geometry.chunks_per_shard
+        path = self._folder / ".".join(["c", *map(str, key), *["0"] * len(geometry.tail)])
+        row = int(frames.row[np.argmax(frames.files == frames.shards.index(key))])  # for whom, should it be damaged
         shard = try_patiently(lambda: ShardFile(path, count, row, known, chunk_bytes))
         with self._lock:
             self._shards[key] = shard

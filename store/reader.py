@@ -22,7 +22,7 @@ from ..files import hash_file
 from . import manifest, names
 from ._chunk_reads import ChunkReads, find_native, read_chunks
 from ._shard_file import DamagedChunkError, read_chunk_file
-from ._shards import PlannedClips, ShardedArray
+from ._shards import PlannedClips, ShardedArray, ShardedFrames
 from ._zarr import fill_value_of, open_array, read_small_array, require_metadata
 from .attributes import check_attributes, parse_layout
 from .checksums import APPEND_NAME, CHECKSUMS_NAME
@@ -275,7 +275,7 @@ class StoreReader:
             )
         views = np.broadcast_to(views, rows.shape)
         if arrays is None:
-            arrays = [spec.name for spec in self.layout.array_specs() if spec.name in _CLIP_ARRAYS]
+            arrays = [name for name in self._specs if name in _CLIP_ARRAYS]
         if unknown := sorted(set(arrays) - set(_CLIP_ARRAYS)):
             raise StoreMismatchError(f"read_clips reads {', '.join(_CLIP_ARRAYS)}; found {', '.join(unknown)}")
         self._check_rows(rows, places, views)
@@ -284,16 +284,34 @@ class StoreReader:
         if offsets is not None:
             places_by_array |= {name: self.offset_places(offsets) for name in arrays if name == "pixels"}
         values: dict[str, np.ndarray | None] = dict.fromkeys(_CLIP_ARRAYS)
-        planned: dict[str, PlannedClips] = {}
-        for name in arrays:
-            if (sharded := self._sharded(name)) is not None:
-                with self._naming(name):
-                    planned[name] = sharded.plan(rows, views, places, places_by_array[name], allocate)
+        planned = self._plan(arrays, rows, views, places, places_by_array, allocate)
         values |= self._read_planned(planned)
         for name in arrays:
             if name not in planned:
                 values[name] = self._read_with_tensorstore(name, rows, views, places, places_by_array[name])
         return Clips(**values)
+
+    def _plan(
+        self,
+        arrays: Sequence[str],
+        rows: np.ndarray,
+        views: np.ndarray,
+        places: np.ndarray,
+        layers: Mapping[str, Sequence[int] | None] | None = None,
+        allocate: Callable[[tuple[int, ...], np.dtype], np.ndarray] = np.empty,
+    ) -> dict[str, PlannedClips]:
+        """What is read of those arrays that our own reader knows; layers by array, where not all are wanted."""
+        planned: dict[str, PlannedClips] = {}
+        frames: dict[tuple[int, int, int], ShardedFrames] = {}
+        for name in arrays:
+            if (sharded := self._sharded(name)) is None:
+                continue
+            if sharded.division not in frames:
+                frames[sharded.division] = ShardedFrames.of(rows, views, places, sharded.division)
+            with self._naming(name):
+                wanted = None if layers is None else layers[name]
+                planned[name] = sharded.plan(frames[sharded.division], places.shape, wanted, allocate)
+        return planned
 
     def _read_planned(self, planned: Mapping[str, PlannedClips], num_threads: int | None = None) -> dict[str, Any]:
         """The clips of several arrays, round by round of all of them; by so many threads, or the usual number."""
@@ -425,10 +443,8 @@ class StoreReader:
         if sharded is None:
             found = self._read_with_tensorstore("embedding", rows, views, places, None)
         else:
-            with self._naming("embedding"):
-                planned = sharded.plan(rows, views, places)
             # Of small chunks one thread reads as fast.
-            found = self._read_planned({"embedding": planned}, num_threads=1)["embedding"]
+            found = self._read_planned(self._plan(["embedding"], rows, views, places), num_threads=1)["embedding"]
         found[places < 0] = np.nan
         values[rows - first, views] = found
 
@@ -471,18 +487,10 @@ class StoreReader:
         """
         views, rows = np.arange(num_views), np.full(num_views, row)
         places = np.broadcast_to(np.arange(num_frames), (num_views, num_frames))
-        planned: dict[str, PlannedClips] = {}
-        specs = self.layout.array_specs()
-        for spec in specs:
-            if spec.chunk_shape is not None and (sharded := self._sharded(spec.name)) is not None:
-                with self._naming(spec.name):
-                    planned[spec.name] = sharded.plan(rows, views, places)
-        read = self._read_planned(planned)
+        read = self._read_planned(self._plan(list(self._specs), rows, views, places))
         return {
-            spec.name: read[spec.name]
-            if spec.name in read
-            else self._read_with_tensorstore(spec.name, rows, views, places, None)
-            for spec in specs
+            name: read[name] if name in read else self._read_with_tensorstore(name, rows, views, places, None)
+            for name in self._specs
         }
 
     def describe_reading(self) -> str:
@@ -493,8 +501,7 @@ class StoreReader:
 
     def _spec(self, name: str) -> ArraySpec:
         """An array as the layout has it, its `zarr.json` compared with that once."""
-        spec = next((spec for spec in self.layout.array_specs() if spec.name == name), None)
-        if spec is None:
+        if (spec := self._specs.get(name)) is None:
             why = "its backbone has no class token" if name == "cls" else "it was extracted without it"
             raise StoreMismatchError(f"{self.path} has no array {name!r}: {why}")
         expected = self.facts.codec.name if name == CODED_ARRAY else IDENTITY_CODEC
@@ -508,6 +515,11 @@ class StoreReader:
             require_metadata(self.path, spec)
             self._compared.add(name)
         return spec
+
+    @cached_property
+    def _specs(self) -> dict[str, ArraySpec]:
+        """By name, in the layout's order."""
+        return {spec.name: spec for spec in self.layout.array_specs()}
 
     @cached_property
     def _compared(self) -> set[str]:
@@ -680,6 +692,7 @@ class StoreReader:
         )
 
 
+@lru_cache(1)
 def count_threads() -> int:
     """How many threads of a reader read clips."""
     fewest, most = _THREADS
