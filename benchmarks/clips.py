@@ -5,9 +5,8 @@
 The ceiling is `_ceiling.c`: one flat file, a preadv with crc32c for each chunk, as many threads as our reader, where
 each chunk goes worked out beforehand. It has the same chunks and the same batches; beside it stands the same without
 crc32c. The page cache is warm, rounds are interleaved, the median of five counts. All take fresh room for each batch,
-and the process keeps what it frees, as commands do. The
-training loader hands pixels over as bytes here: on a CPU their conversion to floats takes longer than all reading.
-Others read the same bytes out of their own formats.
+and the process keeps what it frees, as commands do. The training loader hands pixels over as bytes here: on a CPU their
+conversion to floats takes longer than all reading. Others read the same bytes out of their own formats.
 """
 
 from __future__ import annotations
