@@ -25,8 +25,12 @@ def read_by(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
     return lambda kind: choose_reader(monkeypatch, kind)
 
 
-@pytest.fixture(scope="module", params=["native", "Python"])
+@pytest.fixture(scope="module", params=["native", pytest.param("Python", marks=pytest.mark.slow)])
 def each_reader(request: pytest.FixtureRequest) -> Iterator[str]:
-    """All tests of a module by one reader, then by the other."""
+    """All tests of a module by one reader; among the slow ones by the other too. test_chunk_reads.py always has both.
+
+    Where there is no native module Python reads in place of it.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        yield choose_reader(patch, request.param)
+        kind = "Python" if _chunk_reads.find_native()[0] is None else request.param
+        yield choose_reader(patch, kind)

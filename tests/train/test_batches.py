@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from s4v.errors import ConfigError
+from s4v.store.reader import open_store
 from s4v.train.batches import StepShares, keep_recorded_batches, resolve_batches, warn_of_other_step
 from s4v.train.config import TrainConfig
 from s4v.train.loop import train_run
@@ -153,7 +154,9 @@ def test_what_a_step_is_made_of_is_said_before_it_begins(int8_store, tmp_path):
     options = dict(features=int8_store, epochs=1, device="cpu", batch_size=4)
     train_run(TrainConfig(**options, out=tmp_path / "side", side_width=64, norm_clips=2), say=said.append)
     train_run(TrainConfig(**options, out=tmp_path / "probe", head="attentive", accumulate=3), say=said.append)
-    assert said == ["4 clips a step; batch norms count 2", "12 clips a step: 3 batches of 4, of which an epoch has 8"]
+    reading = f"Tokens are read by: {open_store(int8_store).describe_reading()}"
+    steps = ["4 clips a step; batch norms count 2", "12 clips a step: 3 batches of 4, of which an epoch has 8"]
+    assert said == [steps[0], reading, steps[1], reading]
     with pytest.raises(ConfigError, match="--norm-clips has no effect on --head attentive, which has no batch norm"):
         train_run(TrainConfig(**options, out=tmp_path / "no", head="attentive", norm_clips=2))
     assert not (tmp_path / "no").exists()
