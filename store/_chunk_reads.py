@@ -88,7 +88,7 @@ def find_native() -> tuple[ModuleType | None, str]:
     try:
         module = importlib.import_module("._native", __package__)
     except ImportError:
-        return None, "Python (the native module was not built: no C compiler at installation)"
+        return None, "Python (the native module was not built: install a C compiler, then s4v again)"
     if module.ABI != _ABI:
         return None, "Python (the native module is of another version: install s4v again)"
     return module, f"native (crc32c by {module.CRC32C_KIND})"
@@ -169,7 +169,11 @@ def _read_by_python(reads: Sequence[ChunkReads], num_threads: int) -> list[_Prob
         for place, one in enumerate(reads)
         for share in _share_out(len(one.numbers), num_threads * _TASKS_PER_THREAD)
     ]
-    return [problem for task in tasks for problem in task.result()]
+    try:
+        return [problem for task in tasks for problem in task.result()]
+    finally:
+        for task in tasks:  # whoever was interrupted wants no more of them
+            task.cancel()
 
 
 @lru_cache

@@ -295,7 +295,7 @@ def test_a_target_that_may_not_be_written_is_refused(shard):
             types.SimpleNamespace(ABI=_chunk_reads._ABI + 1, CRC32C_KIND="table"),
             "of another version: install s4v again",
         ),
-        (ImportError("none"), "no C compiler at installation"),
+        (ImportError("none"), "install a C compiler, then s4v again"),
     ],
 )
 def test_a_module_that_is_not_there_or_of_another_version_is_not_used(monkeypatch, found, told):
