@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, EnvironmentFailedError
@@ -39,22 +41,33 @@ def make_loggers(run: Run, config: TrainConfig, epochs_done: int, steps_done: in
 
 
 def _make_tensorboard(run: Run, epochs_done: int, steps_done: int) -> Logger:
-    from torch.utils.tensorboard import SummaryWriter
-
     # What was logged of an epoch that is trained again is hidden. Steps have a folder of their own: they are hidden by
     # their own number.
-    epochs = SummaryWriter(run.path, purge_step=epochs_done + 1 if epochs_done else None)
-    steps: list[SummaryWriter] = []
+    epochs = _open_board(run.path, epochs_done)
+    steps: list[Any] = []
 
     def log_epoch(metrics: dict[str, Any]) -> None:
         _add_scalars(epochs, metrics, metrics["epoch"])
 
     def log_step(facts: dict[str, Any]) -> None:
         if not steps:  # a short run tells of none
-            steps.append(SummaryWriter(run.path / "steps", purge_step=steps_done + 1 if steps_done else None))
+            steps.append(_open_board(run.path / "steps", steps_done))
         _add_scalars(steps[0], facts, facts["step"])
 
     return Logger(log_epoch, log_step)
+
+
+def _open_board(folder: Path, num_done: int) -> Any:
+    """A writer whose file TensorBoard reads after those that are there, of which it hides what is told again.
+
+    Files are read in the order of their names: the second that they began in, then host, process and a counter. Of one
+    second 10 would come before 9, so a second file begins in a later one.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    while any(folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+        time.sleep(0.02)
+    return SummaryWriter(folder, purge_step=num_done + 1 if num_done else None)
 
 
 def _add_scalars(board: Any, values: dict[str, Any], place: int) -> None:

@@ -8,10 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from s4v.commands.train import describe_outcome
 from s4v.train.config import TrainConfig
 from s4v.train.evaluate import evaluate_run
+from s4v.train.logs import _open_board
 from s4v.train.loop import train_run
 from s4v.train.step_log import StepLog, cut_steps, describe_step, find_gradient_norm, read_steps
 from s4v.train.tasks import contract
@@ -151,6 +153,16 @@ def test_steps_that_are_trained_again_are_told_once(told, int8_store, tmp_path, 
     assert [[one[name] for name in same] for one in steps] == [
         [whole[one["step"]][name] for name in same] for one in steps
     ]
+
+
+def test_files_of_one_second_are_read_in_the_order_that_they_began_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9))  # after which comes 10, before it by name
+    for step in range(2):
+        board = _open_board(tmp_path, num_done=step)
+        board.add_scalar("loss", 1.0, step)
+        board.close()
+    reader = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in reader.Scalars("loss")] == [0, 1]
 
 
 def test_a_run_from_before_has_no_steps(tmp_path):
