@@ -5,8 +5,9 @@
 The ceiling is `_ceiling.c`: one flat file, a preadv with crc32c for each chunk, as many threads as our reader, where
 each chunk goes worked out beforehand. It has the same chunks and the same batches; beside it stands the same without
 crc32c. The page cache is warm, rounds are interleaved, the median of five counts. All take fresh room for each batch,
-and the process keeps what it frees, as commands do. The training loader hands pixels over as bytes here: on a CPU their
-conversion to floats takes longer than all reading. Others read the same bytes out of their own formats.
+and the process keeps what it frees, as commands do. The training loader hands pixels and class tokens over as they are
+stored: their conversion to float32 is the training device's work, and on a CPU takes longer than all reading. Others
+read the same bytes out of their own formats.
 """
 
 from __future__ import annotations
@@ -190,9 +191,12 @@ def read_by_python(store: StoreReader, batches: Sequence[Batch]) -> Iterator[lis
 
 
 class BytesLoader(ClipLoader):
-    """Hands pixels over as bytes: their floats are the training device's work."""
+    """Hands arrays over as stored: their floats are the training device's work."""
 
     def _normalise(self, raw: torch.Tensor) -> torch.Tensor:
+        return raw
+
+    def _widen(self, raw: torch.Tensor) -> torch.Tensor:
         return raw
 
 

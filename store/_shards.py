@@ -242,10 +242,10 @@ class ShardedArray:
         source, target = in_chunk[order] * of_frame, frames.target[order]
         wanted = np.zeros(1, np.int64) if layers is None else np.asarray(layers)
         size = of_frame if layers is None else of_frame // geometry.tail[0]
-        places = np.arange(len(wanted))
-        pieces = np.broadcast_arrays(
-            source[:, None] + wanted * size, (target[:, None] * len(wanted) + places) * size, np.int64(size)
-        )
+        pieces = np.empty((len(source), len(wanted), 3), np.int64)
+        pieces[..., 0] = source[:, None] + wanted * size
+        pieces[..., 1] = (target[:, None] * len(wanted) + np.arange(len(wanted))) * size
+        pieces[..., 2] = size
         return ChunkReads(
             shards=shards,
             files=frames.files[one_of_each],
@@ -254,7 +254,7 @@ class ShardedArray:
             chunk_bytes=geometry.bytes_per_chunk,
             target=clips,
             firsts=np.concatenate([[0], np.cumsum(np.bincount(chunk_of) * len(wanted))]),
-            pieces=np.stack(pieces, axis=-1).reshape(-1, 3),
+            pieces=pieces.reshape(-1, 3),
         )
 
     def _shard(self, key: tuple[int, int, int], frames: ShardedFrames) -> ShardFile:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Literal
 
 from ..errors import ConfigError
@@ -57,6 +58,7 @@ class PixelOffset:
         return offset
 
     @classmethod
+    @lru_cache(MOST_OFFSETS)  # a reader asks for the same ones with every batch
     def _parse(cls, text: str) -> PixelOffset:
         if _FRAME.fullmatch(text):
             return cls(Fraction(int(text)))

@@ -22,6 +22,7 @@ from ..store.offsets import PixelOffset, describe_offsets
 from ..store.reader import Clips, StoreReader, pad_places
 from ..store.texts import TextReader, Texts
 from .choices import TrainedViews
+from .host_memory import HostMemory
 from .networks.contract import Network
 from .networks.text_interaction import TextBatch
 from .transfer import Streams, WaitMeter, copy_ahead, find_streams, time_waiting
@@ -51,6 +52,12 @@ class _Read:
 def _reading_threads() -> ThreadPoolExecutor:
     """Of this process, whoever reads."""
     return ThreadPoolExecutor(2, thread_name_prefix="s4v-read")
+
+
+@cache
+def _host_memory() -> HostMemory:
+    """Of this process, so that what one epoch read into is there for the next."""
+    return HostMemory(READ_AHEAD_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -776,7 +783,8 @@ class ClipLoader:
 
     def _allocate(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """Room for an array; for a GPU pinned, so that its copy runs beside the step."""
-        return np.empty(shape, dtype) if self._streams is None else self._streams.allocate(shape, np.dtype(dtype))
+        room = _host_memory() if self._streams is None else self._streams
+        return room.allocate(shape, np.dtype(dtype))
 
     def _pin(self, values: np.ndarray) -> np.ndarray:
         """The same array in such room: of one that is elsewhere a copy holds up the host."""
@@ -798,7 +806,7 @@ class ClipLoader:
         batch = ClipBatch(
             pixels,
             None if clips.patches is None else self._copy(clips.patches),
-            None if clips.cls is None else self._copy(clips.cls).float(),
+            None if clips.cls is None else self._widen(self._copy(clips.cls)),
             self._copy(read.labels),
             None if read.texts is None else hand_over_texts(read.texts, self._device),
         )
@@ -808,6 +816,10 @@ class ClipLoader:
         if batch.pixels is not None:  # a black frame, normalised, is none of zeros
             batch.pixels.mul_(is_frame.view(*is_frame.shape, *(1,) * (batch.pixels.ndim - 2)))
         return replace(batch, frame_mask=is_frame)
+
+    def _widen(self, raw: torch.Tensor) -> torch.Tensor:
+        """Class tokens as stored to float32."""
+        return raw.float()
 
     def _normalise(self, raw: torch.Tensor) -> torch.Tensor:
         """(B, T, O, H, W, 3) as stored to (B, T, 3, H, W), of several offsets (B, T, O, 3, H, W)."""

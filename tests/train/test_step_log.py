@@ -156,7 +156,9 @@ def test_steps_that_are_trained_again_are_told_once(told, int8_store, tmp_path, 
 
 
 def test_files_of_one_second_are_read_in_the_order_that_they_began_in(tmp_path, monkeypatch):
-    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9))  # after which comes 10, before it by name
+    monkeypatch.setattr(
+        event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9)
+    )  # after which comes 10, before it by name
     for step in range(2):
         board = _open_board(tmp_path, num_done=step)
         board.add_scalar("loss", 1.0, step)
