@@ -85,7 +85,7 @@ def begin_heads(
         task.validation = task.find_rows(store, configs[0].val_split)
     num_views = resolve_views(configs[0], task.training.num_trained_views, num_processes)
     configs = [replace(config, views_per_video=num_views) for config in configs]
-    config = configs[0]
+    config = task.config = configs[0]
     frames = _resolve_frames(config, store, task, is_told=is_auto and config.preset != "none")
     warn_of_short_splits(store, frames, {config.train_split, config.val_split}, task.find_rows)
     assert config.batch_size is not None

@@ -154,7 +154,8 @@ def test_a_step_of_one_clip_is_refused_for_the_linear_probe(int8_store, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_views_of_a_video_stand_side_by_side_in_a_step(video_folder, tmp_path, make_config, monkeypatch):
+@pytest.mark.parametrize("is_given", [True, False], ids=["given", "by the preset"])
+def test_views_of_a_video_stand_side_by_side_in_a_step(video_folder, tmp_path, make_config, monkeypatch, is_given):
     extract_dataset(make_config(video_folder, tmp_path / "s.zarr", views={"train": "flip"}))
     seen, load = [], ClipLoader.load
 
@@ -163,7 +164,11 @@ def test_views_of_a_video_stand_side_by_side_in_a_step(video_folder, tmp_path, m
         return load(loader, plans)
 
     monkeypatch.setattr(ClipLoader, "load", watch)
-    config = config_for(tmp_path / "s.zarr", tmp_path / "run", epochs=1, val_split="train", views_per_video=2)
+    config = config_for(tmp_path / "s.zarr", tmp_path / "run", epochs=1, val_split="train")
+    if is_given:
+        config = replace(config, views_per_video=2)
+    else:
+        monkeypatch.setattr("s4v.train.preparation.resolve_views", lambda *_: 2)
     assert train_run(config)["steps"] == 4, "of two videos each"
     for plan in seen[:4]:
         rows, counts = np.unique(plan.rows, return_counts=True)

@@ -102,7 +102,8 @@ class Task(ABC):
     """Each with the clips and views that a validation looks at, which may be fewer than an evaluation's."""
 
     def __init__(self, config: TrainConfig, store: StoreReader) -> None:
-        self._config = config
+        self.config = config
+        """As given at first; `begin_heads` replaces it by what it came to."""
         self._store = store
 
     @classmethod
@@ -150,7 +151,7 @@ class Task(ABC):
 
     def plan_epoch(self, epoch: int, *, num_frames: int, rank: int = 0, num_ranks: int = 1) -> list[ClipPlan]:
         """The batches of one epoch, of one process: a pure function of rows, seed and epoch."""
-        config = self._config
+        config = self.config
         assert config.batch_size is not None
         return plan_training_epoch(
             self.training,
@@ -169,7 +170,7 @@ class Task(ABC):
         Args:
             by_class: Whether every class gives its share of what is held out.
         """
-        config, store = self._config, self._store
+        config, store = self.config, self._store
         every_row = self.find_rows(store, config.train_split)
         training = leave_out_short_videos(every_row, store, config.min_video_frames or 0)
         self.num_left_out = len(np.unique(every_row.rows)) - len(np.unique(training.rows))

@@ -88,7 +88,7 @@ class Recognition(Task):
 
     def compute_loss(self, network: Network, output: torch.Tensor, batch: ClipBatch, gather: Gather) -> torch.Tensor:
         """Cross-entropy of logits (B, classes)."""
-        return classification_loss(output, batch.labels, self._config)
+        return classification_loss(output, batch.labels, self.config)
 
     def validate(self, scorer: Scorer) -> dict[str, float]:
         """Loss and accuracy."""

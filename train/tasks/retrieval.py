@@ -170,7 +170,7 @@ class Retrieval(Task):
 
     def begin(self, network: FrameNetwork) -> None:  # type: ignore[override]
         """Read all captions, where they are all negatives."""
-        if self._config.negatives == "all":
+        if self.config.negatives == "all":
             texts = self._texts.read(self.training.labels, network.text_arrays)
             self._bank = hand_over_texts(texts, torch.device("cpu"))
 
@@ -183,14 +183,14 @@ class Retrieval(Task):
         self._identities = self._identities.to(batch.labels.device)
         identities = gather(self._identities[batch.labels])  # (A, 2)
         is_same = None
-        if self._config.negatives != "reference":
+        if self.config.negatives != "reference":
             is_same = (identities[:, None] == identities[None]).any(dim=2)
         frames = gather(output.float())
         # Clips planned here have all of their frames; a task that plans shorter ones has a mask in every process.
         masks = () if batch.frame_mask is None else (gather(batch.frame_mask),)
         interaction = network.interaction(texts, frames, *masks)
         choices = None
-        if self._config.negatives == "all":
+        if self.config.negatives == "all":
             choices = self._compare_with_all(network, frames, interaction.similarities.diagonal(), identities)
         self._logit_scale = self._logit_scale.to(output.device)  # once: a copy holds up the host
         scale = self._logit_scale if network.logit_scale is None else network.logit_scale
