@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": "evaluate",
     "sweep": "sweep",
     "compare": "compare",
+    "cache": "cache",
     "import": "import_checkpoint",
     "retrieve": "retrieve",
     "index": "index",

@@ -93,6 +93,20 @@ def describe_bytes(size: float) -> str:
     return f"{size:.1f} TB"
 
 
+def parse_bytes(text: str) -> int:
+    """`200GB`, `1.5 TiB` or a number of bytes.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    from dask.utils import parse_bytes as parse  # which takes a moment
+
+    try:
+        return int(parse(text))
+    except (ValueError, OverflowError):
+        raise ValueError(f"expected a size such as 200GB, found {text!r}") from None
+
+
 def hash_file(path: Path) -> str:
     """The sha256 of a file's bytes, as hexadecimal digits."""
     with path.open("rb") as file:

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import typer
 
 from ..errors import ConfigError
+from ..files import parse_bytes
 
 _SAME: Any = object()
 _CONTEXT = "context"
@@ -42,6 +43,18 @@ class Spelling:
     """Instead of the docstring's first paragraph."""
     is_open: bool = False
     """Whether the field is None where the option was not given: the default is what that comes to as a rule."""
+
+
+def parse_size(option: str, text: str | None) -> int | None:
+    """A number of bytes as an option takes it: `200GB`.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    try:
+        return None if text is None else parse_bytes(text)
+    except ValueError as error:
+        raise ConfigError(f"{option}: {error}") from None
 
 
 class Options:

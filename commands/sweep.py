@@ -10,7 +10,7 @@ import typer
 from ..errors import ConfigError
 from ..terminal import print_lines
 from ..train.config import TrainConfig
-from ._options import Options, Spelling, takes_options
+from ._options import Options, Spelling, parse_size, takes_options
 from .front import Json, hush_all_but_first, run_command, say
 
 _NUMBERS = "One or several, such as 1e-3,1e-2."
@@ -33,6 +33,7 @@ _NUMBERS = "One or several, such as 1e-3,1e-2."
         ),
         "hold_out": Spelling(help="Share of the training videos to choose on. [0.1]"),
         "with_compile": Spelling(option="compile"),
+        "cache_size": Spelling(type=str | None, parse=lambda text: parse_size("--cache-size", text)),
         "set": Spelling(type=list[str] | None, default=None, parse=lambda words: tuple(words or ())),
     },
 )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..progress import show_progress
 from ..terminal import print_lines
 from ..train.config import TrainConfig
-from ._options import Options, Spelling, takes_options
+from ._options import Options, Spelling, parse_size, takes_options
 from .front import Json, hush_all_but_first, run_command, say
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     spellings={
         "out": Spelling(type=Path | None, default=None),
         "with_compile": Spelling(option="compile"),
+        "cache_size": Spelling(type=str | None, parse=lambda text: parse_size("--cache-size", text)),
         "set": Spelling(type=list[str] | None, default=None, parse=lambda words: tuple(words or ())),
     },
 )

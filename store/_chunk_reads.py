@@ -141,8 +141,9 @@ def read_chunks(reads: Sequence[ChunkReads], num_threads: int) -> None:
 def _describe(reads: Sequence[ChunkReads], problem: _Problem) -> DamagedChunkError:
     """The error of a chunk."""
     own, chunk = reads[problem.place], problem.chunk
-    why = own.shards[int(own.files[chunk])].explain(int(own.numbers[chunk]), problem.why)
-    return DamagedChunkError(int(own.rows[chunk]), why, problem.place)
+    shard = own.shards[int(own.files[chunk])]
+    why = shard.explain(int(own.numbers[chunk]), problem.why)
+    return DamagedChunkError(int(own.rows[chunk]), why, problem.place, path=shard.path)
 
 
 def _try_to_read(reads: Sequence[ChunkReads], num_threads: int) -> list[_Problem]:

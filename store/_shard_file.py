@@ -36,9 +36,11 @@ _ABSENT = 2**64 - 1
 class DamagedChunkError(Exception):
     """A chunk is missing or is not as it was written."""
 
-    def __init__(self, row: int, why: str, place: int = 0, *, may_pass: bool = False) -> None:
+    def __init__(self, row: int, why: str, place: int = 0, *, may_pass: bool = False, path: Path | None = None) -> None:
         super().__init__(why)
         self.row = row
+        self.path = path
+        """The file, where whoever reads may have another one for it."""
         self.place = place
         """Of the array it was read of, among those that were read together."""
         self.may_pass = may_pass
@@ -134,7 +136,7 @@ def _refused(path: Path, row: int, error: OSError) -> DamagedChunkError | OSErro
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return error
     why = "it is a link" if error.errno == errno.ELOOP else str(error.strerror)
-    return DamagedChunkError(row, f"{path.name}: {why}", may_pass=why in PASSING)
+    return DamagedChunkError(row, f"{path.name}: {why}", may_pass=why in PASSING, path=path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +163,12 @@ class ShardFile:
     def __init__(
         self, path: Path, num_chunks: int, row: int, known: ShardIndex | None = None, chunk_bytes: int | None = None
     ) -> None:
+        self.path = path
         self._name = path.name
         try:
             self.descriptor = open_file(path)
         except FileNotFoundError:
-            raise DamagedChunkError(row, f"the file {path.name} is missing") from None
+            raise DamagedChunkError(row, f"the file {path.name} is missing", path=path) from None
         except OSError as error:
             raise _refused(path, row, error) from error
         stat = os.fstat(self.descriptor)
@@ -182,13 +185,15 @@ class ShardFile:
             data = os.pread(self.descriptor, size + CHECKSUM_BYTES, start) if start >= 0 else b""
         except OSError as error:
             why = str(error.strerror)
-            raise DamagedChunkError(row, f"the index of {self._name}: {why}", may_pass=why in PASSING) from error
+            said = f"the index of {self._name}: {why}"
+            raise DamagedChunkError(row, said, may_pass=why in PASSING, path=self.path) from error
         index, checksum = data[:size], data[size:]
         if len(checksum) != CHECKSUM_BYTES or crc32c(index) != int.from_bytes(checksum, "little"):
-            raise DamagedChunkError(row, f"the index at the end of {self._name} is cut short or damaged")
+            said = f"the index at the end of {self._name} is cut short or damaged"
+            raise DamagedChunkError(row, said, path=self.path)
         places = np.frombuffer(index, dtype="<u8").reshape(num_chunks, 2)
         if (problem := _judge_places(places, start, chunk_bytes)) is not None:
-            raise DamagedChunkError(row, f"the index at the end of {self._name} {problem}")
+            raise DamagedChunkError(row, f"the index at the end of {self._name} {problem}", path=self.path)
         return places
 
     def __del__(self) -> None:

@@ -142,21 +142,31 @@ class PlannedClips:
 class ShardedArray:
     """A sharded array with the axes row, view, frame, and whatever comes behind; safe to read from several threads."""
 
-    def __init__(self, folder: Path, geometry: _Geometry) -> None:
+    def __init__(
+        self, folder: Path, geometry: _Geometry, find_copy: Callable[[int, str], Path | None] = lambda *_: None
+    ) -> None:
         self._folder = folder
         self._geometry = geometry
+        self._find_copy = find_copy
         self._shards: OrderedDict[tuple[int, int, int], ShardFile] = OrderedDict()
         self._indices: OrderedDict[tuple[int, int, int], ShardIndex] = OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, root: Path, spec: ArraySpec) -> ShardedArray | None:
+    def open(
+        cls, root: Path, spec: ArraySpec, find_copy: Callable[[int, str], Path | None] = lambda *_: None
+    ) -> ShardedArray | None:
         """An array of a store, or None where its layout is another than this module reads.
 
         Its `zarr.json` must have been compared with the layout: it is not read here.
+
+        Args:
+            root: The store.
+            spec: Of the array.
+            find_copy: By a shard's number and the name of a file of it, what to open in its place; None: the file.
         """
         geometry = _find_geometry(spec)
-        return None if geometry is None or not hasattr(os, "preadv") else cls(root / spec.name, geometry)
+        return None if geometry is None or not hasattr(os, "preadv") else cls(root / spec.name, geometry, find_copy)
 
     @property
     def division(self) -> tuple[int, int, int]:
@@ -257,6 +267,16 @@ class ShardedArray:
             pieces=pieces.reshape(-1, 3),
         )
 
+    def file_of(self, key: tuple[int, int, int]) -> str:
+        """The name of a shard's file, by row, view and block."""
+        return ".".join(["c", *map(str, key), *["0"] * len(self._geometry.tail)])
+
+    def forget(self, path: Path) -> None:
+        """Open a file anew when it is read next: a damaged copy is to be replaced."""
+        with self._lock:
+            for key in [key for key, shard in self._shards.items() if shard.path == path]:
+                del self._shards[key]
+
     def _shard(self, key: tuple[int, int, int], frames: ShardedFrames) -> ShardFile:
         """An open shard, by row, view and block."""
         with self._lock:
@@ -266,9 +286,10 @@ class ShardedArray:
             known = self._indices.get(key)
         geometry = self._geometry
         chunk_bytes, count = geometry.bytes_per_chunk + CHECKSUM_BYTES, geometry.chunks_per_shard
-        path = self._folder / ".".join(["c", *map(str, key), *["0"] * len(geometry.tail)])
         row = int(frames.row[np.argmax(frames.files == frames.shards.index(key))])  # for whom, should it be damaged
-        shard = try_patiently(lambda: ShardFile(path, count, row, known, chunk_bytes))
+        path = self._folder / self.file_of(key)
+        copy = self._find_copy(key[0], path.name)
+        shard = try_patiently(lambda: ShardFile(copy or path, count, row, known, chunk_bytes))
         with self._lock:
             self._shards[key] = shard
             self._indices[key] = shard.index_as_read

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -30,11 +30,21 @@ from .codecs import CODECS
 from .codecs.contract import Codec
 from .facts import StoreFacts
 from .layout import CODED_ARRAY, FORMAT_VERSION, IDENTITY_CODEC, ArraySpec
-from .markers import PARTS_NAME, Marker, find_markers, marker_path, read_joined, read_marker
+from .markers import (
+    PARTS_NAME,
+    Marker,
+    MarkerState,
+    find_markers,
+    marker_path,
+    read_joined,
+    read_marker,
+    read_marker_state,
+)
 from .offsets import PixelOffset, describe_offsets
 from .padding import find_padding
 from .records import WHOLE, View, count_augmented
 from .row_checks import check_captions, check_rows
+from .shard_cache import ShardCache, StoreCopies
 
 NO_FRAME = -1
 """In a clip's places: no frame. Its codes, class tokens and pixels are zeros."""
@@ -71,11 +81,17 @@ def pad_places(places: Sequence[Sequence[int]]) -> np.ndarray:
     return padded
 
 
+class _RejectedCopyError(Exception):
+    """A copy of a shard was damaged or gone: the same is to be read again, from the store."""
+
+
 class StoreReader:
     """An open store. Opening reads a few small files, whatever the number of videos; use `open_store`."""
 
     def __init__(self, path: Path, attributes: dict[str, Any]) -> None:
         self.path = path
+        self.cache: ShardCache | None = None
+        self._copies: StoreCopies | None = None
         self.attributes = check_attributes(path, attributes)
         self.layout = parse_layout(path, self.attributes["layout"])
         self.facts = StoreFacts(self.attributes)
@@ -284,10 +300,10 @@ class StoreReader:
         if offsets is not None:
             places_by_array |= {name: self.offset_places(offsets) for name in arrays if name == "pixels"}
         values: dict[str, np.ndarray | None] = dict.fromkeys(_CLIP_ARRAYS)
-        planned = self._plan(arrays, rows, views, places, places_by_array, allocate)
-        values |= self._read_planned(planned)
+        read = self._read(lambda: self._plan(arrays, rows, views, places, places_by_array, allocate))
+        values |= read
         for name in arrays:
-            if name not in planned:
+            if name not in read:
                 values[name] = self._read_with_tensorstore(name, rows, views, places, places_by_array[name])
         return Clips(**values)
 
@@ -313,6 +329,12 @@ class StoreReader:
                 planned[name] = sharded.plan(frames[sharded.division], places.shape, wanted, allocate)
         return planned
 
+    def _read(self, plan: Callable[[], dict[str, PlannedClips]], num_threads: int | None = None) -> dict[str, Any]:
+        """What is planned; planned anew where a copy of a shard was damaged, or gone."""
+        while True:
+            with suppress(_RejectedCopyError):
+                return self._read_planned(plan(), num_threads)
+
     def _read_planned(self, planned: Mapping[str, PlannedClips], num_threads: int | None = None) -> dict[str, Any]:
         """The clips of several arrays, round by round of all of them; by so many threads, or the usual number."""
         names = list(planned)
@@ -322,8 +344,7 @@ class StoreReader:
             try:
                 read_chunks([reads for _, reads in held], num_threads or count_threads())
             except DamagedChunkError as error:
-                name = held[error.place][0]
-                raise self._damage(name, np.array([error.row]), str(error)) from error
+                raise self._explain(held[error.place][0], error) from error
         return {name: one.clips for name, one in planned.items()}
 
     def _rounds_of(self, name: str, planned: PlannedClips) -> Iterator[ChunkReads]:
@@ -336,7 +357,15 @@ class StoreReader:
         try:
             yield
         except DamagedChunkError as error:
-            raise self._damage(name, np.array([error.row]), str(error)) from error
+            raise self._explain(name, error) from error
+
+    def _explain(self, name: str, error: DamagedChunkError) -> Exception:
+        """What to raise for a chunk of an array: a copy that is damaged is not the store's fault."""
+        sharded, copies = self._sharded(name), self._copies
+        if sharded and copies and error.path and copies.reject(error.path, str(error)):
+            sharded.forget(error.path)
+            return _RejectedCopyError()
+        return self._damage(name, np.array([error.row]), str(error))
 
     def read_padding(
         self, videos: Sequence[int] | np.ndarray, view: int | Sequence[int] | np.ndarray = 0
@@ -444,7 +473,7 @@ class StoreReader:
             found = self._read_with_tensorstore("embedding", rows, views, places, None)
         else:
             # Of small chunks one thread reads as fast.
-            found = self._read_planned(self._plan(["embedding"], rows, views, places), num_threads=1)["embedding"]
+            found = self._read(lambda: self._plan(["embedding"], rows, views, places), num_threads=1)["embedding"]
         found[places < 0] = np.nan
         values[rows - first, views] = found
 
@@ -487,7 +516,7 @@ class StoreReader:
         """
         views, rows = np.arange(num_views), np.full(num_views, row)
         places = np.broadcast_to(np.arange(num_frames), (num_views, num_frames))
-        read = self._read_planned(self._plan(list(self._specs), rows, views, places))
+        read = self._read(lambda: self._plan(list(self._specs), rows, views, places))
         return {
             name: read[name] if name in read else self._read_with_tensorstore(name, rows, views, places, None)
             for name in self._specs
@@ -626,8 +655,60 @@ class StoreReader:
     def _sharded(self, name: str) -> ShardedArray | None:
         """The array as our own reader has it, or None where that cannot read its layout."""
         if name not in self._sharded_arrays:
-            self._sharded_arrays[name] = ShardedArray.open(self.path, self._spec(name))
+            spec = self._spec(name)
+            self._sharded_arrays[name] = ShardedArray.open(self.path, spec, lambda *file: self._find_copy(spec, *file))
         return self._sharded_arrays[name]
+
+    def _find_copy(self, spec: ArraySpec, shard: int, file: str) -> Path | None:
+        return None if self._copies is None else self._copies.find(spec, shard, file)
+
+    def read_through(self, cache: ShardCache, *, waits: bool) -> None:
+        """Keep shards on a fast disk as they are read, and read them from there.
+
+        Args:
+            cache: Whose room is shared with other processes and stores.
+            waits: Whether a shard is copied before it is read. Else what is not there yet is read from the store.
+        """
+        self.cache = cache
+        self._copies = StoreCopies(cache, self.path, self._find_fingerprint, waits=waits)
+
+    def list_files(
+        self, rows: np.ndarray, views: np.ndarray, places: np.ndarray, arrays: Sequence[str]
+    ) -> list[tuple[str, int, str]]:
+        """The shards' files that clips are read of: array, shard of rows, name; of arrays that can have copies.
+
+        Args:
+            rows: (B,).
+            views: (B,).
+            places: (B, T).
+            arrays: Which.
+        """
+        files = []
+        for name in arrays:
+            if (sharded := self._sharded(name)) is not None:
+                keys = ShardedFrames.of(rows, views, places, sharded.division).shards
+                files += [(name, key[0], sharded.file_of(key)) for key in keys]
+        return files
+
+    def bring(self, array: str, shard: int, file: str) -> int:
+        """See that a file has a copy before it is read; the bytes of the copy, 0 where there is none."""
+        return 0 if self._copies is None else self._copies.bring(self._spec(array), shard, file)
+
+    def _find_fingerprint(self, shard: int, file: str) -> str | None:
+        """What a shard's done-marker says of a file now; None where it says nothing, or nothing that can be read."""
+        state = read_marker_state(self.path, shard)
+        known = self._fingerprints.get(shard)
+        if known is None or known[0] != state:
+            files: Mapping[str, str] = {}
+            with suppress(StoreDamagedError):
+                marker = self.read_marker(shard)
+                files = marker.files or {} if marker is not None else {}
+            self._fingerprints[shard] = known = state, files
+        return known[1].get(file)
+
+    @cached_property
+    def _fingerprints(self) -> dict[int, tuple[MarkerState | None, Mapping[str, str]]]:
+        return {}
 
     @cached_property
     def _sharded_arrays(self) -> dict[str, ShardedArray | None]:

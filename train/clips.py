@@ -25,6 +25,8 @@ from .choices import TrainedViews
 from .host_memory import HostMemory
 from .networks.contract import Network
 from .networks.text_interaction import TextBatch
+from .order import ShardWindow, draw_order
+from .shard_prefetch import ShardPrefetch
 from .transfer import Streams, WaitMeter, copy_ahead, find_streams, time_waiting
 
 _log = logging.getLogger(__name__)
@@ -415,8 +417,9 @@ def plan_training_epoch(
     views_per_video: int = 1,
     rank: int = 0,
     num_ranks: int = 1,
+    window: ShardWindow | None = None,
 ) -> list[ClipPlan]:
-    """The batches of one epoch: a pure function of rows, seed and epoch, so that its rest can be trained later.
+    """The batches of one epoch: a pure function of rows, seed, epoch and window, so that its rest can be trained later.
 
     A clip takes one random frame of each of T equal parts of the cached ones; where those are fewer, some stand for
     several parts. What does not fill a step is left out of this epoch, unless there is no full step.
@@ -431,6 +434,7 @@ def plan_training_epoch(
             all where a row has fewer.
         rank: Of this process: in each step every rank takes clips of its own.
         num_ranks: Processes that train together.
+        window: Shards that are mixed at a time; None mixes all.
 
     Raises:
         ConfigError: If there are fewer videos than ranks, or more views than clips in a step.
@@ -442,7 +446,7 @@ def plan_training_epoch(
             f"a step of {batch_size} clips cannot hold {views_per_video} views of one video: raise --batch-size"
         )
     generator = np.random.default_rng([seed, epoch])
-    order = generator.permutation(len(data))
+    order = draw_order(data.rows, generator, window)
     bounds = np.arange(num_frames + 1) * data.num_cached_frames[:, None] // num_frames
     first, stop = bounds[:, :-1], np.maximum(bounds[:, 1:], bounds[:, :-1] + 1)
     places = np.stack([generator.integers(first, stop) for _ in range(views_per_video)], axis=1)
@@ -728,7 +732,7 @@ class ClipLoader:
         What is read, or handed over and perhaps not copied yet, stays within a number of bytes; one batch is always
         read, however large.
         """
-        threads = _reading_threads()
+        threads, prefetch = _reading_threads(), self._begin_prefetch(plans)
         pending: deque[tuple[ClipPlan, Future[_Read], int]] = deque()
         # Host memory is free again when the copy is done: surely when the batch after the next one is asked for.
         copying: deque[int] = deque([0, 0], maxlen=2) if self._streams is not None else deque(maxlen=0)
@@ -739,7 +743,9 @@ class ClipLoader:
             return self._hand_over(plan, future)
 
         try:
-            for plan in plans:
+            for place, plan in enumerate(plans):
+                if prefetch is not None:
+                    prefetch.reach(place)
                 size = self.count_bytes(plan)
                 while pending and (
                     len(pending) > _BATCHES_AHEAD
@@ -750,9 +756,17 @@ class ClipLoader:
             while pending:
                 yield hand_over()
         finally:
+            if prefetch is not None:
+                prefetch.close()
             for _, future, _ in pending:
                 future.cancel()
             wait([future for _, future, _ in pending])  # none reads on once the caller has gone
+
+    def _begin_prefetch(self, plans: Sequence[ClipPlan]) -> ShardPrefetch | None:
+        """Where the store is read through a cache; an eighth of it may be ahead of the steps."""
+        if self._store.cache is None:
+            return None
+        return ShardPrefetch(self._store, plans, self._arrays, self._store.cache.most_bytes // 8)
 
     def _read(self, plan: ClipPlan) -> _Read:
         places, step = plan.places, self._frames_per_token

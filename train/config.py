@@ -156,6 +156,18 @@ class TrainConfig:
 
     Heads that are trained in one read share it, and differ in the seed of their weights.
     """
+    window: int | None = None
+    """Mix clips of so many shards at a time. [all; with --cache an eighth, 8 or more]
+
+    For disks that read in long runs. The order follows from seed, epoch and window, which the run records.
+    """
+    cache: Path | None = None
+    """Keep shards in this folder as they are read.
+
+    For a store on a slow disk; the folder is on a fast one, and serves several processes and runs.
+    """
+    cache_size: int | None = None
+    """The most bytes that --cache holds: 200GB. [half of what is free there]"""
     hold_out: float | None = None
     """Validate on this share of the training videos, train on the rest.
 
@@ -219,6 +231,7 @@ class TrainConfig:
             "--side-width": self.side_width,
             "--accumulate": self.accumulate,
             "--patience": self.patience,
+            "--window": self.window,
             "--validate-every": self.validate_every,
         }
         for option, count in at_least_one.items():
@@ -251,6 +264,8 @@ class TrainConfig:
                 _check_choice(option, word, choices)
         if unclear := [one for one in self.set if "=" not in one]:
             raise ConfigError(f"--set takes name=value; found {unclear[0]!r}")
+        if self.cache_size is not None and self.cache is None:
+            raise ConfigError("--cache-size has no effect without --cache: name the folder, or leave it out")
         self._check_network_and_task()
         if self.hold_out is not None and not 0 < self.hold_out <= 0.5:
             raise ConfigError(f"--hold-out must be a share above 0, at most 0.5; found {self.hold_out:g}")

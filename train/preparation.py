@@ -15,7 +15,9 @@ from lightning_fabric.plugins.environments import TorchElasticEnvironment
 
 from ..device import is_first_process
 from ..errors import ConfigError
+from ..files import describe_bytes
 from ..store.reader import StoreReader, open_store
+from ..store.shard_cache import ShardCache
 from .batches import StepShares, keep_recorded_batches, warn_of_other_step
 from .clips import (
     find_clip_lengths,
@@ -32,6 +34,7 @@ from .logs import require_wandb
 from .networks import find_network
 from .networks.contract import Network, NetworkKind, NetworkShape
 from .networks.norms import has_norms
+from .order import resolve_window
 from .recipe import Recipe
 from .run_folder import (
     CONFIG_NAME,
@@ -83,8 +86,9 @@ def begin_heads(
     shape = plan_network(configs[0], store, None if begun[0] is None else begun[0].shape)
     if begun[0] is not None and begun[0].validates_every_clip:
         task.validation = task.find_rows(store, configs[0].val_split)
+    window = _resolve_reading(configs[0], begun[0], store, task)
     num_views = resolve_views(configs[0], task.training.num_trained_views, num_processes)
-    configs = [replace(config, views_per_video=num_views) for config in configs]
+    configs = [replace(config, views_per_video=num_views, window=window) for config in configs]
     config = task.config = configs[0]
     frames = _resolve_frames(config, store, task, is_told=is_auto and config.preset != "none")
     warn_of_short_splits(store, frames, {config.train_split, config.val_split}, task.find_rows)
@@ -102,7 +106,7 @@ def begin_heads(
     if given.norm_clips is not None and not has_norms(networks[0]):
         raise ConfigError(f"--norm-clips has no effect on --head {config.head}, which has no batch norm: leave it out")
     say(shares.describe(available, has_norms=has_norms(networks[0])))
-    say(f"Tokens are read by: {store.describe_reading()}")
+    say(_describe_reading(config, store))
     if task.num_left_out:
         say(_describe_left_out(task.num_left_out, config, find_recipe(config, store)))
     fabric = make_fabric(config, device_type)
@@ -127,6 +131,31 @@ def _resolve(config: TrainConfig, store: StoreReader, num_processes: int, begun:
     config = replace(take_recorded(config, begun), batch_size=shares.batch_size, norm_clips=None)
     resolved = resolve_preset(config, store, num_processes=num_processes)
     return replace(resolved, norm_clips=shares.norm_clips)
+
+
+def _resolve_reading(config: TrainConfig, begun: Run | None, store: StoreReader, task: Task) -> int | None:
+    """Begin the cache in front of a store, and find the window of shards that are mixed: a run that goes on keeps its.
+
+    Raises:
+        ConfigError: If the cache is no cache, or too small.
+    """
+    window = config.window if begun is None or config.window is not None else begun.config.get("window")
+    if config.cache is not None:
+        cache = ShardCache(config.cache, config.cache_size)
+        if begun is None or window is not None:
+            window = resolve_window(window, store, cache, float(task.training.num_cached_frames.mean()))
+        # Where all shards are mixed at once, the first batches would wait for copies of nearly all of them.
+        store.read_through(cache, waits=window is not None)
+    return window
+
+
+def _describe_reading(config: TrainConfig, store: StoreReader) -> str:
+    parts, num_shards = [f"Tokens are read by: {store.describe_reading()}"], store.layout.num_shards
+    if config.window is not None:
+        parts.append(f"clips of {min(config.window, num_shards)} of {num_shards} shards are mixed at a time")
+    if store.cache is not None:
+        parts.append(f"shards are kept in {store.cache.folder}, {describe_bytes(store.cache.most_bytes)} at most")
+    return "; ".join(parts)
 
 
 def _warn_of_no_validation(store: StoreReader, task: Task, config: TrainConfig) -> None:

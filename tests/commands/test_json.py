@@ -47,7 +47,11 @@ JOURNEY = {
 NONE_OR_NUMBER = {".per_class[].precision"}
 """What has a number where there is one: this one where a video was said to be of the class, which weights decide."""
 
-NOT_RUN = {"demo": "it takes minutes: tests/demo", "sweep": "it came later: tests/train/test_sweep.py"}
+NOT_RUN = {
+    "demo": "it takes minutes: tests/demo",
+    "sweep": "it came later: tests/train/test_sweep.py",
+    "cache": "it came later: tests/commands/test_cache.py",
+}
 
 
 def describe(value):

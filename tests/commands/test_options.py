@@ -23,7 +23,7 @@ NEW = {
     "scan": ("--validation-clip", "--pixel-offsets", "--pixel-edge"),
     "train": (
         *("--set", "--norm-clips", "--log-every", "--optimizer", "--undecayed", "--order-seed", "--hold-out"),
-        *("--min-video-frames", "--train-views"),
+        *("--min-video-frames", "--train-views", "--window", "--cache", "--cache-size"),
     ),
     "compare": ("--run", "--split", "--checkpoint"),
 }
@@ -77,7 +77,7 @@ def test_options_are_read_as_ever(command):
     assert set(NEW.get(command, ())) <= set(found)
 
 
-NEW_COMMANDS = ("sweep",)
+NEW_COMMANDS = ("sweep", "cache")
 """That have come since."""
 
 

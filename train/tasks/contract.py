@@ -28,6 +28,7 @@ from ..clips import (
     take_trained_views,
 )
 from ..networks.contract import Network, Outputs
+from ..order import ShardWindow
 from ..paired import Answers
 from ..recipe import Optimisation, Recipe
 from ..run_folder import Run
@@ -150,7 +151,7 @@ class Task(ABC):
         """
 
     def plan_epoch(self, epoch: int, *, num_frames: int, rank: int = 0, num_ranks: int = 1) -> list[ClipPlan]:
-        """The batches of one epoch, of one process: a pure function of rows, seed and epoch."""
+        """The batches of one epoch, of one process: a pure function of rows, seed, epoch and window."""
         config = self.config
         assert config.batch_size is not None
         return plan_training_epoch(
@@ -162,6 +163,7 @@ class Task(ABC):
             epoch=epoch,
             rank=rank,
             num_ranks=num_ranks,
+            window=None if config.window is None else ShardWindow(config.window, self._store.layout.rows_per_shard),
         )
 
     def divide_rows(self, *, by_class: bool) -> tuple[LabelledRows, LabelledRows]:
