@@ -27,6 +27,8 @@ enum { WHOLE = 0, MISSING = 1, CUT_SHORT = 2, MISMATCH = 3, NO_MEMORY = 4 }; /* 
 #define ABSENT UINT64_MAX
 #define MOST_THREADS 64
 #define BYTES_OF_A_THREAD (256 * 1024) /* less is read before another thread has begun */
+#define BYTES_OF_A_RUN (512 * 1024)    /* chunks that lie side by side are read at once, up to so many bytes */
+#define CHUNKS_OF_A_RUN 64
 
 /* ---------------------------------------------------------------- reading */
 
@@ -50,46 +52,63 @@ typedef struct {
 
 typedef struct {
     Array *arrays;
-    Py_ssize_t num_arrays, num_chunks, next;
+    Py_ssize_t num_arrays, num_chunks, num_runs, next;
+    Py_ssize_t *runs; /* the first chunk of each, counted over all arrays, one array after another */
     int64_t scratch_bytes;
-    int32_t *outcomes; /* of each chunk of all arrays, one array after another */
+    int32_t *outcomes; /* of each chunk, counted so */
 } Batch;
 
 /* Reads on where the kernel gave less than it was asked for. */
-static int read_whole(int descriptor, uint8_t *bytes, int64_t count, uint8_t *checksum, int64_t offset) {
-    int64_t total = count + CHECKSUM_BYTES, done = 0;
-    while (done < total) {
-        struct iovec parts[2];
-        int num_parts = 0;
-        if (done < count)
-            parts[num_parts++] = (struct iovec){bytes + done, (size_t)(count - done)};
-        int64_t of_checksum = done > count ? done - count : 0;
-        parts[num_parts++] = (struct iovec){checksum + of_checksum, (size_t)(CHECKSUM_BYTES - of_checksum)};
-        ssize_t got = preadv(descriptor, parts, num_parts, (off_t)(offset + done));
+static int read_parts(int descriptor, struct iovec *parts, int num_parts, int64_t offset) {
+    while (num_parts > 0) {
+        ssize_t got = preadv(descriptor, parts, num_parts, (off_t)offset);
         if (got < 0 && errno == EINTR)
             continue;
         if (got <= 0)
             return got < 0 ? -errno : CUT_SHORT;
-        done += got;
+        offset += got;
+        while (num_parts > 0 && (size_t)got >= parts->iov_len) {
+            got -= (ssize_t)parts->iov_len;
+            parts++;
+            num_parts--;
+        }
+        if (num_parts > 0) {
+            parts->iov_base = (uint8_t *)parts->iov_base + got;
+            parts->iov_len -= (size_t)got;
+        }
     }
+    return WHOLE;
+}
+
+/* Offset and length of a chunk, or NULL where it is not there as it must be. */
+static const uint64_t *find_place(const Array *array, Py_ssize_t chunk) {
+    const uint64_t *place = array->indices[array->files[chunk]].places + 2 * array->numbers[chunk];
+    int is_there = place[1] == (uint64_t)array->chunk_bytes + CHECKSUM_BYTES && place[0] <= INT64_MAX - place[1];
+    return is_there ? place : NULL;
+}
+
+static int verify(const uint8_t *bytes, int64_t count, const uint8_t *checksum) {
+    uint32_t found = ~update_crc(~0u, bytes, (size_t)count);
+    for (int byte = 0; byte < CHECKSUM_BYTES; byte++)
+        if (checksum[byte] != (found >> 8 * byte & 255))
+            return MISMATCH;
     return WHOLE;
 }
 
 static int read_chunk(const Array *array, Py_ssize_t chunk, uint8_t *scratch) {
     int32_t file = array->files[chunk];
-    const uint64_t *place = array->indices[file].places + 2 * array->numbers[chunk];
-    if (place[0] == ABSENT)
+    if (array->indices[file].places[2 * array->numbers[chunk]] == ABSENT)
         return MISSING;
-    if (place[1] != (uint64_t)array->chunk_bytes + CHECKSUM_BYTES || place[0] > INT64_MAX - place[1])
+    const uint64_t *place = find_place(array, chunk);
+    if (!place)
         return CUT_SHORT;
     uint8_t *bytes = array->offsets ? array->target + array->offsets[chunk] : scratch, checksum[CHECKSUM_BYTES];
-    int outcome = read_whole(array->descriptors[file], bytes, array->chunk_bytes, checksum, (int64_t)place[0]);
+    struct iovec parts[2] = {{bytes, (size_t)array->chunk_bytes}, {checksum, CHECKSUM_BYTES}};
+    int outcome = read_parts(array->descriptors[file], parts, 2, (int64_t)place[0]);
+    if (outcome == WHOLE)
+        outcome = verify(bytes, array->chunk_bytes, checksum);
     if (outcome != WHOLE)
         return outcome;
-    uint32_t found = ~update_crc(~0u, bytes, (size_t)array->chunk_bytes);
-    for (int byte = 0; byte < CHECKSUM_BYTES; byte++)
-        if (checksum[byte] != (found >> 8 * byte & 255))
-            return MISMATCH;
     if (!array->offsets)
         for (int64_t piece = array->firsts[chunk]; piece < array->firsts[chunk + 1]; piece++) {
             const int64_t *own = array->pieces + 3 * piece;
@@ -98,19 +117,66 @@ static int read_chunk(const Array *array, Py_ssize_t chunk, uint8_t *scratch) {
     return WHOLE;
 }
 
+/* Chunks that lie side by side in one file, in one read; whether it gave them all. Else they are read one by one. */
+static int read_run(const Array *array, Py_ssize_t first, Py_ssize_t count, int32_t *outcomes) {
+    struct iovec parts[2 * CHUNKS_OF_A_RUN];
+    uint8_t checksums[CHUNKS_OF_A_RUN][CHECKSUM_BYTES];
+    for (Py_ssize_t place = 0; place < count; place++) {
+        uint8_t *bytes = array->target + array->offsets[first + place];
+        parts[2 * place] = (struct iovec){bytes, (size_t)array->chunk_bytes};
+        parts[2 * place + 1] = (struct iovec){checksums[place], CHECKSUM_BYTES};
+    }
+    int64_t offset = (int64_t)find_place(array, first)[0];
+    if (read_parts(array->descriptors[array->files[first]], parts, (int)(2 * count), offset) != WHOLE)
+        return 0;
+    for (Py_ssize_t place = 0; place < count; place++)
+        outcomes[place] =
+            verify(array->target + array->offsets[first + place], array->chunk_bytes, checksums[place]);
+    return 1;
+}
+
 static void *read_share(void *argument) {
     Batch *batch = argument;
     uint8_t *scratch = batch->scratch_bytes ? malloc((size_t)batch->scratch_bytes) : NULL;
-    Py_ssize_t chunk, array = 0, first = 0; /* `first`: of the array, counted over all */
-    while ((chunk = __atomic_fetch_add(&batch->next, 1, __ATOMIC_RELAXED)) < batch->num_chunks) {
+    Py_ssize_t run, array = 0, first = 0; /* `first`: of the array, counted over all */
+    while ((run = __atomic_fetch_add(&batch->next, 1, __ATOMIC_RELAXED)) < batch->num_runs) {
+        Py_ssize_t chunk = batch->runs[run], stop = batch->runs[run + 1];
         while (chunk - first >= batch->arrays[array].num_chunks)
             first += batch->arrays[array++].num_chunks;
-        int lacks_room = !batch->arrays[array].offsets && !scratch;
-        batch->outcomes[chunk] =
-            lacks_room ? NO_MEMORY : read_chunk(&batch->arrays[array], chunk - first, scratch);
+        const Array *own = &batch->arrays[array];
+        if (stop - chunk > 1 && read_run(own, chunk - first, stop - chunk, batch->outcomes + chunk))
+            continue;
+        for (; chunk < stop; chunk++)
+            batch->outcomes[chunk] = !own->offsets && !scratch ? NO_MEMORY : read_chunk(own, chunk - first, scratch);
     }
     free(scratch);
     return NULL;
+}
+
+/* Whether a chunk lies behind the one before it, and both go whole into the target. */
+static int goes_on(const Array *array, Py_ssize_t chunk) {
+    if (!array->offsets || array->files[chunk] != array->files[chunk - 1])
+        return 0;
+    const uint64_t *before = find_place(array, chunk - 1), *place = find_place(array, chunk);
+    return before && place && place[0] == before[0] + before[1];
+}
+
+/* Share the chunks out into runs. */
+static void find_runs(Batch *batch) {
+    Py_ssize_t first = 0;
+    for (Py_ssize_t array = 0; array < batch->num_arrays; first += batch->arrays[array++].num_chunks) {
+        const Array *own = &batch->arrays[array];
+        int64_t most = BYTES_OF_A_RUN / (own->chunk_bytes + 1), count = 0;
+        for (Py_ssize_t chunk = 0; chunk < own->num_chunks; chunk++) {
+            if (count > 0 && count < most && count < CHUNKS_OF_A_RUN && goes_on(own, chunk)) {
+                count++;
+            } else {
+                batch->runs[batch->num_runs++] = first + chunk;
+                count = 1;
+            }
+        }
+    }
+    batch->runs[batch->num_runs] = batch->num_chunks;
 }
 
 static void read_batch(Batch *batch, int num_threads) {
@@ -285,7 +351,8 @@ static PyObject *read_chunks(PyObject *module, PyObject *arguments) {
         if (!own->offsets && own->chunk_bytes >= batch.scratch_bytes)
             batch.scratch_bytes = own->chunk_bytes + 1; /* of an empty chunk too there is room */
     }
-    if (is_parsed && !(batch.outcomes = calloc((size_t)batch.num_chunks + 1, sizeof *batch.outcomes))) {
+    if (is_parsed && (!(batch.outcomes = calloc((size_t)batch.num_chunks + 1, sizeof *batch.outcomes)) ||
+                      !(batch.runs = calloc((size_t)batch.num_chunks + 1, sizeof *batch.runs)))) {
         PyErr_NoMemory();
         is_parsed = 0;
     }
@@ -294,6 +361,7 @@ static PyObject *read_chunks(PyObject *module, PyObject *arguments) {
         if (num_threads > MOST_THREADS)
             num_threads = MOST_THREADS;
         Py_BEGIN_ALLOW_THREADS
+        find_runs(&batch);
         read_batch(&batch, useful < num_threads ? (int)useful : num_threads);
         Py_END_ALLOW_THREADS
         found = list_outcomes(&batch);
@@ -302,6 +370,7 @@ static PyObject *read_chunks(PyObject *module, PyObject *arguments) {
         free(batch.arrays[array].indices);
     free(batch.arrays);
     free(batch.outcomes);
+    free(batch.runs);
     release_views(&views);
     return found;
 }

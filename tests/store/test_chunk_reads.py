@@ -117,6 +117,40 @@ def test_both_ways_put_the_same_bytes_where_they_are_wanted(tmp_path_factory, wa
         assert np.array_equal(parts, np.concatenate(cut))
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    numbers=st.lists(st.integers(0, NUM_CHUNKS - 1), min_size=1, max_size=40),
+    is_sorted=st.booleans(),
+    damaged=st.sets(st.integers(0, NUM_CHUNKS - 2), max_size=3),
+    left=st.one_of(st.none(), st.integers(0, (NUM_CHUNKS - 1) * (CHUNK + 4))),
+    num_threads=st.integers(1, 4),
+)
+def test_chunks_side_by_side_are_read_at_once_and_judged_one_by_one(
+    tmp_path_factory, numbers, is_sorted, damaged, left, num_threads
+):
+    native, told = find_native()
+    if native is None:
+        pytest.skip(told)
+    path = write_shard(tmp_path_factory.mktemp("runs") / "a")
+    shard = ShardFile(path, NUM_CHUNKS, 0, None, CHUNK + 4)
+    content = bytearray(path.read_bytes())
+    for place in damaged:
+        content[place * (CHUNK + 4) + 500] ^= 4
+    path.write_bytes(content[:left])
+    wanted = [(0, number) for number in (sorted(numbers) if is_sorted else numbers)]
+    found = []
+    for module in (native, None):
+        target = np.zeros((len(wanted), CHUNK), np.uint8)
+        reads = plan([shard], wanted, target, offsets=np.arange(len(wanted)) * CHUNK)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_chunk_reads, "find_native", lambda module=module: (module, "this"))
+            problems = _chunk_reads._try_to_read([reads], num_threads)
+        bad = {one.chunk for one in problems}
+        assert all(np.array_equal(target[i], data_of(n)) for i, (_, n) in enumerate(wanted) if i not in bad)
+        found.append(problems)
+    assert sorted(found[0]) == sorted(found[1])
+
+
 def test_a_chunk_that_is_missing_cut_short_or_damaged_is_named(kind, tmp_path, shard):
     with pytest.raises(DamagedChunkError, match=r"^chunk 5 of c\.0 is missing$") as caught:
         read_one(shard, ABSENT)
