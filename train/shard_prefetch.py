@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -34,8 +34,12 @@ class Plan(Protocol):
         ...
 
 
+_NUM_THREADS = 2
+"""One reads while another one writes."""
+
+
 class ShardPrefetch:
-    """A thread that copies shards, each once, no further ahead of the batch that is read than so many bytes.
+    """Threads that copy shards, each once, no further ahead of the batch that is read than so many bytes.
 
     Args:
         store: Reads through a cache.
@@ -52,8 +56,10 @@ class ShardPrefetch:
         self._ahead: deque[tuple[int, int]] = deque()  # place of the batch, bytes
         self._reached, self._is_closed = 0, False
         self._moved = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="s4v-prefetch", daemon=True)
-        self._thread.start()
+        self._files = self._list_files()
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(_NUM_THREADS)]
+        for thread in self._threads:
+            thread.start()
 
     def reach(self, place: int) -> None:
         """The batch that is read now."""
@@ -61,35 +67,37 @@ class ShardPrefetch:
             self._reached = place
             while self._ahead and self._ahead[0][0] <= place:
                 self._ahead.popleft()
-            self._moved.notify()
+            self._moved.notify_all()
 
     def close(self) -> None:
         """Begin no other copy."""
         with self._moved:
             self._is_closed = True
-            self._moved.notify()
+            self._moved.notify_all()
+
+    def _list_files(self) -> Iterator[tuple[int, tuple[str, int, str]]]:
+        """Each file once, with the place of the first batch that is read of it."""
+        seen: set[tuple[str, int, str]] = set()
+        for place, plan in enumerate(self._plans):
+            for file in self._store.list_files(plan.rows, plan.views, plan.places, self._arrays):
+                if file not in seen:
+                    seen.add(file)
+                    yield place, file
 
     def _run(self) -> None:
-        seen: set[tuple[str, int, str]] = set()
         try:
-            for place, plan in enumerate(self._plans):
-                for file in self._store.list_files(plan.rows, plan.views, plan.places, self._arrays):
-                    if file in seen:
-                        continue
-                    seen.add(file)
-                    if not self._wait_for_room():
-                        return
-                    self._note(place, self._store.bring(*file))
+            while (wanted := self._take()) is not None:
+                place, file = wanted
+                num_bytes = self._store.bring(*file)
+                with self._moved:
+                    if place > self._reached:
+                        self._ahead.append((place, num_bytes))
         except Exception:  # of a daemon nobody else would tell; whoever reads meets the same and says what it is
             _log.warning("shards are not fetched ahead any more", exc_info=True)
+            self.close()
 
-    def _wait_for_room(self) -> bool:
-        """Whether there is more to do."""
+    def _take(self) -> tuple[int, tuple[str, int, str]] | None:
+        """The next file, when there is room for it; None where there is none."""
         with self._moved:
             self._moved.wait_for(lambda: self._is_closed or sum(size for _, size in self._ahead) < self._ahead_bytes)
-            return not self._is_closed
-
-    def _note(self, place: int, num_bytes: int) -> None:
-        with self._moved:
-            if place > self._reached:
-                self._ahead.append((place, num_bytes))
+            return None if self._is_closed else next(self._files, None)

@@ -32,6 +32,11 @@ def plans(*batches):
     ]
 
 
+def join(prefetch):
+    for thread in prefetch._threads:
+        thread.join(10)
+
+
 def wait_until(is_so):
     deadline = time.monotonic() + 10
     while not is_so():
@@ -48,7 +53,7 @@ def test_files_are_fetched_in_order_and_once_and_no_further_than_that():
     prefetch.reach(2)
     wait_until(lambda: len(store.brought) == 6)
     prefetch.reach(4)
-    prefetch._thread.join(10)
+    join(prefetch)
     assert [row for _, row in store.brought] == [3, 1, 4, 5, 6, 7, 8]
 
 
@@ -57,13 +62,13 @@ def test_who_goes_closes_it():
     prefetch = ShardPrefetch(store, plans([1], [2], [3], [4]), ["cls"], ahead_bytes=10)
     wait_until(lambda: len(store.brought) == 2)
     prefetch.close()
-    prefetch._thread.join(10)
-    assert not prefetch._thread.is_alive() and len(store.brought) == 2
+    join(prefetch)
+    assert not any(thread.is_alive() for thread in prefetch._threads) and len(store.brought) == 2
 
 
 def test_an_error_is_told_and_stops_nobody(caplog):
     prefetch = ShardPrefetch(Store(fails=True), plans([1]), ["cls"], ahead_bytes=10)
-    prefetch._thread.join(10)
+    join(prefetch)
     prefetch.reach(1)
     assert "shards are not fetched ahead any more" in caplog.text and "a disk" in caplog.text
 
