@@ -81,9 +81,17 @@ class StoreMismatchError(StoreError, ValueError):
 
 
 class StoreDamagedError(StoreError, OSError):
-    """Bytes on disk are not the bytes that were written."""
+    """Bytes on disk are not the bytes that were written.
+
+    Args:
+        row: Of the store, whose bytes they are, where it is one row's.
+    """
 
     exit_code = 4
+
+    def __init__(self, *arguments: object, row: int | None = None) -> None:
+        super().__init__(*arguments)
+        self.row = row
 
 
 class RunError(S4vError):

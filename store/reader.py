@@ -81,8 +81,14 @@ def pad_places(places: Sequence[Sequence[int]]) -> np.ndarray:
     return padded
 
 
-class _RejectedCopyError(Exception):
-    """A copy of a shard was damaged or gone: the same is to be read again, from the store."""
+class _StaleFileError(Exception):
+    """The same is to be read again, of a file that is opened anew."""
+
+    def __init__(self, path: Path, damage: StoreDamagedError) -> None:
+        super().__init__(str(damage))
+        self.path = path
+        self.damage = damage
+        """What it is if that does not help."""
 
 
 class StoreReader:
@@ -330,10 +336,15 @@ class StoreReader:
         return planned
 
     def _read(self, plan: Callable[[], dict[str, PlannedClips]], num_threads: int | None = None) -> dict[str, Any]:
-        """What is planned; planned anew where a copy of a shard was damaged, or gone."""
+        """What is planned; planned anew where a file is to be opened anew: a copy went bad, or a disk came back."""
+        opened_anew: set[Path] = set()
         while True:
-            with suppress(_RejectedCopyError):
+            try:
                 return self._read_planned(plan(), num_threads)
+            except _StaleFileError as stale:
+                if stale.path in opened_anew:
+                    raise stale.damage from stale
+                opened_anew.add(stale.path)
 
     def _read_planned(self, planned: Mapping[str, PlannedClips], num_threads: int | None = None) -> dict[str, Any]:
         """The clips of several arrays, round by round of all of them; by so many threads, or the usual number."""
@@ -360,12 +371,19 @@ class StoreReader:
             raise self._explain(name, error) from error
 
     def _explain(self, name: str, error: DamagedChunkError) -> Exception:
-        """What to raise for a chunk of an array: a copy that is damaged is not the store's fault."""
-        sharded, copies = self._sharded(name), self._copies
-        if sharded and copies and error.path and copies.reject(error.path, str(error)):
-            sharded.forget(error.path)
-            return _RejectedCopyError()
-        return self._damage(name, np.array([error.row]), str(error))
+        """What to raise for a chunk of an array.
+
+        A copy that is damaged is not the store's fault. And of a disk on a network that went and came back, an open
+        file may stay stale for ever.
+        """
+        sharded, damage = self._sharded(name), self._damage(name, np.array([error.row]), str(error))
+        if sharded is None or error.path is None:
+            return damage
+        is_copy = self._copies is not None and self._copies.reject(error.path, str(error))
+        if not is_copy and not error.may_pass:
+            return damage
+        sharded.forget(error.path)
+        return _StaleFileError(error.path, damage)
 
     def read_padding(
         self, videos: Sequence[int] | np.ndarray, view: int | Sequence[int] | np.ndarray = 0
@@ -768,9 +786,8 @@ class StoreReader:
         shards = sorted({int(row) // self.layout.rows_per_shard for row in rows})
         ids = self.read_manifest(["video_id"])["video_id"]
         named = ", ".join(ids[int(row)].as_py() for row in rows[:3])
-        return StoreDamagedError(
-            f"{self.path / name}, shard {_join(shards[:3])}: {why}. Read for video {named}. {_MEND}"
-        )
+        said = f"{self.path / name}, shard {_join(shards[:3])}: {why}. Read for video {named}. {_MEND}"
+        return StoreDamagedError(said, row=int(rows[0]))
 
 
 @lru_cache(1)

@@ -15,12 +15,13 @@ import pyarrow as pa
 import pyarrow.compute
 import torch
 
-from ..errors import ConfigError, StoreMismatchError
+from ..errors import ConfigError, StoreDamagedError, StoreMismatchError
 from ..files import hash_text
 from ..store.codecs.contract import Codec
 from ..store.offsets import PixelOffset, describe_offsets
 from ..store.reader import Clips, StoreReader, pad_places
 from ..store.texts import TextReader, Texts
+from .bad_rows import BadRows
 from .choices import TrainedViews
 from .host_memory import HostMemory
 from .networks.contract import Network
@@ -63,6 +64,27 @@ def _host_memory() -> HostMemory:
 
 
 @dataclass(frozen=True, slots=True)
+class EpochOrder:
+    """All clips of an epoch in their order (n videos, v views of each): what stands in for one that cannot be read."""
+
+    rows: np.ndarray
+    """(n,)"""
+    views: np.ndarray
+    """(n, v)"""
+    num_views: np.ndarray
+    """(n,) how many of them there are."""
+    places: np.ndarray
+    """(n, v, T)"""
+    labels: np.ndarray
+    """(n, v)"""
+
+    def find_substitute(self, position: int, bad: Collection[int]) -> int | None:
+        """The position of the next video behind one that is none of some rows; None where there is none."""
+        behind = range(position + 1, position + len(self.rows))
+        return next((one % len(self.rows) for one in behind if int(self.rows[one % len(self.rows)]) not in bad), None)
+
+
+@dataclass(frozen=True, slots=True)
 class ClipPlan:
     """One batch before it is read."""
 
@@ -74,6 +96,28 @@ class ClipPlan:
     """(B, T) places on the axis F; -1 is no frame, behind the last one of a clip that is shorter than others."""
     labels: np.ndarray
     """(B,); for retrieval the captions, by their rows."""
+    order: EpochOrder | None = None
+    """That it is of; None where no other clip may stand in for one."""
+    positions: np.ndarray | None = None
+    """(B, 2) each clip's video in that order, and which of its views."""
+
+    def without(self, bad: Collection[int]) -> ClipPlan:
+        """The same, with the clips of the next videos of the order in place of those of some rows.
+
+        Which they are follows from the order and from those rows alone, whoever finds out about them and when.
+        """
+        if self.order is None or self.positions is None or not bad:
+            return self
+        rows, views, places, labels = (part.copy() for part in (self.rows, self.views, self.places, self.labels))
+        for clip in np.flatnonzero(np.isin(rows, list(bad))):
+            position, number = self.positions[clip].tolist()
+            found = self.order.find_substitute(position, bad)
+            if found is None:
+                return self
+            view = min(number, int(self.order.num_views[found]) - 1)
+            rows[clip], views[clip] = self.order.rows[found], self.order.views[found, view]
+            places[clip], labels[clip] = self.order.places[found, view], self.order.labels[found, view]
+        return replace(self, rows=rows, views=views, places=places, labels=labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -456,13 +500,25 @@ def plan_training_epoch(
     chances[labels < 0] = 2
     views = chances.argsort(axis=1)[:, :views_per_video]
     size = min(batch_size // views_per_video, len(order) // num_ranks)
+    whole = EpochOrder(
+        rows=data.rows[order],
+        views=views[order],
+        num_views=np.minimum(num_views, views.shape[1])[order],
+        places=places[order],
+        labels=np.take_along_axis(labels, views, axis=1)[order],
+    )
     plans = []
     for begin in range(0, len(order) - size * num_ranks + 1, size * num_ranks):
-        videos = order[begin + rank * size :][:size]
-        which, view = np.nonzero(np.arange(views.shape[1]) < num_views[videos, None])
-        clips = videos[which]
-        shown = views[clips, view]
-        plans.append(ClipPlan(data.rows[clips], shown, places[clips, view], labels[clips, shown]))
+        first = begin + rank * size
+        which, view = np.nonzero(np.arange(views.shape[1]) < whole.num_views[first : first + size, None])
+        at = first + which, view
+        plans.append(
+            ClipPlan(
+                *(whole.rows[at[0]], whole.views[at], whole.places[at], whole.labels[at]),
+                order=whole,
+                positions=np.stack(at, axis=1),
+            )
+        )
     return plans
 
 
@@ -664,8 +720,10 @@ class ClipLoader:
         pixel_offsets: Sequence[PixelOffset | int | str] = (0,),
         frames_per_token: int = 1,
         streams: Streams | None = None,
+        bad: BadRows | None = None,
     ) -> None:
         self._store = store
+        self._bad = BadRows() if bad is None else bad
         self._texts = TextReader(store) if text_arrays else None
         if self._texts is not None:
             self._texts.require(text_arrays)
@@ -693,8 +751,18 @@ class ClipLoader:
         layers: Sequence[int],
         device: torch.device,
         with_texts: bool = False,
+        bad: BadRows | None = None,
     ) -> ClipLoader:
-        """One that reads what a network reads; texts are for a loss, not for what it says of clips."""
+        """One that reads what a network reads.
+
+        Args:
+            network: What reads.
+            store: Where.
+            layers: Backbone blocks.
+            device: Where the network is.
+            with_texts: For a loss; what the network says of clips needs none.
+            bad: Rows for which others stand in, and how many there may be; None is none.
+        """
         return cls(
             store,
             arrays=network.arrays,
@@ -703,6 +771,7 @@ class ClipLoader:
             text_arrays=network.text_arrays if with_texts else (),
             pixel_offsets=network.pixel_offsets,
             frames_per_token=network.frames_per_token,
+            bad=bad,
         )
 
     def load(self, plans: Sequence[ClipPlan]) -> Iterator[ClipBatch]:
@@ -769,6 +838,20 @@ class ClipLoader:
         return ShardPrefetch(self._store, plans, self._arrays, self._store.cache.most_bytes // 8)
 
     def _read(self, plan: ClipPlan) -> _Read:
+        """A batch; of rows that cannot be read, the clips that stand in for theirs."""
+        readable = plan.without(self._bad.rows)
+        while True:
+            try:
+                return self._read_clips(readable)
+            except StoreDamagedError as error:
+                if plan.order is None:
+                    raise
+                self._bad.note(error)
+                readable = plan.without(self._bad.rows)
+                if error.row in readable.rows:  # no other is left
+                    raise
+
+    def _read_clips(self, plan: ClipPlan) -> _Read:
         places, step = plan.places, self._frames_per_token
         if step == 1:
             clips = self._read_arrays(plan, places, self._arrays)

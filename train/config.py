@@ -168,6 +168,11 @@ class TrainConfig:
     """
     cache_size: int | None = None
     """The most bytes that --cache holds: 200GB. [half of what is free there]"""
+    max_bad: int = 0
+    """Train on without up to so many videos whose bytes are damaged.
+
+    The next clip of the order stands in for one of theirs.
+    """
     hold_out: float | None = None
     """Validate on this share of the training videos, train on the rest.
 
@@ -246,6 +251,7 @@ class TrainConfig:
             "--weight-decay": self.weight_decay,
             "--checkpoint-minutes": self.checkpoint_minutes,
             "--min-video-frames": self.min_video_frames,
+            "--max-bad": self.max_bad,
         }
         for option, value in not_negative.items():
             if value is not None and not 0 <= value < math.inf:

@@ -19,6 +19,7 @@ from ..errors import EnvironmentFailedError
 from ..files import write_json
 from ..progress import Report
 from ..store.reader import StoreReader
+from .bad_rows import BadRows
 from .batches import StepShares
 from .clips import ClipBatch, ClipLoader, ClipPlan, codec_for
 from .config import TrainConfig
@@ -163,7 +164,10 @@ class _Training:
         network, layers = heads[0].network, heads[0].run.shape.layers
         self._layers = layers
         self._codec = codec_for(store, layers, fabric.device) if "patches" in network.arrays else None
-        self._loader = ClipLoader.for_network(network, store, layers=layers, device=fabric.device, with_texts=True)
+        self._bad = BadRows(config.max_bad)
+        self._loader = ClipLoader.for_network(
+            network, store, layers=layers, device=fabric.device, with_texts=True, bad=self._bad
+        )
         self._saved_at = time.monotonic()
         self._began = time.perf_counter()
         self._wait_share = 0.0
@@ -298,6 +302,7 @@ class _Training:
             "seconds": round(position.seconds, 3),
             "data_wait_share": round(self._loader.waiting.seconds / seconds, 4),
             "stopped": head.stopped,
+            **({"bad_rows": sorted(self._bad.rows)} if self._bad.rows else {}),
         }
 
     def _go_on(self) -> None:
@@ -315,6 +320,7 @@ class _Training:
             for head, (position, stopped) in zip(stack.heads, heads, strict=True):
                 position.losses = [loss.to(self._fabric.device) for loss in position.losses]
                 head.position, head.stopped = position, stopped
+                self._bad.take_over(position.bad_rows)
             stack.load_precision(precision)
         self._drop_done()
         position = self._position
@@ -322,6 +328,8 @@ class _Training:
 
     def _save_state(self) -> None:
         self._note_seconds()
+        for head in self._active:
+            head.position.bad_rows = sorted(self._bad.rows)
         save_state(self._state_path, [stack.describe_state() for stack in self._stacks])
         self._saved_at = time.monotonic()
 
@@ -351,6 +359,8 @@ class _Training:
             is_due = time.monotonic() - self._saved_at >= 60 * config.checkpoint_minutes
             if is_due and step + 1 < num_steps and self._fabric.is_global_zero:
                 self._save_if_finite(epoch, plans, accumulate)
+        if self._fabric.world_size > 1:
+            self._bad.share()
         self._wait_share = (waiting.seconds - waited) / (time.perf_counter() - began)
         return {
             head: {

@@ -36,6 +36,8 @@ class Position:
     """Spent until the state was last saved."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """Of the last epoch that was finished."""
+    bad_rows: list[int] = field(default_factory=list)
+    """Rows that could not be read, for which others stand in."""
     losses: list[torch.Tensor] = field(default_factory=list)
     """() of each step of the epoch under way."""
 

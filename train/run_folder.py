@@ -79,6 +79,7 @@ _INCIDENTAL = (
     "resume",
     "cache",
     "cache_size",
+    "max_bad",
     "checkpoint_minutes",
     "log_every",
     "checkpoint_activations",

@@ -23,7 +23,7 @@ NEW = {
     "scan": ("--validation-clip", "--pixel-offsets", "--pixel-edge"),
     "train": (
         *("--set", "--norm-clips", "--log-every", "--optimizer", "--undecayed", "--order-seed", "--hold-out"),
-        *("--min-video-frames", "--train-views", "--window", "--cache", "--cache-size"),
+        *("--min-video-frames", "--train-views", "--window", "--cache", "--cache-size", "--max-bad"),
     ),
     "compare": ("--run", "--split", "--checkpoint"),
 }

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from s4v.errors import (
     StoreMismatchError,
     StoreNotFoundError,
 )
-from s4v.store import _shard_file, manifest
+from s4v.store import _chunk_reads, _shard_file, manifest
 from s4v.store.codecs.affine import AffineCodec, round_mantissas
 from s4v.store.info import describe_store
 from s4v.store.layout import StoreLayout
@@ -656,3 +658,29 @@ def test_store_below_the_package_folder_is_found_from_the_root(tmp_path, store_p
     shutil.copytree(store_path, tmp_path / "store" / "k400.zarr")
     monkeypatch.chdir(tmp_path)
     assert open_store("store/k400.zarr").layout == LAYOUT
+
+
+def test_a_file_that_stays_stale_is_opened_anew_once(store_path, monkeypatch):
+    """As a disk on a network leaves it that was away: the open file is lost, the same name is not."""
+    store, waits, read, stale = open_store(store_path), [], _chunk_reads._try_to_read, []
+    before = store.read_clips([0], [[0, 1]])
+
+    def try_to_read(reads, num_threads):
+        if not stale:
+            stale.extend(shard for one in reads for shard in one.shards)
+        lost = [place for place, one in enumerate(reads) if set(map(id, one.shards)) & set(map(id, stale))]
+        return [_chunk_reads._Problem(place, 0, os.strerror(errno.ESTALE)) for place in lost] or read(
+            reads, num_threads
+        )
+
+    monkeypatch.setattr(_chunk_reads, "_try_to_read", try_to_read)
+    monkeypatch.setattr("time.sleep", waits.append)
+    again = store.read_clips([0], [[0, 1]])
+    assert all(np.array_equal(getattr(before, name), getattr(again, name)) for name in ("patches", "cls", "pixels"))
+    assert waits[:3] == [0.1, 1.0, 5.0]
+    stale.clear()
+    monkeypatch.setattr(
+        _chunk_reads, "_try_to_read", lambda reads, _: [_chunk_reads._Problem(0, 0, os.strerror(errno.EIO))]
+    )
+    with pytest.raises(StoreDamagedError, match="Input/output error"):
+        store.read_clips([0], [[0, 1]])

@@ -358,7 +358,7 @@ def test_frames_that_a_batch_lacks_are_left_out_of_the_loss_beside_eva_alone(dat
     frame_mask = torch.ones(num_clips, num_frames, dtype=torch.bool)
     frame_mask[1, 2:] = False
     identities = torch.arange(2 * num_clips).view(num_clips, 2)
-    task = SimpleNamespace(_config=config_of("retrieval"), _logit_scale=torch.tensor(2.0), _identities=identities)
+    task = SimpleNamespace(config=config_of("retrieval"), _logit_scale=torch.tensor(2.0), _identities=identities)
     other = torch.where(frame_mask[..., None], frames, torch.randn_like(frames))
     losses = [
         Retrieval.compute_loss(
