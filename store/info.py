@@ -15,7 +15,7 @@ from ..errors import StoreDamagedError
 from ..files import describe_bytes
 from .class_texts import describe_class_texts
 from .fidelity import NOTABLE_LOSS, read_fidelity
-from .layout import CODEC_GROUPS
+from .layout import CODEC_GROUPS, CODED_ARRAY
 from .offsets import DEFAULT_PIXEL_EDGE, PixelOffset, describe_offsets
 from .reader import StoreReader
 from .records import Status, count_augmented
@@ -145,13 +145,7 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
         "sampling": facts.sampling,
         "resize": facts.resize,
         **{name: getattr(facts, name) for name in ("clips", "views", "augmentation", "validation_clip", "recipe")},
-        "codec": {
-            **attributes["codec"],
-            "channels": store.layout.channels,
-            "width": store.layout.width,
-            "keep_bits": store.layout.keep_bits,
-        },
-        **({"cls_codec": _count_cls_channels(store)} if store.layout.is_cls_coded else {}),
+        **_count_channels(store),
         "fidelity": read_fidelity(store.path),
         "classes": len(store.classes.names),
         "captions": len(store.read_captions()),
@@ -159,10 +153,18 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
     }
 
 
-def _count_cls_channels(store: StoreReader) -> dict[str, Any]:
-    """The codec of class tokens, as that of patches is told."""
-    recorded = store.attributes[CODEC_GROUPS["cls"]]
-    return {**recorded, "channels": store.layout.cls_channels, "width": store.layout.width, "keep_bits": None}
+def _count_channels(store: StoreReader) -> dict[str, Any]:
+    """The codecs, `codec` of patches and `cls_codec` of class tokens that are coded, with what they keep of a token."""
+    layouts = {CODED_ARRAY: store.layout, "cls": store.layout.of_cls()}
+    return {
+        CODEC_GROUPS[array]: {
+            **store.attributes[CODEC_GROUPS[array]],
+            "channels": layouts[array].channels,
+            "width": store.layout.width,
+            "keep_bits": layouts[array].keep_bits,
+        }
+        for array in store.facts.codecs
+    }
 
 
 def _find_frame_range(table: pa.Table) -> dict[str, list[int]]:
