@@ -31,7 +31,7 @@ _FIELDS = (
         "with_pixels",
     ),
     *("input_size", "pixel_offsets", "text_layers", "text_words", "class_template"),
-    *("cls", "device", "precision", "batch_size"),
+    *("cls", "cls_dtype", "cls_channels", "device", "precision", "batch_size"),
 )
 
 

@@ -128,7 +128,7 @@ def _read_markers(store: StoreReader, paths: Sequence[str]) -> Iterator[_Row]:
     for shard in find_markers(store.path):
         first = store.layout.shard_rows(shard).start
         with suppress(StoreDamagedError):
-            marker = read_marker(store.path, shard, store.facts.codec.sha256)
+            marker = read_marker(store.path, shard, store.facts.codecs_sha256)
             for row, one in enumerate(marker.as_results() if marker else (), start=first):
                 if one.status == "ok" and row < len(paths):
                     yield row, paths[row], one.source_bytes, one.source_mtime_ns, one.source_hash

@@ -1,4 +1,4 @@
-"""The codec of a new store: taken over, the identity, or fitted on a sample of training frames.
+"""The codecs of a new store: taken over, the identity, or fitted on a sample of training frames.
 
 The sample is a pure function of the manifest and the seed: the same whatever the machine does meanwhile.
 """
@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..backbone.vision_tower import Backbone
 from ..errors import ConfigError, NoGoodVideoError
 from ..store.codecs.affine import AffineCodec, check_finite, fit_basis, fit_basis_of_few, fit_scale
 from ..store.codecs.contract import Codec
@@ -24,6 +23,7 @@ from ..store.padding import find_padding
 from ..store.reader import open_store
 from ..store.records import VideoRecord
 from .batching import split_evenly
+from .class_tokens import ClassTokenRecorder, Tower
 from .decode.pool import DecodedVideo
 from .job import Job
 from .meter import ReportProgress
@@ -33,6 +33,8 @@ _FRAMES_PER_VIDEO = (2, 16)
 """Fewest and most: neighbouring frames say little new, but a small data set has no others."""
 _TRIAL_FRAMES = 2
 """Rows that cache no more are a trial's: a giant's sample would take a CPU many times as long as the trial itself."""
+_CLASS_TOKENS_PER_DIRECTION = 4
+"""A frame has one class token where it has hundreds of patches: directions of fewer are those of the sample alone."""
 _LONG_S = 600.0
 """Calibration that takes longer says what would make it shorter."""
 
@@ -57,27 +59,88 @@ class FrameSample:
 
 
 def fits_codec(job: Job) -> bool:
-    """Whether a new store's codec is fitted on its own videos, not taken over and not the identity."""
-    is_plain = job.layout.patch_dtype != "int8" and job.layout.channels == job.layout.width
-    return job.config.codec_from is None and not (is_plain and job.config.codec == DEFAULT_CODEC)
+    """Whether a codec of a new store is fitted on its own videos: of patches, or of class tokens."""
+    return job.config.codec_from is None and (_wants_fit(job, job.layout) or _wants_cls_fit(job))
 
 
-def make_codec(job: Job) -> Codec:
-    """The codec of a new store: taken over, the identity, or fitted; the same whenever it is made."""
+def _wants_fit(job: Job, layout: StoreLayout) -> bool:
+    """Whether the codec of a layout's patches is not the identity."""
+    is_plain = layout.patch_dtype != "int8" and layout.channels == layout.width
+    return not (is_plain and job.config.codec == DEFAULT_CODEC)
+
+
+def _wants_cls_fit(job: Job) -> bool:
+    return job.layout.is_cls_coded and _wants_fit(job, job.layout.of_cls())
+
+
+def make_codecs(job: Job) -> tuple[Codec, Codec | None]:
+    """The codecs of a new store: taken over, the identity, or fitted; the same whenever they are made.
+
+    Returns:
+        Of patches, and of class tokens; None where those are not coded.
+
+    Raises:
+        ConfigError: If nothing fits a codec of that name, or the sample holds too few tokens.
+    """
     config, layout = job.config, job.layout
     if config.codec_from is not None:
-        return open_store(config.codec_from).codec
+        source = open_store(config.codec_from)
+        return source.codec, source.cls_codec
     if not fits_codec(job):
-        return AffineCodec(dtype=config.dtype)
+        return AffineCodec(dtype=config.dtype), AffineCodec(dtype=layout.cls_dtype) if layout.is_cls_coded else None
     if config.codec not in FITS:
         raise ConfigError(
             f"nothing fits a codec {config.codec!r}; those that can be fitted are {', '.join(FITS)}. Take one of them, "
             "or the codec of a store that has it (--codec-from)."
         )
+    sample = _decode_sample(job)
+    if not layout.is_cls_coded:
+        return _fit(job, sample, job.backbone, layout), None
+    recorder = ClassTokenRecorder(job.backbone, sample.pixels, layout.layers, layout.class_tokens, sample.padding)
+    codec = _fit(job, sample, recorder, layout) if _wants_fit(job, layout) else AffineCodec(dtype=config.dtype)
+    return codec, _fit_cls(job, sample, recorder) if _wants_cls_fit(job) else AffineCodec(dtype=layout.cls_dtype)
+
+
+def _fit(job: Job, sample: FrameSample, tower: Tower, layout: StoreLayout) -> Codec:
+    return FITS[job.config.codec](
+        layout.patch_dtype,
+        sample,
+        tower,
+        layout.layers,
+        channels=layout.channels,
+        batch_size=job.config.batch_size,
+        report=job.report,
+    )
+
+
+def _fit_cls(job: Job, sample: FrameSample, recorder: ClassTokenRecorder) -> Codec:
+    layout, num_frames = job.layout.of_cls(), len(sample.pixels)
+    if layout.channels < layout.width and num_frames <= layout.channels:
+        raise ConfigError(
+            f"--cls-channels {layout.channels} wants more than {layout.channels} class tokens to calibrate on, one of "
+            f"each frame; {len(set(sample.video_ids))} videos have {num_frames} frames. Take fewer channels, more "
+            "--calibration-videos, or codecs that another store was fitted with (--codec-from)."
+        )
+    table = recorder.finish(job.config.batch_size)
+    return FITS[job.config.codec](
+        layout.patch_dtype,
+        FrameSample(table.frames, sample.video_ids),
+        table,
+        layout.layers,
+        channels=layout.channels,
+        batch_size=num_frames,
+        report=lambda *_: None,  # it takes no pass through the backbone
+    )
+
+
+def _decode_sample(job: Job) -> FrameSample:
+    config, layout = job.config, job.layout
     groups = group_for_calibration(job.records, config.seed)
     num_candidates = len(groups[0]) or len(job.records)
     num_videos = min(config.calibration_videos, num_candidates)
     num_frames = frames_per_video(num_candidates, layout, config.calibration_videos)
+    if layout.cls_channels < layout.width:
+        num_frames = max(num_frames, frames_for_cls(layout.cls_channels, num_videos))
     decoded = (zip(group, job.decode(group, num_frames), strict=True) for group in groups)
 
     def count(num_decoded: int) -> None:
@@ -85,15 +148,7 @@ def make_codec(job: Job) -> Codec:
         job.report(stage, num_decoded, num_videos)
 
     count(0)
-    return FITS[config.codec](
-        config.dtype,
-        gather_sample(decoded, config.calibration_videos, count, patch_size=job.backbone.info.patch_size),
-        job.backbone,
-        layout.layers,
-        channels=layout.channels,
-        batch_size=config.batch_size,
-        report=job.report,
-    )
+    return gather_sample(decoded, config.calibration_videos, count, patch_size=job.backbone.info.patch_size)
 
 
 def group_for_calibration(records: Sequence[VideoRecord], seed: int) -> list[list[VideoRecord]]:
@@ -128,6 +183,17 @@ def frames_per_video(num_videos: int, layout: StoreLayout | None = None, num_tak
     directions = layout.channels if layout.channels < layout.width else 0
     tokens_per_frame = layout.num_patches * max(1, min(num_videos, num_taken or num_videos))
     return min(usual, max(2 * layout.num_frames, -(-2 * directions // tokens_per_frame)))
+
+
+def frames_for_cls(channels: int, num_videos: int) -> int:
+    """Frames of each video that calibration takes at least where class tokens are projected.
+
+    Args:
+        channels: K of a class token.
+        num_videos: That the sample is taken from.
+    """
+    fewest, most = _FRAMES_PER_VIDEO
+    return min(most, max(fewest, -(-_CLASS_TOKENS_PER_DIRECTION * channels // num_videos)))
 
 
 def gather_sample(
@@ -180,7 +246,7 @@ def gather_sample(
 def fit_codec(
     dtype: PatchDtype,
     sample: FrameSample,
-    backbone: Backbone,
+    backbone: Tower,
     layers: Sequence[int],
     *,
     channels: int,
@@ -268,7 +334,7 @@ class SampleTokens:
         self,
         stage: str,
         sample: FrameSample,
-        backbone: Backbone,
+        backbone: Tower,
         layers: Sequence[int],
         batch_size: int,
         num_passes: int,

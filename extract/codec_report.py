@@ -1,4 +1,4 @@
-"""What a store's codec costs: a sample of frames that it was not fitted on is coded, decoded and compared."""
+"""What a store's codecs cost: a sample of frames that they were not fitted on is coded, decoded and compared."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ..backbone.vision_tower import Backbone
 from ..store.codecs.affine import round_mantissas
 from ..store.codecs.contract import Codec
 from ..store.fidelity import FIDELITY_NAME, FidelityMeter, LayerFidelity, count_clipped, write_fidelity
 from ..store.reader import StoreReader, is_store, open_store
 from ..store.records import name_views
+from .class_tokens import ClassTokenRecorder, Tower
 from .codec_fit import (
     FrameSample,
     SampleTokens,
@@ -29,7 +29,7 @@ _MEASURED_VIDEOS = 16
 
 
 def write_codec_report(job: Job, store: StoreReader, table: pa.Table) -> None:
-    """Leave in the store what its codec costs, once it is complete, where the codec loses anything.
+    """Leave in the store what its codecs cost, once it is complete, where they lose anything.
 
     Args:
         job: The extraction.
@@ -38,7 +38,6 @@ def write_codec_report(job: Job, store: StoreReader, table: pa.Table) -> None:
     """
     if not _wants_measuring(job, table):
         return
-    config = job.config
     job.load_weights()
     job.report("decoding to measure the codec", 0, 0)
     with job.clock.stage("measuring"):
@@ -54,15 +53,7 @@ def write_codec_report(job: Job, store: StoreReader, table: pa.Table) -> None:
         num_frames = frames_per_video(len(videos), job.layout)
         decoded = zip(videos, job.decode(videos, num_frames), strict=True)
         sample = gather_sample([decoded], len(videos), patch_size=job.backbone.info.patch_size)
-        layers = measure_codec(
-            store.codec,
-            job.layout.keep_bits,
-            sample,
-            job.backbone,
-            job.layout.layers,
-            batch_size=config.batch_size,
-            report=job.report,
-        )
+        layers, cls_layers = _measure(job, store, sample)
         clipped = _measure_clipping(store, table) if job.layout.patch_dtype == "int8" else {}
     write_fidelity(
         store.path,
@@ -70,7 +61,27 @@ def write_codec_report(job: Job, store: StoreReader, table: pa.Table) -> None:
         videos=len(set(sample.video_ids)),
         is_held_out=bool(unseen),
         clipped=clipped,
+        cls_layers=cls_layers,
     )
+
+
+def _measure(
+    job: Job, store: StoreReader, sample: FrameSample
+) -> tuple[list[LayerFidelity], list[LayerFidelity] | None]:
+    """Of patches, and of class tokens; None where those are not coded."""
+    layout, batch_size = job.layout, job.config.batch_size
+    tower: Tower = job.backbone
+    if store.cls_codec is not None:
+        tower = ClassTokenRecorder(job.backbone, sample.pixels, layout.layers, layout.class_tokens, sample.padding)
+    layers = measure_codec(
+        store.codec, layout.keep_bits, sample, tower, layout.layers, batch_size=batch_size, report=job.report
+    )
+    if store.cls_codec is None:
+        return layers, None
+    assert isinstance(tower, ClassTokenRecorder)
+    table = tower.finish(batch_size)
+    own = FrameSample(table.frames, sample.video_ids)
+    return layers, measure_codec(store.cls_codec, None, own, table, layout.layers, batch_size=len(table.frames))
 
 
 def _measure_clipping(store: StoreReader, table: pa.Table) -> dict[str, float]:
@@ -90,7 +101,8 @@ def _measure_clipping(store: StoreReader, table: pa.Table) -> dict[str, float]:
 def _wants_measuring(job: Job, table: pa.Table) -> bool:
     """Whether the store is complete, its codec loses anything, and no one has said how much."""
     statuses = set(table["status"].to_pylist())
-    is_exact = job.layout.patch_dtype == "float32" and job.layout.channels == job.layout.width
+    layouts = [job.layout, *([job.layout.of_cls()] if job.layout.is_cls_coded else [])]
+    is_exact = all(one.patch_dtype == "float32" and one.channels == one.width for one in layouts)
     is_measured = (job.config.out / FIDELITY_NAME).exists()
     return not is_exact and "ok" in statuses and "pending" not in statuses and not is_measured
 
@@ -111,7 +123,7 @@ def measure_codec(
     codec: Codec,
     keep_bits: int | None,
     sample: FrameSample,
-    backbone: Backbone,
+    backbone: Tower,
     layers: Sequence[int],
     *,
     batch_size: int,

@@ -123,6 +123,16 @@ class ExtractConfig:
 
     Means stand in the place of class tokens for whatever reads those.
     """
+    cls_dtype: PatchDtype | None = None
+    """Of stored class tokens: int8, float16, float32. [float16; float32 beside float32]
+
+    What is not the default of that is coded, as patches are.
+    """
+    cls_channels: int | None = None
+    """Stored channels of a class token. [all; those of --codec-from]
+
+    K of a class token, at most D.
+    """
     codec: str = DEFAULT_CODEC
     """How tokens are coded, by name. [that of --codec-from]
 
@@ -247,6 +257,8 @@ class ExtractConfig:
         self._check_pictures()
         _check_choice("--dtype", self.dtype, PATCH_DTYPES)
         _check_choice("--cls", self.cls, ("own", "mean"))
+        if self.cls_dtype is not None:
+            _check_choice("--cls-dtype", self.cls_dtype, PATCH_DTYPES)
         _check_choice("--decoder", self.decoder, ("auto", "decord", "pyav"))
         if self.precision is not None:
             _check_choice("--precision", self.precision, ("fp32", "fp16", "bf16"))
@@ -257,6 +269,7 @@ class ExtractConfig:
             "--workers": self.num_workers,
             "--calibration-videos": self.calibration_videos,
             "--channels": self.channels,
+            "--cls-channels": self.cls_channels,
             "--brake": self.brake,
         }
         for name, count in at_least_one.items():

@@ -17,7 +17,7 @@ from ..store.writer import StoreWriter, create_store, refuse_existing, resume_st
 from .caption_texts import write_caption_texts
 from .changed_rows import find_changed_rows, warn_of_changed
 from .class_texts import embed_classes
-from .codec_fit import make_codec
+from .codec_fit import make_codecs
 from .codec_report import write_codec_report
 from .config import ExtractConfig
 from .decode.pool import DecoderPool
@@ -116,8 +116,8 @@ def open_writer(job: Job) -> StoreWriter:
         _require_room(job, job.limit_shards(range(job.layout.num_shards)), replaces=True)
     job.load_weights()
     with job.clock.stage("calibration"):
-        codec = make_codec(job)
-    spec = replace(job.spec, codec=codec, head=job.backbone.read_head())
+        codec, cls_codec = make_codecs(job)
+    spec = replace(job.spec, codec=codec, cls_codec=cls_codec, head=job.backbone.read_head())
     try:
         return create_store(config.out, spec, overwrite=config.overwrite, scope=_scope_of(job))
     except StoreExistsError:

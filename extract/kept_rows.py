@@ -115,7 +115,7 @@ class KeptRows:
 
     def _read_marker(self, shard: int) -> list[VideoResult]:
         with suppress(StoreDamagedError):
-            marker = read_marker(self._store.path, shard, self._store.facts.codec.sha256)
+            marker = read_marker(self._store.path, shard, self._store.facts.codecs_sha256)
             return [] if marker is None else marker.as_results()
         return []
 

@@ -19,6 +19,7 @@ from ..files import describe_bytes
 from ..store.layout import StoreLayout
 from ..store.manifest import ClassList
 from ..store.records import VideoRecord
+from ..store.text_choice import TEXT_NAME
 from .caption_texts import choose_texts
 from .config import ExtractConfig
 from .decode.pool import DecoderPool
@@ -87,6 +88,12 @@ class Plan:
     def total_bytes(self) -> int:
         """Of all arrays."""
         return sum(self.bytes_by_array.values())
+
+    @property
+    def bytes_per_frame(self) -> float:
+        """Of all arrays of frames."""
+        of_frames = (size for name, size in self.bytes_by_array.items() if name.partition("/")[0] != TEXT_NAME)
+        return sum(of_frames) / max(1, self.frames)
 
     @property
     def fits(self) -> bool | None:
@@ -304,6 +311,7 @@ def render_plan(plan: Plan, epochs: int) -> list[str]:
         *(_render_split(name, split) for name, split in sorted(plan.splits.items()) if len(plan.splits) > 1),
         *(f"  {name:11} {describe_bytes(size)}" for name, size in plan.bytes_by_array.items()),
         f"{'tokens':13} {describe_bytes(tokens)} of {kinds}{with_pixels}",
+        f"{'a frame':13} {describe_bytes(plan.bytes_per_frame)} of all arrays",
         f"{'in all':13} {describe_bytes(plan.total_bytes)}{free}{verdict}",
         *([_render_large_row(plan.bytes_per_row)] if plan.bytes_per_row > _LARGE_ROW_BYTES else []),
         *_render_time(plan, epochs),

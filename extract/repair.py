@@ -14,7 +14,7 @@ from ..store.names import refuse_links
 from ..store.reader import StoreReader, open_store
 from ..store.repair import repair_store
 from ..store.verify import Damage, verify_store
-from .codec_fit import make_codec
+from .codec_fit import make_codecs
 from .job import Job
 
 _log = logging.getLogger(__name__)
@@ -68,15 +68,15 @@ def _mend(
 ) -> None:
     job.load_weights()
     try:
-        codec = store.codec
+        codec, cls_codec = store.codec, store.cls_codec
     except StoreDamagedError:
         with job.clock.stage("calibration"):
-            codec = make_codec(job)
+            codec, cls_codec = make_codecs(job)
     repair_store(
         store,
         damage,
         lost_rows=lost,
-        spec=replace(job.spec, codec=codec, head=job.backbone.read_head()).filled_from(store),
+        spec=replace(job.spec, codec=codec, cls_codec=cls_codec, head=job.backbone.read_head()).filled_from(store),
         lease=lease,
     )
     _log.warning("%s: %d damages; doing %d rows anew", store.path, len(damage), sum(map(len, lost.values())))

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from ..backbone.facts import describe_size
 from ..backbone.vision_tower import Backbone, parse_layers
 from ..errors import ConfigError, StoreMismatchError
-from ..store.layout import StoreLayout, choose_block
+from ..store.layout import ClassTokens, PatchDtype, StoreLayout, choose_block
 from ..store.reader import StoreReader, open_store
 from .config import ExtractConfig
 from .decode.views import SQUARE_RESIZES
@@ -38,8 +38,8 @@ def plan_layout(
         like: Of the store that is there, which keeps the division into files that it was begun with.
 
     Raises:
-        ConfigError: If `--channels` or `--layers` ask for what the backbone does not have, or `--resize` is for squares
-            and its frames are none.
+        ConfigError: If `--channels`, `--cls-channels`, `--cls-dtype` or `--layers` ask for what the backbone does not
+            have, or `--resize` is for squares and its frames are none.
         StoreMismatchError: If the codec to be taken over does not fit.
     """
     info = backbone.info
@@ -50,10 +50,18 @@ def plan_layout(
             f"{describe_size(info.image_size)} pixels: take another --resize, or a square --input"
         )
     channels = config.channels or (min(info.width, _DEFAULT_INT8_CHANNELS) if config.dtype == "int8" else info.width)
+    class_tokens: ClassTokens = "mean" if config.cls == "mean" else "own" if info.has_class_token else "none"
+    if class_tokens == "none" and (config.cls_dtype, config.cls_channels) != (None, None):
+        raise ConfigError(
+            f"--cls-dtype and --cls-channels are of class tokens, and {config.model} has none: leave them out, or take "
+            "--cls mean"
+        )
+    cls_channels = config.cls_channels
     if config.codec_from is not None:
-        channels = _check_codec_source(config, backbone, open_store(config.codec_from))
-    if channels > info.width:
-        raise ConfigError(f"--channels {channels} is more than the {info.width} channels of {config.model}")
+        channels, cls_channels = _check_codec_source(config, backbone, open_store(config.codec_from), class_tokens)
+    for option, count in (("--channels", channels), ("--cls-channels", cls_channels or 1)):
+        if count > info.width:
+            raise ConfigError(f"{option} {count} is more than the {info.width} channels of {config.model}")
     layout = StoreLayout(
         num_rows=num_rows,
         num_views=num_views,
@@ -68,8 +76,9 @@ def plan_layout(
         keep_bits=config.keep_bits,
         with_pixels=config.with_pixels,
         pixel_offsets=config.cached_offsets,
-        class_tokens="mean" if config.cls == "mean" else "own" if info.has_class_token else "none",
+        class_tokens=class_tokens,
     )
+    layout = _code_cls(layout, config.cls_dtype, cls_channels)
     if like is not None:
         return replace(layout, rows_per_shard=like.rows_per_shard, frames_per_block=like.frames_per_block)
     frame_bytes = num_views * sum(layout.bytes_per_frame.values())
@@ -79,8 +88,18 @@ def plan_layout(
     return replace(layout, rows_per_shard=rows, frames_per_block=choose_block(num_frames, frame_bytes, lengths))
 
 
-def _check_codec_source(config: ExtractConfig, backbone: Backbone, source: StoreReader) -> int:
-    """K of a store whose codec is to be taken.
+def _code_cls(layout: StoreLayout, dtype: PatchDtype | None, channels: int | None) -> StoreLayout:
+    """With class tokens coded; as it is where that comes to what they are without a codec."""
+    dtype, channels = dtype or layout.plain_cls_dtype, channels or layout.width
+    if (dtype, channels) == (layout.plain_cls_dtype, layout.width):
+        return layout
+    return replace(layout, coded_cls_dtype=dtype, coded_cls_channels=channels)
+
+
+def _check_codec_source(
+    config: ExtractConfig, backbone: Backbone, source: StoreReader, class_tokens: ClassTokens
+) -> tuple[int, int]:
+    """K of patches, and of class tokens, of a store whose codecs are to be taken.
 
     Raises:
         StoreMismatchError: If that codec was fitted on other tokens than this extraction makes; all differences listed.
@@ -91,6 +110,13 @@ def _check_codec_source(config: ExtractConfig, backbone: Backbone, source: Store
     there = {**theirs, "layers": source.layout.layers, "dtype": source.layout.patch_dtype}
     if config.channels is not None:
         own["channels"], there["channels"] = config.channels, source.layout.channels
+    if class_tokens != "none":
+        plain = replace(source.layout, patch_dtype=config.dtype).plain_cls_dtype
+        own["cls_dtype"], there["cls_dtype"] = config.cls_dtype or plain, source.layout.cls_dtype
+    if config.cls_channels is not None:
+        own["cls_channels"], there["cls_channels"] = config.cls_channels, source.layout.cls_channels
+    if source.layout.is_cls_coded:
+        own["class_tokens"], there["class_tokens"] = class_tokens, source.layout.class_tokens
     differences = [
         f"{name} {there[name]} there, {value} here"
         for name, value in own.items()
@@ -99,4 +125,4 @@ def _check_codec_source(config: ExtractConfig, backbone: Backbone, source: Store
     ]
     if differences:
         raise StoreMismatchError(f"the codec of {source.path} (--codec-from) does not fit: {'; '.join(differences)}")
-    return source.layout.channels
+    return source.layout.channels, source.layout.cls_channels

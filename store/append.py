@@ -103,7 +103,7 @@ def _read_row_order(store: StoreReader, video_ids: Sequence[str]) -> list[str]:
     for shard in range(store.layout.num_shards):
         span = store.layout.shard_rows(shard)
         with suppress(StoreDamagedError):
-            marker = read_marker(store.path, shard, store.facts.codec.sha256)
+            marker = read_marker(store.path, shard, store.facts.codecs_sha256)
             if marker is not None:
                 rows[span.start : span.start + len(marker.results)] = marker.results["video_id"].to_pylist()
     placed = set(rows)
@@ -116,7 +116,7 @@ def _hold(path: Path) -> Lease:
 
 
 def _require_same_rows(store: StoreReader, spec: StoreSpec) -> None:
-    expected = spec.with_codec(store.codec).full_attributes()
+    expected = spec.with_codecs_of(store).full_attributes()
     # Files hold blocks of frames: of longer rows those that are there stay.
     is_longer = store.layout.frames_per_block and spec.layout.num_frames > store.layout.num_frames
     growing = (*_GROWING, _LENGTHENING) if is_longer else _GROWING

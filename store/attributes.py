@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import StoreDamagedError
-from .layout import CLASS_TOKENS, PATCH_DTYPES, ArraySpec, StoreLayout
+from .layout import CLASS_TOKENS, CODEC_GROUPS, PATCH_DTYPES, ArraySpec, StoreLayout
 from .offsets import MOST_OFFSETS, SEEN_FRAME, PixelOffset
 
 _MOST = {
@@ -77,11 +77,24 @@ def check_attributes(path: Path, values: dict[str, Any]) -> Attributes:
                 problems.append(f"{name} is missing")
         elif not is_right(node):
             problems.append(f"{name} must be {kind}, found {_shorten(node)}")
-    if not problems and attributes["codec"]["dtype"] != attributes["layout"].get("patch_dtype"):
-        problems.append("the codec is of another dtype than the layout")
+    problems = problems or list(_find_wrong_codecs(attributes))
     if problems:
         raise StoreDamagedError(f"{path / 'zarr.json'} is not as s4v writes it: {'; '.join(problems)}. {_ANEW}")
     return attributes
+
+
+def _find_wrong_codecs(attributes: Attributes) -> Iterator[str]:
+    """Codecs that are not what the layout says of codes."""
+    if attributes["codec"]["dtype"] != attributes["layout"].get("patch_dtype"):
+        yield "the codec is of another dtype than the layout"
+    recorded, dtype = attributes.get(CODEC_GROUPS["cls"]), attributes["layout"].get("coded_cls_dtype")
+    if recorded is None:
+        if dtype is not None:
+            yield "class tokens are coded and there is no cls_codec"
+    elif missing := [name for name in ("dtype", "parts", "sha256") if name not in recorded]:
+        yield f"cls_codec lacks {', '.join(missing)}"
+    elif recorded["dtype"] != dtype:
+        yield "the cls_codec is of another dtype than the layout"
 
 
 def parse_layout(path: Path, recorded: dict[str, Any]) -> StoreLayout:
@@ -119,6 +132,7 @@ def _find_wrong_sizes(sizes: dict[str, Any]) -> list[str]:
         problems.append(f"with_pixels must be true or false, found {_shorten(sizes['with_pixels'])}")
     if (class_tokens := sizes.get("class_tokens", "own")) not in CLASS_TOKENS:
         problems.append(f"class_tokens must be in {', '.join(CLASS_TOKENS)}, found {_shorten(class_tokens)}")
+    problems += _find_wrong_cls_codes(sizes)
     keep_bits = sizes.get("keep_bits")
     if keep_bits is not None and not (_is_int(keep_bits, 0, 10) and sizes.get("patch_dtype") == "float16"):
         problems.append(f"keep_bits must be none or, of float16, 0 to 10, found {_shorten(keep_bits)}")
@@ -126,6 +140,19 @@ def _find_wrong_sizes(sizes: dict[str, Any]) -> list[str]:
     if not _are_offsets(offsets):
         problems.append(f"pixel_offsets must be frames or steps, 0 among them, found {_shorten(offsets)}")
     return problems
+
+
+def _find_wrong_cls_codes(sizes: dict[str, Any]) -> Iterator[str]:
+    """Of class tokens that are coded: a dtype and channels, or neither."""
+    dtype, channels, width = (sizes.get(name) for name in ("coded_cls_dtype", "coded_cls_channels", "width"))
+    if dtype is None and channels is None:
+        return
+    if dtype not in PATCH_DTYPES:
+        yield f"coded_cls_dtype must be in {', '.join(PATCH_DTYPES)}, found {_shorten(dtype)}"
+    if not _is_int(channels, 1, int(width or 0) if _is_int(width, 1, _MOST["width"]) else 1):
+        yield f"coded_cls_channels must be from 1 to the width, found {_shorten(channels)}"
+    if sizes.get("class_tokens", "own") == "none":
+        yield "class tokens are coded and there are none"
 
 
 def _are_offsets(values: object) -> bool:
@@ -239,6 +266,11 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "codec.name": _TEXT,
     "codec.parts": _TEXTS,
     "codec.sha256": _TEXT,
+    "cls_codec": _OBJECT,
+    "cls_codec.dtype": _TEXT,
+    "cls_codec.name": _TEXT,
+    "cls_codec.parts": _TEXTS,
+    "cls_codec.sha256": _TEXT,
     "codecs": _OBJECT,
     "codec_from": _TEXT_OR_NONE,
     "libraries": _OBJECT,

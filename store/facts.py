@@ -5,10 +5,11 @@ A fact is read when it is asked for. One that a store lacks, from before it was 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 from .attributes import Attributes
-from .layout import CODED_ARRAY, DEFAULT_CODEC, IDENTITY_CODEC, PatchDtype
+from .layout import CODEC_GROUPS, CODED_ARRAY, DEFAULT_CODEC, IDENTITY_CODEC, PatchDtype
 from .offsets import DEFAULT_PIXEL_EDGE
 from .records import count_augmented, name_views
 
@@ -133,7 +134,7 @@ class BackboneFacts:
 
 @dataclass(frozen=True, slots=True)
 class CodecFacts:
-    """The codec that a store records; every store has all of it."""
+    """A codec that a store records; every store has all of that of its patches."""
 
     dtype: PatchDtype
     """Of the codes."""
@@ -175,9 +176,23 @@ class StoreFacts:
     @property
     def codec(self) -> CodecFacts:
         """How patches are coded."""
-        recorded = self.attributes["codec"]
-        name = recorded.get("name", DEFAULT_CODEC)  # today's has none: stores stay what they were
-        return CodecFacts(recorded["dtype"], tuple(recorded["parts"]), name, recorded["sha256"])
+        return self.codecs[CODED_ARRAY]
+
+    @property
+    def codecs(self) -> dict[str, CodecFacts]:
+        """By array of frames that is coded: patches in every store, class tokens in some."""
+        recorded = {array: self.attributes[name] for array, name in CODEC_GROUPS.items() if name in self.attributes}
+        return {
+            # Today's codec records no name: stores stay what they were.
+            array: CodecFacts(one["dtype"], tuple(one["parts"]), one.get("name", DEFAULT_CODEC), one["sha256"])
+            for array, one in recorded.items()
+        }
+
+    @property
+    def codecs_sha256(self) -> str:
+        """Of all its codecs together, which done-markers record; where patches alone are coded, their codec's."""
+        hashes = [codec.sha256 for codec in self.codecs.values()]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def codec_of(self, array: str) -> str:
         """The name of the codec of an array of frames; stores from before format 3 code patches alone."""

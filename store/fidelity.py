@@ -1,4 +1,4 @@
-"""What a codec costs: decoded patch tokens beside the live ones, layer by layer."""
+"""What codecs cost: decoded tokens beside the live ones, layer by layer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NORM_EPS = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class LayerFidelity:
-    """What is left of one layer's patch tokens x after coding and decoding them to y.
+    """What is left of one layer's patch tokens, or class tokens, x after coding and decoding them to y.
 
     Errors are |x - y| / |x - m| of each token, m the mean token of the sample; `normed` after a layer norm of both, as
     a tap of the side network sees them.
@@ -142,21 +142,23 @@ def write_fidelity(
     videos: int,
     is_held_out: bool,
     clipped: Mapping[str, float] | None = None,
+    cls_layers: list[LayerFidelity] | None = None,
 ) -> None:
-    """Leave in a store what its codec costs.
+    """Leave in a store what its codecs cost.
 
     Args:
         store: The store's folder.
-        layers: One for each layer.
+        layers: One for each layer, of patches.
         videos: That were measured.
         is_held_out: Whether none of them was in the calibration sample.
         clipped: As `count_clipped` has it; nothing where there is one view.
+        cls_layers: One for each layer, of class tokens; None where they are not coded.
     """
     by_view = {"clipped": dict(clipped)} if clipped else {}
-    write_json(
-        store / FIDELITY_NAME,
-        {"videos": videos, "is_held_out": is_held_out, **by_view, "layers": [asdict(one) for one in layers]},
-    )
+    facts = {"videos": videos, "is_held_out": is_held_out, **by_view, "layers": [asdict(one) for one in layers]}
+    if cls_layers is not None:
+        facts["cls_layers"] = [asdict(one) for one in cls_layers]
+    write_json(store / FIDELITY_NAME, facts)
 
 
 def read_fidelity(store: Path) -> dict[str, Any] | None:
@@ -168,11 +170,12 @@ def read_fidelity(store: Path) -> dict[str, Any] | None:
     if not os.path.lexists(store / FIDELITY_NAME):
         return None
     value = names.read_json(store, FIDELITY_NAME)
-    layers = value.get("layers")
-    is_right = type(value.get("videos")) is int and isinstance(layers, list) and "is_held_out" in value
+    layers, cls_layers = value.get("layers"), value.get("cls_layers", [])
+    is_right = type(value.get("videos")) is int and "is_held_out" in value
     clipped = value.get("clipped", {})
     is_right &= isinstance(clipped, dict) and all(type(share) is float for share in clipped.values())
-    if not is_right or not all(_is_layer(one) for one in layers or ()):
+    is_right &= all(isinstance(of, list) and all(map(_is_layer, of)) for of in (layers, cls_layers))
+    if not is_right:
         raise StoreDamagedError(
             f"{store / FIDELITY_NAME} does not say what a codec costs, layer by layer. Remove it: the command "
             "that began the store measures anew."

@@ -15,6 +15,7 @@ from ..errors import StoreDamagedError
 from ..files import describe_bytes
 from .class_texts import describe_class_texts
 from .fidelity import NOTABLE_LOSS, read_fidelity
+from .layout import CODEC_GROUPS, CODED_ARRAY
 from .offsets import DEFAULT_PIXEL_EDGE, PixelOffset, describe_offsets
 from .reader import StoreReader
 from .records import Status, count_augmented
@@ -22,6 +23,8 @@ from .text_choice import CLASSES_NAME, TEXT_NAME
 from .texts import TextReader, has_current_texts
 
 _SHOWN_VIDEOS = 20
+_CODED = (("layers", "layers", "--channels"), ("cls_layers", "class tokens of layers", "--cls-channels"))
+"""What fidelity tells of: its key, in words, and the option that keeps more."""
 _CLASS_TOKENS: Mapping[str, str] = {
     "own": "",
     "mean": "means of patch tokens, in the place of class tokens",
@@ -89,10 +92,10 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
     Returns:
         what reads it here (reader), rows (and files) by status, rows by split, failures and pending rows by reason
         code, arrays with shape, dtype and bytes on disk (of texts what was asked for too), bytes of one cached frame,
-        backbone, codec and what it costs (fidelity; None where that is not known), layers, pixel_offsets (none without
-        pixels), pixel_edge, class_tokens (own, mean of patch tokens in their place, or none), frames (frame_range by
-        split where rows are as long as their videos), sampling, resize, clips, views, augmentation, validation_clip and
-        recipe (None where there was none), classes, captions.
+        backbone, codec, cls_codec (where class tokens are coded) and what they cost (fidelity; None where that is not
+        known), layers, pixel_offsets (none without pixels), pixel_edge, class_tokens (own, mean of patch tokens in
+        their place, or none), frames (frame_range by split where rows are as long as their videos), sampling, resize,
+        clips, views, augmentation, validation_clip and recipe (None where there was none), classes, captions.
     """
     table = store.read_manifest(["path", "split", "status", "reason", "num_cached_frames", "num_views"])
     attributes, facts = store.attributes, store.facts
@@ -142,16 +145,25 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
         "sampling": facts.sampling,
         "resize": facts.resize,
         **{name: getattr(facts, name) for name in ("clips", "views", "augmentation", "validation_clip", "recipe")},
-        "codec": {
-            **attributes["codec"],
-            "channels": store.layout.channels,
-            "width": store.layout.width,
-            "keep_bits": store.layout.keep_bits,
-        },
+        **_count_channels(store),
         "fidelity": read_fidelity(store.path),
         "classes": len(store.classes.names),
         "captions": len(store.read_captions()),
         "libraries": attributes["libraries"],
+    }
+
+
+def _count_channels(store: StoreReader) -> dict[str, Any]:
+    """The codecs, `codec` of patches and `cls_codec` of class tokens that are coded, with what they keep of a token."""
+    layouts = {CODED_ARRAY: store.layout, "cls": store.layout.of_cls()}
+    return {
+        CODEC_GROUPS[array]: {
+            **store.attributes[CODEC_GROUPS[array]],
+            "channels": layouts[array].channels,
+            "width": store.layout.width,
+            "keep_bits": layouts[array].keep_bits,
+        }
+        for array in store.facts.codecs
     }
 
 
@@ -222,7 +234,7 @@ def render_info(facts: Mapping[str, Any]) -> list[str]:
         f"{backbone['precision']} on {backbone['device_type']}{_describe_activation(backbone)}",
         "layers": f"{','.join(map(str, facts['layers']))} of {backbone['depth']}, width {backbone['width']}",
         "input": _describe_input(backbone),
-        "cls": _CLASS_TOKENS[facts["class_tokens"]],
+        "cls": _describe_class_tokens(facts),
         "codec": _describe_codec(facts["codec"]),
         "frames": f"{facts['cached_frames']} cached, {facts['sampling']} sampling, resize {facts['resize']}"
         + (f", by the recipe of {facts['recipe']}" if facts["recipe"] else ""),
@@ -250,14 +262,13 @@ def _describe_texts(array: Mapping[str, Any]) -> str:
 
 def describe_poor_layers(facts: Mapping[str, Any]) -> str | None:
     """Name the layers that lost much by coding, in one line; None where none did."""
-    layers = [] if facts["fidelity"] is None else facts["fidelity"]["layers"]
-    poor = [one["layer"] for one in layers if 1 - one["variance_kept"] > NOTABLE_LOSS]
-    if not poor:
-        return None
-    return (
-        f"layers {','.join(map(str, poor))} lost more than {NOTABLE_LOSS:.0%} of their variance: "
-        "keep more --channels if accuracy suffers"
-    )
+    fidelity = facts["fidelity"] or {}
+    parts = []
+    for name, what, option in _CODED:
+        if poor := [one["layer"] for one in fidelity.get(name, ()) if 1 - one["variance_kept"] > NOTABLE_LOSS]:
+            lost = f"{what} {','.join(map(str, poor))} lost more than {NOTABLE_LOSS:.0%} of their variance"
+            parts.append(f"{lost}: keep more {option} if accuracy suffers")
+    return "; ".join(parts) or None
 
 
 def describe_rows(rows: Mapping[str, int], files: Mapping[str, int]) -> str:
@@ -313,6 +324,13 @@ def _describe_pixels(facts: Mapping[str, Any]) -> str:
     return f"at {describe_offsets([PixelOffset.of(one) for one in facts['pixel_offsets']])} of each frame{edge}"
 
 
+def _describe_class_tokens(facts: Mapping[str, Any]) -> str:
+    """What stands in their place, and how they are coded; nothing where they are the tower's own, as they were."""
+    kind = _CLASS_TOKENS[facts["class_tokens"]]
+    coded = _describe_codec(facts["cls_codec"]) if "cls_codec" in facts else ""
+    return "; ".join(text for text in (kind, coded) if text)
+
+
 def _describe_codec(codec: Mapping[str, Any]) -> str:
     bits = f", {codec['keep_bits']} mantissa bits" if codec["keep_bits"] else ""
     return f"{codec['dtype']}{bits}, {codec['channels']} of {codec['width']} channels, sha256 {codec['sha256'][:12]}"
@@ -327,12 +345,15 @@ def _render_fidelity(fidelity: Mapping[str, Any]) -> list[str]:
     )
     heads = ("layer", "variance", "error: median", "worst", "normed: median", "worst", "cosine")
     lines = [f"after decoding, on {fidelity['videos']} videos {kind}:", "  " + "  ".join(heads)]
-    for one in fidelity["layers"]:
-        errors = f"{one['error_median']:13.2%}  {one['error_worst']:5.1%}"
-        normed = f"{one['normed_error_median']:14.2%}  {one['normed_error_worst']:5.1%}"
-        lines.append(
-            f"  {one['layer']:5}  {one['variance_kept']:8.2%}  {errors}  {normed}  {one['cosine_median']:6.4f}"
-        )
+    lines += map(_render_layer, fidelity["layers"])
+    if cls_layers := fidelity.get("cls_layers"):
+        lines += ["class tokens:", *map(_render_layer, cls_layers)]
     if clipped := fidelity.get("clipped"):
         lines.append("clipped codes: " + ", ".join(f"{view} {share:.3%}" for view, share in clipped.items()))
     return lines
+
+
+def _render_layer(one: Mapping[str, Any]) -> str:
+    errors = f"{one['error_median']:13.2%}  {one['error_worst']:5.1%}"
+    normed = f"{one['normed_error_median']:14.2%}  {one['normed_error_worst']:5.1%}"
+    return f"  {one['layer']:5}  {one['variance_kept']:8.2%}  {errors}  {normed}  {one['cosine_median']:6.4f}"

@@ -26,9 +26,12 @@ import numpy as np
 
 from .offsets import SEEN_FRAME, PixelOffset
 
-FORMAT_VERSION = 3
-"""Of new stores, whose arrays are cut along F, and whose training rows may have augmented views: an older s4v would
-search those, and train on labels that they do not have. A store of version 2 has neither, one of version 1 keeps its
+FORMAT_VERSION = 4
+"""Of stores whose class tokens are coded: an older s4v would call their `cls` damaged, and mend it. Other new stores
+are of `CUT_VERSION`."""
+CUT_VERSION = 3
+"""Of stores whose arrays are cut along F, and whose training rows may have augmented views: an older s4v would search
+those, and train on labels that they do not have. A store of version 2 has neither, one of version 1 keeps its
 done-markers in Parquet, too; each stays of its version."""
 
 _UNCUT_VERSION = 2
@@ -38,9 +41,11 @@ STATS_NAME = "stats.json"
 
 PatchDtype = Literal["int8", "float16", "float32"]
 CODED_ARRAY = "patches"
-"""The array of frames that a codec codes."""
+"""The array of frames that is coded in every store."""
+CODEC_GROUPS = {CODED_ARRAY: "codec", "cls": "cls_codec"}
+"""By array of frames that a codec may code: the group of that codec's arrays, and the attribute that tells of it."""
 IDENTITY_CODEC = "identity"
-"""Of the other arrays: values as they are."""
+"""Of arrays that are not coded: values as they are."""
 DEFAULT_CODEC = "affine"
 """Of a store that names no codec: all before there was a choice."""
 PATCH_DTYPES: tuple[PatchDtype, ...] = ("int8", "float16", "float32")
@@ -155,6 +160,10 @@ class StoreLayout:
     """Which frames around each cached one `pixels` holds, in this order; O is their number. A number is frames."""
     class_tokens: ClassTokens = "own"
     """One of `CLASS_TOKENS`; a store records it where it is not `own`."""
+    coded_cls_dtype: PatchDtype | None = None
+    """Of the codes of class tokens; None, here and below, where they are not coded. A store records it else."""
+    coded_cls_channels: int | None = None
+    """Stored channels of a class token that is coded, at most D."""
     rows_per_shard: int = 0
     """Rows in one shard, the same for all arrays. 0 takes a pure function of V and sizes; a store that rows are added
     to keeps the number that it was begun with."""
@@ -180,9 +189,36 @@ class StoreLayout:
         return max(1, min(by_bytes, _MAX_VIDEOS_PER_SHARD, math.ceil(self.num_rows / _MIN_SHARDS)))
 
     @property
-    def cls_dtype(self) -> str:
-        """Class tokens are never quantised: float32 beside float32 patches, float16 beside all others."""
+    def plain_cls_dtype(self) -> PatchDtype:
+        """Of class tokens that are not coded: float32 beside float32 patches, float16 beside all others."""
         return "float32" if self.patch_dtype == "float32" else "float16"
+
+    @property
+    def cls_dtype(self) -> PatchDtype:
+        """Of stored class tokens, coded or not."""
+        return self.coded_cls_dtype or self.plain_cls_dtype
+
+    @property
+    def cls_channels(self) -> int:
+        """Stored channels of a class token; D where they are not coded."""
+        return self.coded_cls_channels or self.width
+
+    @property
+    def is_cls_coded(self) -> bool:
+        """Whether a codec codes class tokens."""
+        return self.coded_cls_dtype is not None
+
+    def of_cls(self) -> StoreLayout:
+        """The same with class tokens in the place of patches: the sizes by which their codec goes."""
+        return replace(
+            self,
+            num_patches=1,
+            channels=self.cls_channels,
+            patch_dtype=self.cls_dtype,
+            keep_bits=None,
+            coded_cls_dtype=None,
+            coded_cls_channels=None,
+        )
 
     @property
     def seen_offset(self) -> int:
@@ -216,7 +252,9 @@ class StoreLayout:
     @property
     def format_version(self) -> int:
         """The first format that has such arrays."""
-        return FORMAT_VERSION if self.frames_per_block else _UNCUT_VERSION
+        if self.is_cls_coded:
+            return FORMAT_VERSION
+        return CUT_VERSION if self.frames_per_block else _UNCUT_VERSION
 
     @property
     def block(self) -> int:
@@ -247,11 +285,11 @@ class StoreLayout:
             ),
             ArraySpec(
                 name="cls",
-                shape=(v, a, f, num_layers, self.width),
+                shape=(v, a, f, num_layers, self.cls_channels),
                 dtype=self.cls_dtype,
                 shard_shape=(),
                 # One chunk holds all frames of a block: a clip's class tokens are few small reads.
-                chunk_shape=(1, 1, self.block, num_layers, self.width),
+                chunk_shape=(1, 1, self.block, num_layers, self.cls_channels),
                 dimension_names=(*place, "layer", "channel"),
             ),
             ArraySpec(

@@ -20,7 +20,7 @@ from . import manifest, names
 from ._zarr import describe_small_array, name_only_chunk
 from .checksums import read_recorded_hashes, write_checksums
 from .class_texts import list_class_files
-from .layout import StoreLayout
+from .layout import CODEC_GROUPS, StoreLayout
 from .markers import PARTS_NAME, marker_path
 from .reader import StoreReader, open_store
 from .records import VideoResult
@@ -240,7 +240,7 @@ def _require_same(first: StoreReader, other: StoreReader) -> None:
     versions = [store.facts.format_version for store in (first, other)]
     if versions[0] != versions[1]:
         differences.append(f"format {versions[0]} there, {versions[1]} here: finish each with the s4v that began it")
-    if first.facts.codec != other.facts.codec:
+    if first.facts.codecs != other.facts.codecs:
         differences.append("the codecs differ: fit one and share it with --prepare or --codec-from")
     if not first.input_columns().equals(other.input_columns()):
         differences.append("the videos differ")
@@ -308,11 +308,12 @@ def _skeleton_files(store: StoreReader) -> list[str]:
     """The names, relative to a store, of all that it has beside its rows: known ones, and no others."""
     arrays = [f"{spec.name}/zarr.json" for spec in store.layout.array_specs()]
     small = [
-        *((f"codec/{part}", store.codec_shapes[part].__eq__) for part in sorted(store.codec.parts)),
         # Read: their checksums are right.
+        *((name, store.codec_arrays[name].__eq__) for name in sorted(store.read_codec_arrays())),
         *((f"head/{name}", store.is_head_shape) for name in sorted(store.head if store.has_head else ())),
     ]
-    groups = ["codec/zarr.json", *(["head/zarr.json"] if store.has_head else [])]
+    groups = [f"{CODEC_GROUPS[array]}/zarr.json" for array in store.facts.codecs]
+    groups += ["head/zarr.json"] if store.has_head else []
     files = ["zarr.json", manifest.CAPTIONS_NAME, *arrays, *groups]
     for name, is_possible in small:
         files += [f"{name}/zarr.json", name_only_chunk(describe_small_array(store.path, name, is_possible))]

@@ -29,7 +29,7 @@ from .checksums import APPEND_NAME, CHECKSUMS_NAME
 from .codecs import CODECS
 from .codecs.contract import Codec
 from .facts import StoreFacts
-from .layout import CODED_ARRAY, FORMAT_VERSION, IDENTITY_CODEC, ArraySpec
+from .layout import CODEC_GROUPS, CODED_ARRAY, FORMAT_VERSION, IDENTITY_CODEC, ArraySpec
 from .markers import (
     PARTS_NAME,
     Marker,
@@ -68,7 +68,7 @@ class Clips:
     patches: np.ndarray | None
     """(B, T, L, N, K) codes."""
     cls: np.ndarray | None
-    """(B, T, L, D) float16 or float32."""
+    """(B, T, L, D) float16 or float32, or (B, T, L, K) codes where they are coded: `StoreReader.decode_cls`."""
     pixels: np.ndarray | None
     """(B, T, O, H, W, 3) uint8."""
 
@@ -106,12 +106,20 @@ class StoreReader:
     @cached_property
     def codec(self) -> Codec:
         """How patches are coded, with numpy arrays."""
-        recorded, shapes = self.facts.codec, self.codec_shapes
+        return self._read_codec(CODED_ARRAY)
+
+    @cached_property
+    def cls_codec(self) -> Codec | None:
+        """How class tokens are coded, with numpy arrays; None where they are not."""
+        return self._read_codec("cls") if "cls" in self.facts.codecs else None
+
+    def _read_codec(self, coded: str) -> Codec:
+        group, recorded, shapes = CODEC_GROUPS[coded], self.facts.codecs[coded], self._codec_shapes(coded)
         if unknown := sorted(set(recorded.parts) - set(shapes)):
             raise StoreMismatchError(
                 f"the codec of {self.path} has {', '.join(unknown)}; this s4v knows {', '.join(shapes)}. Update s4v."
             )
-        arrays = {part: read_small_array(self.path, f"codec/{part}", shapes[part].__eq__) for part in recorded.parts}
+        arrays = {part: read_small_array(self.path, f"{group}/{part}", shapes[part].__eq__) for part in recorded.parts}
         kind = CODECS[recorded.name]
         if not kind.are_whole(recorded.dtype, arrays):
             raise StoreDamagedError(
@@ -119,22 +127,41 @@ class StoreReader:
             )
         codec = kind(dtype=recorded.dtype, **arrays)
         if codec.sha256 != recorded.sha256:
-            raise StoreDamagedError(f"{self.path / 'codec'} is not the codec that the store was written with. {_MEND}")
+            raise StoreDamagedError(f"{self.path / group} is not the codec that the store was written with. {_MEND}")
         return codec
 
-    @property
-    def codec_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The shapes of all arrays that its codec may have, as the layout has them.
-
-        Raises:
-            StoreMismatchError: If this s4v has no such codec.
-        """
-        name = self.facts.codec.name
+    def _codec_shapes(self, coded: str) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of all arrays that the codec of an array of frames may have, by part."""
+        name = self.facts.codecs[coded].name
         if name not in CODECS:
             raise StoreMismatchError(
                 f"{self.path} has a codec {ascii(name)[:80]}; this s4v knows {', '.join(CODECS)}. Update s4v."
             )
-        return CODECS[name].part_shapes(self.layout)
+        return CODECS[name].part_shapes(self.layout if coded == CODED_ARRAY else self.layout.of_cls())
+
+    @property
+    def codec_arrays(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all arrays of its codecs, by their names in the store; parts that s4v does not know left out.
+
+        Raises:
+            StoreMismatchError: If this s4v has no such codec.
+        """
+        return {
+            f"{CODEC_GROUPS[coded]}/{part}": shape
+            for coded, codec in self.facts.codecs.items()
+            for part, shape in self._codec_shapes(coded).items()
+            if part in codec.parts
+        }
+
+    def read_codec_arrays(self) -> dict[str, np.ndarray]:
+        """All arrays of its codecs, by their names in the store.
+
+        Raises:
+            StoreDamagedError: If one of them is not as it was written.
+        """
+        groups = ((CODEC_GROUPS[CODED_ARRAY], self.codec), (CODEC_GROUPS["cls"], self.cls_codec))
+        parts = ((group, {} if codec is None else codec.parts) for group, codec in groups)
+        return {f"{group}/{part}": array for group, arrays in parts for part, array in arrays.items()}
 
     @cached_property
     def head(self) -> dict[str, np.ndarray]:
@@ -193,7 +220,7 @@ class StoreReader:
         for shard in self.finished_shards():
             if markers.get(shard) == joined.get(shard):
                 continue  # the manifest holds it
-            marker = read_marker(self.path, shard, self.facts.codec.sha256)
+            marker = read_marker(self.path, shard, self.facts.codecs_sha256)
             if marker is not None:  # a retry may have undone it since
                 parts[self.layout.shard_rows(shard).start] = marker.results
         if not parts:
@@ -216,7 +243,7 @@ class StoreReader:
         if not os.path.lexists(path):
             return None
         names.require_file(self.path, f"{PARTS_NAME}/{path.name}")
-        marker = read_marker(self.path, shard, self.facts.codec.sha256)
+        marker = read_marker(self.path, shard, self.facts.codecs_sha256)
         if marker is not None:
             # Fewer rows than the shard has, where rows were added since.
             num_rows = min(len(marker.results), len(self.layout.shard_rows(shard)))
@@ -441,6 +468,24 @@ class StoreReader:
         places = range(len(self.layout.layers)) if layers is None else self.layer_places(layers)
         return np.stack([self.codec.decode(codes[..., i, :, :], place) for i, place in enumerate(places)], axis=-3)
 
+    def decode_cls(self, codes: np.ndarray, layers: Sequence[int] | None = None) -> np.ndarray:
+        """Class tokens from what is stored of them, coded or not.
+
+        Args:
+            codes: (..., L, K) as `read_clips` returns them; K is D where they are not coded.
+            layers: Backbone blocks that the axis L holds, all cached ones by default.
+
+        Returns:
+            (..., L, D) float32.
+        """
+        codec = self.cls_codec
+        if codec is None:
+            return codes.astype(np.float32)
+        places = range(len(self.layout.layers)) if layers is None else self.layer_places(layers)
+        # A codec takes patches, (..., N, K): a frame has one class token.
+        decoded = [codec.decode(codes[..., i, None, :], place) for i, place in enumerate(places)]
+        return np.concatenate(decoded, axis=-2)
+
     def read_embeddings(self, rows: range | None = None) -> np.ndarray:
         """The backbone's image embedding of every cached frame.
 
@@ -551,7 +596,8 @@ class StoreReader:
         if (spec := self._specs.get(name)) is None:
             why = "its backbone has no class token" if name == "cls" else "it was extracted without it"
             raise StoreMismatchError(f"{self.path} has no array {name!r}: {why}")
-        expected = self.facts.codec.name if name == CODED_ARRAY else IDENTITY_CODEC
+        coded = self.facts.codecs.get(name)
+        expected = IDENTITY_CODEC if coded is None else coded.name
         if (codec := self.facts.codec_of(name)) != expected:
             raise StoreMismatchError(
                 f"`{name}` of {self.path} has a codec {ascii(codec)[:80]}, expected {expected}: use the s4v that made "

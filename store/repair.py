@@ -109,7 +109,7 @@ def _tell_lost(what: str, path: Path, is_known: bool) -> None:
 
 def _mark_damaged(store: StoreReader, shard: int, rows: Collection[int], scratch: Path) -> None:
     """Have a shard's marker say that some of its rows are to be done anew; a marker that is damaged goes."""
-    path, codec_sha256 = store.path, store.facts.codec.sha256
+    path, codec_sha256 = store.path, store.facts.codecs_sha256
     for name in shard_files(store.layout.array_specs(), shard):
         if (path / name).is_dir():  # in a file's place
             shutil.rmtree(path / name)

@@ -1,4 +1,4 @@
-"""A store before its first shard: metadata of all arrays, codec, the tower's end, and a manifest of pending rows."""
+"""A store before its first shard: metadata of all arrays, codecs, the tower's end, and a manifest of pending rows."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pyarrow as pa
 from . import manifest
 from ._zarr import create_array, write_group, write_small_array
 from .checksums import write_checksums
+from .layout import CODEC_GROUPS
 from .markers import PARTS_NAME
 from .spec import StoreSpec
 
@@ -20,17 +21,18 @@ def write_skeleton(folder: Path, spec: StoreSpec, format_version: int | None = N
 
     Args:
         folder: Where; it must not be there yet.
-        spec: What to make it of, codec and the tower's end included.
+        spec: What to make it of, codecs and the tower's end included.
         format_version: To record: a store that is there keeps its own. None takes that of a new one.
 
     Returns:
         The manifest's input columns.
     """
-    assert spec.codec is not None and spec.head is not None
+    assert spec.head is not None and spec.layout.is_cls_coded == ("cls" in spec.codecs)
     folder.mkdir()
     for array in spec.layout.array_specs():
         create_array(folder, array)
-    _write_named(folder, "codec", spec.codec.parts)
+    for coded, codec in spec.codecs.items():
+        _write_named(folder, CODEC_GROUPS[coded], codec.parts)
     if spec.head:
         _write_named(folder, "head", spec.head)
     inputs = spec.input_table()

@@ -12,7 +12,7 @@ import pyarrow as pa
 from ..errors import StoreError
 from . import manifest
 from .codecs.contract import Codec
-from .layout import CODED_ARRAY, DEFAULT_CODEC, FORMAT_VERSION, IDENTITY_CODEC, StoreLayout
+from .layout import CODEC_GROUPS, CODED_ARRAY, CUT_VERSION, DEFAULT_CODEC, IDENTITY_CODEC, StoreLayout
 from .reader import StoreReader, open_store
 from .records import VideoRecord, count_augmented
 
@@ -22,7 +22,7 @@ from .records import VideoRecord, count_augmented
 _VOLATILE_ATTRIBUTES = (
     "created",
     "format_version",
-    "codec",
+    *CODEC_GROUPS.values(),
     "codec_from",
     "dataset.root",
     "backbone.weights",
@@ -42,50 +42,61 @@ class StoreSpec:
     """Row v of every array is record v."""
     codec: Codec | None = None
     """How patches are coded, numpy arrays; None means that of the store that is there."""
+    cls_codec: Codec | None = None
+    """How class tokens are coded; None where they are not, or as the store that is there codes them."""
     head: Mapping[str, np.ndarray] | None = None
     """What stage two needs of the frozen tower's end, by name; None means that of the store that is there. It is empty
     where the embedding is no projection of a norm of the class token: the store has no `head` then."""
 
-    def with_codec(self, codec: Codec) -> StoreSpec:
-        """The same with a codec."""
-        return replace(self, codec=codec)
+    def with_codecs_of(self, store: StoreReader) -> StoreSpec:
+        """The same with a store's codecs."""
+        return replace(self, codec=store.codec, cls_codec=store.cls_codec)
 
     def filled_from(self, store: StoreReader) -> StoreSpec:
-        """The same as a store was begun: of its date, and with its codec and tower's end where none are given."""
+        """The same as a store was begun: of its date, and with its codecs and tower's end where none are given."""
         return replace(
             self,
             attributes={**self.attributes, "created": store.facts.created},
             codec=store.codec if self.codec is None else self.codec,
+            cls_codec=store.cls_codec if self.cls_codec is None else self.cls_codec,
             head=(store.head if store.has_head else {}) if self.head is None else self.head,
         )
 
+    @property
+    def codecs(self) -> dict[str, Codec]:
+        """By array of frames that is coded; with a codec alone."""
+        assert self.codec is not None
+        return {CODED_ARRAY: self.codec, **({} if self.cls_codec is None else {"cls": self.cls_codec})}
+
     def full_attributes(self) -> dict[str, Any]:
         """The group's `s4v` attribute; with a codec alone."""
-        assert self.codec is not None
         sizes = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.layout).items()}
         if not self.layout.frames_per_block:
             del sizes["frames_per_block"]  # of formats that do not know it
         sizes["pixel_offsets"] = [offset.recorded for offset in self.layout.pixel_offsets]
         if sizes["class_tokens"] == "own":
             del sizes["class_tokens"]  # as in all stores from before there was a choice
+        if not self.layout.is_cls_coded:
+            del sizes["coded_cls_dtype"], sizes["coded_cls_channels"]
         return {
             "format_version": self.format_version,
             **self.attributes,
             "layout": {**sizes, "pixel_offsets_unit": "frame"},
-            "codec": _describe_codec(self.codec),
-            **({"codecs": self._name_codecs(self.codec)} if self.layout.frames_per_block else {}),
+            **{CODEC_GROUPS[array]: _describe_codec(codec) for array, codec in self.codecs.items()},
+            **({"codecs": self._name_codecs()} if self.layout.frames_per_block else {}),
         }
 
-    def _name_codecs(self, codec: Codec) -> dict[str, str]:
-        """By array of frames: patches are coded, the others are as they are."""
-        names = (spec.name for spec in self.layout.array_specs())
-        return {name: codec.name if name == CODED_ARRAY else IDENTITY_CODEC for name in names}
+    def _name_codecs(self) -> dict[str, str]:
+        """By array of frames: those that are not coded are as they are."""
+        coded = {array: codec.name for array, codec in self.codecs.items()}
+        return {spec.name: coded.get(spec.name, IDENTITY_CODEC) for spec in self.layout.array_specs()}
 
     @property
     def format_version(self) -> int:
         """The lowest that a new store of these attributes is read right by."""
         views = self.attributes.get("views") or {}
-        return FORMAT_VERSION if any(map(count_augmented, views.values())) else self.layout.format_version
+        is_augmented = any(map(count_augmented, views.values()))
+        return max(self.layout.format_version, CUT_VERSION if is_augmented else 0)
 
     def input_table(self) -> pa.Table:
         """The manifest's input columns of its records."""
@@ -118,10 +129,14 @@ def list_codec_differences(store: StoreReader, spec: StoreSpec) -> list[str]:
     if wanted is None:
         return [] if found is None else [f"codec_from {_shorten(found)} there, None here"]
     try:
-        source = open_store(wanted).facts.codec.sha256
+        source = open_store(wanted).facts
     except StoreError:
         return [] if found is not None else [f"codec_from None there, {_shorten(wanted)} here"]
-    return [] if source == store.facts.codec.sha256 else [f"the codec of {wanted} is not the one there"]
+    return [
+        f"the codec of {wanted} is not the one there{'' if array == CODED_ARRAY else f', for {array}'}"
+        for array, codec in store.facts.codecs.items()
+        if source.codecs.get(array) != codec
+    ]
 
 
 def _shorten(value: Any) -> str:

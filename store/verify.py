@@ -124,15 +124,13 @@ def _check_metadata(store: StoreReader) -> Iterator[Damage]:
 
 
 def _check_small_arrays(store: StoreReader) -> Iterator[Damage]:
-    """Codec and head: one chunk each."""
+    """Codecs and head: one chunk each."""
     try:
         heads = store.head_names
     except StoreDamagedError as error:
         yield Damage(where="head", what=str(error))
         heads = []
-    shapes = store.codec_shapes
-    parts = [part for part in store.facts.codec.parts if part in shapes]
-    arrays = [(f"codec/{part}", shapes[part].__eq__) for part in parts]
+    arrays = [(name, shape.__eq__) for name, shape in store.codec_arrays.items()]
     for name, is_possible in [*arrays, *((f"head/{name}", store.is_head_shape) for name in heads)]:
         yield from _check_small_array(store, name, is_possible)
 

@@ -78,7 +78,7 @@ class RowTokens:
     embedding: np.ndarray
     """(a, f, E)."""
     cls: np.ndarray | None = None
-    """(a, f, L, D); None in a store without class tokens."""
+    """(a, f, L, D), or (a, f, L, K) codes where they are coded; None in a store without class tokens."""
     pixels: np.ndarray | None = None
     """(a, f, O, H, W, 3) uint8."""
 
@@ -127,7 +127,8 @@ class StoreWriter:
         self.path = path
         self.layout = store.layout
         self.codec = store.codec
-        self._codec_sha256 = store.codec.sha256
+        self.cls_codec = store.cls_codec
+        self.codecs_sha256 = store.facts.codecs_sha256
         self._inputs = inputs
         self._specs = store.layout.array_specs()
         self._format_version = store.facts.format_version
@@ -241,7 +242,7 @@ class StoreWriter:
         """
         rows = sorted(sources)
         for shard in sorted({row // self.layout.rows_per_shard for row in rows}):
-            marker, first = read_marker(self.path, shard, self._codec_sha256), self.layout.shard_rows(shard).start
+            marker, first = read_marker(self.path, shard, self.codecs_sha256), self.layout.shard_rows(shard).start
             if marker is None:
                 continue
             results = marker.as_results()
@@ -254,7 +255,7 @@ class StoreWriter:
             version = self._format_version
             with self.hold_manifest():
                 forget_parts(self.path)
-            made = make_marker(scratch, shard, results, self._codec_sha256, marker.files or {}, version)
+            made = make_marker(scratch, shard, results, self.codecs_sha256, marker.files or {}, version)
             self.check_lease()
             place_marker(self.path, shard, made)
 
@@ -309,7 +310,7 @@ class StoreWriter:
                 for key in spec.shard_keys(shard)
                 if (scratch / spec.name / key).is_file()
             }
-            mark = partial(make_marker, codec_sha256=self._codec_sha256, format_version=self._format_version)
+            mark = partial(make_marker, codec_sha256=self.codecs_sha256, format_version=self._format_version)
             marker = mark(scratch, shard, results, files=files)
             old = marker_path(self.path, shard)
             if not old.exists():
@@ -321,7 +322,7 @@ class StoreWriter:
                 before = self._mark_pending(shard, replaced, mark) if replaced else None
                 swap_shard(
                     *(self.path, scratch, self._specs, shard, marker, list(files), self.check_lease),
-                    codec_sha256=self._codec_sha256,
+                    codec_sha256=self.codecs_sha256,
                     before=before,
                 )
         kill_point("shard done")
@@ -330,7 +331,7 @@ class StoreWriter:
         """The shard's marker, but for rows that are about to get other tokens; None where it cannot be read."""
         assert self._scratch is not None
         try:
-            marker = read_marker(self.path, shard, self._codec_sha256)
+            marker = read_marker(self.path, shard, self.codecs_sha256)
         except StoreDamagedError:
             return None
         assert marker is not None
@@ -352,7 +353,7 @@ class StoreWriter:
         """Complete changes of shards that killed writers have begun: all, or those of some shards."""
         for shard in find_swaps(self.path):
             if self._is_ours(shard) and (shards is None or shard in shards):
-                finish_swap(self.path, self._specs, shard, self._codec_sha256, self.check_lease)
+                finish_swap(self.path, self._specs, shard, self.codecs_sha256, self.check_lease)
 
     def _remove_leftovers(self) -> None:
         """What killed writers have left half done, as far as it is this writer's."""
@@ -441,7 +442,7 @@ class StoreWriter:
             if state is not None and state == joined.get(shard):
                 continue
             rows = self.layout.shard_rows(shard)
-            marker = None if state is None else read_marker(self.path, shard, self._codec_sha256)
+            marker = None if state is None else read_marker(self.path, shard, self.codecs_sha256)
             if marker is not None:
                 parts[rows.start] = marker.results
             elif not is_pending[rows.start : rows.stop].all():
@@ -556,7 +557,7 @@ def resume_store(store: StoreReader, spec: StoreSpec, *, scope: Scope | None = N
 def _require_same(store: StoreReader, spec: StoreSpec) -> pa.Table:
     """Refuse a store of other settings or videos; returns the manifest's input columns."""
     inputs = spec.input_table()
-    expected = spec.with_codec(store.codec).full_attributes()
+    expected = spec.with_codecs_of(store).full_attributes()
     root = spec.attributes.get("dataset", {}).get("root")
     differences = list_differences(store.attributes, expected) + list_video_differences(store, inputs, root)
     differences += list_codec_differences(store, spec)
@@ -578,7 +579,7 @@ def join_store(store: StoreReader, spec: StoreSpec, *, lease_nonce: str | None =
     Raises:
         StoreMismatchError: If this process would write other tokens than the store's; all differences listed.
     """
-    expected = spec.with_codec(store.codec).full_attributes()
+    expected = spec.with_codecs_of(store).full_attributes()
     _refuse_differences(store.path, list_differences(store.attributes, expected))
     return StoreWriter(store, None, is_worker=True, lease_nonce=lease_nonce)
 

@@ -737,6 +737,7 @@ class ClipLoader:
         self._mean, self._std = (
             torch.tensor(values, device=device).view(3, 1, 1) for values in (backbone.mean, backbone.std)
         )
+        self._cls_codec = cls_codec_for(store, layers, device) if "cls" in arrays else None
         self._offsets = pixel_offsets
         if "pixels" in arrays:
             store.offset_places(pixel_offsets)  # refuses those that it does not hold
@@ -912,11 +913,17 @@ class ClipLoader:
         is_frame = self._copy(read.is_frame)
         if batch.pixels is not None:  # a black frame, normalised, is none of zeros
             batch.pixels.mul_(is_frame.view(*is_frame.shape, *(1,) * (batch.pixels.ndim - 2)))
+        if batch.cls is not None and self._cls_codec is not None:  # nor is the class token of codes of zero
+            batch.cls.mul_(is_frame[:, :: self._frames_per_token, None, None])
         return replace(batch, frame_mask=is_frame)
 
     def _widen(self, raw: torch.Tensor) -> torch.Tensor:
-        """Class tokens as stored to float32."""
-        return raw.float()
+        """Class tokens as stored, (B, T, L, D) or (B, T, L, K) codes, to (B, T, L, D) float32, on the device."""
+        codec = self._cls_codec
+        if codec is None:
+            return raw.float()
+        # A codec takes patches, (..., N, K): a frame has one class token.
+        return torch.cat([codec.decode(raw[:, :, place, None], place) for place in range(raw.shape[2])], dim=2)
 
     def _normalise(self, raw: torch.Tensor) -> torch.Tensor:
         """(B, T, O, H, W, 3) as stored to (B, T, 3, H, W), of several offsets (B, T, O, 3, H, W)."""
@@ -935,5 +942,14 @@ def hand_over_texts(texts: Texts, device: torch.device) -> TextBatch:
 
 def codec_for(store: StoreReader, layers: Sequence[int], device: torch.device) -> Codec:
     """The store's codec for the layers that a head reads, its arrays as tensors on the training device."""
-    places = store.layer_places(layers)
-    return store.codec.map_parts(lambda array: torch.from_numpy(np.asarray(array)[places]).to(device))
+    return _move_codec(store.codec, store.layer_places(layers), device)
+
+
+def cls_codec_for(store: StoreReader, layers: Sequence[int], device: torch.device) -> Codec | None:
+    """The same of class tokens; None where they are not coded."""
+    codec = store.cls_codec
+    return None if codec is None else _move_codec(codec, store.layer_places(layers), device)
+
+
+def _move_codec(codec: Codec, places: Sequence[int], device: torch.device) -> Codec:
+    return codec.map_parts(lambda array: torch.from_numpy(np.asarray(array)[places]).to(device))

@@ -23,6 +23,7 @@ from ..errors import (
     StoreNotFoundError,
 )
 from ..files import hash_file, hash_text, read_json, write_atomic, write_json, write_text
+from ..store.layout import CODEC_GROUPS
 from ..store.needs import find_lacks
 from ..store.reader import StoreReader, open_store
 from ..store.redone import count_redone
@@ -238,7 +239,7 @@ def describe_source(store: StoreReader) -> dict[str, Any]:
         "backbone": {name: backbone[name] for name in BACKBONE_IDENTITY},
         "sampling": store.attributes["sampling"],
         "resize": store.attributes["resize"],
-        "codec": store.attributes["codec"],
+        **{name: store.attributes[name] for name in CODEC_GROUPS.values() if name in store.attributes},
         "redone_rows": count_redone(store.path),
     }
 

@@ -13,20 +13,23 @@ from ...errors import EnvironmentFailedError
 from ...store.codecs.affine import check_finite, round_mantissas
 from ...store.codecs.contract import Codec
 from ...store.layout import StoreLayout
+from ..class_tokens import take_class_tokens
 
 
 class BatchCoder:
-    """Codes tokens by a store's codec; nothing waits for the device until `finish`.
+    """Codes tokens by a store's codecs; nothing waits for the device until `finish`.
 
     Args:
         backbone: With weights.
-        codec: Of the store, numpy arrays.
+        codec: Of the store's patches, numpy arrays.
         layout: Of the store.
+        cls_codec: Of its class tokens; None where they are not coded.
     """
 
-    def __init__(self, backbone: Backbone, codec: Codec, layout: StoreLayout) -> None:
+    def __init__(self, backbone: Backbone, codec: Codec, layout: StoreLayout, cls_codec: Codec | None = None) -> None:
         self._backbone = backbone
-        self._codec = codec.map_parts(lambda array: torch.from_numpy(np.asarray(array)).to(backbone.device))
+        self._codec = _move(codec, backbone.device)
+        self._cls_codec = None if cls_codec is None else _move(cls_codec, backbone.device)
         self._layout = layout
 
     def code(self, tokens: FrameTokens, is_picture: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
@@ -37,14 +40,15 @@ class BatchCoder:
             is_picture: (B, N) bool, on the device: the patches that a mean of them is taken of; None takes all.
 
         Returns:
-            patches (B, L, N, K), cls (B, L, D) where the store has class tokens, embedding (B, E), and is_finite (1,):
-            whether the tokens that they come from and they themselves are all numbers.
+            patches (B, L, N, K), cls (B, L, D), or (B, L, K) codes, where the store has class tokens, embedding (B, E),
+            and is_finite (1,): whether the tokens that they come from and they themselves are all numbers.
         """
         layout, first = self._layout, tokens.patches[0]
         shape = (len(first), len(layout.layers), layout.num_patches, layout.channels)
         codes = torch.empty(shape, dtype=getattr(torch, layout.patch_dtype), device=first.device)
-        cls = self._make_class_tokens(tokens, is_picture)
-        checked = [*cls.values(), tokens.embedding]
+        taken = take_class_tokens(tokens, layout.class_tokens, is_picture)
+        cls = {} if taken is None else {"cls": self._code_cls(taken)}
+        checked = [*cls.values(), *([] if taken is None else [taken]), tokens.embedding]
         are_finite = [torch.isfinite(values).all() for values in checked]
         for place, values in enumerate(tokens.patches):
             codes[:, place] = self._codec.encode(values, place)
@@ -79,33 +83,24 @@ class BatchCoder:
         for place, (block, values) in enumerate(zip(self._layout.layers, tokens.patches, strict=True)):
             codes = round_mantissas(self._codec.encode(values, place).cpu().numpy(), self._layout.keep_bits)
             check_finite(torch.from_numpy(codes), values, block, video_ids)
-        for cls in self._make_class_tokens(tokens).values():
-            source = cls if tokens.cls is None or self._layout.class_tokens == "mean" else tokens.cls
+        if (taken := take_class_tokens(tokens, self._layout.class_tokens)) is not None:
+            cls = self._code_cls(taken)
             for place, block in enumerate(self._layout.layers):
-                check_finite(cls[:, place], source[:, place], block, video_ids)
+                check_finite(cls[:, place], taken[:, place], block, video_ids)
         check_finite(tokens.embedding, tokens.embedding, self._backbone.info.depth - 1, video_ids)
         raise EnvironmentFailedError(
             f"the backbone gave NaN or infinity on a batch from {video_ids[0]} to {video_ids[-1]}, and none when it "
             "ran on it again: this device cannot be relied on. Finished shards are kept."
         )
 
-    def _make_class_tokens(
-        self, tokens: FrameTokens, is_picture: torch.Tensor | None = None
-    ) -> dict[str, torch.Tensor]:
-        """`cls` (B, L, D) as the store keeps it; nothing in a store that has none."""
-        dtype = getattr(torch, self._layout.cls_dtype)
-        if self._layout.class_tokens == "mean":
-            # In float32: half precision would round the sum of a thousand patches.
-            return {"cls": torch.stack([_average(one.float(), is_picture) for one in tokens.patches], dim=1).to(dtype)}
-        if self._layout.class_tokens == "none":
-            return {}
-        assert tokens.cls is not None
-        return {"cls": tokens.cls.to(dtype)}
+    def _code_cls(self, taken: torch.Tensor) -> torch.Tensor:
+        """Class tokens (B, L, D) as the store keeps them: (B, L, D), or (B, L, K) codes."""
+        codec = self._cls_codec
+        if codec is None:
+            return taken.to(getattr(torch, self._layout.cls_dtype))
+        # A codec takes patches, (..., N, D): a frame has one class token.
+        return torch.cat([codec.encode(taken[:, place, None], place) for place in range(taken.shape[1])], dim=1)
 
 
-def _average(patches: torch.Tensor, is_picture: torch.Tensor | None) -> torch.Tensor:
-    """The mean of patch tokens (B, N, D), of those that show something of the picture."""
-    if is_picture is None:
-        return patches.mean(dim=1)
-    shares = is_picture / is_picture.sum(dim=1, keepdim=True)
-    return (patches * shares[:, :, None]).sum(dim=1)
+def _move(codec: Codec, device: torch.device) -> Codec:
+    return codec.map_parts(lambda array: torch.from_numpy(np.asarray(array)).to(device))

@@ -199,7 +199,7 @@ class WorkerJob:
         """Those of some shards that have a row which the machine did not let happen."""
         unfinished = []
         for shard in shards:
-            marker = read_marker(self._config.out, shard, self._writer.codec.sha256)
+            marker = read_marker(self._config.out, shard, self._writer.codecs_sha256)
             if marker is not None and "pending" in marker.statuses:
                 unfinished.append(shard)
         return unfinished

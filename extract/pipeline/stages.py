@@ -103,7 +103,7 @@ class Pipeline:
         self._job = job
         self._layout = job.layout
         self._writer = writer
-        self._coder = BatchCoder(job.backbone, writer.codec, job.layout)
+        self._coder = BatchCoder(job.backbone, writer.codec, job.layout, writer.cls_codec)
         self._kept_rows = kept_rows or KeptRows(writer.store, job.config, job.records)
         self._num_ahead = batches_ahead(device)
         buffers = [
@@ -264,7 +264,7 @@ class Pipeline:
             patches=np.empty((*place, num_layers, layout.num_patches, layout.channels), dtype=layout.patch_dtype),
             cls=None
             if layout.class_tokens == "none"
-            else np.empty((*place, num_layers, layout.width), dtype=layout.cls_dtype),
+            else np.empty((*place, num_layers, layout.cls_channels), dtype=layout.cls_dtype),
             embedding=np.empty((*place, layout.embed_dim), dtype=np.float32),
             pixels=pixels if layout.with_pixels else None,
         )

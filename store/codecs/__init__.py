@@ -1,4 +1,4 @@
-"""How patch tokens are coded: one file a codec, and its line in this table."""
+"""How tokens are coded: one file a codec, and its line in this table."""
 
 from __future__ import annotations
 

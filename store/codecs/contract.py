@@ -1,5 +1,7 @@
 """What a codec is to a store and to a network: codes of one layer's patch tokens, and their way back.
 
+Of class tokens that are coded it is the same: a frame has one of them, so N is 1 (`StoreLayout.of_cls`).
+
 A new codec is one file here and its line in the table, and one that fits it in extract/codec_fit.py.
 """
 

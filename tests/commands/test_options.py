@@ -15,10 +15,11 @@ NEW = {
     "extract": (
         *("--codec", "--validation-clip", "--pixel-offsets", "--pixel-edge", "--input", "--augmentation"),
         *("--text-layers", "--text-words", "--class-template", "--cls", "--for"),
+        *("--cls-dtype", "--cls-channels"),
     ),
     "plan": (
         *("--pixel-offsets", "--input", "--text-layers", "--text-words", "--class-template", "--cls", "--for"),
-        "--sampling",
+        *("--sampling", "--cls-dtype", "--cls-channels"),
     ),
     "scan": ("--validation-clip", "--pixel-offsets", "--pixel-edge"),
     "train": (

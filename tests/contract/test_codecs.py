@@ -102,6 +102,17 @@ def test_a_toy_codes_a_store_that_is_read_verified_and_trained_on(toy, video_fol
         extract_dataset(make_config(video_folder, store.path, dtype="int8", channels=192, num_decoders=1))
 
 
+def test_a_toy_codes_class_tokens_too(toy, video_folder, float_store, make_config, tmp_path):
+    options = dict(codec="root", dtype="int8", channels=192, cls_dtype="int8", num_decoders=1, limit=2)
+    extract_dataset(make_config(video_folder, tmp_path / "root.zarr", **options))
+    store, exact = open_store(tmp_path / "root.zarr"), open_store(float_store)
+    assert store.cls_codec.name == "root" and store.attributes["cls_codec"]["name"] == "root"
+    assert store.attributes["codecs"]["cls"] == "root" and set(store.codec_arrays) == {"codec/reach", "cls_codec/reach"}
+    tokens = exact.read_clips([0], [[0, 1]], arrays=("cls",)).cls
+    decoded = store.decode_cls(store.read_clips([0], [[0, 1]], arrays=("cls",)).cls)
+    assert np.abs(decoded - tokens).max() <= 0.03 * np.abs(tokens).max() and not np.array_equal(decoded, tokens)
+
+
 def test_a_codec_that_is_gone_is_named(toy, video_folder, make_config, tmp_path, monkeypatch):
     path = tmp_path / "root.zarr"
     extract_dataset(make_config(video_folder, path, codec="root", dtype="int8", channels=192, num_decoders=1, limit=2))

@@ -124,7 +124,7 @@ def make_anew(path, shard, like):
         shutil.copyfile(path / f"{spec.name}/{spec.shard_keys(like)[0]}", path / name)
         files[name] = fingerprint_shard(path / name, spec)
     marker = store.read_marker(shard)
-    made = make_marker(path, shard, marker.as_results(), store.facts.codec.sha256, files, store.facts.format_version)
+    made = make_marker(path, shard, marker.as_results(), store.facts.codecs_sha256, files, store.facts.format_version)
     made.replace(path / "_parts" / made.name)
 
 
