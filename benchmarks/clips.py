@@ -1,6 +1,6 @@
 """Whole clips (patches, class tokens, pixels) of stores of several chunk sizes, against C that reads the same bytes.
 
-    python benchmarks/clips.py [--videos 96] [--seconds 1] [--only "75 kB"]
+    python benchmarks/clips.py [--videos 96] [--seconds 1] [--only "75 kB"] [--planning]
 
 The ceiling is `_ceiling.c`: one flat file, a preadv with crc32c for each chunk, as many threads as our reader, where
 each chunk goes worked out beforehand. It has the same chunks and the same batches; beside it stands the same without
@@ -8,6 +8,9 @@ crc32c. The page cache is warm, rounds are interleaved, the median of five count
 and the process keeps what it frees, as commands do. The training loader hands pixels and class tokens over as they are
 stored: their conversion to float32 is the training device's work, and on a CPU takes longer than all reading. Others
 read the same bytes out of their own formats.
+
+`--planning` measures something else: the seconds that a thread of the loader computes outside of the one native call
+for each batch, which it does under the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -42,6 +45,9 @@ ROUNDS = 5
 CHECKED, UNCHECKED = "preadv with crc32c, C (ceiling)", "preadv without, C"
 NATIVE, PYTHON = "s4v", "s4v without its native module"
 LOADER = "s4v training loader"
+TURNS = "s4v, six batches' room in turns"
+NUM_TURNS = 6
+"""As many batches as the loader has under way, or has handed over: their memory is in no near cache."""
 ARRAYS = ("patches", "cls", "pixels")
 
 
@@ -178,6 +184,21 @@ def read_ours(store: StoreReader, batches: Sequence[Batch]) -> Iterator[list[np.
     """The store's reader."""
     for rows, places in batches:
         clips = store.read_clips(rows, places)
+        yield [clips.patches, clips.cls, clips.pixels]
+
+
+def read_in_turns(store: StoreReader, batches: Sequence[Batch]) -> Iterator[list[np.ndarray]]:
+    """The store's reader into room that was used some batches ago, as the loader has it."""
+    rooms: list[dict[Any, np.ndarray]] = [{} for _ in range(NUM_TURNS)]
+    for number, (rows, places) in enumerate(batches):
+        room = rooms[number % NUM_TURNS]
+
+        def allocate(shape: tuple[int, ...], dtype: np.dtype, room: dict[Any, np.ndarray] = room) -> np.ndarray:
+            if (shape, dtype.str) not in room:
+                room[shape, dtype.str] = np.empty(shape, dtype)
+            return room[shape, dtype.str]
+
+        clips = store.read_clips(rows, places, allocate=allocate)
         yield [clips.patches, clips.cls, clips.pixels]
 
 
@@ -337,6 +358,7 @@ def measure(sizes: Sizes, batch_size: int, options: argparse.Namespace, with_oth
         UNCHECKED: lambda batches: ceiling.read(batches, verifies=False),
         NATIVE: lambda batches: read_ours(store, batches),
         LOADER: lambda batches: read_with_loader(store, batches),
+        TURNS: lambda batches: read_in_turns(store, batches),
         PYTHON: lambda batches: read_by_python(store, batches),
     }
     if with_others:
@@ -355,11 +377,70 @@ def measure(sizes: Sizes, batch_size: int, options: argparse.Namespace, with_oth
     for number in range(ROUNDS + 1):  # the first one warms up
         batches = draw_batches(options.videos, batch_size, count, seed=number)
         for place, (name, read) in enumerate(readers.items()):
-            mine = batches if place < len((CHECKED, UNCHECKED, NATIVE, LOADER)) else batches[: max(2, count // 8)]
+            mine = (
+                batches if place < len((CHECKED, UNCHECKED, NATIVE, LOADER, TURNS)) else batches[: max(2, count // 8)]
+            )
             rate = time_batches(read, mine)
             rates[name] += [rate] if number else []
     shutil.rmtree(folder)
     return rates
+
+
+class TimedModule:
+    """The native module; how long its reads took, by this thread's own clock."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self.seconds = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def read_chunks(self, *arguments: Any) -> Any:
+        """Of the module."""
+        start = time.thread_time()
+        found = self._module.read_chunks(*arguments)
+        self.seconds += time.thread_time() - start
+        return found
+
+
+def measure_planning(sizes: Sizes, batch_size: int, options: argparse.Namespace) -> list[float]:
+    """Milliseconds outside of the native call for a GB, round by round."""
+    shutil.rmtree(options.folder, ignore_errors=True)
+    options.folder.mkdir(parents=True)
+    store = write_store(options.folder / "store.zarr", sizes, options.videos)
+    loader = BytesLoader(store, arrays=ARRAYS, layers=store.layout.layers, device=torch.device("cpu"))
+    module, told = _chunk_reads.find_native()
+    timed, found = TimedModule(module), _chunk_reads.find_native
+    _chunk_reads.find_native = lambda: (timed, told)
+    rates = []
+    try:
+        for number in range(ROUNDS + 1):
+            drawn = draw_batches(options.videos, batch_size, 60, seed=number)
+            plans = [ClipPlan(rows, 0 * rows, places, 0 * rows) for rows, places in drawn]
+            timed.seconds, start = 0.0, time.thread_time()
+            for plan in plans:
+                loader._read(plan)
+            outside = time.thread_time() - start - timed.seconds
+            rates.append(1e3 * outside / sum(map(loader.count_bytes, plans)) * 1e9)
+    finally:
+        _chunk_reads.find_native = found
+        shutil.rmtree(options.folder)
+    return rates[1:]  # the first one warms up
+
+
+def report_planning(options: argparse.Namespace) -> None:
+    """The table of `--planning`."""
+    rows, bars, results = [], [], []
+    for sizes in SIZES:
+        for batch_size in BATCHES if options.only in (None, sizes.name) else ():
+            rates = measure_planning(sizes, batch_size, options)
+            median = statistics.median(rates)
+            rows.append([sizes.name, batch_size, f"{median:.1f}", f"{min(rates):.1f} to {max(rates):.1f}"])
+            bars.append(check_bar(f"{sizes.name}, batches of {batch_size}: ms for a GB", median, 25.0))
+            results.append({"sizes": sizes.name, "batch": batch_size, "ms_per_gb": rates})
+    heads = ["chunk of patches", "clips in a batch", "ms for a GB", "lowest to highest"]
+    keep("clips_planning", {"machine": describe_machine("numpy"), "results": results}, format_table(heads, rows), bars)
 
 
 def main() -> None:
@@ -370,8 +451,12 @@ def main() -> None:
     parser.add_argument("--only", help="one size, by name")
     parser.add_argument("--others", default="75 kB", help="the size at which other formats are read too")
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark-clips"))
+    parser.add_argument("--planning", action="store_true", help="what is done under the interpreter's lock")
     options = parser.parse_args()
     keep_freed_memory()
+    if options.planning:
+        report_planning(options)
+        return
     rows, bars, results = [], [], []
     for sizes in SIZES:
         for batch_size in BATCHES if options.only in (None, sizes.name) else ():
@@ -391,6 +476,8 @@ def main() -> None:
             of_reader = statistics.median(a / b for a, b in zip(rates[LOADER], rates[NATIVE], strict=True))
             bars.append(check_bar(f"{label}: s4v of the ceiling", shares[NATIVE], BARS[sizes.name], most=False))
             bars.append(check_bar(f"{label}: loader of the reader", of_reader, 0.9, most=False))
+            of_turns = statistics.median(a / b for a, b in zip(rates[LOADER], rates[TURNS], strict=True))
+            bars.append(check_bar(f"{label}: loader of the reader in turns", of_turns, 0.9, most=False))
             results.append({"sizes": sizes.name, "batch": batch_size, "clips_per_second": rates})
             heads = ["chunk of patches", "clips in a batch", "reader", "GB/s", "lowest to highest", "of the ceiling"]
             machine = describe_machine("numpy", "tensorstore", "zarr", "h5py", "webdataset", "mosaicml-streaming")

@@ -42,10 +42,12 @@ _PARTIAL = re.compile(r"\.[a-z]+\.c(\.\d{1,12}){3,7}\.[0-9a-f]{32}\.partial", re
 
 _GATE_NAME = ".gate"
 """Locked by who evicts and takes room."""
+_HELD_NAME = ".held"
+"""The bytes of all copies, as far as all processes know; counted anew now and then, for killed ones knew more."""
 _RUN_BYTES = 2**25
 """Read at once: to begin to read takes a disk on a network as long as a MB."""
 _LOOK_EVERY_S = 10.0
-"""What other processes add and remove is looked at so often, and before anything is evicted."""
+"""What there is is counted so often, and before anything is evicted."""
 
 _log = logging.getLogger(__name__)
 
@@ -81,9 +83,10 @@ class ShardCache:
         self.folder = folder
         _require_cache(folder, may_be_new=True)
         self._lock = threading.Lock()
-        self._held = sum(one.num_bytes for one in self.list_copies())
-        self._looked_at = time.monotonic()
-        self.most_bytes = self._held + shutil.disk_usage(folder).free // 2 if most_bytes is None else most_bytes
+        self._looked_at = -_LOOK_EVERY_S
+        if most_bytes is None:
+            most_bytes = self._count_bytes() + shutil.disk_usage(folder).free // 2
+        self.most_bytes = most_bytes
 
     def place_of(self, store: Path) -> Path:
         """The folder of a store's copies, made if it is not there."""
@@ -134,16 +137,17 @@ class ShardCache:
     def _make_room(self, target: int, num_bytes: int) -> bool:
         """Evict what was not used for longest until a file of so many bytes fits, which it is from then on; or not."""
         with self._lock, _locked(self.folder / _GATE_NAME):
+            held = _read_number(self.folder / _HELD_NAME)
             is_old = time.monotonic() - self._looked_at > _LOOK_EVERY_S
-            if is_old or self._held + num_bytes > self.most_bytes:
-                self._held = self._evict(num_bytes, by=os.fstat(target))
+            if held is None or is_old or held + num_bytes > self.most_bytes:
+                held = self._evict(num_bytes, by=os.fstat(target))
                 self._looked_at = time.monotonic()
-            if self._held + num_bytes > self.most_bytes:
-                return False
-            os.ftruncate(target, 0)  # what a killed process has left
-            os.ftruncate(target, num_bytes)
-            self._held += num_bytes
-            return True
+            fits = held + num_bytes <= self.most_bytes
+            (self.folder / _HELD_NAME).write_text(str(held + num_bytes if fits else held))
+            if fits:
+                os.ftruncate(target, 0)  # what a killed process has left
+                os.ftruncate(target, num_bytes)
+            return fits
 
     def _evict(self, num_bytes: int, by: os.stat_result) -> int:
         """The bytes that are left."""
@@ -164,19 +168,24 @@ class ShardCache:
         Raises:
             OSError: If the source cannot be read.
         """
-        for start in range(0, size, _RUN_BYTES):
-            data, place = memoryview(os.pread(source, min(_RUN_BYTES, size - start), start)), start
+        place = 0
+        while place < size:
+            data = memoryview(os.pread(source, min(_RUN_BYTES, size - place), place))
+            if not data:
+                return False  # it became shorter
             try:
                 while data:
                     written = os.pwrite(target, data, place)
                     data, place = data[written:], place + written
             except OSError as error:
-                with self._lock:
-                    held = self._held - size
-                    self.most_bytes = min(self.most_bytes, held)
+                held = self._count_bytes() - size
+                self.most_bytes = min(self.most_bytes, held)
                 _log.warning("%s keeps no more than %s: %s", self.folder, describe_bytes(held), error.strerror)
                 return False
         return True
+
+    def _count_bytes(self) -> int:
+        return sum(one.num_bytes for one in self.list_copies())
 
     def list_copies(self) -> list[ShardCopy]:
         """All that there are, those under way too."""
@@ -390,6 +399,13 @@ def _has_fingerprint(path: Path, spec: ArraySpec, fingerprint: str) -> bool:
         return fingerprint_shard(path, spec) == fingerprint
     except ValueError:  # no shard, by its index
         return False
+
+
+def _read_number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # not yet there, or a kill left nothing of it
+        return None
 
 
 def _is_same(path: Path, other: os.stat_result) -> bool:

@@ -109,6 +109,27 @@ def test_a_cache_is_never_larger_than_it_may_be_and_keeps_what_was_used_last(wri
     assert_same(read_all(open_through(store_path, cache, most)), written[1])
 
 
+def test_processes_that_share_a_cache_keep_to_its_size_together(written, tmp_path):
+    cache, most = tmp_path / "cache", sum(file.stat().st_size for file in shard_files(written[0])) // 3
+    stores = [open_through(written[0], cache, most) for _ in range(3)]
+    rows = [*good_rows(stores[0])]
+    for place in range(len(rows)):
+        for behind, store in enumerate(stores):
+            row = rows[place - 3 * behind]
+            assert np.array_equal(store.read_clips([row], [range(4)]).cls, written[1][row, "cls"][:, :4])
+            assert sum(path.stat().st_size for path in cache.glob("*/*c.*")) <= most
+
+
+def test_a_source_that_becomes_shorter_gets_no_copy(written, tmp_path, monkeypatch):
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda handle, size, place: pread(handle, size, place)[: max(0, 1000 - place)])
+    monkeypatch.setattr(shard_cache, "_has_fingerprint", lambda *_: True)
+    cache = ShardCache(tmp_path / "cache", ENOUGH)
+    source, spec = shard_files(written[0])[0], open_store(written[0])._spec("patches")
+    copy = cache.place_of(written[0]) / f"patches.{source.name}.{'0' * 32}"
+    assert cache.make(copy, source, spec) is None and not copy.exists()
+
+
 def test_a_file_that_is_larger_than_the_cache_is_read_of_the_store(written, store_path, tmp_path):
     assert_same(read_all(open_through(store_path, tmp_path / "cache", 100)), written[1])
     assert not copies(tmp_path / "cache")
