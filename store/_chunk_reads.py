@@ -143,7 +143,8 @@ def _describe(reads: Sequence[ChunkReads], problem: _Problem) -> DamagedChunkErr
     own, chunk = reads[problem.place], problem.chunk
     shard = own.shards[int(own.files[chunk])]
     why = shard.explain(int(own.numbers[chunk]), problem.why)
-    return DamagedChunkError(int(own.rows[chunk]), why, problem.place, may_pass=problem.may_pass, path=shard.path)
+    facts = {"may_pass": problem.may_pass, "is_gone": shard.is_gone}
+    return DamagedChunkError(int(own.rows[chunk]), why, problem.place, path=shard.path, **facts)
 
 
 def _try_to_read(reads: Sequence[ChunkReads], num_threads: int) -> list[_Problem]:

@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +28,7 @@ PASSING = frozenset(
 """What the system says of a read that may do later."""
 WAITS_S = (0.1, 1.0, 5.0)
 """Before such a read is tried again."""
+_NOTE_EVERY_S = 1.0
 _log = logging.getLogger(__name__)
 _Read = TypeVar("_Read")
 _ABSENT = 2**64 - 1
@@ -36,9 +38,20 @@ _ABSENT = 2**64 - 1
 class DamagedChunkError(Exception):
     """A chunk is missing or is not as it was written."""
 
-    def __init__(self, row: int, why: str, place: int = 0, *, may_pass: bool = False, path: Path | None = None) -> None:
+    def __init__(
+        self,
+        row: int,
+        why: str,
+        place: int = 0,
+        *,
+        may_pass: bool = False,
+        is_gone: bool = False,
+        path: Path | None = None,
+    ) -> None:
         super().__init__(why)
         self.row = row
+        self.is_gone = is_gone
+        """Whether the file has no name any more: another one may have it, or none."""
         self.path = path
         """The file, where whoever reads may have another one for it."""
         self.place = place
@@ -164,6 +177,8 @@ class ShardFile:
         self, path: Path, num_chunks: int, row: int, known: ShardIndex | None = None, chunk_bytes: int | None = None
     ) -> None:
         self.path = path
+        self.used_at = math.inf
+        """Of a copy in a cache, when its use was last noted, by the monotonic clock."""
         self._name = path.name
         try:
             self.descriptor = open_file(path)
@@ -199,6 +214,19 @@ class ShardFile:
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it was removed or replaced since it was opened."""
+        return os.fstat(self.descriptor).st_nlink == 0
+
+    def note_use(self) -> None:
+        """Have a cache see that its copy is in use; not more often than it matters."""
+        now = time.monotonic()
+        if now - self.used_at > _NOTE_EVERY_S:
+            self.used_at = now
+            with suppress(OSError):
+                os.utime(self.descriptor)
 
     def read_chunk(self, number: int, out: np.ndarray, row: int) -> None:
         """Fill a contiguous array with a chunk.

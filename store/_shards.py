@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -282,6 +283,7 @@ class ShardedArray:
         with self._lock:
             if (shard := self._shards.get(key)) is not None:
                 self._shards.move_to_end(key)
+                shard.note_use()
                 return shard
             known = self._indices.get(key)
         geometry = self._geometry
@@ -290,6 +292,8 @@ class ShardedArray:
         path = self._folder / self.file_of(key)
         copy = self._find_copy(key[0], path.name)
         shard = try_patiently(lambda: ShardFile(copy or path, count, row, known, chunk_bytes))
+        if copy is not None:
+            shard.used_at = time.monotonic()
         with self._lock:
             self._shards[key] = shard
             self._indices[key] = shard.index_as_read

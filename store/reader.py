@@ -369,8 +369,11 @@ class StoreReader:
             try:
                 return self._read_planned(plan(), num_threads)
             except _StaleFileError as stale:
-                if stale.path in opened_anew:
+                is_copy = self._copies is not None and self._copies.holds(stale.path)
+                if stale.path in opened_anew and not is_copy:
                     raise stale.damage from stale
+                if stale.path in opened_anew and self._copies is not None:
+                    self._copies.pass_by(stale.path)
                 opened_anew.add(stale.path)
 
     def _read_planned(self, planned: Mapping[str, PlannedClips], num_threads: int | None = None) -> dict[str, Any]:
@@ -400,14 +403,14 @@ class StoreReader:
     def _explain(self, name: str, error: DamagedChunkError) -> Exception:
         """What to raise for a chunk of an array.
 
-        A copy that is damaged is not the store's fault. And of a disk on a network that went and came back, an open
-        file may stay stale for ever.
+        A copy that is damaged is not the store's fault, and one that was evicted is nobody's. And of a disk on a
+        network that went and came back, an open file may stay stale for ever.
         """
         sharded, damage = self._sharded(name), self._damage(name, np.array([error.row]), str(error))
         if sharded is None or error.path is None:
             return damage
-        is_copy = self._copies is not None and self._copies.reject(error.path, str(error))
-        if not is_copy and not error.may_pass:
+        may_be_another = error.is_gone or error.may_pass
+        if not may_be_another and not (self._copies is not None and self._copies.reject(error.path, str(error))):
             return damage
         sharded.forget(error.path)
         return _StaleFileError(error.path, damage)

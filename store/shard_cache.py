@@ -46,6 +46,9 @@ _HELD_NAME = ".held"
 """The bytes of all copies, as far as all processes know; counted anew now and then, for killed ones knew more."""
 _RUN_BYTES = 2**25
 """Read at once: to begin to read takes a disk on a network as long as a MB."""
+_SHARE_OF_FULL_DISK = 0.95
+_BLOCK_BYTES = 512
+"""What st_blocks counts."""
 _LOOK_EVERY_S = 10.0
 """What there is is counted so often, and before anything is evicted."""
 
@@ -158,7 +161,7 @@ class ShardCache:
                 break
             if not one.is_whole and (_is_same(one.path, by) or _is_locked(one.path)):
                 continue
-            one.path.unlink(missing_ok=True)  # who has it open reads on
+            _remove(one.path)
             held -= one.num_bytes
         return held
 
@@ -178,11 +181,19 @@ class ShardCache:
                     written = os.pwrite(target, data, place)
                     data, place = data[written:], place + written
             except OSError as error:
-                held = self._count_bytes() - size
-                self.most_bytes = min(self.most_bytes, held)
-                _log.warning("%s keeps no more than %s: %s", self.folder, describe_bytes(held), error.strerror)
+                os.ftruncate(target, 0)
+                self._shrink(str(error.strerror))
                 return False
         return True
+
+    def _shrink(self, why: str) -> None:
+        """Ask the disk for no more than it gave, and a little less."""
+        given = sum(one.path.stat().st_blocks * _BLOCK_BYTES for one in self.list_copies() if one.path.exists())
+        room = int((given + shutil.disk_usage(self.folder).free) * _SHARE_OF_FULL_DISK)
+        with self._lock:
+            if room < self.most_bytes:
+                self.most_bytes = room
+                _log.warning("%s keeps no more than %s: %s", self.folder, describe_bytes(room), why)
 
     def _count_bytes(self) -> int:
         return sum(one.num_bytes for one in self.list_copies())
@@ -229,18 +240,23 @@ class StoreCopies:
             return 0
 
     def reject(self, path: Path, why: str) -> bool:
-        """Remove a damaged copy, and read the file itself from now on; False where it is no copy.
-
-        One that is gone was evicted: nothing is wrong with it.
-        """
-        if path.parent != self._folder:
+        """Remove a damaged copy, and read the file itself from now on; False where it is no copy."""
+        if not self.holds(path):
             return False
-        if not path.exists():
+        if not path.exists():  # evicted before it was opened: nothing is wrong with it
             return True
         _log.warning("a copy in %s is damaged (%s): the store itself is read", self._cache.folder, why)
         self._bad.add(path)
         path.unlink(missing_ok=True)
         return True
+
+    def holds(self, path: Path) -> bool:
+        """Whether a file is one of the copies, there or not."""
+        return path.parent == self._folder
+
+    def pass_by(self, copy: Path) -> None:
+        """Read the file itself from now on: its copy is evicted faster than it is read."""
+        self._bad.add(copy)
 
     def _place_of(self, spec: ArraySpec, shard: int, file: str) -> Path | None:
         fingerprint = self._find_fingerprint(shard, f"{spec.name}/{file}")
@@ -274,12 +290,12 @@ def describe_cache(folder: Path) -> dict[str, Any]:
                 "last_used": max((copy.used_at for copy in copies), default=None),
             }
         )
-    stores.sort(key=lambda one: str(one["store"]))
+    stores = sorted((one for one in stores if one["files"]), key=lambda one: str(one["store"]))
     return {"cache": str(folder), "bytes": sum(one["bytes"] for one in stores), "stores": stores}
 
 
 def clear_cache(folder: Path) -> int:
-    """Remove all copies; those that are read stay readable for who has them open.
+    """Remove all copies; who reads them goes on with the store itself.
 
     Returns:
         The bytes of what was removed.
@@ -292,11 +308,8 @@ def clear_cache(folder: Path) -> int:
     for own in _list_store_folders(folder):
         for copy in _list_copies(own):
             if copy.is_whole or not _is_locked(copy.path):
-                copy.path.unlink(missing_ok=True)
+                _remove(copy.path)
                 removed += copy.num_bytes
-        with suppress(OSError):  # somebody copies into it
-            (own / _STORE_NAME).unlink(missing_ok=True)
-            own.rmdir()
     return removed
 
 
@@ -383,6 +396,17 @@ def _is_locked(path: Path) -> bool:
     finally:
         os.close(handle)
     return False
+
+
+def _remove(path: Path) -> None:
+    """Remove a copy and free its bytes, also while somebody has it open: who finds it cut short reads the store."""
+    with suppress(OSError):
+        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0))
+        try:
+            path.unlink()
+            os.ftruncate(handle, 0)
+        finally:
+            os.close(handle)
 
 
 @contextmanager

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from s4v.errors import ConfigError, EnvironmentFailedError, StoreDamagedError
-from s4v.store import _chunk_reads, shard_cache
+from s4v.files import describe_bytes
+from s4v.store import _chunk_reads, _shard_file, shard_cache
 from s4v.store.fingerprint import fingerprint_shard
 from s4v.store.markers import make_marker
 from s4v.store.reader import StoreReader, open_store
@@ -120,6 +121,44 @@ def test_processes_that_share_a_cache_keep_to_its_size_together(written, tmp_pat
             assert sum(path.stat().st_size for path in cache.glob("*/*c.*")) <= most
 
 
+def test_what_is_evicted_frees_its_bytes_and_is_read_of_the_store(written, tmp_path, caplog):
+    cache = tmp_path / "cache"
+    store = open_through(written[0], cache)
+    assert_same(read_all(store), written[1])
+    opened = [shard for name in ARRAYS for shard in store._sharded(name)._shards.values()]
+    assert len(opened) == len(copies(cache))
+    assert clear_cache(cache) > 0
+    assert all(os.fstat(shard.descriptor).st_size == 0 for shard in opened), "though they are open"
+    assert_same(read_all(store), written[1])
+    assert "damaged" not in caplog.text
+
+
+def test_copies_that_are_evicted_while_they_are_read_are_passed_by(written, tmp_path, monkeypatch):
+    store, read = open_through(written[0], tmp_path / "cache"), _chunk_reads._try_to_read
+    evicted = []
+
+    def evict_and_read(*arguments):
+        evicted.append(clear_cache(tmp_path / "cache"))
+        return read(*arguments)
+
+    monkeypatch.setattr(_chunk_reads, "_try_to_read", evict_and_read)
+    assert_same(read_all(store), written[1])
+    assert sum(map(bool, evicted)) >= 2
+
+
+def test_a_copy_that_stays_open_is_noted_as_used(written, tmp_path, monkeypatch):
+    store = open_through(written[0], tmp_path / "cache")
+    row = next(iter(good_rows(store)))
+    store.read_clips([row], [range(4)])
+    for path in copies(tmp_path / "cache"):
+        os.utime(path, (0, 0))
+    store.read_clips([row], [range(4)])
+    assert {path.stat().st_mtime for path in copies(tmp_path / "cache")} == {0}, "not with every read"
+    monkeypatch.setattr(_shard_file, "_NOTE_EVERY_S", -1.0)
+    store.read_clips([row], [range(4)])
+    assert all(path.stat().st_mtime > 0 for path in copies(tmp_path / "cache"))
+
+
 def test_a_source_that_becomes_shorter_gets_no_copy(written, tmp_path, monkeypatch):
     pread = os.pread
     monkeypatch.setattr(os, "pread", lambda handle, size, place: pread(handle, size, place)[: max(0, 1000 - place)])
@@ -214,21 +253,24 @@ def test_a_source_that_is_not_what_its_marker_says_gets_no_copy(written, store_p
     assert not [path for path in copies(cache) if path.name.startswith("cls.c.0")]
 
 
-def test_a_full_disk_keeps_no_more_and_nothing_fails(written, tmp_path, caplog, monkeypatch):
-    cache, pwrite, room = tmp_path / "cache", os.pwrite, [500_000]
+def test_a_full_disk_is_asked_for_no_more_and_nothing_fails(written, tmp_path, caplog, monkeypatch):
+    cache, pwrite, usage = tmp_path / "cache", os.pwrite, shutil.disk_usage(tmp_path)
+    room = 2 * max(file.stat().st_size for file in shard_files(written[0]))
+
+    def count():
+        return sum(path.stat().st_blocks * 512 for path in cache.glob("*/*c.*"))
 
     def write(handle, data, place):
-        if room[0] < len(data):
+        if count() + len(data) > room:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        room[0] -= len(data)
         return pwrite(handle, data, place)
 
     monkeypatch.setattr(os, "pwrite", write)
-    store = open_through(written[0], cache)
-    assert_same(read_all(store), written[1])
-    assert f"{cache} keeps no more than" in caplog.text and "No space left on device" in caplog.text
-    assert sum(path.stat().st_size for path in copies(cache)) <= 500_000
-    assert not list(cache.glob("*/.*.partial"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=room - count()))
+    for _ in range(2):
+        assert_same(read_all(open_through(written[0], cache)), written[1])
+    assert f"{cache} keeps no more than {describe_bytes(int(0.95 * room))}: No space left on device" in caplog.text
+    assert 0 < count() <= room and not list(cache.glob("*/.*.partial"))
 
 
 def test_markers_from_before_there_were_fingerprints_are_read_without_copies(written, tmp_path, monkeypatch):
