@@ -105,9 +105,8 @@ class ShardedFrames:
         of_row, in_row = np.divmod(row, rows_per_shard)
         of_view, in_view = np.divmod(view, views_per_shard)
         sizes = [int(axis.max(initial=0)) + 1 for axis in (of_view, block)]
-        keys = (of_row * sizes[0] + of_view) * sizes[1] + block
-        found, files = np.unique(keys, return_inverse=True)
-        shards = [(key // (sizes[0] * sizes[1]), key // sizes[1] % sizes[0], key % sizes[1]) for key in found.tolist()]
+        keys, files = _number((of_row * sizes[0] + of_view) * sizes[1] + block)
+        shards = [(key // (sizes[0] * sizes[1]), key // sizes[1] % sizes[0], key % sizes[1]) for key in keys]
         return cls(row, in_row * views_per_shard + in_view, in_block, target, shards, files)
 
     def split(self, most: int) -> Iterator[ShardedFrames]:
@@ -247,8 +246,10 @@ class ShardedArray:
         of_frame = geometry.bytes_per_chunk // geometry.frames_per_chunk
         in_block, in_chunk = np.divmod(frames.in_block, geometry.frames_per_chunk)
         of_view = frames.in_shard * geometry.chunks_per_view
-        keys = frames.files * geometry.chunks_per_shard + of_view + in_block
-        _, one_of_each, chunk_of = np.unique(keys, return_index=True, return_inverse=True)
+        chunks, chunk_of = _number(frames.files * geometry.chunks_per_shard + of_view + in_block)
+        numbers = np.array(chunks, np.int64)
+        one_of_each = np.empty(len(chunks), np.int64)
+        one_of_each[chunk_of] = np.arange(len(chunk_of))
         order = np.argsort(chunk_of, kind="stable")
         source, target = in_chunk[order] * of_frame, frames.target[order]
         wanted = np.zeros(1, np.int64) if layers is None else np.asarray(layers)
@@ -260,7 +261,7 @@ class ShardedArray:
         return ChunkReads(
             shards=shards,
             files=frames.files[one_of_each],
-            numbers=keys[one_of_each] % geometry.chunks_per_shard,
+            numbers=numbers % geometry.chunks_per_shard,
             rows=frames.row[one_of_each],
             chunk_bytes=geometry.bytes_per_chunk,
             target=clips,
@@ -303,6 +304,16 @@ class ShardedArray:
             if len(self._indices) * shard.index.nbytes > _INDEX_BYTES:
                 self._indices.popitem(last=False)
         return shard
+
+
+def _number(keys: np.ndarray) -> tuple[list[int], np.ndarray]:
+    """The different ones of some whole numbers (n,), in the order of their first, and which of them each is (n,).
+
+    Of the few hundred of a batch a dict finds them in half of the time that numpy's `unique` takes.
+    """
+    found: dict[int, int] = {}
+    places = [found.setdefault(key, len(found)) for key in keys.tolist()]
+    return list(found), np.array(places, np.int64)
 
 
 def _find_geometry(spec: ArraySpec) -> _Geometry | None:

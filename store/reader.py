@@ -331,7 +331,7 @@ class StoreReader:
         layer_places = None if layers is None else self.layer_places(layers)
         places_by_array = {name: layer_places if name in ("patches", "cls") else None for name in arrays}
         if offsets is not None:
-            places_by_array |= {name: self.offset_places(offsets) for name in arrays if name == "pixels"}
+            places_by_array |= {name: self._offset_places(tuple(offsets)) for name in arrays if name == "pixels"}
         values: dict[str, np.ndarray | None] = dict.fromkeys(_CLIP_ARRAYS)
         read = self._read(lambda: self._plan(arrays, rows, views, places, places_by_array, allocate))
         values |= read
@@ -664,6 +664,16 @@ class StoreReader:
                 f"--pixel-offsets={describe_offsets([*own, *missing])}, which serves both."
             )
         return None if wanted == own else [own.index(offset) for offset in wanted]
+
+    def _offset_places(self, offsets: tuple[PixelOffset | int | str, ...]) -> list[int] | None:
+        """The same, looked up once: a loader asks with every batch."""
+        if offsets not in self._known_offsets:
+            self._known_offsets[offsets] = self.offset_places(offsets)
+        return self._known_offsets[offsets]
+
+    @cached_property
+    def _known_offsets(self) -> dict[tuple[PixelOffset | int | str, ...], list[int] | None]:
+        return {}
 
     def _require_recorded_hash(self, name: str) -> None:
         """Refuse a file without checksums of its own that is not as it was written; looked at once."""
