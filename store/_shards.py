@@ -297,8 +297,9 @@ class ShardedArray:
             shard.used_at = time.monotonic()
         with self._lock:
             self._shards[key] = shard
-            self._indices[key] = shard.index_as_read
-            self._indices.move_to_end(key)
+            if copy is None:  # each use of a copy is noted in its time of change: its index would never count as known
+                self._indices[key] = shard.index_as_read
+                self._indices.move_to_end(key)
             if len(self._shards) > _OPEN_SHARDS:
                 self._shards.popitem(last=False)  # its file closes when the last thread lets go of it
             if len(self._indices) * shard.index.nbytes > _INDEX_BYTES:

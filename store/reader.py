@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -55,6 +56,9 @@ _MOST_HEAD_ARRAYS = 64
 _ROWS_PER_BYTE = 1
 """More rows than a manifest has bytes are no videos with names of their own."""
 
+_MARKER_LIFE_S = 10.0
+"""So long a done-marker is not looked at again: that is a way to a disk that is slow."""
+
 _THREADS = (8, 16)
 """Fewest and most: a cold disk wants more reads under way than a small machine has cores."""
 
@@ -81,6 +85,17 @@ def pad_places(places: Sequence[Sequence[int]]) -> np.ndarray:
     return padded
 
 
+@dataclass(frozen=True, slots=True)
+class _MarkerFacts:
+    """What is known of a done-marker."""
+
+    state: MarkerState | None
+    seen_at: float
+    """By the monotonic clock."""
+    files: Mapping[str, str]
+    """Fingerprints by name."""
+
+
 class _StaleFileError(Exception):
     """The same is to be read again, of a file that is opened anew."""
 
@@ -97,6 +112,7 @@ class StoreReader:
     def __init__(self, path: Path, attributes: dict[str, Any]) -> None:
         self.path = path
         self.cache: ShardCache | None = None
+        self.ahead_bytes = 0
         self._copies: StoreCopies | None = None
         self.attributes = check_attributes(path, attributes)
         self.layout = parse_layout(path, self.attributes["layout"])
@@ -739,14 +755,16 @@ class StoreReader:
     def _find_copy(self, spec: ArraySpec, shard: int, file: str) -> Path | None:
         return None if self._copies is None else self._copies.find(spec, shard, file)
 
-    def read_through(self, cache: ShardCache, *, waits: bool) -> None:
+    def read_through(self, cache: ShardCache, *, waits: bool, ahead_bytes: int | None = None) -> None:
         """Keep shards on a fast disk as they are read, and read them from there.
 
         Args:
             cache: Whose room is shared with other processes and stores.
             waits: Whether a shard is copied before it is read. Else what is not there yet is read from the store.
+            ahead_bytes: Of copies that may be made before they are read; None is an eighth of the cache.
         """
         self.cache = cache
+        self.ahead_bytes = cache.most_bytes // 8 if ahead_bytes is None else ahead_bytes
         self._copies = StoreCopies(cache, self.path, self._find_fingerprint, waits=waits)
 
     def list_files(
@@ -769,22 +787,41 @@ class StoreReader:
 
     def bring(self, array: str, shard: int, file: str) -> int:
         """See that a file has a copy before it is read; the bytes of the copy, 0 where there is none."""
-        return 0 if self._copies is None else self._copies.bring(self._spec(array), shard, file)
+        if self._copies is None:
+            return 0
+        num_bytes = self._copies.bring(self._spec(array), shard, file)
+        if num_bytes and (sharded := self._sharded(array)) is not None:
+            sharded.forget(self.path / array / file)  # what is open is opened anew, there
+        return num_bytes
+
+    @contextmanager
+    def copying(self) -> Iterator[None]:
+        """Copies are made inside; who leaves with an error, or early, waits for none that is under way."""
+        if self._copies is not None:
+            self._copies.go_on()
+        try:
+            yield
+        finally:
+            if self._copies is not None:
+                self._copies.stop()
 
     def _find_fingerprint(self, shard: int, file: str) -> str | None:
         """What a shard's done-marker says of a file now; None where it says nothing, or nothing that can be read."""
-        state = read_marker_state(self.path, shard)
         known = self._fingerprints.get(shard)
-        if known is None or known[0] != state:
-            files: Mapping[str, str] = {}
-            with suppress(StoreDamagedError):
-                marker = self.read_marker(shard)
-                files = marker.files or {} if marker is not None else {}
-            self._fingerprints[shard] = known = state, files
-        return known[1].get(file)
+        now = time.monotonic()
+        if known is None or now - known.seen_at > _MARKER_LIFE_S:
+            state, files = (None, {}) if known is None else (known.state, known.files)
+            with suppress(OSError):  # a disk that is away for a moment: what was known stays
+                found = read_marker_state(self.path, shard)
+                if known is None or known.state != found:
+                    marker = self.read_marker(shard)
+                    files = marker.files or {} if marker is not None else {}
+                state = found
+            self._fingerprints[shard] = known = _MarkerFacts(state, now, files)
+        return known.files.get(file)
 
     @cached_property
-    def _fingerprints(self) -> dict[int, tuple[MarkerState | None, Mapping[str, str]]]:
+    def _fingerprints(self) -> dict[int, _MarkerFacts]:
         return {}
 
     @cached_property

@@ -12,6 +12,7 @@ the store's own are. Nothing in a cache is worth a backup, and nothing fails for
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -19,6 +20,7 @@ import re
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -32,8 +34,6 @@ from .layout import ArraySpec
 from .names import open_file
 
 TAG_NAME = "s4v-cache.json"
-_TAG_BESIDE = f".{TAG_NAME}."
-"""In the name of a tag that another process is writing."""
 _STORE_NAME = "store.json"
 _TAG = {"made_by": "s4v", "holds": "copies of shards: remove it whenever you like"}
 _STORE_FOLDER = re.compile(r"[0-9a-f]{16}", re.ASCII)
@@ -46,6 +46,9 @@ _HELD_NAME = ".held"
 """The bytes of all copies, as far as all processes know; counted anew now and then, for killed ones knew more."""
 _RUN_BYTES = 2**25
 """Read at once: to begin to read takes a disk on a network as long as a MB."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_MOST_FAILURES = 2
+"""Of a copy; then its file is read where it is."""
 _SHARE_OF_FULL_DISK = 0.95
 _BLOCK_BYTES = 512
 """What st_blocks counts."""
@@ -75,21 +78,27 @@ class ShardCache:
 
     Args:
         folder: Made if it is not there.
-        most_bytes: Of all copies of all stores in it; None takes half of what is free there, beside what it holds.
+        most_bytes: Of all copies of all stores in it; None takes half of what is free there or held by it.
 
     Raises:
         ConfigError: If the folder is something else, or holds something else.
-        EnvironmentFailedError: If it cannot be made or written to.
+        EnvironmentFailedError: If it cannot be made or written to, or its disk knows no locks.
     """
 
     def __init__(self, folder: Path, most_bytes: int | None = None) -> None:
         self.folder = folder
         _require_cache(folder, may_be_new=True)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._looked_at = -_LOOK_EVERY_S
-        if most_bytes is None:
-            most_bytes = self._count_bytes() + shutil.disk_usage(folder).free // 2
-        self.most_bytes = most_bytes
+        try:
+            with _locked(folder / _GATE_NAME):
+                held, free = self._count_bytes(), shutil.disk_usage(folder).free
+        except OSError as error:
+            raise EnvironmentFailedError(
+                f"the cache {folder} cannot be used: {error.strerror}. It must be writable, on a disk that knows file "
+                "locks (flock): name another folder with --cache."
+            ) from error
+        self.most_bytes = (held + free) // 2 if most_bytes is None else most_bytes
 
     def place_of(self, store: Path) -> Path:
         """The folder of a store's copies, made if it is not there."""
@@ -104,23 +113,29 @@ class ShardCache:
         """A copy that is there, noted as used; None if it is not."""
         try:
             os.utime(copy, follow_symlinks=False)
+        except PermissionError:  # another user's, who alone may note it
+            return copy if os.access(copy, os.R_OK) else None
         except OSError:
             return None
         return copy
 
-    def make(self, copy: Path, source: Path, spec: ArraySpec) -> Path | None:
+    def make(
+        self, copy: Path, source: Path, spec: ArraySpec, is_stopped: Callable[[], bool] = lambda: False
+    ) -> Path | None:
         """The copy of a shard's file, made now unless somebody else has; one under way is waited for.
 
         Args:
             copy: Its place, whose name ends with the fingerprint that it must have.
             source: The file.
             spec: Of its array.
+            is_stopped: Asked now and then whether the copy is wanted any more.
 
         Returns:
-            The copy; None where there is no room for it, or the source is not what it is said to be.
+            The copy; None where there is no room for it, or it is not wanted.
 
         Raises:
-            OSError: If the source cannot be read.
+            OSError: If the source cannot be read, or the cache not be written to.
+            ValueError: If the source is not what it is said to be.
         """
         partial = copy.with_name(f".{copy.name}.partial")
         with _locked(partial) as target:
@@ -128,10 +143,9 @@ class ShardCache:
                 return found
             with _opened(source) as handle:
                 size = os.fstat(handle).st_size
-                if not self._make_room(target, size) or not self._fill(target, handle, size):
+                if not self._make_room(target, size) or not self._fill(target, handle, size, is_stopped):
                     return None
-            if not _has_fingerprint(partial, spec, copy.name.rpartition(".")[2]):
-                return None
+            _require_fingerprint(partial, spec, copy.name.rpartition(".")[2])
             kill_point("shard copied")
             partial.rename(copy)
             kill_point("shard kept")
@@ -139,6 +153,8 @@ class ShardCache:
 
     def _make_room(self, target: int, num_bytes: int) -> bool:
         """Evict what was not used for longest until a file of so many bytes fits, which it is from then on; or not."""
+        if num_bytes > self.most_bytes:
+            return False
         with self._lock, _locked(self.folder / _GATE_NAME):
             held = _read_number(self.folder / _HELD_NAME)
             is_old = time.monotonic() - self._looked_at > _LOOK_EVERY_S
@@ -146,7 +162,13 @@ class ShardCache:
                 held = self._evict(num_bytes, by=os.fstat(target))
                 self._looked_at = time.monotonic()
             fits = held + num_bytes <= self.most_bytes
-            (self.folder / _HELD_NAME).write_text(str(held + num_bytes if fits else held))
+            try:
+                (self.folder / _HELD_NAME).write_text(str(held + num_bytes if fits else held))
+            except OSError as error:
+                self._looked_at = -_LOOK_EVERY_S  # counted anew next time
+                if error.errno in _FULL:
+                    self._shrink(str(error.strerror))
+                    return False
             if fits:
                 os.ftruncate(target, 0)  # what a killed process has left
                 os.ftruncate(target, num_bytes)
@@ -161,11 +183,11 @@ class ShardCache:
                 break
             if not one.is_whole and (_is_same(one.path, by) or _is_locked(one.path)):
                 continue
-            _remove(one.path)
-            held -= one.num_bytes
+            if _remove(one.path):
+                held -= one.num_bytes
         return held
 
-    def _fill(self, target: int, source: int, size: int) -> bool:
+    def _fill(self, target: int, source: int, size: int, is_stopped: Callable[[], bool]) -> bool:
         """Copy a file in long runs; whether the cache's disk took it. One that is full is asked for no more.
 
         Raises:
@@ -174,8 +196,8 @@ class ShardCache:
         place = 0
         while place < size:
             data = memoryview(os.pread(source, min(_RUN_BYTES, size - place), place))
-            if not data:
-                return False  # it became shorter
+            if not data or is_stopped():
+                return False  # it became shorter, or nobody waits for it
             try:
                 while data:
                     written = os.pwrite(target, data, place)
@@ -222,6 +244,17 @@ class StoreCopies:
         self._find_fingerprint = find_fingerprint
         self._waits = waits
         self._bad: set[Path] = set()
+        self._failures: Counter[Path] = Counter()
+        self._told: set[str] = set()
+        self._is_stopped = threading.Event()
+
+    def go_on(self) -> None:
+        """Make copies, after a `stop`."""
+        self._is_stopped.clear()
+
+    def stop(self) -> None:
+        """Make no more copies, give up those under way: whoever waits for one reads the store itself."""
+        self._is_stopped.set()
 
     def find(self, spec: ArraySpec, shard: int, file: str) -> Path | None:
         """What to open in place of a file of an array: a copy, or None for the file itself."""
@@ -247,7 +280,8 @@ class StoreCopies:
             return True
         _log.warning("a copy in %s is damaged (%s): the store itself is read", self._cache.folder, why)
         self._bad.add(path)
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that is read-only by now keeps it: it is not read again
+            path.unlink(missing_ok=True)
         return True
 
     def holds(self, path: Path) -> bool:
@@ -266,10 +300,29 @@ class StoreCopies:
         return None if copy in self._bad or not _COPY.fullmatch(copy.name) else copy
 
     def _make(self, copy: Path, spec: ArraySpec, file: str) -> Path | None:
-        try:
-            return self._cache.make(copy, self._store / spec.name / file, spec)
-        except OSError:  # whoever reads the file itself tries again, and says what it is
+        if self._is_stopped.is_set():
             return None
+        source = self._store / spec.name / file
+        try:
+            return self._cache.make(copy, source, spec, self._is_stopped.is_set)
+        except FileNotFoundError:  # the folder was removed meanwhile, or there is no such file
+            with suppress(OSError):
+                self._cache.place_of(self._store)
+        except OSError as error:  # whoever reads the file itself tries again, and says what it is
+            self._tell(f"{source}: {error.strerror}", kind=str(error.errno))
+        except ValueError as error:
+            self._bad.add(copy)
+            self._tell(f"{source}: {error}", kind="fingerprint")
+        self._failures[copy] += 1
+        if self._failures[copy] >= _MOST_FAILURES:
+            self._bad.add(copy)
+        return None
+
+    def _tell(self, why: str, kind: str) -> None:
+        """Say once of each kind of trouble that there is no copy."""
+        if kind not in self._told:
+            self._told.add(kind)
+            _log.warning("no copy in %s of %s; the store itself is read", self._cache.folder, why)
 
 
 def describe_cache(folder: Path) -> dict[str, Any]:
@@ -308,8 +361,7 @@ def clear_cache(folder: Path) -> int:
     for own in _list_store_folders(folder):
         for copy in _list_copies(own):
             if copy.is_whole or not _is_locked(copy.path):
-                _remove(copy.path)
-                removed += copy.num_bytes
+                removed += copy.num_bytes if _remove(copy.path) else 0
     return removed
 
 
@@ -330,7 +382,7 @@ def _require_cache(folder: Path, *, may_be_new: bool) -> None:
         with suppress(ValueError, OSError, AttributeError):
             if read_json(tag).get("made_by") == _TAG["made_by"]:
                 return
-    elif may_be_new and not (folder.is_dir() and any(_TAG_BESIDE not in one.name for one in folder.iterdir())):
+    elif may_be_new and not (folder.is_dir() and any(TAG_NAME not in one.name for one in folder.iterdir())):
         if os.path.lexists(folder) and not folder.is_dir():
             raise ConfigError(f"--cache takes a folder; {folder} is none")
         try:
@@ -369,10 +421,13 @@ def _locked(path: Path) -> Iterator[int]:
     """Hold a file that is made for that, alone; it is removed in the end, unless it was renamed."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o644)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        with suppress(OSError):
-            if os.path.samestat(os.fstat(handle), path.stat()):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if _is_same(path, os.fstat(handle)):
                 break
+        except BaseException:
+            os.close(handle)
+            raise
         os.close(handle)  # whoever held it has renamed or removed it
     try:
         yield handle
@@ -398,15 +453,24 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-def _remove(path: Path) -> None:
-    """Remove a copy and free its bytes, also while somebody has it open: who finds it cut short reads the store."""
-    with suppress(OSError):
+def _remove(path: Path) -> bool:
+    """Remove a copy and free its bytes, also while somebody has it open: who finds it cut short reads the store.
+
+    Returns:
+        Whether it is gone.
+    """
+    try:
         handle = os.open(path, os.O_RDWR | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0))
-        try:
-            path.unlink()
-            os.ftruncate(handle, 0)
-        finally:
-            os.close(handle)
+    except OSError:  # another user's, or gone
+        return not path.exists()
+    try:
+        path.unlink()
+        os.ftruncate(handle, 0)
+    except OSError:
+        return not path.exists()
+    finally:
+        os.close(handle)
+    return True
 
 
 @contextmanager
@@ -418,11 +482,10 @@ def _opened(path: Path) -> Iterator[int]:
         os.close(handle)
 
 
-def _has_fingerprint(path: Path, spec: ArraySpec, fingerprint: str) -> bool:
-    try:
-        return fingerprint_shard(path, spec) == fingerprint
-    except ValueError:  # no shard, by its index
-        return False
+def _require_fingerprint(path: Path, spec: ArraySpec, fingerprint: str) -> None:
+    """Raises ValueError where it is another shard, or none."""
+    if fingerprint_shard(path, spec) != fingerprint:
+        raise ValueError("it is not what its done-marker says")
 
 
 def _read_number(path: Path) -> int | None:

@@ -1,4 +1,4 @@
-"""Rows whose bytes stay damaged: a training goes on without them, as far as it was told that it may."""
+"""Rows with bytes that stay damaged: a training goes on without their clips, as far as it was told that it may."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _log = logging.getLogger(__name__)
 
 
 class BadRows:
-    """The rows that are left out, the same in all processes after each epoch; thread-safe.
+    """The rows that have clips which cannot be read, the same in all processes after each epoch; thread-safe.
 
     Args:
         most: So many at most; one more ends the training.
@@ -26,7 +26,7 @@ class BadRows:
         self.rows: frozenset[int] = frozenset()
 
     def note(self, error: StoreDamagedError) -> None:
-        """Leave out the row that could not be read; another thread may have said so.
+        """Count the row that could not be read, once, and say so.
 
         Raises:
             StoreDamagedError: The same, if it says of no row, or too many are bad.
@@ -41,11 +41,11 @@ class BadRows:
                 raise StoreDamagedError(f"{error} ({allowed} such videos.)", row=error.row) from error
             self.rows |= {error.row}
             _log.warning(
-                "%s Other clips stand in for its own: video %d of at most %d.", error, len(self.rows), self._most
+                "%s Other clips stand in for those: video %d of at most %d.", error, len(self.rows), self._most
             )
 
     def take_over(self, rows: Iterable[int]) -> None:
-        """Leave out what a training left out before, however many."""
+        """Count what a training counted before, however many."""
         with self._lock:
             self.rows |= set(rows)
 

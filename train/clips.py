@@ -36,6 +36,8 @@ _BATCHES_AHEAD = 3
 READ_AHEAD_BYTES = 2**30
 """Of batches that are read, or read ahead of their step; those of a GPU are pinned memory."""
 DEFAULT_CLIP_FRAMES = 8
+_MOST_PASSED = 2
+"""So often a batch whose damage was gone when it was looked for is read again."""
 _BATCHES_SORTED = 16
 """So many batches' worth of rows are put in the order of their lengths."""
 
@@ -78,11 +80,6 @@ class EpochOrder:
     labels: np.ndarray
     """(n, v)"""
 
-    def find_substitute(self, position: int, bad: Collection[int]) -> int | None:
-        """The position of the next video behind one that is none of some rows; None where there is none."""
-        behind = range(position + 1, position + len(self.rows))
-        return next((one % len(self.rows) for one in behind if int(self.rows[one % len(self.rows)]) not in bad), None)
-
 
 @dataclass(frozen=True, slots=True)
 class ClipPlan:
@@ -101,23 +98,25 @@ class ClipPlan:
     positions: np.ndarray | None = None
     """(B, 2) each clip's video in that order, and which of its views."""
 
-    def without(self, bad: Collection[int]) -> ClipPlan:
-        """The same, with the clips of the next videos of the order in place of those of some rows.
+    def moved_on(self, steps: np.ndarray) -> ClipPlan:
+        """The same, with clips of later videos of the order in place of some.
 
-        Which they are follows from the order and from those rows alone, whoever finds out about them and when.
+        Args:
+            steps: (B,) how far behind a clip's own video that of its substitute stands; 0 keeps it.
         """
-        if self.order is None or self.positions is None or not bad:
+        if not steps.any():
             return self
-        rows, views, places, labels = (part.copy() for part in (self.rows, self.views, self.places, self.labels))
-        for clip in np.flatnonzero(np.isin(rows, list(bad))):
-            position, number = self.positions[clip].tolist()
-            found = self.order.find_substitute(position, bad)
-            if found is None:
-                return self
-            view = min(number, int(self.order.num_views[found]) - 1)
-            rows[clip], views[clip] = self.order.rows[found], self.order.views[found, view]
-            places[clip], labels[clip] = self.order.places[found, view], self.order.labels[found, view]
-        return replace(self, rows=rows, views=views, places=places, labels=labels)
+        assert self.order is not None and self.positions is not None
+        at, number = (self.positions[:, 0] + steps) % len(self.order.rows), self.positions[:, 1]
+        at = at, np.where(steps > 0, np.minimum(number, self.order.num_views[at] - 1), number)
+        order = self.order
+        return replace(self, rows=order.rows[at[0]], views=order.views[at], places=order.places[at],
+                       labels=order.labels[at])  # fmt: skip
+
+    def take(self, clip: int) -> ClipPlan:
+        """One of the clips alone."""
+        own = slice(clip, clip + 1)
+        return ClipPlan(self.rows[own], self.views[own], self.places[own], self.labels[own])
 
 
 @dataclass(frozen=True, slots=True)
@@ -802,7 +801,8 @@ class ClipLoader:
         What is read, or handed over and perhaps not copied yet, stays within a number of bytes; one batch is always
         read, however large.
         """
-        threads, prefetch = _reading_threads(), self._begin_prefetch(plans)
+        threads = _reading_threads()
+        prefetch = None if self._store.cache is None else ShardPrefetch(self._store, plans, self._arrays)
         pending: deque[tuple[ClipPlan, Future[_Read], int]] = deque()
         # Host memory is free again when the copy is done: surely when the batch after the next one is asked for.
         copying: deque[int] = deque([0, 0], maxlen=2) if self._streams is not None else deque(maxlen=0)
@@ -813,18 +813,19 @@ class ClipLoader:
             return self._hand_over(plan, future)
 
         try:
-            for place, plan in enumerate(plans):
-                if prefetch is not None:
-                    prefetch.reach(place)
-                size = self.count_bytes(plan)
-                while pending and (
-                    len(pending) > _BATCHES_AHEAD
-                    or sum(one for *_, one in pending) + sum(copying) + size > READ_AHEAD_BYTES
-                ):
+            with self._store.copying():
+                for place, plan in enumerate(plans):
+                    if prefetch is not None:
+                        prefetch.reach(place)
+                    size = self.count_bytes(plan)
+                    while pending and (
+                        len(pending) > _BATCHES_AHEAD
+                        or sum(one for *_, one in pending) + sum(copying) + size > READ_AHEAD_BYTES
+                    ):
+                        yield hand_over()
+                    pending.append((plan, threads.submit(self._read, plan), size))
+                while pending:
                     yield hand_over()
-                pending.append((plan, threads.submit(self._read, plan), size))
-            while pending:
-                yield hand_over()
         finally:
             if prefetch is not None:
                 prefetch.close()
@@ -832,25 +833,35 @@ class ClipLoader:
                 future.cancel()
             wait([future for _, future, _ in pending])  # none reads on once the caller has gone
 
-    def _begin_prefetch(self, plans: Sequence[ClipPlan]) -> ShardPrefetch | None:
-        """Where the store is read through a cache; an eighth of it may be ahead of the steps."""
-        if self._store.cache is None:
-            return None
-        return ShardPrefetch(self._store, plans, self._arrays, self._store.cache.most_bytes // 8)
-
     def _read(self, plan: ClipPlan) -> _Read:
-        """A batch; of rows that cannot be read, the clips that stand in for theirs."""
-        readable = plan.without(self._bad.rows)
+        """A batch; for a clip that cannot be read the next one of the order that can.
+
+        Which that is follows from the order and the store's bytes alone, whoever finds out about them and when.
+        """
+        steps, num_passed = np.zeros(len(plan.rows), np.int64), 0
         while True:
+            readable = plan.moved_on(steps)
             try:
                 return self._read_clips(readable)
             except StoreDamagedError as error:
-                if plan.order is None:
+                if plan.order is None or error.row is None:
                     raise
-                self._bad.note(error)
-                readable = plan.without(self._bad.rows)
-                if error.row in readable.rows:  # no other is left
+                clips = np.flatnonzero(readable.rows == error.row)
+                damaged = [clip for clip in clips.tolist() if not self._is_readable(readable.take(clip))]
+                if damaged:
+                    self._bad.note(error)
+                steps[damaged] += 1
+                num_passed += not damaged
+                if num_passed > _MOST_PASSED or steps.max() >= len(plan.order.rows):
                     raise
+
+    def _is_readable(self, plan: ClipPlan) -> bool:
+        """Whether a clip of a row with damage is none of the damaged ones."""
+        try:
+            self._read_clips(plan)
+        except StoreDamagedError:
+            return False
+        return True
 
     def _read_clips(self, plan: ClipPlan) -> _Read:
         places, step = plan.places, self._frames_per_token
@@ -893,7 +904,8 @@ class ClipLoader:
         return pinned
 
     def _copy(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._device, non_blocking=True)
+        # From memory that is not pinned nothing keeps the source while it is copied.
+        return torch.from_numpy(values).to(self._device, non_blocking=self._streams is not None)
 
     def _hand_over(self, plan: ClipPlan, future: Future[_Read]) -> ClipBatch:
         read = future.result()
@@ -934,7 +946,8 @@ class ClipLoader:
 def hand_over_texts(texts: Texts, device: torch.device) -> TextBatch:
     """Texts on the training device, in float32."""
     tokens, mask, embedding, layers = (
-        None if values is None else torch.from_numpy(values).to(device, non_blocking=True) for values in texts.arrays
+        None if values is None else torch.from_numpy(values).to(device, non_blocking=device.type == "cuda")
+        for values in texts.arrays
     )
     floats = [None if values is None else values.float() for values in (tokens, layers)]
     return TextBatch(floats[0], mask, embedding, floats[1])

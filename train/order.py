@@ -13,6 +13,8 @@ from ..store.shard_cache import ShardCache
 
 _SHARE, _FEWEST = 8, 8
 """A window that nobody chose has one of so many shards, and so many at least."""
+_SPARE = 4
+"""Shards that a cache holds beside the window: ahead of it, and under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,27 +49,38 @@ def draw_order(rows: np.ndarray, generator: np.random.Generator, window: ShardWi
     return np.argsort(moved % max(1, len(shards)), kind="stable")
 
 
-def resolve_window(wanted: int | None, store: StoreReader, cache: ShardCache, frames_per_row: float) -> int:
-    """The window of a training that reads through a cache: what was asked for, else an eighth of the shards, or eight.
+def read_through_cache(
+    store: StoreReader, cache: ShardCache, frames_per_row: float, *, wanted: int | None, mixes_all: bool
+) -> int | None:
+    """Have a training read through a cache; the window is what was asked for, else an eighth of the shards, or eight.
 
     It does not depend on the cache, whose room may look different to processes that train together.
 
     Args:
-        wanted: Shards.
         store: Whose shards.
-        cache: Which is to hold the window, and one shard more.
+        cache: Which is to hold the window, and some shards more.
         frames_per_row: Cached frames of a row, on average.
+        wanted: Shards.
+        mixes_all: Whether all shards stay mixed at once. Then the first batches would wait for copies of nearly all of
+            them: what is not there yet is read from the store.
+
+    Returns:
+        The window; None where all are mixed.
 
     Raises:
         ConfigError: If the cache is too small.
     """
     layout = store.layout
-    window = wanted or min(layout.num_shards, max(layout.num_shards // _SHARE, _FEWEST))
+    window = None if mixes_all else wanted or min(layout.num_shards, max(layout.num_shards // _SHARE, _FEWEST))
     row_bytes = layout.num_views * frames_per_row * sum(layout.bytes_per_frame.values())
-    needed = round((window + 1) * layout.rows_per_shard * row_bytes)
-    if cache.most_bytes < needed:
+    shard_bytes = round(layout.rows_per_shard * row_bytes)
+    num_shards = (window or 1) + _SPARE
+    if cache.most_bytes < num_shards * shard_bytes:
         raise ConfigError(
-            f"the cache may hold {describe_bytes(cache.most_bytes)}; {window} shards of {store.path} that are mixed at "
-            f"a time, and one more, take {describe_bytes(needed)}: raise --cache-size or lower --window"
+            f"the cache may hold {describe_bytes(cache.most_bytes)}; {window or 1} shards of {store.path} that are "
+            f"mixed at a time, and {_SPARE} more, take {describe_bytes(num_shards * shard_bytes)}: raise --cache-size, "
+            "leave out --cache, or begin a run with a lower --window"
         )
+    ahead = min(cache.most_bytes // 8, (cache.most_bytes - (window or 1) * shard_bytes) // 2)
+    store.read_through(cache, waits=window is not None, ahead_bytes=ahead)
     return window

@@ -34,7 +34,7 @@ from .logs import require_wandb
 from .networks import find_network
 from .networks.contract import Network, NetworkKind, NetworkShape
 from .networks.norms import has_norms
-from .order import resolve_window
+from .order import read_through_cache
 from .recipe import Recipe
 from .run_folder import (
     CONFIG_NAME,
@@ -140,13 +140,10 @@ def _resolve_reading(config: TrainConfig, begun: Run | None, store: StoreReader,
         ConfigError: If the cache is no cache, or too small.
     """
     window = config.window if begun is None or config.window is not None else begun.config.get("window")
-    if config.cache is not None:
-        cache = ShardCache(config.cache, config.cache_size)
-        if begun is None or window is not None:
-            window = resolve_window(window, store, cache, float(task.training.num_cached_frames.mean()))
-        # Where all shards are mixed at once, the first batches would wait for copies of nearly all of them.
-        store.read_through(cache, waits=window is not None)
-    return window
+    if config.cache is None:
+        return window
+    cache, frames = ShardCache(config.cache, config.cache_size), float(task.training.num_cached_frames.mean())
+    return read_through_cache(store, cache, frames, wanted=window, mixes_all=begun is not None and window is None)
 
 
 def _describe_reading(config: TrainConfig, store: StoreReader) -> str:

@@ -112,6 +112,7 @@ def plan_run(
         "processes": num_processes,
         "device_type": device_type,
         "validation": "one clip of the centre view",
+        "rows_per_shard": None if config.window is None else store.layout.rows_per_shard,
         "training_rows": f"{len(rows)} of sha256 {hash_text(','.join(map(str, rows.tolist())))[:16]}",
     }
     return Run(config.out, resolved, shape, store.classes.names, describe_source(store))
@@ -144,6 +145,7 @@ def require_same_run(run: Run, config: TrainConfig, of_old_runs: Mapping[str, An
     options = {f.name: f.default for f in fields(config) if f.default is not MISSING} | {
         "views_per_video": 1,
         "redone_rows": 0,
+        "rows_per_shard": None,
         **of_old_runs,
     }
     ours, theirs = ({**options, **r.config, **r.source, "classes": r.classes, "head": r.shape} for r in (run, begun))

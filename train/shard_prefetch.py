@@ -39,24 +39,23 @@ _NUM_THREADS = 2
 
 
 class ShardPrefetch:
-    """Threads that copy shards, each once, no further ahead of the batch that is read than so many bytes.
+    """Threads that copy shards, each once, no further ahead of the batch that is read than the store says.
 
     Args:
         store: Reads through a cache.
         plans: The batches, in their order.
         arrays: What of a store they are read of.
-        ahead_bytes: Of copies whose first batch has not come yet; one is always made.
     """
 
-    def __init__(self, store: StoreReader, plans: Sequence[Plan], arrays: Sequence[str], ahead_bytes: int) -> None:
+    def __init__(self, store: StoreReader, plans: Sequence[Plan], arrays: Sequence[str]) -> None:
         self._store = store
         self._plans = plans
         self._arrays = arrays
-        self._ahead_bytes = ahead_bytes
+        self._ahead_bytes = store.ahead_bytes
         self._ahead: deque[tuple[int, int]] = deque()  # place of the batch, bytes
         self._reached, self._is_closed = 0, False
         self._moved = threading.Condition()
-        self._files = self._list_files()
+        self._files, self._listing = self._list_files(), threading.Lock()
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(_NUM_THREADS)]
         for thread in self._threads:
             thread.start()
@@ -79,6 +78,8 @@ class ShardPrefetch:
         """Each file once, with the place of the first batch that is read of it."""
         seen: set[tuple[str, int, str]] = set()
         for place, plan in enumerate(self._plans):
+            if self._is_closed:
+                return
             for file in self._store.list_files(plan.rows, plan.views, plan.places, self._arrays):
                 if file not in seen:
                     seen.add(file)
@@ -100,4 +101,7 @@ class ShardPrefetch:
         """The next file, when there is room for it; None where there is none."""
         with self._moved:
             self._moved.wait_for(lambda: self._is_closed or sum(size for _, size in self._ahead) < self._ahead_bytes)
-            return None if self._is_closed else next(self._files, None)
+            if self._is_closed:
+                return None
+        with self._listing:  # not the other lock, which steps take: this may look through the rest of an epoch
+            return next(self._files, None)

@@ -15,7 +15,7 @@ import pytest
 
 from s4v.errors import ConfigError, EnvironmentFailedError, StoreDamagedError
 from s4v.files import describe_bytes
-from s4v.store import _chunk_reads, _shard_file, shard_cache
+from s4v.store import _chunk_reads, _shard_file, reader, shard_cache
 from s4v.store.fingerprint import fingerprint_shard
 from s4v.store.markers import make_marker
 from s4v.store.reader import StoreReader, open_store
@@ -162,7 +162,7 @@ def test_a_copy_that_stays_open_is_noted_as_used(written, tmp_path, monkeypatch)
 def test_a_source_that_becomes_shorter_gets_no_copy(written, tmp_path, monkeypatch):
     pread = os.pread
     monkeypatch.setattr(os, "pread", lambda handle, size, place: pread(handle, size, place)[: max(0, 1000 - place)])
-    monkeypatch.setattr(shard_cache, "_has_fingerprint", lambda *_: True)
+    monkeypatch.setattr(shard_cache, "_require_fingerprint", lambda *_: None)
     cache = ShardCache(tmp_path / "cache", ENOUGH)
     source, spec = shard_files(written[0])[0], open_store(written[0])._spec("patches")
     copy = cache.place_of(written[0]) / f"patches.{source.name}.{'0' * 32}"
@@ -188,7 +188,8 @@ def make_anew(path, shard, like):
     made.replace(path / "_parts" / made.name)
 
 
-def test_a_shard_that_was_made_anew_is_never_served_stale(written, store_path, tmp_path):
+def test_a_shard_that_was_made_anew_is_never_served_stale(written, store_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "_MARKER_LIFE_S", -1.0)
     cache = tmp_path / "cache"
     before = open_through(store_path, cache)
     assert_same(read_all(before), written[1])
@@ -359,3 +360,128 @@ def test_a_cache_is_described_and_cleared(written, store_path, tmp_path):
 def test_half_of_what_is_free_is_taken_where_nobody_says(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     assert ShardCache(tmp_path / "cache").most_bytes == pytest.approx(free / 2, rel=0.05)
+
+
+def test_starting_again_takes_no_more(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=600))
+    monkeypatch.setattr(ShardCache, "_count_bytes", lambda _: 400)
+    assert ShardCache(tmp_path / "cache").most_bytes == 500
+
+
+def test_a_disk_without_locks_is_refused_and_leaks_nothing(tmp_path, monkeypatch):
+    open_files = Path("/proc/self/fd")
+    before = len(list(open_files.iterdir())) if open_files.is_dir() else 0
+
+    def flock(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(shard_cache.fcntl, "flock", flock)
+    for _ in range(20):
+        with pytest.raises(EnvironmentFailedError, match=r"cannot be used: Function not implemented\. .*flock"):
+            ShardCache(tmp_path / "cache", ENOUGH)
+    if before:
+        assert len(list(open_files.iterdir())) <= before + 2
+
+
+def test_a_damaged_copy_on_a_disk_that_became_read_only_is_passed_by(written, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    read_all(open_through(written[0], cache))
+    flip(next(path for path in copies(cache) if path.name.startswith("cls")), 40, 1)
+
+    def unlink(path, missing_ok=False):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    store = open_through(written[0], cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        assert_same(read_all(store), written[1])
+
+
+def test_a_marker_that_cannot_be_read_for_a_moment_costs_no_training(written, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    store = open_through(written[0], tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(reader, "read_marker_state", refuse)
+        assert_same(read_all(store), written[1])
+    assert not copies(tmp_path / "cache")
+    monkeypatch.setattr(reader, "_MARKER_LIFE_S", -1.0)
+    again = open_through(written[0], tmp_path / "cache")
+    assert_same(read_all(again), written[1])
+    assert copies(tmp_path / "cache")
+
+
+def test_a_copy_that_cannot_be_made_is_tried_no_more_than_twice(store_path, tmp_path, caplog, monkeypatch):
+    one, other = (next((store_path / "cls").glob(f"c.{shard}.*")) for shard in (0, 2))
+    shutil.copyfile(other, one)
+    made, fill = [], ShardCache._fill
+    monkeypatch.setattr(ShardCache, "_fill", lambda *of: made.append(None) or fill(*of))
+    store = open_through(store_path, tmp_path / "cache")
+    for _ in range(4):
+        store.read_clips([0], [range(4)], arrays=["cls"])
+        store._sharded("cls")._shards.clear()
+    assert len(made) == 1
+    assert caplog.text.count("it is not what its done-marker says") == 1
+
+
+def test_who_stops_waits_for_no_copy(written, tmp_path, monkeypatch):
+    store, cache = open_through(written[0], tmp_path / "cache"), tmp_path / "cache"
+    monkeypatch.setattr(shard_cache, "_RUN_BYTES", 100)
+    pread = os.pread
+
+    def read_and_stop(*arguments):
+        store._copies.stop()
+        return pread(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", read_and_stop)
+        with store.copying():
+            assert_same(read_all(store), written[1])
+    assert not copies(cache)
+    store._sharded_arrays.clear()
+    with store.copying():
+        assert_same(read_all(store), written[1])
+    assert len(copies(cache)) == len(shard_files(written[0]))
+
+
+def test_processes_may_make_the_cache_at_once(tmp_path, monkeypatch):
+    is_file = Path.is_file
+
+    def see_nothing(path):  # the tag comes between two looks
+        found = is_file(path)
+        if path.name == TAG_NAME and not found:
+            path.write_text('{"made_by": "s4v"}')
+        return found
+
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setattr(Path, "is_file", see_nothing)
+    ShardCache(tmp_path / "cache", ENOUGH)
+
+
+def test_a_small_cache_empties_no_other_for_what_never_fits(written, tmp_path):
+    cache = tmp_path / "cache"
+    read_all(open_through(written[0], cache))
+    held = len(copies(cache))
+    for path in copies(cache)[:1]:
+        path.unlink()
+    assert_same(read_all(open_through(written[0], cache, 100)), written[1])
+    assert len(copies(cache)) == held - 1
+
+
+def test_a_cache_whose_folder_was_removed_is_made_again(written, tmp_path):
+    store, cache = open_through(written[0], tmp_path / "cache"), tmp_path / "cache"
+    shutil.rmtree(cache)
+    assert_same(read_all(store), written[1])
+
+
+def test_copies_that_came_later_are_read_in_place_of_files_that_are_open(written, tmp_path):
+    store, cache = open_through(written[0], tmp_path / "cache", waits=False), tmp_path / "cache"
+    assert_same(read_all(store), written[1])
+    row = next(iter(good_rows(store)))
+    for file in store.list_files(np.array([row]), np.array([0]), np.arange(4)[None], ARRAYS):
+        assert store.bring(*file)
+    assert_same(read_all(store), written[1])
+    opened = [shard.path for name in ARRAYS for shard in store._sharded(name)._shards.values()]
+    assert sum(path.parent.parent == cache for path in opened) == 3

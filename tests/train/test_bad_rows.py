@@ -28,34 +28,31 @@ def plans_of(data, **changes):
     return plan_training_epoch(data, **{"num_frames": 4, "batch_size": 4, "seed": 0, "epoch": 1, **changes})
 
 
-@given(
-    count=st.integers(4, 30),
-    views=st.integers(1, 3),
-    together=st.integers(1, 3),
-    first=st.sets(st.integers(0, 29)),
-    later=st.sets(st.integers(0, 29)),
-)
-def test_whoever_stands_in_does_not_depend_on_when_a_row_was_found(count, views, together, first, later):
-    data = data_of(count, views)
-    first, both = ({3 * row for row in rows if row < count} for rows in (first, first | later))
-    for plan in plans_of(data, views_per_video=together):
-        at_once, in_turn = plan.without(both), plan.without(first).without(both)
-        if len(both) < count:
-            assert np.array_equal(at_once.rows, in_turn.rows) and np.array_equal(at_once.places, in_turn.places)
-            assert not set(at_once.rows.tolist()) & both
-            same = ~np.isin(plan.rows, list(both))
-            assert np.array_equal(at_once.rows[same], plan.rows[same])
-        for row, view, label in zip(at_once.rows, at_once.views, at_once.labels, strict=True):
-            assert label == data.labels_by_view[row // 3, view]
+@given(count=st.integers(4, 30), views=st.integers(1, 3), together=st.integers(1, 3), data=st.data())
+def test_a_substitute_is_a_clip_of_the_order_with_its_own_label(count, views, together, data):
+    rows = data_of(count, views)
+    for plan in plans_of(rows, views_per_video=together):
+        steps = np.array(
+            data.draw(st.lists(st.integers(0, count - 1), min_size=len(plan.rows), max_size=len(plan.rows)))
+        )
+        moved = plan.moved_on(steps)
+        kept = steps == 0
+        for name in ("rows", "views", "places", "labels"):
+            assert np.array_equal(getattr(moved, name)[kept], getattr(plan, name)[kept])
+        at = (plan.positions[:, 0] + steps) % count
+        assert np.array_equal(moved.rows, plan.order.rows[at])
+        for row, view, label in zip(moved.rows, moved.views, moved.labels, strict=True):
+            assert view < views and label == rows.labels_by_view[row // 3, view]
 
 
 def test_the_next_clip_of_the_order_stands_in():
-    data = data_of(12)
-    plans = plans_of(data)
+    plans = plans_of(data_of(12))
     order = np.concatenate([plan.rows for plan in plans]).tolist()
-    bad = {order[2], order[3], order[11]}
-    found = np.concatenate([plan.without(bad).rows for plan in plans]).tolist()
-    assert found == [*order[:2], order[4], order[4], *order[4:11], order[0]]
+    steps = np.array([0, 0, 2, 1])
+    assert plans[0].moved_on(steps).rows.tolist() == [*order[:2], order[4], order[4]]
+    assert plans[2].moved_on(np.array([0, 0, 0, 1])).rows.tolist() == [*order[8:11], order[0]]
+    alone = plans[0].take(2)
+    assert alone.rows.tolist() == [order[2]] and alone.places.shape == (1, 4) and alone.order is None
 
 
 def test_clips_of_an_evaluation_have_no_substitute(int8_store, tmp_path):
@@ -87,17 +84,53 @@ def test_batches_hold_the_labels_and_tokens_of_who_stands_in(int8_store, tmp_pat
     data = find_labelled_rows(whole, "train")
     lost = int(data.rows[1])
     store, bad = damaged_store(int8_store, tmp_path, rows=(lost,)), BadRows(1)
-    plans = plans_of(data, batch_size=2)
-    for _ in range(2):
-        for plan, batch in zip(plans, make_loader(store, bad).load(plans), strict=True):
-            expected = plan.without({lost})
+    found = set()
+    for epoch in range(3):
+        plans = plans_of(data, batch_size=2, epoch=epoch)
+        order = np.concatenate([plan.rows for plan in plans]).tolist()
+        for place, (plan, batch) in enumerate(zip(plans, make_loader(store, bad).load(plans), strict=True)):
+            damaged = (plan.rows == lost) & (plan.places == 0).any(axis=1)
+            expected = plan.moved_on(damaged.astype(int))
+            if damaged.any():
+                assert expected.rows[damaged] == order[(2 * place + int(np.argmax(damaged)) + 1) % len(order)]
+            found |= set(damaged.tolist() if lost in plan.rows else ())
             clips = whole.read_clips(expected.rows, expected.places, view=expected.views)
             assert np.array_equal(batch.patches.numpy(), clips.patches)
             assert batch.labels.tolist() == expected.labels.tolist()
-    assert bad.rows == {lost}
+    assert bad.rows == {lost} and found == {True, False}
     (said,) = (record.getMessage() for record in caplog.records if "stand in" in record.getMessage())
     assert f"Read for video {whole.read_manifest(['video_id'])['video_id'][lost]}" in said
-    assert said.endswith("Other clips stand in for its own: video 1 of at most 1.")
+    assert said.endswith("Other clips stand in for those: video 1 of at most 1.")
+
+
+def test_a_clip_of_a_damaged_row_that_is_whole_is_read(int8_store, tmp_path):
+    """So what is learnt does not depend on when the damage was found."""
+    store = damaged_store(int8_store, tmp_path, rows=(0,))
+    data, whole = find_labelled_rows(store, "train"), open_store(int8_store)
+    (plan,) = plans_of(data, batch_size=8)
+    clip = int(np.flatnonzero(plan.rows == 0)[0])
+    plan.places[clip] = [1, 2, 3, 4]
+    plan.order.places[plan.positions[clip, 0], 0] = [1, 2, 3, 4]
+    bad = BadRows(3)
+    bad.take_over([0])
+    (batch,) = make_loader(store, bad).load([plan])
+    assert np.array_equal(batch.patches.numpy(), whole.read_clips(plan.rows, plan.places, view=plan.views).patches)
+
+
+def test_damage_that_is_gone_when_it_is_looked_for_is_none(int8_store, monkeypatch):
+    store, bad = open_store(int8_store), BadRows(0)
+    data = find_labelled_rows(store, "train")
+    plans, read, left = plans_of(data), ClipLoader._read_clips, [1]
+
+    def read_once_wrong(loader, plan):
+        if left and left.pop():
+            raise StoreDamagedError("for a moment", row=int(plan.rows[0]))
+        return read(loader, plan)
+
+    monkeypatch.setattr(ClipLoader, "_read_clips", read_once_wrong)
+    for plan, batch in zip(plans, make_loader(store, bad).load(plans), strict=True):
+        assert batch.labels.tolist() == plan.labels.tolist()
+    assert not bad.rows and not left
 
 
 def config_for(store, out, **changes):

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s4v.errors import ConfigError
+from s4v.errors import ConfigError, RunExistsError
 from s4v.store.reader import open_store
 from s4v.store.shard_cache import ShardCache
 from s4v.train.clips import LabelledRows, plan_training_epoch
 from s4v.train.config import TrainConfig
 from s4v.train.loop import train_run
-from s4v.train.order import ShardWindow, draw_order, resolve_window
+from s4v.train.order import ShardWindow, draw_order, read_through_cache
 
 
 def draw(rows, seed=0, window=None):
@@ -131,19 +131,37 @@ def test_a_window_must_fit_into_its_cache(int8_store, tmp_path):
     store = open_store(int8_store)
     shard = store.layout.rows_per_shard * 6 * sum(store.layout.bytes_per_frame.values())
     num_shards = store.layout.num_shards
-    large, small = ShardCache(tmp_path / "a", 100 * shard), ShardCache(tmp_path / "a", 3 * shard)
-    assert resolve_window(None, store, large, 6.0) == 8 and num_shards < 64
-    assert resolve_window(num_shards, store, large, 6.0) == num_shards
-    assert resolve_window(2, store, small, 6.0) == 2
+
+    def read(shards, wanted=None, mixes_all=False):
+        cache = ShardCache(tmp_path / "a", shards * shard)
+        return read_through_cache(store, cache, 6.0, wanted=wanted, mixes_all=mixes_all)
+
+    assert read(100) == 8 and num_shards < 64
+    assert store.ahead_bytes == 100 * shard // 8
+    assert read(100, num_shards) == num_shards
+    assert read(6, 2) == 2 and store.ahead_bytes == 6 * shard // 8
+    assert read(5, mixes_all=True) is None
     for wanted in (3, None):
-        with pytest.raises(
-            ConfigError, match="shards of .* that are mixed at a time, and one more, take .*lower --win"
-        ):
-            resolve_window(wanted, store, small, 6.0)
-    with pytest.raises(ConfigError, match="the cache may hold 1.0 kB; 8 shards of .*raise --cache-size or lower --win"):
+        with pytest.raises(ConfigError, match="shards of .* mixed at a time, and 4 more, take .*--window"):
+            read(6, wanted)
+    with pytest.raises(ConfigError, match="1 shards of"):
+        read(4, mixes_all=True)
+    with pytest.raises(ConfigError, match="the cache may hold 1.0 kB; 8 shards of .*raise --cache-size, leave out --c"):
         train_run(config_for(int8_store, tmp_path / "run", window=None, cache=tmp_path / "a", cache_size=1000))
     assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match="--window must be at least 1; found 0"):
         config_for(int8_store, tmp_path / "run", window=0)
     with pytest.raises(ConfigError, match="--cache-size has no effect without --cache"):
         config_for(int8_store, tmp_path / "run", cache_size=10)
+
+
+def test_a_window_of_shards_that_are_cut_otherwise_is_another_order(int8_store, tmp_path):
+    config = config_for(int8_store, tmp_path / "run")
+    StopAfter(1).run(config)
+    path = tmp_path / "run/config.json"
+    saved = json.loads(path.read_text())
+    assert saved["train"]["rows_per_shard"] == open_store(int8_store).layout.rows_per_shard
+    saved["train"]["rows_per_shard"] += 1
+    path.write_text(json.dumps(saved))
+    with pytest.raises(RunExistsError, match="rows_per_shard 2 there, 1 here"):
+        train_run(replace(config, resume=True))

@@ -12,8 +12,8 @@ from s4v.train.shard_prefetch import ShardPrefetch
 class Store:
     """Each row is a file of 10 bytes."""
 
-    def __init__(self, fails=False):
-        self.brought, self._fails = [], fails
+    def __init__(self, ahead_bytes=10, fails=False):
+        self.brought, self.ahead_bytes, self._fails = [], ahead_bytes, fails
 
     def list_files(self, rows, views, places, arrays):
         return [(name, int(row), f"c.{row}") for row in rows for name in arrays]
@@ -45,8 +45,8 @@ def wait_until(is_so):
 
 
 def test_files_are_fetched_in_order_and_once_and_no_further_than_that():
-    store = Store()
-    prefetch = ShardPrefetch(store, plans([3, 1], [1, 4], [5, 3], [6, 7], [8]), ["cls"], ahead_bytes=20)
+    store = Store(ahead_bytes=20)
+    prefetch = ShardPrefetch(store, plans([3, 1], [1, 4], [5, 3], [6, 7], [8]), ["cls"])
     wait_until(lambda: len(store.brought) == 4)
     time.sleep(0.05)
     assert [row for _, row in store.brought] == [3, 1, 4, 5], "those of the batch that is read count for nothing"
@@ -59,7 +59,7 @@ def test_files_are_fetched_in_order_and_once_and_no_further_than_that():
 
 def test_who_goes_closes_it():
     store = Store()
-    prefetch = ShardPrefetch(store, plans([1], [2], [3], [4]), ["cls"], ahead_bytes=10)
+    prefetch = ShardPrefetch(store, plans([1], [2], [3], [4]), ["cls"])
     wait_until(lambda: len(store.brought) == 2)
     prefetch.close()
     join(prefetch)
@@ -67,7 +67,7 @@ def test_who_goes_closes_it():
 
 
 def test_an_error_is_told_and_stops_nobody(caplog):
-    prefetch = ShardPrefetch(Store(fails=True), plans([1]), ["cls"], ahead_bytes=10)
+    prefetch = ShardPrefetch(Store(fails=True), plans([1]), ["cls"])
     join(prefetch)
     prefetch.reach(1)
     assert "shards are not fetched ahead any more" in caplog.text and "a disk" in caplog.text
@@ -75,7 +75,7 @@ def test_an_error_is_told_and_stops_nobody(caplog):
 
 @pytest.mark.parametrize("arrays", [["cls"], ["patches", "cls", "pixels"]])
 def test_one_file_is_always_fetched_however_large(arrays):
-    store = Store()
-    prefetch = ShardPrefetch(store, plans([1], [2]), arrays, ahead_bytes=1)
+    store = Store(ahead_bytes=1)
+    prefetch = ShardPrefetch(store, plans([1], [2]), arrays)
     wait_until(lambda: len(store.brought) == len(arrays) + 1)
     prefetch.close()
