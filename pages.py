@@ -107,7 +107,7 @@ def draw_strip(
         places = range(store.read_manifest(["num_cached_frames"])["num_cached_frames"][row].as_py())
     pixels = store.read_clips([row], [places], arrays=("pixels",), offsets=(0,)).pixels
     assert pixels is not None
-    shown = pixels[0, :, 0]
+    shown = store.decode_pixels(pixels[0, :, 0])
     strip = Image.fromarray(np.concatenate(list(shown), axis=1))
     height, width = shown.shape[1:3]
     for number, place in enumerate(places):

@@ -1,4 +1,4 @@
-"""Stores of random tokens, written as an extraction writes them."""
+"""Stores of random tokens, written as an extraction writes them; and stores of another one's rows, changed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 
 from s4v.store.codecs.contract import Codec
 from s4v.store.layout import StoreLayout
+from s4v.store.manifest import read_results
+from s4v.store.reader import StoreReader, is_store, open_store
 from s4v.store.records import VideoRecord, VideoResult
 from s4v.store.spec import StoreSpec
-from s4v.store.writer import RowTokens, StoreWriter, create_store
+from s4v.store.writer import RowTokens, StoreWriter, create_store, resume_store
 
 
 def begin_store(
@@ -45,3 +47,32 @@ def write_rows(
     results = [VideoResult(video_id=records[row].video_id, status="ok", **facts) for row in rows]
     writer.write_shard(shard, {row: make_tokens(row) for row in rows}, results)
     return rows
+
+
+def read_records(store: StoreReader) -> list[VideoRecord]:
+    """What the store's rows were made of; captions aside, which nothing here reads."""
+    names = ("video_id", "path", "split", "class_name", "source_id", "start_s", "end_s")
+    return [VideoRecord(**row) for row in store.read_manifest(list(names)).to_pylist()]
+
+
+def change_store(
+    store: StoreReader, out: Path, layout: StoreLayout, codec: Codec, make_tokens: Callable[[int], RowTokens]
+) -> None:
+    """A store of the same rows with other tokens; one that is there is gone on with.
+
+    Args:
+        store: Whose rows.
+        out: The new store.
+        layout: Of the new store.
+        codec: Of its patches.
+        make_tokens: By row, of those that are good.
+    """
+    records = read_records(store)
+    spec = StoreSpec(layout=layout, attributes=store.attributes, records=records, codec=codec, head=store.head)
+    results = read_results(store.read_manifest())
+    with resume_store(open_store(out), spec) if is_store(out) else create_store(out, spec) as writer:
+        for shard in writer.pending_shards():
+            rows = layout.shard_rows(shard)
+            tokens = {row: make_tokens(row) for row in rows if results[row].status == "ok"}
+            writer.write_shard(shard, tokens, [results[row] for row in rows])
+        writer.consolidate()

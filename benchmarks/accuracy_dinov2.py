@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from _report import describe_machine, format_table, keep
+from _stores import change_store, read_records
 from _trainings import Lines, summarise_pairs, tell_difference, train_and_evaluate
 
 from s4v.backbone.vision_tower import build_backbone
@@ -28,11 +29,8 @@ from s4v.extract.config import ExtractConfig
 from s4v.extract.extraction import extract_dataset
 from s4v.store.codecs.contract import Codec
 from s4v.store.fidelity import measure_fidelity
-from s4v.store.manifest import read_results
 from s4v.store.reader import StoreReader, is_store, open_store
-from s4v.store.records import VideoRecord
-from s4v.store.spec import StoreSpec
-from s4v.store.writer import RowTokens, create_store, resume_store
+from s4v.store.writer import RowTokens
 from s4v.train.allocator import keep_freed_memory
 
 MODEL = "vit_small_patch14_dinov2"
@@ -61,12 +59,6 @@ def make_store(folder: Path, weights: Path) -> StoreReader:
     return open_store(path)
 
 
-def read_records(store: StoreReader) -> list[VideoRecord]:
-    """What the store's rows were made of; captions aside, which nothing here reads."""
-    names = ("video_id", "path", "split", "class_name", "source_id", "start_s", "end_s")
-    return [VideoRecord(**row) for row in store.read_manifest(list(names)).to_pylist()]
-
-
 def order_for_calibration(store: StoreReader) -> list[int]:
     """Good training rows as an extraction takes them to fit its codec."""
     records = read_records(store)
@@ -91,19 +83,7 @@ def recode(store: StoreReader, out: Path, weights: Path, channels: int) -> None:
     """A store of the same rows, their patches coded; one that is there is gone on with."""
     codec = open_store(out).codec if is_store(out) else fit(store, weights, channels)
     layout = replace(store.layout, patch_dtype="int8", channels=channels)
-    spec = StoreSpec(
-        layout=layout, attributes=store.attributes, records=read_records(store), codec=codec, head=store.head
-    )
-    results = read_results(store.read_manifest())
-    with resume_store(open_store(out), spec) if is_store(out) else create_store(out, spec) as writer:
-        for shard in writer.pending_shards():
-            rows = layout.shard_rows(shard)
-            writer.write_shard(
-                shard,
-                {row: code(store, codec, row) for row in rows if results[row].status == "ok"},
-                [results[row] for row in rows],
-            )
-        writer.consolidate()
+    change_store(store, out, layout, codec, lambda row: code(store, codec, row))
 
 
 def code(store: StoreReader, codec: Codec, row: int) -> RowTokens:

@@ -6,25 +6,33 @@ One store for each codec, the same videos in all; side networks of the demo's re
 seeds in all. Every training that is done is a line of results.jsonl in --folder: run again with the same settings, it
 goes on with those that are missing, and writes table and plot from those that are there. Bytes are those of what the
 side network reads, and of the frames' embeddings: captions' texts are left out, for nothing here reads them.
+
+Frames are stored as RGB but in two kinds of arms. One has `--pixel-format ycbcr420`. The other has what JPEG gives back
+of every frame, in a store of RGB: no store of s4v holds JPEG, so its bytes are not told.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from _report import RESULTS, check_bar, describe_machine, format_table, keep
+from _stores import change_store
 from _trainings import Lines, summarise_pairs, tell_difference, train_and_evaluate
+from PIL import Image
 
 from s4v.demo.pipeline import EXTRACTION, RECIPES
 from s4v.demo.world import ANNOTATIONS_NAME, WorldConfig, write_world
 from s4v.extract.config import ExtractConfig
 from s4v.extract.extraction import extract_dataset
 from s4v.store.info import describe_store
-from s4v.store.reader import open_store
+from s4v.store.reader import StoreReader, open_store
+from s4v.store.writer import RowTokens
 from s4v.train.allocator import keep_freed_memory
 
 WIDTH = 192
@@ -43,7 +51,13 @@ class Arm:
     """What `s4v extract` is told beside what all arms are."""
     recipe: str = "side network"
     is_control: bool = False
+    jpeg_quality: int | None = None
+    """Frames are what JPEG (4:2:0) of this quality gives back of those of the store; None leaves them."""
+    is_drawn: bool = True
+    """Whether it is in the plot."""
 
+
+_PLANES = {"dtype": "float32", "pixel_format": "ycbcr420"}
 
 ARMS = (
     Arm("float32", {"dtype": "float32"}),
@@ -60,7 +74,18 @@ ARMS = (
         for part in (1, 8, 16, 32)
     ),
     Arm("int8, last layer only", {"dtype": "int8", "layers": "5"}),
+    Arm("float32, YCbCr 4:2:0", _PLANES),
+    Arm("float32, JPEG 90", {"dtype": "float32"}, is_control=True, jpeg_quality=90, is_drawn=False),
     Arm("tokens zeroed", {"dtype": "float32"}, recipe="pixels only", is_control=True),
+    Arm("tokens zeroed, YCbCr 4:2:0", _PLANES, recipe="pixels only", is_control=True, is_drawn=False),
+    Arm(
+        "tokens zeroed, JPEG 90",
+        {"dtype": "float32"},
+        recipe="pixels only",
+        is_control=True,
+        jpeg_quality=90,
+        is_drawn=False,
+    ),
     Arm("order-blind probe", {"dtype": "float32"}, recipe="linear probe", is_control=True),
 )
 
@@ -81,7 +106,22 @@ def make_store(folder: Path, arm: Arm, device: str) -> dict[str, Any]:
             }
         )
     )
-    return describe_store(open_store(path))
+    if arm.jpeg_quality is None:
+        return describe_store(open_store(path))
+    store, changed = open_store(path), folder / f"{name}-jpeg-{arm.jpeg_quality}.zarr"
+    change_store(store, changed, store.layout, store.codec, lambda row: compress(store, row, arm.jpeg_quality or 0))
+    return describe_store(open_store(changed))
+
+
+def compress(store: StoreReader, row: int, quality: int) -> RowTokens:
+    """A row, its frames as JPEG gives them back."""
+    values = store.read_row(row, 1, store.layout.num_frames)
+    frames = values["pixels"].reshape(-1, *values["pixels"].shape[-3:])
+    for frame in frames:
+        buffer = io.BytesIO()
+        Image.fromarray(frame).save(buffer, format="jpeg", quality=quality, subsampling=2)
+        frame[:] = np.asarray(Image.open(buffer))
+    return RowTokens(**values)
 
 
 def measure(folder: Path, arm: Arm, seed: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -166,7 +206,10 @@ def plot(summaries: list[dict[str, Any]], path: Path) -> None:
 
     figure, panels = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
     points = [one for one in summaries if not one["is_control"]]
-    controls = sorted((one for one in summaries if one["is_control"]), key=lambda one: one["top1"])
+    drawn = {arm.name for arm in ARMS if arm.is_drawn}
+    controls = sorted(
+        (one for one in summaries if one["is_control"] and one["arm"] in drawn), key=lambda one: one["top1"]
+    )
     for axes, key, label in zip(
         panels, ("patch_bytes_per_frame", "bytes_per_frame"), ("patches alone", "all bytes of the store"), strict=True
     ):

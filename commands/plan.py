@@ -30,7 +30,7 @@ _FIELDS = (
         "channels",
         "with_pixels",
     ),
-    *("input_size", "pixel_offsets", "text_layers", "text_words", "class_template"),
+    *("input_size", "pixel_offsets", "pixel_format", "text_layers", "text_words", "class_template"),
     *("cls", "cls_dtype", "cls_channels", "device", "precision", "batch_size"),
 )
 

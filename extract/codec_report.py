@@ -10,7 +10,7 @@ import torch
 
 from ..store.codecs.affine import round_mantissas
 from ..store.codecs.contract import Codec
-from ..store.fidelity import FIDELITY_NAME, FidelityMeter, LayerFidelity, count_clipped, write_fidelity
+from ..store.fidelity import FIDELITY_NAME, FidelityMeter, LayerFidelity, count_clipped, measure_pixels, write_fidelity
 from ..store.reader import StoreReader, is_store, open_store
 from ..store.records import name_views
 from .class_tokens import ClassTokenRecorder, Tower
@@ -29,7 +29,7 @@ _MEASURED_VIDEOS = 16
 
 
 def write_codec_report(job: Job, store: StoreReader, table: pa.Table) -> None:
-    """Leave in the store what its codecs cost, once it is complete, where they lose anything.
+    """Leave in the store what its codecs and its pixel format cost, once it is complete, where they lose anything.
 
     Args:
         job: The extraction.
@@ -38,7 +38,8 @@ def write_codec_report(job: Job, store: StoreReader, table: pa.Table) -> None:
     """
     if not _wants_measuring(job, table):
         return
-    job.load_weights()
+    if not _are_tokens_exact(job):
+        job.load_weights()
     job.report("decoding to measure the codec", 0, 0)
     with job.clock.stage("measuring"):
         good = set(table.filter(pa.compute.equal(table["status"], "ok"))["video_id"].to_pylist())
@@ -53,7 +54,9 @@ def write_codec_report(job: Job, store: StoreReader, table: pa.Table) -> None:
         num_frames = frames_per_video(len(videos), job.layout)
         decoded = zip(videos, job.decode(videos, num_frames), strict=True)
         sample = gather_sample([decoded], len(videos), patch_size=job.backbone.info.patch_size)
-        layers, cls_layers = _measure(job, store, sample)
+        layers, cls_layers = ([], None) if _are_tokens_exact(job) else _measure(job, store, sample)
+        is_rgb = job.layout.pixel_format == "rgb"
+        pixels = None if is_rgb else measure_pixels(sample.pixels, job.layout.pixel_format)
         clipped = _measure_clipping(store, table) if job.layout.patch_dtype == "int8" else {}
     write_fidelity(
         store.path,
@@ -62,6 +65,7 @@ def write_codec_report(job: Job, store: StoreReader, table: pa.Table) -> None:
         is_held_out=bool(unseen),
         clipped=clipped,
         cls_layers=cls_layers,
+        pixels=pixels,
     )
 
 
@@ -99,12 +103,17 @@ def _measure_clipping(store: StoreReader, table: pa.Table) -> dict[str, float]:
 
 
 def _wants_measuring(job: Job, table: pa.Table) -> bool:
-    """Whether the store is complete, its codec loses anything, and no one has said how much."""
+    """Whether the store is complete, its codec or its pixel format loses anything, and no one has said how much."""
     statuses = set(table["status"].to_pylist())
-    layouts = [job.layout, *([job.layout.of_cls()] if job.layout.is_cls_coded else [])]
-    is_exact = all(one.patch_dtype == "float32" and one.channels == one.width for one in layouts)
+    is_exact = _are_tokens_exact(job) and job.layout.pixel_format == "rgb"
     is_measured = (job.config.out / FIDELITY_NAME).exists()
     return not is_exact and "ok" in statuses and "pending" not in statuses and not is_measured
+
+
+def _are_tokens_exact(job: Job) -> bool:
+    """Whether coding loses nothing of patches and class tokens."""
+    layouts = [job.layout, *([job.layout.of_cls()] if job.layout.is_cls_coded else [])]
+    return all(one.patch_dtype == "float32" and one.channels == one.width for one in layouts)
 
 
 def _fitted_on(job: Job) -> tuple[int, int]:

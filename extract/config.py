@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import ConfigError, EnvironmentFailedError
-from ..store.layout import DEFAULT_CODEC, PATCH_DTYPES, PatchDtype
+from ..store.layout import DEFAULT_CODEC, PATCH_DTYPES, PIXEL_ARRAYS, PatchDtype, PixelFormat
 from ..store.offsets import SEEN_FRAME, PixelOffset, describe_offsets, order_offsets
 from ..store.records import WHOLE, VideoRecord, count_augmented
 from .datasets import (
@@ -157,6 +157,11 @@ class ExtractConfig:
     """Pixels before a row's first frame: clamp (the first again), wrap (the last ones). [clamp]
 
     TDS-CLIP's reader of Kinetics wraps. None takes the rule of the store that is there.
+    """
+    pixel_format: PixelFormat = "rgb"
+    """Of stored frames: rgb, or ycbcr420 in half the bytes, at some loss.
+
+    The loss is recorded; tokens are of the frames as they were.
     """
     text_layers: str | None = None
     """Store captions word by word after the text tower's last blocks too: last4. [no]
@@ -421,6 +426,11 @@ class ExtractConfig:
 
     def _check_offsets(self) -> None:
         offsets = self.cached_offsets
+        _check_choice("--pixel-format", self.pixel_format, PIXEL_ARRAYS)
+        if not self.with_pixels and self.pixel_format != "rgb":
+            raise ConfigError(
+                f"--no-pixels stores no frames, --pixel-format {self.pixel_format} says how: take one of them"
+            )
         if not self.with_pixels and offsets != (SEEN_FRAME,):
             raise ConfigError(
                 f"--no-pixels stores no frames, --pixel-offsets {describe_offsets(offsets)} several of each: take one "

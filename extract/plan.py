@@ -16,7 +16,7 @@ from ..backbone.vision_tower import Backbone, build_backbone
 from ..device import find_device
 from ..errors import ConfigError
 from ..files import describe_bytes
-from ..store.layout import StoreLayout
+from ..store.layout import PIXEL_ARRAYS, StoreLayout
 from ..store.manifest import ClassList
 from ..store.records import VideoRecord
 from ..store.text_choice import TEXT_NAME
@@ -300,7 +300,7 @@ def render_plan(plan: Plan, epochs: int) -> list[str]:
     """
     tokens = plan.bytes_by_array["patches"] + plan.bytes_by_array.get("cls", 0)
     kinds = "patches and class tokens" if "cls" in plan.bytes_by_array else "patches (the model has no class token)"
-    pixels = plan.bytes_by_array.get("pixels")
+    pixels = next((plan.bytes_by_array[name] for name in PIXEL_ARRAYS.values() if name in plan.bytes_by_array), None)
     with_pixels = "" if pixels is None else f", {describe_bytes(tokens + pixels)} with pixels"
     height, width = plan.image_size
     free = "" if plan.free_bytes is None else f"; {describe_bytes(plan.free_bytes)} free there"

@@ -39,7 +39,7 @@ def plan_layout(
 
     Raises:
         ConfigError: If `--channels`, `--cls-channels`, `--cls-dtype` or `--layers` ask for what the backbone does not
-            have, or `--resize` is for squares and its frames are none.
+            have, `--resize` is for squares and its frames are none, or `--pixel-format` halves an odd number.
         StoreMismatchError: If the codec to be taken over does not fit.
     """
     info = backbone.info
@@ -62,6 +62,7 @@ def plan_layout(
     for option, count in (("--channels", channels), ("--cls-channels", cls_channels or 1)):
         if count > info.width:
             raise ConfigError(f"{option} {count} is more than the {info.width} channels of {config.model}")
+    _check_pixel_format(config, info.image_size)
     layout = StoreLayout(
         num_rows=num_rows,
         num_views=num_views,
@@ -76,6 +77,7 @@ def plan_layout(
         keep_bits=config.keep_bits,
         with_pixels=config.with_pixels,
         pixel_offsets=config.cached_offsets,
+        pixel_format=config.pixel_format,
         class_tokens=class_tokens,
     )
     layout = _code_cls(layout, config.cls_dtype, cls_channels)
@@ -86,6 +88,15 @@ def plan_layout(
         lengths = {num_frames: num_rows * num_views}
     rows = layout.choose_rows(sum(length * count for length, count in lengths.items()))
     return replace(layout, rows_per_shard=rows, frames_per_block=choose_block(num_frames, frame_bytes, lengths))
+
+
+def _check_pixel_format(config: ExtractConfig, image_size: tuple[int, int]) -> None:
+    """Refuse to halve an odd height or width: the patches of the backbones that there are have even sides."""
+    if config.pixel_format != "rgb" and any(side % 2 for side in image_size):
+        raise ConfigError(
+            f"--pixel-format {config.pixel_format} halves colours down and across, and {config.model} sees "
+            f"{describe_size(image_size)} pixels: take --pixel-format rgb, or an --input of even sides"
+        )
 
 
 def _code_cls(layout: StoreLayout, dtype: PatchDtype | None, channels: int | None) -> StoreLayout:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import StoreDamagedError
-from .layout import CLASS_TOKENS, CODEC_GROUPS, PATCH_DTYPES, ArraySpec, StoreLayout
+from .layout import CLASS_TOKENS, CODEC_GROUPS, PATCH_DTYPES, PIXEL_ARRAYS, ArraySpec, StoreLayout
 from .offsets import MOST_OFFSETS, SEEN_FRAME, PixelOffset
 
 _MOST = {
@@ -128,8 +128,7 @@ def _find_wrong_sizes(sizes: dict[str, Any]) -> list[str]:
         problems.append(f"image_size must be height and width, found {_shorten(image_size)}")
     if sizes.get("patch_dtype") not in PATCH_DTYPES:
         problems.append(f"patch_dtype must be in {', '.join(PATCH_DTYPES)}, found {_shorten(sizes.get('patch_dtype'))}")
-    if not isinstance(sizes.get("with_pixels", True), bool):
-        problems.append(f"with_pixels must be true or false, found {_shorten(sizes['with_pixels'])}")
+    problems += _find_wrong_pixels(sizes)
     if (class_tokens := sizes.get("class_tokens", "own")) not in CLASS_TOKENS:
         problems.append(f"class_tokens must be in {', '.join(CLASS_TOKENS)}, found {_shorten(class_tokens)}")
     problems += _find_wrong_cls_codes(sizes)
@@ -140,6 +139,21 @@ def _find_wrong_sizes(sizes: dict[str, Any]) -> list[str]:
     if not _are_offsets(offsets):
         problems.append(f"pixel_offsets must be frames or steps, 0 among them, found {_shorten(offsets)}")
     return problems
+
+
+def _find_wrong_pixels(sizes: dict[str, Any]) -> Iterator[str]:
+    """Of frames: whether there are any, and how they are held."""
+    with_pixels, pixel_format = sizes.get("with_pixels", True), sizes.get("pixel_format", "rgb")
+    image_size: Any = sizes.get("image_size")
+    if not isinstance(with_pixels, bool):
+        yield f"with_pixels must be true or false, found {_shorten(with_pixels)}"
+    if not _is_text(pixel_format) or pixel_format not in PIXEL_ARRAYS:
+        yield f"pixel_format must be in {', '.join(PIXEL_ARRAYS)}, found {_shorten(pixel_format)}"
+    elif pixel_format != "rgb":
+        if not with_pixels:
+            yield f"pixel_format is {pixel_format} and there are no pixels"
+        if _is_pair(image_size) and any(side % 2 for side in image_size):
+            yield f"pixel_format {pixel_format} wants an even height and width, found {_shorten(image_size)}"
 
 
 def _find_wrong_cls_codes(sizes: dict[str, Any]) -> Iterator[str]:

@@ -1,9 +1,10 @@
-"""What codecs cost: decoded tokens beside the live ones, layer by layer."""
+"""What codecs cost: decoded tokens beside the live ones, layer by layer; and what a pixel format costs."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from ..errors import StoreDamagedError
 from ..files import write_json
 from . import names
 from .codecs.affine import INT8_LIMIT
+from .layout import PixelFormat
+from .pixel_formats import decode_pixels, encode_pixels
 from .reader import StoreReader
 
 FIDELITY_NAME = "fidelity.json"
@@ -42,6 +45,19 @@ class LayerFidelity:
     cosine_median: float
     """Of x - m and y - m."""
     cosine_worst: float
+
+
+@dataclass(frozen=True, slots=True)
+class PixelFidelity:
+    """What is left of frames x that are held as another pixel format than RGB, and come back as y. Of 255."""
+
+    psnr: float | None
+    """Peak signal-to-noise ratio in dB: 10 log10(255^2 / mean of (x - y)^2), of all values together; None of no
+    error."""
+    error_mean: float
+    """Mean of |x - y|."""
+    error_worst: int
+    """The largest |x - y|."""
 
 
 class FidelityMeter:
@@ -135,6 +151,30 @@ def measure_fidelity(tokens: np.ndarray, decoded: np.ndarray, layer: int) -> Lay
     return meter.summarise()
 
 
+def measure_pixels(pixels: np.ndarray, pixel_format: PixelFormat) -> PixelFidelity:
+    """Hold frames as a pixel format and compare what comes back.
+
+    Args:
+        pixels: (n, H, W, 3) uint8, at least one frame.
+        pixel_format: Which.
+    """
+    image_size = (pixels.shape[1], pixels.shape[2])
+    return compare_pixels(
+        pixels, (decode_pixels(encode_pixels(one, pixel_format), pixel_format, image_size) for one in pixels)
+    )
+
+
+def compare_pixels(pixels: Iterable[np.ndarray], decoded: Iterable[np.ndarray]) -> PixelFidelity:
+    """Compare frames, (H, W, 3) uint8 each, with what became of them; at least one."""
+    count = absolute = squared = worst = 0
+    for frame, other in zip(pixels, decoded, strict=True):
+        error = np.abs(frame.astype(np.int64) - other)
+        count, worst = count + error.size, max(worst, int(error.max()))
+        absolute, squared = absolute + int(error.sum()), squared + int((error**2).sum())
+    psnr = 10 * math.log10(255**2 * count / squared) if squared else None
+    return PixelFidelity(psnr=psnr, error_mean=absolute / count, error_worst=worst)
+
+
 def write_fidelity(
     store: Path,
     layers: list[LayerFidelity],
@@ -143,21 +183,25 @@ def write_fidelity(
     is_held_out: bool,
     clipped: Mapping[str, float] | None = None,
     cls_layers: list[LayerFidelity] | None = None,
+    pixels: PixelFidelity | None = None,
 ) -> None:
-    """Leave in a store what its codecs cost.
+    """Leave in a store what its codecs and its pixel format cost.
 
     Args:
         store: The store's folder.
-        layers: One for each layer, of patches.
+        layers: One for each layer, of patches; none where tokens are as they were.
         videos: That were measured.
         is_held_out: Whether none of them was in the calibration sample.
         clipped: As `count_clipped` has it; nothing where there is one view.
         cls_layers: One for each layer, of class tokens; None where they are not coded.
+        pixels: Of frames that are no RGB; None where they are.
     """
     by_view = {"clipped": dict(clipped)} if clipped else {}
     facts = {"videos": videos, "is_held_out": is_held_out, **by_view, "layers": [asdict(one) for one in layers]}
     if cls_layers is not None:
         facts["cls_layers"] = [asdict(one) for one in cls_layers]
+    if pixels is not None:
+        facts["pixels"] = asdict(pixels)
     write_json(store / FIDELITY_NAME, facts)
 
 
@@ -175,6 +219,7 @@ def read_fidelity(store: Path) -> dict[str, Any] | None:
     clipped = value.get("clipped", {})
     is_right &= isinstance(clipped, dict) and all(type(share) is float for share in clipped.values())
     is_right &= all(isinstance(of, list) and all(map(_is_layer, of)) for of in (layers, cls_layers))
+    is_right &= "pixels" not in value or _is_pixels(value["pixels"])
     if not is_right:
         raise StoreDamagedError(
             f"{store / FIDELITY_NAME} does not say what a codec costs, layer by layer. Remove it: the command "
@@ -188,6 +233,13 @@ def _is_layer(value: object) -> bool:
     if not isinstance(value, dict) or set(value) != {field.name for field in fields(LayerFidelity)}:
         return False
     return all(type(number) in (int, float) for number in value.values())
+
+
+def _is_pixels(value: object) -> bool:
+    """Whether something is a `PixelFidelity` as JSON."""
+    if not isinstance(value, dict) or set(value) != {field.name for field in fields(PixelFidelity)}:
+        return False
+    return all(type(one) in (int, float) or (one is None and name == "psnr") for name, one in value.items())
 
 
 def _as_rows(tokens: np.ndarray) -> np.ndarray:

@@ -93,9 +93,10 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
         what reads it here (reader), rows (and files) by status, rows by split, failures and pending rows by reason
         code, arrays with shape, dtype and bytes on disk (of texts what was asked for too), bytes of one cached frame,
         backbone, codec, cls_codec (where class tokens are coded) and what they cost (fidelity; None where that is not
-        known), layers, pixel_offsets (none without pixels), pixel_edge, class_tokens (own, mean of patch tokens in
-        their place, or none), frames (frame_range by split where rows are as long as their videos), sampling, resize,
-        clips, views, augmentation, validation_clip and recipe (None where there was none), classes, captions.
+        known), layers, pixel_format (None without pixels), pixel_offsets (none without), pixel_edge, class_tokens (own,
+        mean of patch tokens in their place, or none), frames (frame_range by split where rows are as long as their
+        videos), sampling, resize, clips, views, augmentation, validation_clip and recipe (None where there was none),
+        classes, captions.
     """
     table = store.read_manifest(["path", "split", "status", "reason", "num_cached_frames", "num_views"])
     attributes, facts = store.attributes, store.facts
@@ -137,6 +138,7 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
         "bytes_per_frame": store.layout.bytes_per_frame,
         "backbone": attributes["backbone"],
         "layers": list(store.layout.layers),
+        "pixel_format": store.layout.pixel_format if store.layout.with_pixels else None,
         "pixel_offsets": [offset.recorded for offset in store.layout.pixel_offsets] * store.layout.with_pixels,
         "pixel_edge": facts.pixel_edge,
         "class_tokens": store.layout.class_tokens,
@@ -317,11 +319,13 @@ def _describe_reasons(reasons: Mapping[str, int]) -> str:
 
 
 def _describe_pixels(facts: Mapping[str, Any]) -> str:
-    """Which frames stand around each cached one; nothing where it stands alone, or there are none."""
-    if len(facts["pixel_offsets"]) < 2:
-        return ""
-    edge = "" if facts["pixel_edge"] == DEFAULT_PIXEL_EDGE else f", edge {facts['pixel_edge']}"
-    return f"at {describe_offsets([PixelOffset.of(one) for one in facts['pixel_offsets']])} of each frame{edge}"
+    """How they are held and which frames stand around each cached one; nothing of RGB that stands alone, or of none."""
+    parts = [facts["pixel_format"]] if facts["pixel_format"] not in (None, "rgb") else []
+    if len(facts["pixel_offsets"]) > 1:
+        edge = "" if facts["pixel_edge"] == DEFAULT_PIXEL_EDGE else f", edge {facts['pixel_edge']}"
+        offsets = describe_offsets([PixelOffset.of(one) for one in facts["pixel_offsets"]])
+        parts.append(f"at {offsets} of each frame{edge}")
+    return ", ".join(parts)
 
 
 def _describe_class_tokens(facts: Mapping[str, Any]) -> str:
@@ -337,7 +341,7 @@ def _describe_codec(codec: Mapping[str, Any]) -> str:
 
 
 def _render_fidelity(fidelity: Mapping[str, Any]) -> list[str]:
-    """What coding cost, layer by layer."""
+    """What coding cost, layer by layer, and what the pixel format cost."""
     kind = (
         "that the codec was not fitted on"
         if fidelity["is_held_out"]
@@ -345,12 +349,20 @@ def _render_fidelity(fidelity: Mapping[str, Any]) -> list[str]:
     )
     heads = ("layer", "variance", "error: median", "worst", "normed: median", "worst", "cosine")
     lines = [f"after decoding, on {fidelity['videos']} videos {kind}:", "  " + "  ".join(heads)]
-    lines += map(_render_layer, fidelity["layers"])
+    lines = [*lines, *map(_render_layer, fidelity["layers"])] if fidelity["layers"] else []
     if cls_layers := fidelity.get("cls_layers"):
         lines += ["class tokens:", *map(_render_layer, cls_layers)]
     if clipped := fidelity.get("clipped"):
         lines.append("clipped codes: " + ", ".join(f"{view} {share:.3%}" for view, share in clipped.items()))
+    if pixels := fidelity.get("pixels"):
+        lines.append(f"pixels after decoding, on {fidelity['videos']} videos: {_describe_loss(pixels)}")
     return lines
+
+
+def _describe_loss(pixels: Mapping[str, Any]) -> str:
+    """Of frames that are no RGB: `41.3 dB PSNR, error of 255: mean 1.52, worst 87`."""
+    psnr = "as they were" if pixels["psnr"] is None else f"{pixels['psnr']:.1f} dB PSNR"
+    return f"{psnr}, error of 255: mean {pixels['error_mean']:.2f}, worst {pixels['error_worst']}"
 
 
 def _render_layer(one: Mapping[str, Any]) -> str:

@@ -26,9 +26,11 @@ import numpy as np
 
 from .offsets import SEEN_FRAME, PixelOffset
 
-FORMAT_VERSION = 4
-"""Of stores whose class tokens are coded: an older s4v would call their `cls` damaged, and mend it. Other new stores
-are of `CUT_VERSION`."""
+FORMAT_VERSION = 5
+"""Of stores whose frames are no RGB: an older s4v would look for `pixels`, call them damaged, and mend them. Other new
+stores are of `CODED_CLS_VERSION` or `CUT_VERSION`."""
+CODED_CLS_VERSION = 4
+"""Of stores whose class tokens are coded: an older s4v would call their `cls` damaged, and mend it."""
 CUT_VERSION = 3
 """Of stores whose arrays are cut along F, and whose training rows may have augmented views: an older s4v would search
 those, and train on labels that they do not have. A store of version 2 has neither, one of version 1 keeps its
@@ -49,6 +51,10 @@ IDENTITY_CODEC = "identity"
 DEFAULT_CODEC = "affine"
 """Of a store that names no codec: all before there was a choice."""
 PATCH_DTYPES: tuple[PatchDtype, ...] = ("int8", "float16", "float32")
+
+PixelFormat = Literal["rgb", "ycbcr420"]
+PIXEL_ARRAYS: Mapping[PixelFormat, str] = {"rgb": "pixels", "ycbcr420": "ycbcr420"}
+"""By pixel format: the array of frames that are held so. What plain Zarr reads under `pixels` are pixels."""
 
 ClassTokens = Literal["own", "mean", "none"]
 CLASS_TOKENS: tuple[ClassTokens, ...] = ("own", "mean", "none")
@@ -157,9 +163,11 @@ class StoreLayout:
     keep_bits: int | None = None
     """Mantissa bits kept of float16 patches, which are then compressed; None keeps all and compresses nothing."""
     pixel_offsets: tuple[PixelOffset, ...] = (SEEN_FRAME,)
-    """Which frames around each cached one `pixels` holds, in this order; O is their number. A number is frames."""
+    """Which frames around each cached one it holds, in this order; O is their number. A number is frames."""
     class_tokens: ClassTokens = "own"
     """One of `CLASS_TOKENS`; a store records it where it is not `own`."""
+    pixel_format: PixelFormat = "rgb"
+    """How frames are held (store/pixel_formats.py); a store records it where it is not `rgb`."""
     coded_cls_dtype: PatchDtype | None = None
     """Of the codes of class tokens; None, here and below, where they are not coded. A store records it else."""
     coded_cls_channels: int | None = None
@@ -221,6 +229,15 @@ class StoreLayout:
         )
 
     @property
+    def pixel_array(self) -> str:
+        """The name of the array that holds frames."""
+        return PIXEL_ARRAYS[self.pixel_format]
+
+    def name_stored(self, name: str) -> str:
+        """What a store calls an array that is asked for: frames are asked for as `pixels`, however they are held."""
+        return self.pixel_array if name == PIXEL_ARRAYS["rgb"] else name
+
+    @property
     def seen_offset(self) -> int:
         """The place, on the axis O, of the frame that the backbone saw."""
         return self.pixel_offsets.index(SEEN_FRAME)
@@ -252,8 +269,10 @@ class StoreLayout:
     @property
     def format_version(self) -> int:
         """The first format that has such arrays."""
-        if self.is_cls_coded:
+        if self.pixel_format != "rgb":
             return FORMAT_VERSION
+        if self.is_cls_coded:
+            return CODED_CLS_VERSION
         return CUT_VERSION if self.frames_per_block else _UNCUT_VERSION
 
     @property
@@ -305,16 +324,17 @@ class StoreLayout:
             specs = [spec for spec in specs if spec.name != "cls"]
         if self.with_pixels:
             height, width = self.image_size
-            offsets = len(self.pixel_offsets)
+            is_rgb = self.pixel_format == "rgb"
+            frame = (height, width, 3) if is_rgb else (height * width * 3 // 2,)
             specs.append(
                 ArraySpec(
-                    name="pixels",
-                    shape=(v, a, f, offsets, height, width, 3),
+                    name=self.pixel_array,
+                    shape=(v, a, f, len(self.pixel_offsets), *frame),
                     dtype="uint8",
                     shard_shape=(),
                     # One chunk for each offset: who wants fewer of them reads fewer bytes.
-                    chunk_shape=(1, 1, 1, 1, height, width, 3),
-                    dimension_names=(*place, "offset", "height", "width", "colour"),
+                    chunk_shape=(1, 1, 1, 1, *frame),
+                    dimension_names=(*place, "offset", *(("height", "width", "colour") if is_rgb else ("byte",))),
                 )
             )
         return specs

@@ -28,7 +28,7 @@ _KNOWN = re.compile(
     r"(zarr|checksums|stats|fidelity|redone)\.json"
     r"|(videos|captions)\.parquet"
     r"|_parts/(\d{6,12}\.(parquet|arrows?)|joined\.arrows?)"
-    r"|(patches|cls|embedding|pixels)/(zarr\.json|c(\.\d{1,12}){3,7})"
+    r"|(patches|cls|embedding|pixels|ycbcr420)/(zarr\.json|c(\.\d{1,12}){3,7})"
     r"|(cls_)?codec/(zarr\.json|[a-z][a-z_]{0,31}/(zarr\.json|c(\.0){1,4}))"
     r"|head/(zarr\.json|[a-z][a-z0-9_]{0,63}/(zarr\.json|c(\.0){0,2}))"
     r"|text/(zarr\.json|(tokens|mask|embedding|layers|classes)/(zarr\.json|c(\.\d{1,12}){2,4}))",

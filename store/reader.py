@@ -43,12 +43,13 @@ from .markers import (
 )
 from .offsets import PixelOffset, describe_offsets
 from .padding import find_padding
+from .pixel_formats import decode_pixels
 from .records import WHOLE, View, count_augmented
 from .row_checks import check_captions, check_rows
 from .shard_cache import ShardCache, StoreCopies
 
 NO_FRAME = -1
-"""In a clip's places: no frame. Its codes, class tokens and pixels are zeros."""
+"""In a clip's places: no frame. Its codes, class tokens and pixels are zeros, as they are stored."""
 
 _CLIP_ARRAYS = ("patches", "cls", "pixels")
 _HEAD_AXES = 2
@@ -74,7 +75,7 @@ class Clips:
     cls: np.ndarray | None
     """(B, T, L, D) float16 or float32, or (B, T, L, K) codes where they are coded: `StoreReader.decode_cls`."""
     pixels: np.ndarray | None
-    """(B, T, O, H, W, 3) uint8."""
+    """(B, T, O, H, W, 3) uint8, or (B, T, O, P) uint8 where they are no RGB: `StoreReader.decode_pixels`."""
 
 
 def pad_places(places: Sequence[Sequence[int]]) -> np.ndarray:
@@ -340,21 +341,20 @@ class StoreReader:
             )
         views = np.broadcast_to(views, rows.shape)
         if arrays is None:
-            arrays = [name for name in self._specs if name in _CLIP_ARRAYS]
+            arrays = [name for name in _CLIP_ARRAYS if self.layout.name_stored(name) in self._specs]
         if unknown := sorted(set(arrays) - set(_CLIP_ARRAYS)):
             raise StoreMismatchError(f"read_clips reads {', '.join(_CLIP_ARRAYS)}; found {', '.join(unknown)}")
         self._check_rows(rows, places, views)
         layer_places = None if layers is None else self.layer_places(layers)
-        places_by_array = {name: layer_places if name in ("patches", "cls") else None for name in arrays}
-        if offsets is not None:
-            places_by_array |= {name: self._offset_places(tuple(offsets)) for name in arrays if name == "pixels"}
-        values: dict[str, np.ndarray | None] = dict.fromkeys(_CLIP_ARRAYS)
-        read = self._read(lambda: self._plan(arrays, rows, views, places, places_by_array, allocate))
-        values |= read
-        for name in arrays:
+        stored = {name: self.layout.name_stored(name) for name in arrays}
+        wanted = {stored[name]: layer_places if name in ("patches", "cls") else None for name in arrays}
+        if offsets is not None and "pixels" in stored:
+            wanted[stored["pixels"]] = self._offset_places(tuple(offsets))
+        read = self._read(lambda: self._plan(list(wanted), rows, views, places, wanted, allocate))
+        for name in wanted:
             if name not in read:
-                values[name] = self._read_with_tensorstore(name, rows, views, places, places_by_array[name])
-        return Clips(**values)
+                read[name] = self._read_with_tensorstore(name, rows, views, places, wanted[name])
+        return Clips(**{name: read[stored[name]] if name in stored else None for name in _CLIP_ARRAYS})
 
     def _plan(
         self,
@@ -504,6 +504,17 @@ class StoreReader:
         # A codec takes patches, (..., N, K): a frame has one class token.
         decoded = [codec.decode(codes[..., i, None, :], place) for i, place in enumerate(places)]
         return np.concatenate(decoded, axis=-2)
+
+    def decode_pixels(self, stored: np.ndarray) -> np.ndarray:
+        """Pixels from what is stored of them, whatever the store's pixel format.
+
+        Args:
+            stored: (..., H, W, 3) or (..., P) uint8 as `read_clips` returns them.
+
+        Returns:
+            (..., H, W, 3) uint8. Zeros of a frame that is none are a colour where they are no RGB.
+        """
+        return decode_pixels(stored, self.layout.pixel_format, self.layout.image_size)
 
     def read_embeddings(self, rows: range | None = None) -> np.ndarray:
         """The backbone's image embedding of every cached frame.
@@ -779,7 +790,7 @@ class StoreReader:
             arrays: Which.
         """
         files = []
-        for name in arrays:
+        for name in map(self.layout.name_stored, arrays):
             if (sharded := self._sharded(name)) is not None:
                 keys = ShardedFrames.of(rows, views, places, sharded.division).shards
                 files += [(name, key[0], sharded.file_of(key)) for key in keys]
@@ -858,7 +869,7 @@ class StoreReader:
         """A missing chunk reads as the fill value, which no written token has; a black pixel has it."""
         if values.size == 0:
             return
-        if name == "pixels":
+        if name == self.layout.pixel_array:
             return
         first = values.reshape(*values.shape[:2], -1)[:, :, 0]
         fill = fill_value_of(values.dtype.name)

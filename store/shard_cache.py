@@ -37,8 +37,8 @@ TAG_NAME = "s4v-cache.json"
 _STORE_NAME = "store.json"
 _TAG = {"made_by": "s4v", "holds": "copies of shards: remove it whenever you like"}
 _STORE_FOLDER = re.compile(r"[0-9a-f]{16}", re.ASCII)
-_COPY = re.compile(r"[a-z]+\.c(\.\d{1,12}){3,7}\.[0-9a-f]{32}", re.ASCII)
-_PARTIAL = re.compile(r"\.[a-z]+\.c(\.\d{1,12}){3,7}\.[0-9a-f]{32}\.partial", re.ASCII)
+_COPY = re.compile(r"[a-z][a-z0-9]*\.c(\.\d{1,12}){3,7}\.[0-9a-f]{32}", re.ASCII)
+_PARTIAL = re.compile(r"\.[a-z][a-z0-9]*\.c(\.\d{1,12}){3,7}\.[0-9a-f]{32}\.partial", re.ASCII)
 
 _GATE_NAME = ".gate"
 """Locked by who evicts and takes room."""

@@ -80,7 +80,9 @@ class RowTokens:
     cls: np.ndarray | None = None
     """(a, f, L, D), or (a, f, L, K) codes where they are coded; None in a store without class tokens."""
     pixels: np.ndarray | None = None
-    """(a, f, O, H, W, 3) uint8."""
+    """(a, f, O, H, W, 3) uint8; None in a store without pixels, or of another pixel format."""
+    ycbcr420: np.ndarray | None = None
+    """(a, f, O, P) uint8, in a store of that pixel format."""
 
 
 class StoreWriter:

@@ -27,6 +27,7 @@ from .host_memory import HostMemory
 from .networks.contract import Network
 from .networks.text_interaction import TextBatch
 from .order import ShardWindow, draw_order
+from .pixel_decoding import decode_ycbcr420
 from .shard_prefetch import ShardPrefetch
 from .transfer import Streams, WaitMeter, copy_ahead, find_streams, time_waiting
 
@@ -788,7 +789,7 @@ class ClipLoader:
         layers = len(layout.layers if self._layers is None else self._layers)
         total = 0
         for name in self._arrays:
-            a_frame = layout.bytes_per_frame[name]
+            a_frame = layout.bytes_per_frame[layout.name_stored(name)]
             if name == "pixels":
                 total += num_clips * num_frames * a_frame * len(self._offsets) // len(layout.pixel_offsets)
             else:
@@ -938,9 +939,11 @@ class ClipLoader:
         return torch.cat([codec.decode(raw[:, :, place, None], place) for place in range(raw.shape[2])], dim=2)
 
     def _normalise(self, raw: torch.Tensor) -> torch.Tensor:
-        """(B, T, O, H, W, 3) as stored to (B, T, 3, H, W), of several offsets (B, T, O, 3, H, W)."""
-        shown = raw if len(self._offsets) > 1 else raw[:, :, 0]
-        return shown.movedim(-1, -3).float().div_(255).sub_(self._mean).div_(self._std)
+        """(B, T, O, H, W, 3) or (B, T, O, P) as stored to (B, T, 3, H, W), of several offsets (B, T, O, 3, H, W)."""
+        shown, layout = raw if len(self._offsets) > 1 else raw[:, :, 0], self._store.layout
+        is_rgb = layout.pixel_format == "rgb"
+        pixels = shown.movedim(-1, -3).float() if is_rgb else decode_ycbcr420(shown, layout.image_size)
+        return pixels.div_(255).sub_(self._mean).div_(self._std)
 
 
 def hand_over_texts(texts: Texts, device: torch.device) -> TextBatch:

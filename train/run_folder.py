@@ -242,6 +242,7 @@ def describe_source(store: StoreReader) -> dict[str, Any]:
         "sampling": store.attributes["sampling"],
         "resize": store.attributes["resize"],
         **{name: store.attributes[name] for name in CODEC_GROUPS.values() if name in store.attributes},
+        **({} if store.layout.pixel_format == "rgb" else {"pixel_format": store.layout.pixel_format}),
         "redone_rows": count_redone(store.path),
     }
 

@@ -21,7 +21,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ import torch
 from ...backbone.vision_tower import FrameTokens
 from ...errors import StoreDamagedError
 from ...store.padding import find_padding
+from ...store.pixel_formats import encode_pixels
 from ...store.records import WHOLE, Status, VideoRecord, VideoResult
 from ...store.writer import RowTokens, StoreWriter
 from ..batching import Slot, batch_slots
@@ -202,6 +203,8 @@ class Pipeline:
                     shard.tokens[row] = self._kept_rows.read(row, result)
                 elif row in shard.plan.before and shard.plan.before[row].status == "ok":
                     replaced.add(row)
+                if result.status == "ok" and not is_kept:
+                    shard.tokens[row] = self._add_pixels(shard.tokens[row], video)
                 results.append(result)
         except StoreDamagedError as error:
             _log.warning("shard %d of %s stays as it was: %s", shard.number, self._writer.path, error)
@@ -266,8 +269,15 @@ class Pipeline:
             if layout.class_tokens == "none"
             else np.empty((*place, num_layers, layout.cls_channels), dtype=layout.cls_dtype),
             embedding=np.empty((*place, layout.embed_dim), dtype=np.float32),
-            pixels=pixels if layout.with_pixels else None,
         )
+
+    def _add_pixels(self, tokens: RowTokens, video: DecodedVideo) -> RowTokens:
+        """With the frames as the store holds them, where it holds any."""
+        layout = self._layout
+        if not layout.with_pixels:
+            return tokens
+        assert video.pixels is not None
+        return replace(tokens, **{layout.pixel_array: encode_pixels(video.pixels, layout.pixel_format)})
 
 
 def _check_length(video: DecodedVideo, num_frames: int) -> DecodedVideo:

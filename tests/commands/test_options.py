@@ -15,11 +15,11 @@ NEW = {
     "extract": (
         *("--codec", "--validation-clip", "--pixel-offsets", "--pixel-edge", "--input", "--augmentation"),
         *("--text-layers", "--text-words", "--class-template", "--cls", "--for"),
-        *("--cls-dtype", "--cls-channels"),
+        *("--cls-dtype", "--cls-channels", "--pixel-format"),
     ),
     "plan": (
         *("--pixel-offsets", "--input", "--text-layers", "--text-words", "--class-template", "--cls", "--for"),
-        *("--sampling", "--cls-dtype", "--cls-channels"),
+        *("--sampling", "--cls-dtype", "--cls-channels", "--pixel-format"),
     ),
     "scan": ("--validation-clip", "--pixel-offsets", "--pixel-edge"),
     "train": (

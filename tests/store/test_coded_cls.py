@@ -17,7 +17,7 @@ from s4v.store.codecs.affine import AffineCodec
 from s4v.store.facts import StoreFacts
 from s4v.store.fidelity import measure_fidelity, read_fidelity, write_fidelity
 from s4v.store.info import describe_poor_layers
-from s4v.store.layout import CUT_VERSION, FORMAT_VERSION, PATCH_DTYPES, StoreLayout
+from s4v.store.layout import CODED_CLS_VERSION, CUT_VERSION, PATCH_DTYPES, StoreLayout
 from s4v.store.merge import merge_stores
 from s4v.store.reader import open_store
 from s4v.store.records import VideoRecord, VideoResult
@@ -120,7 +120,7 @@ def test_a_frame_of_vit_e_takes_what_the_bar_allows():
 
 
 def test_only_a_store_that_codes_them_has_the_new_format():
-    assert LAYOUT.format_version == FORMAT_VERSION == 4
+    assert LAYOUT.format_version == CODED_CLS_VERSION == 4
     plain = replace(LAYOUT, coded_cls_dtype=None, coded_cls_channels=None)
     assert plain.format_version == CUT_VERSION == 3 and replace(plain, frames_per_block=0).format_version == 2
     views = {"views": {"train": "augment:2", "": "centre"}}
