@@ -91,13 +91,14 @@ class PixelStem(nn.Module):
         side_width: S.
         patch_px: Side of a patch.
         channels: C; 3 are colours.
-        padding: Pixels of zeros above and left of a frame. As many of its last rows and columns are not seen.
+        shift_px: How far up and left each patch lies of its place. Outside the frame there are zeros, and its last rows
+            and columns are not seen.
     """
 
-    def __init__(self, side_width: int, patch_px: int, *, channels: int = 3, padding: int = 0) -> None:
+    def __init__(self, side_width: int, patch_px: int, *, channels: int = 3, shift_px: int = 0) -> None:
         super().__init__()
         self.patch_px = patch_px
-        self.padding = padding
+        self.shift_px = shift_px
         fan_in = 3 * channels * patch_px**2
         self.weight = nn.Parameter(torch.empty(3, side_width, channels * patch_px**2))
         self.bias = nn.Parameter(torch.empty(side_width))
@@ -108,8 +109,8 @@ class PixelStem(nn.Module):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels to side tokens; frames before the first and after the last count as zeros."""
         p = self.patch_px
-        if self.padding:
-            pixels = F.pad(pixels, (self.padding, -self.padding) * 2)  # below zero it crops
+        if self.shift_px:
+            pixels = F.pad(pixels, (self.shift_px, -self.shift_px) * 2)  # below zero it crops
         b, t, c, height, width = pixels.shape
         x = pixels.reshape(b, t, c, height // p, p, width // p, p)
         x = x.permute(0, 1, 3, 5, 2, 4, 6).reshape(b, t, -1, c * p * p)  # (B, T, N, C*p*p)

@@ -1,11 +1,11 @@
 """TDS-CLIP: Side4Video's recognition network with a second stem, on differences of frames, and a gate for motion.
 
-It stands beside Side4Video's with four changes. A stem sees the differences of the five frames around each cached one.
-A gate scales what a block's convolution over time finds. Stems are padded by a pixel, and the tower's last block is
-tapped as all others. docs/side_network.md has all of it as formulas.
+Three changes make it of Side4Video's. A second stem sees differences of the five frames around each cached one. A gate
+scales what a block's convolution over time finds. Stems cut their patches a pixel further up and left.
+docs/side_network.md has all of it as formulas.
 
 Source:
-    TDS-CLIP, https://arxiv.org/abs/2408.10688; reference code BBYL9413/TDS-CLIP at cf4e58c, clip/model.py. Ours differs
+    TDS-CLIP, https://arxiv.org/abs/2408.10688; its code BBYL9413/TDS-CLIP at cf4e58c, clip/model.py. Ours differs
     where Side4Video's does (train/networks/side4video.py), and computes the gate again in the backward pass. Outputs
     and gradients agree: tests/train/test_tds_clip.py.
 """
@@ -41,8 +41,8 @@ _NUM_DIFFERENCES = len(PIXEL_OFFSETS) - 1
 _DIFFERENCES_SHARE = 0.5
 """Of the second stem, beside the first."""
 
-_STEM_PADDING = 1
-"""Pixels: the reference pads its convolutions in space, and so shifts each patch up and left."""
+_SHIFT_PX = 1
+"""Of each patch: TDS-CLIP's code has a pixel of zeros around its convolutions, which have a patch's stride."""
 
 _REDUCTION = 16
 """How many times narrower than S a gate is inside."""
@@ -53,8 +53,8 @@ class MotionStem(nn.Module):
 
     def __init__(self, side_width: int, patch_px: int) -> None:
         super().__init__()
-        self.frames = PixelStem(side_width, patch_px, padding=_STEM_PADDING)
-        self.differences = PixelStem(side_width, patch_px, channels=3 * _NUM_DIFFERENCES, padding=_STEM_PADDING)
+        self.frames = PixelStem(side_width, patch_px, shift_px=_SHIFT_PX)
+        self.differences = PixelStem(side_width, patch_px, channels=3 * _NUM_DIFFERENCES, shift_px=_SHIFT_PX)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Normalised pixels (B, T, 5, 3, H, W) at `PIXEL_OFFSETS` -> (B, T, N, S).
