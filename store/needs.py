@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..errors import StoreMismatchError
+from .offsets import SEEN_FRAME, PixelOffset, describe_offsets
 from .reader import StoreReader
 
 
@@ -16,12 +17,14 @@ class StoreNeeds:
 
     arrays: tuple[str, ...] = ()
     """Of patches, cls, pixels and embedding: those that it reads."""
+    pixel_offsets: tuple[int | str, ...] = (0,)
+    """Of the pixels, where it reads them."""
     head: bool = False
     """The tower's end: the embedding as a projection of a norm of the class token."""
     text_tower: bool = False
     """Embeddings that texts lie beside."""
     instead: Mapping[str, str] = field(default_factory=dict)
-    """By `cls`, `pixels`, `head` or `text_tower`: what can be done with a store that lacks it, as an order."""
+    """By the name of a `Lack`: what can be done with a store that lacks it, as an order."""
 
 
 NOTHING = StoreNeeds()
@@ -32,7 +35,7 @@ class Lack:
     """One thing that a store does not have."""
 
     name: str
-    """`cls`, `pixels`, `head` or `text_tower`."""
+    """`cls`, `pixels`, `offsets`, `head` or `text_tower`."""
     why: str
     """What it is, and why it is not there."""
     options: tuple[str, ...]
@@ -54,12 +57,23 @@ def _find_lacks(store: StoreReader, needs: StoreNeeds) -> Iterator[Lack]:
     if "cls" in needs.arrays and needs.head and store.layout.class_tokens == "mean":
         yield Lack("cls", "class tokens of the tower's own: `cls` holds means of patch tokens", (), ("--cls mean",))
     if "pixels" in needs.arrays and not store.layout.with_pixels:
-        yield Lack("pixels", "`pixels`: it was extracted with --no-pixels", (), ("--no-pixels",))
+        yield Lack("pixels", "`pixels`: it was extracted with --no-pixels", _offset_options(needs), ("--no-pixels",))
+    elif "pixels" in needs.arrays:
+        own, read = store.layout.pixel_offsets, tuple(map(PixelOffset.of, needs.pixel_offsets))
+        if missing := [offset for offset in read if offset not in own]:
+            why = f"pixels at offsets {describe_offsets(missing)} from its frames: it holds {describe_offsets(own)}"
+            yield Lack("offsets", why, _offset_options(needs, own))
     if needs.head and not store.has_head:
         why = f"`head`: the embedding of {backbone.name} is no projection of a norm of its class token"
         yield Lack("head", why, other_model)
     if needs.text_tower and not backbone.has_text_tower:
         yield Lack("text_tower", f"a text tower: there is none beside {backbone.name}", other_model)
+
+
+def _offset_options(needs: StoreNeeds, own: Sequence[PixelOffset] = ()) -> tuple[str, ...]:
+    """Of `s4v extract`, for pixels at these offsets beside those that a store has; none for frames alone."""
+    offsets = {*map(PixelOffset.of, needs.pixel_offsets), *own}
+    return () if offsets == {SEEN_FRAME} else ("--pixel-offsets", describe_offsets(tuple(offsets)))
 
 
 def require_needs(store: StoreReader, needs: StoreNeeds, who: str) -> None:

@@ -181,6 +181,14 @@ def int8_store(video_folder: Path, build_once: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def offsets_store(video_folder: Path, build_once: Callable[..., Path]) -> Path:
+    """An int8 store of `video_folder` with five pixel frames each. Read it, do not change it."""
+    more = dict(dtype="int8", pixel_offsets=(-2, -1, 0, 1, 2))
+    make = lambda root: extract_dataset(tiny_config(video_folder, root / "offsets.zarr", **more))  # noqa: E731
+    return build_once("five-offsets", make) / "offsets.zarr"
+
+
+@pytest.fixture(scope="session")
 def captioned_folder(build_once: Callable[..., Path]) -> Path:
     """Videos of a table with captions: 8 for training, 4 and a broken one for validation; one caption is of two."""
     return build_once("captioned", write_captioned_folder)

@@ -125,7 +125,7 @@ class ClipBatch:
     """One batch as a head takes it; arrays that the head does not read are None."""
 
     pixels: torch.Tensor | None
-    """(B, T, 3, H, W) float32, normalised as for the backbone."""
+    """(B, T, 3, H, W) float32, of several offsets (B, T, O, 3, H, W), normalised as for the backbone."""
     patches: torch.Tensor | None
     """(B, T, L, N, K) codes."""
     cls: torch.Tensor | None

@@ -37,7 +37,7 @@ class TrainConfig:
     The reference's is wti.
     """
     head: str = "side4video"
-    """side4video; attentive or linear probe (linear is blind to order)."""
+    """side4video; tds-clip; attentive or linear probe (linear is blind to order)."""
     preset: str = "auto"
     """The paper's size and recipe: auto, none, or such as b16-light-ssv2, e14-k400.
 

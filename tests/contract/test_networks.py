@@ -220,7 +220,7 @@ def test_a_network_that_is_gone_leaves_runs_that_say_so(int8_store, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setitem(NETWORKS, "toy", Toy())
         train_run(config_for(int8_store, tmp_path / "toy", head="toy"))
-    with pytest.raises(RunNotFoundError, match="--head takes side4video, linear, attentive; found 'toy'"):
+    with pytest.raises(RunNotFoundError, match="--head takes side4video, linear, attentive, tds-clip; found 'toy'"):
         open_run(tmp_path / "toy")
 
 
@@ -247,9 +247,11 @@ def test_places_that_are_no_frame_are_zeros_and_masked(int8_store):
 @pytest.mark.parametrize(("name", "task"), TRAINED)
 class TestEveryNetwork:
     @pytest.fixture
-    def store(self, request, task):
-        needs = "captioned_store" if TASKS[task].embeds_frames else "int8_store"
-        return open_store(request.getfixturevalue(needs))
+    def store(self, request, name, task):
+        if TASKS[task].embeds_frames:
+            return open_store(request.getfixturevalue("captioned_store"))
+        has_offsets = len(find_network(name).needs[task].pixel_offsets) > 1
+        return open_store(request.getfixturevalue("offsets_store" if has_offsets else "int8_store"))
 
     @pytest.fixture
     def network(self, name, task, store, tmp_path):
@@ -280,7 +282,7 @@ class TestEveryNetwork:
         kind, shape = find_network(name), plan_network(config_for(store.path, tmp_path, head=name, task=task), store)
         assert set(kind.needs) == set(kind.tasks)
         for needs in (kind.needs[task], kind.find_needs(task, kind.options()), kind.find_needs(task, shape)):
-            assert set(network.arrays) == set(needs.arrays)
+            assert set(network.arrays) == set(needs.arrays) and network.pixel_offsets == needs.pixel_offsets
 
     def test_its_output_is_the_tasks(self, task, network, store, batch, codec):
         found = network(*network.inputs(batch), codec)

@@ -99,12 +99,26 @@ def test_means_are_no_class_tokens_for_a_head_that_projects_those(video_folder, 
         require_needs(store, NETWORKS["side4video"].needs["retrieval"], "--head side4video")
 
 
-def test_a_store_of_clip_lacks_nothing(float_store):
-    store = open_store(float_store)
+def test_a_store_of_clip_lacks_nothing(offsets_store):
+    store = open_store(offsets_store)
     for kind in NETWORKS.values():
         assert set(kind.needs) == set(kind.tasks)
         assert all(find_lacks(store, needs) == [] for needs in kind.needs.values())
     assert find_lacks(store, StoreNeeds()) == []
+
+
+def test_offsets_that_lack_are_told_beside_those_that_there_are(float_store, bare_store, nothing_is_read, tmp_path):
+    with pytest.raises(StoreMismatchError) as error:
+        train_run(config_for(float_store, tmp_path / "run", head="tds-clip"))
+    root = open_store(float_store).facts.dataset.root
+    assert str(error.value) == (
+        f"{float_store} lacks what --head tds-clip reads: pixels at offsets -2,-1,1,2 from its frames: it holds 0. "
+        "Train with --head side4video. A store that has it: `s4v extract --model tiny-clip --weights random:0 --dataset "
+        f"folder --root {shlex.quote(root)} --pixel-offsets -2..2 --out NEW.zarr`, and whatever else you gave."
+    )
+    with pytest.raises(StoreMismatchError, match="--pixel-offsets -2..2 --out NEW.zarr`.*without --no-pixels"):
+        train_run(config_for(bare_store, tmp_path / "run", head="tds-clip"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_comparing_leaves_out_what_cannot_be_and_says_why_before_any_training(bare_store, tmp_path):

@@ -120,6 +120,27 @@ def test_retrieval_has_one_recipe(make_store, backbone, layers, dataset, name):
     assert longer.warmup_epochs == 2.0, "a tenth of all epochs"
 
 
+@pytest.mark.parametrize(
+    ("backbone", "layers", "dataset", "name", "expected"),
+    [
+        ("b16", range(12), "ssv1", "tds-clip-b16-ssv1", (320, 40, 1e-3, 4.0)),
+        ("l14", range(24), "k400", "tds-clip-l14-k400", (512, 30, 1e-4, 4.0)),
+        ("b16", every_second(12), "ssv1", "none", (None, 30, 1e-3, 4.0)),
+        ("e14", range(64), "ssv1", "none", (None, 30, 1e-4, 4.0)),
+    ],
+)
+def test_tds_clip_has_presets_of_its_own(make_store, backbone, layers, dataset, name, expected):
+    store = make_store(backbone, dataset, layers)
+    found = resolve_preset(config(head="tds-clip"), store)
+    assert found.preset == name
+    assert (found.side_width, found.epochs, found.learning_rate, found.warmup_epochs) == expected
+    if name != "none":
+        assert resolve_preset(config(head="tds-clip", preset=name), store).batch_size == 256
+        assert resolve_views(found, np.full(4, 2)) == 2, "of Kinetics too, unlike Side4Video"
+        with pytest.raises(ConfigError, match="--preset has no effect on --head side4video: .*train --head tds-clip"):
+            resolve_preset(config(preset=name), store)
+
+
 def test_given_options_win(make_store):
     given = dict(epochs=3, learning_rate=0.5, warmup_epochs=0.0, weight_decay=0.0, label_smoothing=0.0, side_width=64)
     store = make_store("b16", "ssv1", range(12))

@@ -7,9 +7,12 @@ from .attentive_probe import Attentive
 from .contract import NetworkKind
 from .linear_probe import Linear
 from .side4video import Side4Video
+from .tds_clip import TdsClip
 from .zero_shot import ZeroShotText
 
-NETWORKS: dict[str, NetworkKind] = {kind.name: kind for kind in (Side4Video(), Linear(), Attentive(), ZeroShotText())}
+NETWORKS: dict[str, NetworkKind] = {
+    kind.name: kind for kind in (Side4Video(), Linear(), Attentive(), ZeroShotText(), TdsClip())
+}
 """By the name that `--head` takes; the first is the one that the others are compared with."""
 
 

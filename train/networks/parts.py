@@ -85,13 +85,22 @@ class TowerEnd(nn.Module):
 
 
 class PixelStem(nn.Module):
-    """Convolution over 3 frames and one patch, then batch norm: (B, T, 3, H, W) -> (B, T, N, S)."""
+    """Convolution over 3 frames and one patch, then batch norm: (B, T, C, H, W) -> (B, T, N, S).
 
-    def __init__(self, side_width: int, patch_px: int) -> None:
+    Args:
+        side_width: S.
+        patch_px: Side of a patch.
+        channels: C; 3 are colours.
+        shift_px: How far up and left each patch lies of its place. Outside the frame there are zeros, and its last rows
+            and columns are not seen.
+    """
+
+    def __init__(self, side_width: int, patch_px: int, *, channels: int = 3, shift_px: int = 0) -> None:
         super().__init__()
         self.patch_px = patch_px
-        fan_in = 3 * 3 * patch_px**2
-        self.weight = nn.Parameter(torch.empty(3, side_width, 3 * patch_px**2))
+        self.shift_px = shift_px
+        fan_in = 3 * channels * patch_px**2
+        self.weight = nn.Parameter(torch.empty(3, side_width, channels * patch_px**2))
         self.bias = nn.Parameter(torch.empty(side_width))
         self.norm = BatchNorm(side_width)
         for parameter in (self.weight, self.bias):  # PyTorch's default for a convolution of this size
@@ -100,9 +109,11 @@ class PixelStem(nn.Module):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels to side tokens; frames before the first and after the last count as zeros."""
         p = self.patch_px
+        if self.shift_px:
+            pixels = F.pad(pixels, (self.shift_px, -self.shift_px) * 2)  # below zero it crops
         b, t, c, height, width = pixels.shape
         x = pixels.reshape(b, t, c, height // p, p, width // p, p)
-        x = x.permute(0, 1, 3, 5, 2, 4, 6).reshape(b, t, -1, c * p * p)  # (B, T, N, 3*p*p)
+        x = x.permute(0, 1, 3, 5, 2, 4, 6).reshape(b, t, -1, c * p * p)  # (B, T, N, C*p*p)
         # One product for all three time steps of the kernel, then shifted sums.
         steps = F.linear(x, self.weight.flatten(0, 1)).chunk(3, dim=-1)
         return normalise_tokens(self.norm, sum_shifted(*steps) + self.bias)

@@ -114,10 +114,18 @@ class SideLadder(Network):
         self.num_patches = num_patches
         self.is_post_norm = family == "eva"
         self._position_std = _POSITION_STD[family]
-        self.stem = PixelStem(side_width, patch_px) if "pixels" in self.arrays else None
+        self.stem = self.make_stem(side_width, patch_px) if "pixels" in self.arrays else None
         self.position = nn.Parameter(torch.empty(num_patches + has_class_position, side_width))
         self.taps = nn.ModuleList(Tap(width, side_width, self.is_post_norm) for _ in range(num_layers))
-        self.blocks = nn.ModuleList(SideBlock(side_width, self.is_post_norm) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(self.make_block(side_width) for _ in range(num_layers))
+
+    def make_stem(self, side_width: int, patch_px: int) -> nn.Module:
+        """What turns pixels into side tokens, (B, T, N, S); a ladder of another paper has its own."""
+        return PixelStem(side_width, patch_px)
+
+    def make_block(self, side_width: int) -> nn.Module:
+        """What follows each tap; it takes what `SideBlock` takes."""
+        return SideBlock(side_width, self.is_post_norm)
 
     def draw_position(self) -> None:
         """Initialise the position embedding: last of all, so that a seed gives the weights that it always gave."""
@@ -133,7 +141,8 @@ class SideLadder(Network):
         """Side tokens after the last block.
 
         Args:
-            pixels: (B, T, 3, H, W), normalised as for the backbone; None where `inputs` leaves them out.
+            pixels: (B, T, 3, H, W), normalised as for the backbone; None where `inputs` leaves them out. A ladder with
+                `pixel_offsets` takes (B, T, O, 3, H, W).
             patches: (B, T, L, N, D) patch tokens or, with a codec, (B, T, L, N, K) codes; None as above.
             cls: (B, T, L, D) class tokens of the same layers; None as above.
             codec: Decodes the codes of each layer when its tap needs them; arrays on the same device.
@@ -354,13 +363,17 @@ class SideBlock(nn.Module):
             if isinstance(layer, nn.Linear):
                 draw_linear(layer)
 
+    def convolve_time(self, x: torch.Tensor) -> torch.Tensor:
+        """The temporal branch of a pre-norm block: (B, T, N, S) -> (B, T, N, S)."""
+        return self.temporal(x, self.temporal_norm)
+
     def forward(self, x: torch.Tensor, cls: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """Side tokens (B, T, N, S), the tap's class tokens (B, T, S), position (N or 1+N, S) -> (B, T, N, S)."""
         if self.is_post_norm:
             x = x + normalise_tokens(self.temporal_norm, self.temporal(x))
             x = x + self.attention_norm(self.attention(x, cls, position))
             return x + normalise_tokens(self.mlp_norm, self.mlp(x))
-        x = x + self.temporal(x, self.temporal_norm)
+        x = x + self.convolve_time(x)
         x = x + self.attention(x, cls, position, self.attention_norm)
         return x + self.mlp(x, self.mlp_norm)
 
@@ -445,15 +458,9 @@ class Side4Video(NetworkKind):
         """Fit it to a store: blocks of the backbone's family, and for retrieval the end of its tower."""
         require_needs(store, self.find_needs(outputs.task, options), f"--head {self.name}")
         _require_effect(options, is_retrieval=outputs.embed_dim is not None)
-        side_width = options.side_width or _find_side_width(store.layout.width)
-        if side_width % HEAD_WIDTH:
-            raise ConfigError(f"--side-width must be a multiple of 64 (one attention head); found {side_width}")
-        patch_height, patch_width = store.facts.backbone.patch_size
-        if patch_height != patch_width and "pixels" in ARRAYS[options.inputs]:
-            raise StoreMismatchError(
-                f"the pixel stem takes square patches; those of {store.path} have {patch_height} x {patch_width} "
-                "pixels. Take --inputs tokens."
-            )
+        side_width = find_side_width(options.side_width, store)
+        if "pixels" in ARRAYS[options.inputs]:
+            require_square_patches(store, "Take --inputs tokens.")
         ends: dict[str, Any] = {}
         if outputs.embed_dim is not None:
             last = store.facts.backbone.depth - 1
@@ -525,5 +532,31 @@ def _require_effect(options: SideOptions, *, is_retrieval: bool) -> None:
         raise ConfigError(f"--set decorrelation takes a number from 0 up; found {options.decorrelation:g}")
 
 
-def _find_side_width(width: int) -> int:
-    return PAPER_SIDE_WIDTHS.get(width) or max(64, round(0.4 * width / 64) * 64)
+def find_side_width(given: int | None, store: StoreReader) -> int:
+    """S: what was given, else the paper's beside a backbone of this width, else about 0.4 of that.
+
+    Raises:
+        ConfigError: If it is no whole number of attention heads.
+    """
+    width = store.layout.width
+    side_width = given or PAPER_SIDE_WIDTHS.get(width) or max(HEAD_WIDTH, round(0.4 * width / HEAD_WIDTH) * HEAD_WIDTH)
+    if side_width % HEAD_WIDTH:
+        raise ConfigError(f"--side-width must be a multiple of 64 (one attention head); found {side_width}")
+    return side_width
+
+
+def require_square_patches(store: StoreReader, instead: str) -> None:
+    """Refuse a backbone whose patches are not square, as a stem on pixels takes them.
+
+    Args:
+        store: Of the backbone.
+        instead: What to do, as a sentence.
+
+    Raises:
+        StoreMismatchError: With the patch's sides.
+    """
+    height, width = store.facts.backbone.patch_size
+    if height != width:
+        raise StoreMismatchError(
+            f"the pixel stem takes square patches; those of {store.path} have {height} x {width} pixels. {instead}"
+        )

@@ -12,7 +12,6 @@ from ...errors import ConfigError
 from ..networks import NETWORKS
 
 PLANNED: Mapping[str, Mapping[str, Any]] = {
-    "tds-clip": {"layers": "all", "pixel_offsets": (-2, -1, 0, 1, 2)},
     # Its clips are whole: a frame of pixels lies half way to the next frame of the clip as it is cached.
     "dist": {
         "layers": "all",
@@ -38,7 +37,7 @@ PLANNED: Mapping[str, Mapping[str, Any]] = {
 """By the network's name: fields of an extraction's config. What is not named is as the data set's recipe has it.
 
 Source:
-    TDS-CLIP: https://github.com/BBYL9413/TDS-CLIP at cf4e58c. DiST: https://github.com/alibaba-mmai-research/DiST at
+    DiST: https://github.com/alibaba-mmai-research/DiST at
     4b3a09b, three test views of one crop; its training frames are drawn anew in each epoch, here they are the uniform
     ones. R2-Tuning: https://github.com/yeliudev/R2-Tuning at 03fbcf6, at the rate of QVHighlights; of Charades-STA it
     is one frame a second.

@@ -7,7 +7,8 @@ words with frames. Options that were given win over it.
 
 Source:
     Sizes: Side4Video, https://arxiv.org/abs/2311.15769. Recipes: the scripts and configurations of HJYao00/Side4Video
-    at 5d72352. Ours differ where train/recipe.py differs: docs/decisions.md.
+    at 5d72352. Of TDS-CLIP, https://arxiv.org/abs/2408.10688: those of BBYL9413/TDS-CLIP at cf4e58c. Ours differ where
+    train/recipe.py differs: docs/decisions.md.
 """
 
 from __future__ import annotations
@@ -125,6 +126,18 @@ def _list_presets() -> Iterator[Preset]:
 
 PRESETS = tuple(_list_presets())
 """The full network comes before the light one of the same backbone: every layer in a store is the full one's."""
+
+
+def _list_tds_clip_presets() -> Iterator[Preset]:
+    """Sizes and recipes are those of Side4Video's full networks; of Kinetics, too, a step holds videos twice."""
+    for name in ("b16", "l14"):
+        size = SIZES[name]
+        for dataset in ("k400", "ssv1", "ssv2"):
+            recipe = replace(_RECIPES[size.recipe, dataset], views_per_video=2)
+            yield size.beside("recognition", f"tds-clip-{name}", dataset, recipe, {"side_width": size.side_width})
+
+
+TDS_CLIP_PRESETS = tuple(_list_tds_clip_presets())
 
 
 def side_family(store: StoreReader) -> Family:
