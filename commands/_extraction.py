@@ -95,7 +95,7 @@ SPELLINGS: Mapping[str, Spelling] = {
 Purpose = Annotated[
     str | None,
     typer.Option(
-        "--for", help="Set what a network needs: side4video, linear, attentive, zero-shot, tds-clip, dist, r2-tuning."
+        "--for", help="Set what a network needs: side4video, linear, attentive, tds-clip, zero-shot, dist, r2-tuning."
     ),
 ]
 """Of the commands that make or plan a store; options that are given win."""

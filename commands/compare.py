@@ -30,7 +30,7 @@ from .front import Json, run_command, say
 def compare(
     options: Options,
     methods: Annotated[
-        str, typer.Option(help="Of side4video, linear, attentive, zero-shot, tds-clip.")
+        str, typer.Option(help="Of side4video, linear, attentive, tds-clip, zero-shot.")
     ] = "side4video,attentive,linear,zero-shot",
     seeds: Annotated[int, typer.Option(help="Trainings of each.")] = 1,
     prompt: Annotated[str, typer.Option(help="Of zero-shot; {} is a class's name.")] = "a video of {}",

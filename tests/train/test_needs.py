@@ -113,8 +113,9 @@ def test_offsets_that_lack_are_told_beside_those_that_there_are(float_store, bar
     root = open_store(float_store).facts.dataset.root
     assert str(error.value) == (
         f"{float_store} lacks what --head tds-clip reads: pixels at offsets -2,-1,1,2 from its frames: it holds 0. "
-        "Train with --head side4video. A store that has it: `s4v extract --model tiny-clip --weights random:0 --dataset "
-        f"folder --root {shlex.quote(root)} --pixel-offsets -2..2 --out NEW.zarr`, and whatever else you gave."
+        "Train with --head side4video. A store that has it: `s4v extract --model tiny-clip --weights random:0 "
+        f"--dataset folder --root {shlex.quote(root)} --pixel-offsets -2..2 --out NEW.zarr`, and whatever else "
+        "you gave."
     )
     with pytest.raises(StoreMismatchError, match="--pixel-offsets -2..2 --out NEW.zarr`.*without --no-pixels"):
         train_run(config_for(bare_store, tmp_path / "run", head="tds-clip"))

@@ -11,7 +11,7 @@ from .tds_clip import TdsClip
 from .zero_shot import ZeroShotText
 
 NETWORKS: dict[str, NetworkKind] = {
-    kind.name: kind for kind in (Side4Video(), Linear(), Attentive(), ZeroShotText(), TdsClip())
+    kind.name: kind for kind in (Side4Video(), Linear(), Attentive(), TdsClip(), ZeroShotText())
 }
 """By the name that `--head` takes; the first is the one that the others are compared with."""
 
