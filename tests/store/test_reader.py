@@ -560,7 +560,7 @@ def test_finished_store_is_not_written_again(store_path):
 def test_later_format_is_refused(store_path):
     file = store_path / "zarr.json"
     file.write_text(file.read_text().replace('"format_version": 2', '"format_version": 99'))
-    with pytest.raises(StoreMismatchError, match="has format 99, this s4v reads up to 4. Update s4v"):
+    with pytest.raises(StoreMismatchError, match="has format 99, this s4v reads up to 5. Update s4v"):
         open_store(store_path)
 
 
