@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def planes(build_once, video_folder, make_config):
-    options = dict(pixel_format="ycbcr420", pixel_offsets=(-1, 0, 1))
+    options = dict(pixel_format="ycbcr420", pixel_offsets=(-2, -1, 0, 1, 2))
     return build_once("planes-around.zarr", lambda out: extract_dataset(make_config(video_folder, out, **options)))
 
 
@@ -79,7 +79,7 @@ def test_they_are_read_through_a_cache(planes, tmp_path):
 
 
 @pytest.mark.parametrize("inputs", ["all", "pixels"])
-def test_networks_train_on_them_and_evaluate_on_stores_of_either_format(inputs, planes, float_store, tmp_path):
+def test_a_network_trains_on_them_and_is_evaluated_on_stores_of_either_format(inputs, planes, float_store, tmp_path):
     config = TrainConfig(
         features=planes, out=tmp_path / "run", head="side4video", inputs=inputs, epochs=1, warmup_epochs=0.0,
         batch_size=4, device="cpu", side_width=64,
@@ -88,3 +88,12 @@ def test_networks_train_on_them_and_evaluate_on_stores_of_either_format(inputs, 
     here, there = evaluate_run(config.out), evaluate_run(config.out, features=float_store)
     assert here["videos"] == there["videos"] == 2
     assert '"pixel_format": "ycbcr420"' in (config.out / "config.json").read_text(), "a run tells what it learned from"
+
+
+def test_a_network_that_looks_at_neighbours_trains_on_them(planes, tmp_path):
+    config = TrainConfig(
+        features=planes, out=tmp_path / "run", head="tds-clip", epochs=1, warmup_epochs=0.0, batch_size=4,
+        device="cpu", side_width=64,
+    )  # fmt: skip
+    assert train_run(config)["epochs"] == 1
+    assert evaluate_run(config.out)["videos"] == 2
