@@ -86,23 +86,40 @@ Batch = tuple[np.ndarray, np.ndarray]
 """Rows (B,), places (B, T)."""
 
 
-def draw_row(sizes: Sizes, row: int) -> RowTokens:
+def draw_row(sizes: Sizes, row: int, num_frames: int = FRAMES) -> RowTokens:
     """A video's random tokens."""
     rng = np.random.default_rng(row)
     return RowTokens(
-        patches=rng.integers(-127, 128, (1, FRAMES, sizes.layers, sizes.patches, sizes.channels), dtype=np.int8),
-        cls=rng.standard_normal((1, FRAMES, sizes.layers, sizes.width), np.float32).astype(np.float16),
-        embedding=np.zeros((1, FRAMES, 8), np.float32),
-        pixels=rng.integers(0, 256, (1, FRAMES, 1, 224, 224, 3), dtype=np.uint8),
+        patches=rng.integers(-127, 128, (1, num_frames, sizes.layers, sizes.patches, sizes.channels), dtype=np.int8),
+        cls=rng.standard_normal((1, num_frames, sizes.layers, sizes.width), np.float32).astype(np.float16),
+        embedding=np.zeros((1, num_frames, 8), np.float32),
+        pixels=rng.integers(0, 256, (1, num_frames, 1, 224, 224, 3), dtype=np.uint8),
     )
 
 
-def write_store(path: Path, sizes: Sizes, num_videos: int) -> StoreReader:
-    """As an extraction writes it."""
+def write_store(
+    path: Path,
+    sizes: Sizes,
+    num_videos: int,
+    *,
+    num_frames: int = FRAMES,
+    rows_per_shard: int = 0,
+    num_drawn: int | None = None,
+) -> StoreReader:
+    """As an extraction writes it.
+
+    Args:
+        path: Of the store.
+        sizes: Of a frame.
+        num_videos: Rows.
+        num_frames: Of a row.
+        rows_per_shard: 0 takes what an extraction would.
+        num_drawn: Rows of different bytes, which come over and over; None draws each.
+    """
     layout = StoreLayout(
         num_rows=num_videos,
         num_views=1,
-        num_frames=FRAMES,
+        num_frames=num_frames,
         layers=tuple(range(sizes.layers)),
         num_patches=sizes.patches,
         width=sizes.width,
@@ -110,7 +127,8 @@ def write_store(path: Path, sizes: Sizes, num_videos: int) -> StoreReader:
         embed_dim=8,
         image_size=(224, 224),
         patch_dtype="int8",
-        frames_per_block=FRAMES,
+        rows_per_shard=rows_per_shard,
+        frames_per_block=num_frames,
     )
     codec = AffineCodec(
         dtype="int8",
@@ -118,10 +136,19 @@ def write_store(path: Path, sizes: Sizes, num_videos: int) -> StoreReader:
         basis=np.zeros((sizes.layers, sizes.channels, sizes.width), np.float32),
         scale=np.ones((sizes.layers, sizes.channels), np.float32),
     )
+    drawn: dict[int, RowTokens] = {}
+
+    def make(row: int) -> RowTokens:
+        if num_drawn is None:
+            return draw_row(sizes, row, num_frames)
+        if row % num_drawn not in drawn:
+            drawn[row % num_drawn] = draw_row(sizes, row % num_drawn, num_frames)
+        return drawn[row % num_drawn]
+
     writer, records = begin_store(path, layout, codec, ["a", "b"])
     with writer:
         for shard in writer.pending_shards():
-            write_rows(writer, records, shard, lambda row: draw_row(sizes, row))
+            write_rows(writer, records, shard, make)
         writer.consolidate()
     return open_store(path)
 

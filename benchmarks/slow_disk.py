@@ -28,17 +28,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from _report import check_bar, describe_machine, format_table, keep
-from _stores import begin_store, write_rows
-from clips import ARRAYS, BytesLoader, Sizes
+from clips import ARRAYS, BytesLoader, Sizes, write_store
 
-from s4v.store.codecs.affine import AffineCodec
-from s4v.store.layout import StoreLayout
 from s4v.store.reader import StoreReader, open_store
 from s4v.store.shard_cache import ShardCache
-from s4v.store.writer import RowTokens
 from s4v.train.allocator import keep_freed_memory
 from s4v.train.clips import ClipPlan, find_labelled_rows, plan_training_epoch
 from s4v.train.order import ShardWindow
@@ -52,46 +47,6 @@ LOCAL_ROUNDS = 5
 KINDS = ("network", "head")
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 BLKIO = Path("/sys/fs/cgroup/blkio/s4v-slow-disk")
-
-
-def write_store(path: Path, num_shards: int) -> None:
-    """As an extraction writes it; rows of random bytes, a few of them over and over."""
-    layout = StoreLayout(
-        num_rows=num_shards * ROWS_PER_SHARD,
-        num_views=1,
-        num_frames=FRAMES,
-        layers=tuple(range(SIZES.layers)),
-        num_patches=SIZES.patches,
-        width=SIZES.width,
-        channels=SIZES.channels,
-        embed_dim=8,
-        image_size=(224, 224),
-        patch_dtype="int8",
-        rows_per_shard=ROWS_PER_SHARD,
-        frames_per_block=FRAMES,
-    )
-    codec = AffineCodec(
-        dtype="int8",
-        mean=np.zeros((SIZES.layers, SIZES.width), np.float32),
-        basis=np.zeros((SIZES.layers, SIZES.channels, SIZES.width), np.float32),
-        scale=np.ones((SIZES.layers, SIZES.channels), np.float32),
-    )
-    rng = np.random.default_rng(0)
-    shape = (1, FRAMES, SIZES.layers)
-    drawn = [
-        RowTokens(
-            patches=rng.integers(-127, 128, (*shape, SIZES.patches, SIZES.channels), dtype=np.int8),
-            cls=rng.standard_normal((*shape, SIZES.width), np.float32).astype(np.float16),
-            embedding=np.zeros((1, FRAMES, 8), np.float32),
-            pixels=rng.integers(0, 256, (1, FRAMES, 1, 224, 224, 3), dtype=np.uint8),
-        )
-        for _ in range(16)
-    ]
-    writer, records = begin_store(path, layout, codec, ["a", "b"])
-    with writer:
-        for shard in writer.pending_shards():
-            write_rows(writer, records, shard, lambda row: drawn[row % len(drawn)])
-        writer.consolidate()
 
 
 class Counts:
@@ -267,7 +222,8 @@ def main() -> None:
         return
     shutil.rmtree(options.folder, ignore_errors=True)
     (options.folder / "slow").mkdir(parents=True)
-    write_store(options.folder / "slow/store.zarr", options.shards)
+    num_videos, path = options.shards * ROWS_PER_SHARD, options.folder / "slow/store.zarr"
+    write_store(path, SIZES, num_videos, num_frames=FRAMES, rows_per_shard=ROWS_PER_SHARD, num_drawn=16)
     shutil.copytree(options.folder / "slow", options.folder / "local", copy_function=os.link)
     preload = options.folder.resolve() / "slow_disk.so"
     source = Path(__file__).with_name("_slow_disk.c")
