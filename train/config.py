@@ -169,9 +169,9 @@ class TrainConfig:
     cache_size: int | None = None
     """The most bytes that --cache holds: 200GB. [half of what is free there]"""
     max_bad: int = 0
-    """Train on without up to so many videos whose bytes are damaged.
+    """Train on where clips of up to so many videos cannot be read.
 
-    The next clip of the order stands in for one of theirs.
+    The next clip of the order stands in for each.
     """
     hold_out: float | None = None
     """Validate on this share of the training videos, train on the rest.

@@ -74,13 +74,14 @@ def read_through_cache(
     window = None if mixes_all else wanted or min(layout.num_shards, max(layout.num_shards // _SHARE, _FEWEST))
     row_bytes = layout.num_views * frames_per_row * sum(layout.bytes_per_frame.values())
     shard_bytes = round(layout.rows_per_shard * row_bytes)
-    num_shards = (window or 1) + _SPARE
+    num_shards = min((window or 1) + _SPARE, layout.num_shards)
     if cache.most_bytes < num_shards * shard_bytes:
+        mixed = "" if window is None else f", {min(window, num_shards)} of them mixed at a time"
         raise ConfigError(
-            f"the cache may hold {describe_bytes(cache.most_bytes)}; {window or 1} shards of {store.path} that are "
-            f"mixed at a time, and {_SPARE} more, take {describe_bytes(num_shards * shard_bytes)}: raise --cache-size, "
-            "leave out --cache, or begin a run with a lower --window"
+            f"the cache may hold {describe_bytes(cache.most_bytes)}, and {num_shards} shards of {store.path}{mixed} "
+            f"take {describe_bytes(num_shards * shard_bytes)}: raise --cache-size, leave out --cache, or "
+            "begin a run with a lower --window"
         )
-    ahead = min(cache.most_bytes // 8, (cache.most_bytes - (window or 1) * shard_bytes) // 2)
+    ahead = max(1, min(cache.most_bytes // 8, (cache.most_bytes - (window or 1) * shard_bytes) // 2))
     store.read_through(cache, waits=window is not None, ahead_bytes=ahead)
     return window
