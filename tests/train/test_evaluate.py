@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from typer.testing import CliRunner
 
 from s4v.cli import app
@@ -27,7 +28,7 @@ from s4v.train.run_folder import load_checkpoint, open_run
 from s4v.train.scorer import Scorer, Team, autocast_as_trained
 from s4v.train.tasks.recognition import evaluate_classes
 from s4v.train.tasks.recognition_metrics import Evaluation, describe_classes, find_calibration_error
-from s4v.train.tasks.recognition_page import write_results
+from s4v.train.tasks.recognition_page import _plot_curve, write_results
 from s4v.train.tasks.retrieval import embed_clips
 
 CPU = torch.device("cpu")
@@ -291,3 +292,12 @@ def test_first_clips_of_captioned_rows_are_checked(captioned_store):
     with pytest.raises(StoreMismatchError, match="evaluation clips of .* as few as 2"):
         clips.require_long_clips(short, 4, store, only_first=True)
     clips.require_long_clips(replace(data, eval_clips=[clip[:1] for clip in data.eval_clips]), 4, store)
+
+
+def test_a_curve_of_one_epoch_is_a_dot():
+    """A line of one point shows nothing."""
+    figure, axes = plt.subplots()
+    _plot_curve(axes, [1], [3.5], color="black")
+    _plot_curve(axes, [1, 2], [3.5, 3.0], color="black", linestyle=":")
+    assert [line.get_marker() for line in axes.get_lines()] == ["o", "None"]
+    plt.close(figure)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 from ...pages import (
     ACCENT,
@@ -84,19 +85,25 @@ def _describe_training(run: Run) -> list[str]:
         return []
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
     epochs = [one["epoch"] for one in metrics]
-    left.plot(epochs, [one["train_loss"] for one in metrics], color=MUTED, label="training loss")
+    _plot_curve(left, epochs, [one["train_loss"] for one in metrics], color=MUTED, label="training loss")
     if validated := [one for one in metrics if "val_loss" in one]:
         then = [one["epoch"] for one in validated]
-        left.plot(then, [one["val_loss"] for one in validated], color=ACCENT, label="validation loss")
-        right.plot(then, [100 * one["val_top1"] for one in validated], color=ACCENT, label="validation top-1, %")
+        _plot_curve(left, then, [one["val_loss"] for one in validated], color=ACCENT, label="validation loss")
+        top1 = [100 * one["val_top1"] for one in validated]
+        _plot_curve(right, then, top1, color=ACCENT, label="validation top-1, %")
     rates = [100 * one["learning_rate"] / _peak(metrics) for one in metrics]
-    right.plot(epochs, rates, color=MUTED, linestyle=":", label="learning rate, % of its peak")
+    _plot_curve(right, epochs, rates, color=MUTED, linestyle=":", label="learning rate, % of its peak")
     for axes in (left, right):
-        axes.set(xlabel="epoch")
+        axes.set(xlabel="epoch", xlim=(0.5, 1.5) if epochs[-1] == 1 else None)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=9)  # on no curve
     return ["<h2>Training</h2>", draw_picture(render_figure(figure), "losses and accuracy by epoch")]
+
+
+def _plot_curve(axes: Axes, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
+    """A curve; one of a single point is a dot, for a line of it shows nothing."""
+    axes.plot(x, y, marker="o" if len(x) == 1 else None, markersize=4, **style)
 
 
 def _describe_steps(run: Run) -> list[str]:
@@ -114,7 +121,7 @@ def _describe_steps(run: Run) -> list[str]:
         for place, (name, factor, label) in enumerate(names):
             own = axes if place == 0 else axes.twinx()
             colour = (ACCENT, MUTED)[place]
-            own.plot([one["epoch"] for one in steps], [factor * one[name] for one in steps], color=colour)
+            _plot_curve(own, [one["epoch"] for one in steps], [factor * one[name] for one in steps], color=colour)
             own.set_ylabel(label, color=colour)
             own.spines[["top"]].set_visible(False)
         axes.set(xlabel="epoch")
