@@ -56,7 +56,12 @@ def read_records(store: StoreReader) -> list[VideoRecord]:
 
 
 def change_store(
-    store: StoreReader, out: Path, layout: StoreLayout, codec: Codec, make_tokens: Callable[[int], RowTokens]
+    store: StoreReader,
+    out: Path,
+    layout: StoreLayout,
+    codec: Codec,
+    make_tokens: Callable[[int], RowTokens],
+    change_result: Callable[[VideoResult], VideoResult] = lambda result: result,
 ) -> None:
     """A store of the same rows with other tokens; one that is there is gone on with.
 
@@ -66,10 +71,13 @@ def change_store(
         layout: Of the new store.
         codec: Of its patches.
         make_tokens: By row, of those that are good.
+        change_result: What the manifest says of such a row.
     """
     records = read_records(store)
-    spec = StoreSpec(layout=layout, attributes=store.attributes, records=records, codec=codec, head=store.head)
-    results = read_results(store.read_manifest())
+    frames = {"frames": {"": layout.num_frames}} if layout.num_frames != store.layout.num_frames else {}
+    attributes = {**store.attributes, **frames}
+    spec = StoreSpec(layout=layout, attributes=attributes, records=records, codec=codec, head=store.head)
+    results = [change_result(one) if one.status == "ok" else one for one in read_results(store.read_manifest())]
     with resume_store(open_store(out), spec) if is_store(out) else create_store(out, spec) as writer:
         for shard in writer.pending_shards():
             rows = layout.shard_rows(shard)
