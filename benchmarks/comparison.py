@@ -22,7 +22,10 @@ import base64
 import csv
 import json
 import multiprocessing
+import shutil
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -54,6 +57,7 @@ from s4v.train.evaluate import evaluate_run
 from s4v.train.loop import train_run
 from s4v.train.networks.zero_shot import classify_zero_shot
 from s4v.train.paired import Answers, average_answers, find_difference
+from s4v.train.step_log import read_steps
 
 FRAMES = 4
 SEEDS = 3
@@ -70,6 +74,10 @@ _OWN, _DENSE, _WHOLE = "own", "dense", "whole"
 _AROUND = (-2, -1, 0, 1, 2, "0.5step")
 _DISTS_OFFSETS = (0, "0.5step")
 _DRAWS = 10_000
+
+BATCH = 32
+STEP_ROUNDS = 3
+STEPS_A_LINE = 5
 
 
 @dataclass(frozen=True)
@@ -207,7 +215,12 @@ class Job:
 
     def configure(self) -> TrainConfig:
         """As a training takes it."""
-        recipe: dict[str, Any] = {"warmup_epochs": 1.0, "weight_decay": 0.05, "label_smoothing": 0.0, "batch_size": 32}
+        recipe: dict[str, Any] = {
+            "warmup_epochs": 1.0,
+            "weight_decay": 0.05,
+            "label_smoothing": 0.0,
+            "batch_size": BATCH,
+        }
         return TrainConfig(
             features=name_store(self.folder, self.arm.store),
             out=self.run,
@@ -218,6 +231,7 @@ class Job:
             learning_rate=self.rate,
             seed=self.seed or 0,
             hold_out=HELD_OUT_SHARE if self.seed is None else None,
+            batch_size=BATCH,
             device=self.device,
             resume=True,
             **{**recipe, **self.arm.recipe},
@@ -291,21 +305,33 @@ class Lines:
 
     def add(self, found: dict[str, Any]) -> None:
         """Keep a training's figures, and say them."""
+        self._append(found)
+        what = f"rate {found['rate']:g}" if found["seed"] is None else f"seed {found['seed']}"
+        print(f"{found['arm']}, {what}: {found['top1']:.1%} in {found['seconds']:.0f} s", flush=True)
+
+    def _append(self, found: dict[str, Any]) -> None:
         line = {**found, "settings": self._settings}
         self.done.append(line)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        what = f"rate {found['rate']:g}" if found["seed"] is None else f"seed {found['seed']}"
-        print(f"{found['arm']}, {what}: {found['top1']:.1%} in {found['seconds']:.0f} s", flush=True)
+
+    def add_step(self, found: dict[str, Any]) -> None:
+        """Keep how long a step took, and say it."""
+        print(f"{found['arm']}: {1e3 * found['step_s']:.0f} ms, {found['memory_bytes'] / 1e9:.2f} GB", flush=True)
+        self._append(found)
+
+    def list_steps(self, arm: str) -> list[dict[str, Any]]:
+        """Of an arm, round after round."""
+        return [line for line in self.done if line["arm"] == arm and "step_s" in line]
 
     def list_choices(self, arm: str) -> dict[float, float]:
         """Top-1 of held-out training videos, by rate."""
-        return {line["rate"]: line["top1"] for line in self.done if line["arm"] == arm and line["seed"] is None}
+        return {line["rate"]: line["top1"] for line in self.done if (line["arm"], line.get("seed", 0)) == (arm, None)}
 
     def list_seeds(self, arm: str) -> list[dict[str, Any]]:
         """Of an arm, in their order."""
-        own = [line for line in self.done if line["arm"] == arm and line["seed"] is not None]
+        own = [line for line in self.done if line["arm"] == arm and line.get("seed") is not None]
         return sorted(own, key=lambda line: line["seed"])
 
 
@@ -373,6 +399,9 @@ def summarise(lines: Lines, folder: Path) -> list[dict[str, Any]]:
         one = {"arm": name, "seeds": len(found), "sees": arm.sees if arm else FRAMES, **judge(labels, own)}
         if arm is not None:
             one |= describe_choice(arm, lines.list_choices(name))
+            if steps := lines.list_steps(name):
+                one["step_s"] = statistics.median(step["step_s"] for step in steps)
+                one["memory_bytes"] = statistics.median(step["memory_bytes"] for step in steps)
             one |= {"parameters": found[0]["parameters"], "epochs": arm.epochs, "probe": arm.probe}
             if arm.probe in answers and arm.probe != name:
                 one["above_probe"] = compare_directions(labels["val"], own, answers[arm.probe])
@@ -475,17 +504,41 @@ def tabulate(summaries: Sequence[dict[str, Any]]) -> str:
         rows.append(
             [one["arm"], one["sees"], f"{one['parameters']:,}" if "parameters" in one else 0, rate, one["seeds"],
              percent(one["both"]) + spread, beside, percent(one["shape"]), percent(one["direction"]), above,
-             percent(one.get("backwards")), percent(one["novel"])]
+             percent(one.get("backwards")), percent(one["novel"]),
+             f"{1e3 * one['step_s']:.0f} ms" if "step_s" in one else "",
+             f"{one['memory_bytes'] / 1e9:.2f} GB" if "step_s" in one else ""]
         )  # fmt: skip
     heads = ["network", "frames seen", "trained weights", "rate", "seeds", "top-1, deviation of seeds",
              f"points from {REFERENCE}, paired 95 %", "shape", "direction within pairs",
-             "points above its order-blind probe, 95 %", "played backwards", "novel"]  # fmt: skip
+             "points above its order-blind probe, 95 %", "played backwards", "novel", "step", "memory"]  # fmt: skip
     return format_table(heads, rows)
 
 
 def tell_interval(value: float, low: float, high: float) -> str:
     """`+1.2 [-0.3, 2.8]`, in points."""
     return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def time_steps(lines: Lines, arms: Sequence[Arm], options: argparse.Namespace) -> None:
+    """A training of one epoch of each arm in a process of its own, in turns, with all cores."""
+    for number in range(STEP_ROUNDS):
+        for arm in arms:
+            if (arm.name, number) in {(line["arm"], line.get("round")) for line in lines.done}:
+                continue
+            command = [sys.executable, "-P", *sys.argv, "--step-of", arm.name]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            found = json.loads(output.splitlines()[-1])
+            lines.add_step({"arm": arm.name, "round": number, **found})
+
+
+def time_one(arm: Arm, options: argparse.Namespace) -> dict[str, float]:
+    """Seconds of a step of 32 clips, without waiting for them, the median of an epoch's; and the most memory."""
+    job = Job(arm, options.folder, options.device, arm.rates[0], -1, 1)
+    shutil.rmtree(job.run, ignore_errors=True)
+    train_run(replace(job.configure(), log_every=STEPS_A_LINE))
+    steps = read_steps(job.run)[1:]
+    seconds = [BATCH / one["clips_per_s"] * (1 - one["data_wait_share"]) for one in steps]
+    return {"step_s": statistics.median(seconds), "memory_bytes": steps[-1]["memory_bytes"]}
 
 
 def main() -> None:
@@ -508,7 +561,14 @@ def main() -> None:
     lines = Lines(
         options.folder / "results.jsonl", {name: getattr(options, name) for name in ("train", "val", "novel", "share")}
     )
-    work(lines, [arm for arm in ARMS if not options.only or arm.name in options.only], options)
+    arms = [arm for arm in ARMS if not options.only or arm.name in options.only]
+    if options.step_of:
+        print(json.dumps(time_one(next(arm for arm in ARMS if arm.name == options.step_of), options)))
+        return
+    if options.steps:
+        time_steps(lines, arms, options)
+    else:
+        work(lines, arms, options)
     summaries = summarise(lines, options.folder)
     result = {"machine": describe_machine("torch"), "world": asdict(world), "summaries": summaries, "runs": lines.done}
     keep("comparison", result, tabulate(summaries))
