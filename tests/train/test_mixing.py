@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from s4v.errors import ConfigError, RunExistsError
+from s4v.errors import ConfigError, RunExistsError, StoreDamagedError
 from s4v.store.codecs.affine import AffineCodec
 from s4v.store.codecs.contract import Codec
 from s4v.store.reader import open_store
+from s4v.train.bad_rows import BadRows
 from s4v.train.clips import ClipBatch, ClipLoader, ClipPlan, LabelledRows, plan_training_epoch
 from s4v.train.config import TrainConfig
+from s4v.train.evaluate import evaluate_run
 from s4v.train.loop import train_run
 from s4v.train.mixing import MixedLabels, Mixer, Mixing, codec_after, pair_clips
 from s4v.train.recipe import classification_loss
@@ -301,6 +303,33 @@ def test_a_loader_mixes_what_it_reads(int8_store):
     assert found[0].mixed.labels.tolist() == [*first.labels[[1, 0]].tolist(), int(second.labels[0])]
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_what_stands_in_for_a_clip_stands_in_for_a_partner_too(int8_store, monkeypatch, size):
+    store, read = open_store(int8_store), ClipLoader._read_clips
+    data = tasks.find_labelled_rows(store, "train")
+    whole = plan_training_epoch(data, num_frames=4, batch_size=6, seed=0, epoch=0)
+    damaged = int(whole[0].rows[1])
+
+    def refuse(loader, plan):
+        if damaged in plan.rows:
+            raise StoreDamagedError("a chunk is damaged", row=damaged)
+        return read(loader, plan)
+
+    monkeypatch.setattr(ClipLoader, "_read_clips", refuse)
+
+    def load(batch_size):
+        bad = BadRows(1)
+        plans = plan_training_epoch(data, num_frames=4, batch_size=batch_size, seed=0, epoch=0)[: 6 // batch_size]
+        loader = ClipLoader(store, arrays=("patches", "cls"), layers=(5,), device=CPU, bad=bad)
+        batches = list(loader.load([pair_clips(plan, make_mixing("mixup")) for plan in plans]))
+        assert bad.rows == {damaged}
+        parts = [(one.patches, one.cls, one.labels, one.mixed.labels, one.mixed.shares) for one in batches]
+        return [torch.cat(values) for values in zip(*parts, strict=True)]
+
+    for ours, theirs in zip(load(size), load(6), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.fixture(scope="module")
 def mixed_run(int8_store, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "mixed"
@@ -373,6 +402,7 @@ def test_training_accuracy_is_that_of_clips_as_they_are(mixed_run, int8_store):
     result = tasks.evaluate_classes(scorer, data, num_clips=1)
     assert len(data) == 8 and metrics[-1]["train_top1"] == float((result.predictions == result.labels).mean())
     assert "train_top1" in tasks.Recognition.describe_shares(summary["last"])
+    assert evaluate_run(out, with_page=True)["videos"] == 2 and (out / "results_val.html").is_file()
 
 
 def test_telling_training_accuracy_changes_nothing_that_is_learnt(mixed_run, int8_store, tmp_path, monkeypatch):
