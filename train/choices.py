@@ -6,10 +6,23 @@ from typing import Literal
 
 from ..backbone.facts import Family
 
-__all__ = ["Family", "Inputs", "Negatives", "OptimizerName", "Precision", "Similarity", "TrainedViews", "Undecayed"]
+__all__ = [
+    "Family",
+    "Inputs",
+    "Mix",
+    "Negatives",
+    "OptimizerName",
+    "Precision",
+    "Similarity",
+    "TrainedViews",
+    "Undecayed",
+]
 
 Inputs = Literal["all", "tokens", "pixels"]
 """What a side network sees."""
+
+Mix = Literal["none", "mixup", "cutmix", "both"]
+"""How training mixes clips (train/mixing.py); `both` draws one of the two for each clip."""
 
 Similarity = Literal["mean", "wti"]
 """How a video and a text are compared: by their means, or word by word (train/networks/text_interaction.py)."""

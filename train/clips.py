@@ -24,6 +24,7 @@ from ..store.texts import TextReader, Texts
 from .bad_rows import BadRows
 from .choices import TrainedViews
 from .host_memory import HostMemory
+from .mixing import MixedLabels, Mixer, Mixing
 from .networks.contract import Network
 from .networks.text_interaction import TextBatch
 from .order import ShardWindow, draw_order
@@ -98,6 +99,15 @@ class ClipPlan:
     """That it is of; None where no other clip may stand in for one."""
     positions: np.ndarray | None = None
     """(B, 2) each clip's video in that order, and which of its views."""
+    partners: np.ndarray | None = None
+    """(n,) places of the clips that each of the first n is mixed with; the others are read for that alone."""
+    mixing: Mixing | None = None
+    """How; None where there are no partners."""
+
+    @property
+    def num_clips(self) -> int:
+        """That a head is shown; not those that are mixed into them alone."""
+        return len(self.rows if self.partners is None else self.partners)
 
     def moved_on(self, steps: np.ndarray) -> ClipPlan:
         """The same, with clips of later videos of the order in place of some.
@@ -127,7 +137,7 @@ class ClipBatch:
     pixels: torch.Tensor | None
     """(B, T, 3, H, W) float32, of several offsets (B, T, O, 3, H, W), normalised as for the backbone."""
     patches: torch.Tensor | None
-    """(B, T, L, N, K) codes."""
+    """(B, T, L, N, K) codes; floats where they are between those of two clips."""
     cls: torch.Tensor | None
     """(B, T, L, D) float32."""
     labels: torch.Tensor
@@ -136,11 +146,14 @@ class ClipBatch:
     """Of those captions."""
     frame_mask: torch.Tensor | None = None
     """(B, T) bool, which frames there are; the others are zeros in all arrays. None where all are."""
+    mixed: MixedLabels | None = None
+    """What else the clips show; None where they are not mixed."""
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """All that there are."""
         texts = () if self.texts is None else self.texts.arrays
-        for tensor in (self.pixels, self.patches, self.cls, self.labels, self.frame_mask, *texts):
+        mixed = () if self.mixed is None else (self.mixed.labels, self.mixed.shares)
+        for tensor in (self.pixels, self.patches, self.cls, self.labels, self.frame_mask, *texts, *mixed):
             if tensor is not None:
                 yield tensor
 
@@ -742,6 +755,7 @@ class ClipLoader:
         if "pixels" in arrays:
             store.offset_places(pixel_offsets)  # refuses those that it does not hold
         self._frames_per_token = frames_per_token
+        self._mixer: Mixer | None = None  # made for the first batch that is mixed
 
     @classmethod
     def for_network(
@@ -921,9 +935,21 @@ class ClipLoader:
             self._copy(read.labels),
             None if read.texts is None else hand_over_texts(read.texts, self._device),
         )
-        if read.is_frame is None:
-            return batch
-        is_frame = self._copy(read.is_frame)
+        if read.is_frame is not None:
+            batch = self._mask(batch, self._copy(read.is_frame))
+        return batch if plan.mixing is None else self._mix(batch, plan, plan.mixing)
+
+    def _mix(self, batch: ClipBatch, plan: ClipPlan, mixing: Mixing) -> ClipBatch:
+        """On the device, as the batch is copied: a GPU does it beside the step before."""
+        if self._mixer is None:
+            store, codec = self._store, None
+            if "patches" in self._arrays and mixing.decodes(store.codec):
+                codec = codec_for(store, self._layers or store.layout.layers, self._device)
+            self._mixer = Mixer(store.facts.backbone.grid, store.facts.backbone.patch_size, codec)
+        return self._mixer.mix(batch, plan, lambda values: self._copy(self._pin(values)))
+
+    def _mask(self, batch: ClipBatch, is_frame: torch.Tensor) -> ClipBatch:
+        """The batch with zeros for frames that there are not (B, T)."""
         if batch.pixels is not None:  # a black frame, normalised, is none of zeros
             batch.pixels.mul_(is_frame.view(*is_frame.shape, *(1,) * (batch.pixels.ndim - 2)))
         if batch.cls is not None and self._cls_codec is not None:  # nor is the class token of codes of zero

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..errors import ConfigError
-from .choices import Inputs, Negatives, OptimizerName, Precision, Similarity, TrainedViews, Undecayed
+from .choices import Inputs, Mix, Negatives, OptimizerName, Precision, Similarity, TrainedViews, Undecayed
 
 _NETWORK_OPTIONS: dict[str, tuple[Any, ...]] = {
     "side_width": (None,),
@@ -131,6 +131,15 @@ class TrainConfig:
     """
     label_smoothing: float | None = None
     """In the cross-entropy. [preset, or 0.1]"""
+    mix: Mix = "none"
+    """Mix clips in token space: none, mixup, cutmix, both (half of the clips each).
+
+    Of recognition. It is no mixing of pictures before the backbone.
+    """
+    mixup_alpha: float = 0.8
+    """Of mixup's share of a clip: Beta(alpha, alpha)."""
+    cutmix_alpha: float = 1.0
+    """Of the share of a clip outside cutmix's box, the same."""
     checkpoint_activations: bool = False
     """Less memory, a third more time.
 
@@ -246,6 +255,9 @@ class TrainConfig:
             raise ConfigError(f"--learning-rate must be a number above 0; found {self.learning_rate:g}")
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise ConfigError(f"--clip-norm must be a number above 0; found {self.clip_norm:g}")
+        for option, alpha in {"--mixup-alpha": self.mixup_alpha, "--cutmix-alpha": self.cutmix_alpha}.items():
+            if not 0 < alpha < math.inf:
+                raise ConfigError(f"{option} must be a number above 0; found {alpha:g}")
         not_negative = {
             "--warmup-epochs": self.warmup_epochs,
             "--weight-decay": self.weight_decay,
@@ -258,6 +270,7 @@ class TrainConfig:
                 raise ConfigError(f"{option} must be a number from 0 up; found {value:g}")
         _check_choice("--inputs", self.inputs, Inputs)
         _check_choice("--negatives", self.negatives, Negatives)
+        _check_choice("--mix", self.mix, Mix)
         _check_choice("--train-views", self.train_views, TrainedViews)
         optional: dict[str, tuple[str | None, Any]] = {
             "--interaction": (self.interaction, Similarity),
@@ -305,6 +318,7 @@ class TrainConfig:
             serving = name_all(one for one in NETWORKS.values() if self.task in one.tasks)
             raise ConfigError(f"--task {self.task} trains {serving}; found --head {self.head}")
         task.check(self)
+        self._check_mixing(task.mixes_clips)
         own = {one.name for one in fields(kind.options)}
         idle = [name for name, none in _NETWORK_OPTIONS.items() if getattr(self, name) not in none and name not in own]
         if idle:
@@ -319,6 +333,16 @@ class TrainConfig:
             raise ConfigError(f"--init has no effect on --head {self.head}: leave it out")
         if self.checkpoint_activations and not kind.can_checkpoint_activations:
             raise ConfigError(f"--checkpoint-activations has no effect on --head {self.head}: leave it out")
+
+    def _check_mixing(self, can_be_mixed: bool) -> None:
+        """Refuse mixing where the task has no target for mixed clips, and shares of what is not mixed."""
+        if self.mix != "none" and not can_be_mixed:
+            raise ConfigError(f"--mix has no effect on --task {self.task}: leave it out")
+        for kind, option in (("mixup", "mixup_alpha"), ("cutmix", "cutmix_alpha")):
+            usual = type(self).__dataclass_fields__[option].default
+            if self.mix not in (kind, "both") and getattr(self, option) != usual:
+                flag = f"--{option.replace('_', '-')}"
+                raise ConfigError(f"{flag} has no effect on --mix {self.mix}: leave it out, or take --mix {kind}")
 
 
 def _check_choice(option: str, value: str, choices: Any) -> None:

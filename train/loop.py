@@ -25,6 +25,7 @@ from .clips import ClipBatch, ClipLoader, ClipPlan, codec_for
 from .config import TrainConfig
 from .fabric import make_norm_groups
 from .logs import Logger, make_loggers
+from .mixing import Mixing, codec_after
 from .networks import find_network
 from .networks.contract import Network, NetworkKind
 from .networks.norms import count_in_groups
@@ -163,7 +164,9 @@ class _Training:
         self._stacks = self._make_stacks(find_network(config.head))
         network, layers = heads[0].network, heads[0].run.shape.layers
         self._layers = layers
-        self._codec = codec_for(store, layers, fabric.device) if "patches" in network.arrays else None
+        self._codec = None
+        if "patches" in network.arrays:
+            self._codec = codec_after(codec_for(store, layers, fabric.device), Mixing.of_config(config, epoch=0))
         self._bad = BadRows(config.max_bad)
         self._loader = ClipLoader.for_network(
             network, store, layers=layers, device=fabric.device, with_texts=True, bad=self._bad
@@ -352,7 +355,7 @@ class _Training:
             for head in self._active:
                 head.position.steps += 1
                 head.position.step_in_epoch = step + 1
-            clips = sum(len(plan.rows) for plan in plans[step * accumulate : (step + 1) * accumulate])
+            clips = sum(plan.num_clips for plan in plans[step * accumulate : (step + 1) * accumulate])
             self._tell_step(clips * self._fabric.world_size, epoch + (step + 1) / num_steps, places[step], norms)
             if step % _CHECK_EVERY == _CHECK_EVERY - 1 or step + 1 == num_steps:
                 self._require_finite(epoch, plans, accumulate)
@@ -467,13 +470,14 @@ class _Training:
 
     def _validate(self, epoch: int) -> dict[Head, dict[str, float]]:
         """Every process scores its share of the clips, in the precision of training; they are read once."""
-        heads = self._active
-        if not heads or not len(self._task.validation):
-            return {head: {} for head in heads}
+        heads, task = self._active, self._task
+        if not heads:
+            return {}
         figures = {}
         for head, scorer in zip(heads, self._make_scorer(heads[0]).share([h.network for h in heads]), strict=True):
             try:
-                figures[head] = self._task.validate(scorer)
+                figures[head] = task.score_training(scorer, self._bad.rows)
+                figures[head] |= task.validate(scorer) if len(task.validation) else {}
             except EnvironmentFailedError:
                 self._stop(head, "a validation score", epoch, f"at or before step {head.position.steps}")
         return figures

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from .uncorrected_adam import UncorrectedAdam
 
 if TYPE_CHECKING:
     from .config import TrainConfig
+    from .mixing import MixedLabels
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +222,17 @@ def learning_rate_at(epoch: float, config: TrainConfig, schedule: Schedule = cos
     return config.learning_rate * schedule(epoch, min(config.warmup_epochs, config.epochs / 2), config.epochs)
 
 
-def classification_loss(logits: torch.Tensor, labels: torch.Tensor, config: TrainConfig) -> torch.Tensor:
-    """Cross-entropy with label smoothing, averaged over clips: (B, classes), (B,) -> ()."""
+def classification_loss(
+    logits: torch.Tensor, labels: torch.Tensor, config: TrainConfig, mixed: MixedLabels | None = None
+) -> torch.Tensor:
+    """Cross-entropy with label smoothing, averaged over clips: (B, classes), (B,) -> ().
+
+    Of mixed clips that of both labels, weighted with their shares: it is linear in the target, so that it is the one of
+    the mixed and smoothed target.
+    """
     assert config.label_smoothing is not None
-    return F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+    find_loss = partial(F.cross_entropy, logits.float(), label_smoothing=config.label_smoothing)
+    if mixed is None:
+        return find_loss(labels)
+    own, other = find_loss(labels, reduction="none"), find_loss(mixed.labels, reduction="none")
+    return other.lerp(own, mixed.shares).mean()

@@ -47,6 +47,7 @@ class AffineCodec(Codec):
     __slots__ = ()
 
     name = DEFAULT_CODEC
+    is_linear = True
 
     def __init__(self, *, dtype: PatchDtype, mean: Any = None, basis: Any = None, scale: Any = None) -> None:
         super().__init__(dtype=dtype, mean=mean, basis=basis, scale=scale)

@@ -50,6 +50,9 @@ class Codec(ABC):
     __slots__ = ("dtype", "parts")
 
     name: ClassVar[str]
+    is_linear: ClassVar[bool] = False
+    """Whether a code half way between two decodes to the token half way between theirs, and so for every share. Only
+    then are clips mixed as codes; else they are decoded first."""
 
     def __init__(self, *, dtype: PatchDtype, **parts: Any) -> None:
         if dtype not in PATCH_DTYPES:

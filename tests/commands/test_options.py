@@ -25,6 +25,7 @@ NEW = {
     "train": (
         *("--set", "--norm-clips", "--log-every", "--optimizer", "--undecayed", "--order-seed", "--hold-out"),
         *("--min-video-frames", "--train-views", "--window", "--cache", "--cache-size", "--max-bad"),
+        *("--mix", "--mixup-alpha", "--cutmix-alpha"),
     ),
     "compare": ("--run", "--split", "--checkpoint"),
 }

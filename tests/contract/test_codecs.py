@@ -98,6 +98,11 @@ def test_a_toy_codes_a_store_that_is_read_verified_and_trained_on(toy, video_fol
         TrainConfig(features=store.path, out=tmp_path / "run", epochs=1, batch_size=4, side_width=64, device="cpu")
     )
     assert summary["epochs"] == 1
+    mixed = TrainConfig(
+        **dict(features=store.path, out=tmp_path / "mixed", epochs=1, batch_size=4, side_width=64, device="cpu"),
+        mix="mixup",
+    )
+    assert not store.codec.is_linear and train_run(mixed)["epochs"] == 1, "it is decoded first"
     with pytest.raises(StoreMismatchError, match="was begun with --codec root; found affine"):
         extract_dataset(make_config(video_folder, store.path, dtype="int8", channels=192, num_decoders=1))
 

@@ -12,12 +12,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from s4v.errors import ConfigError, StoreMismatchError
+from s4v.store.codecs.affine import AffineCodec
 from s4v.store.reader import open_store
 from s4v.train.clips import ClipLoader, ClipPlan, codec_for, find_labelled_rows, plan_evaluation
 from s4v.train.compare import compare_methods
 from s4v.train.config import TrainConfig
 from s4v.train.evaluate import evaluate_run
 from s4v.train.loop import train_run
+from s4v.train.mixing import Mixer, Mixing
 from s4v.train.networks import NETWORKS, find_network
 from s4v.train.networks.contract import FrameNetwork, Network, NetworkKind, NetworkShape
 from s4v.train.networks.parts import Tap
@@ -289,6 +291,34 @@ class TestEveryNetwork:
         outputs = find_task(task).describe_outputs(store)
         expected = (3, outputs.num_classes) if outputs.num_classes else (3, 4, outputs.embed_dim)
         assert found.shape == expected and torch.isfinite(found).all()
+
+    @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+    def test_mixed_codes_say_what_mixed_tokens_do(self, task, network, store, batch, codec, kind):
+        if not TASKS[task].mixes_clips:
+            pytest.skip("its clips are not mixed")
+        mixing = Mixing(kind=kind, mixup_alpha=0.8, cutmix_alpha=1.0, seed=0, epoch=0)
+        rows, backbone = np.arange(3), store.facts.backbone
+        plan = ClipPlan(rows, rows, rows[:, None], rows, partners=np.array([1, 0, 0]), mixing=mixing)
+        copied = {name: getattr(batch, name).clone() for name in network.arrays}
+        decoded = replace(batch, **copied)
+        if codec is not None:
+            places = range(batch.patches.shape[2])
+            tokens = [codec.decode(batch.patches[:, :, place], place) for place in places]
+            decoded = replace(decoded, patches=torch.stack(tokens, dim=2))
+        network.eval()
+        with torch.no_grad():
+            before = network(*network.inputs(batch), codec)
+        mixer = Mixer(backbone.grid, backbone.patch_size)
+        ours, theirs = (mixer.mix(one, plan, torch.from_numpy) for one in (batch, decoded))
+        with torch.no_grad():
+            found = network(*network.inputs(ours), codec)
+            identity = None if codec is None else AffineCodec(dtype="float32")
+            expected = network(*network.inputs(theirs), identity)
+        assert not torch.allclose(found, before)
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 * float(expected.abs().max()))
+        network.train()
+        network(*network.inputs(ours), codec).square().sum().backward()
+        assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
 
     def test_codes_and_decoded_tokens_say_the_same(self, network, batch, codec):
         if codec is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -27,6 +27,7 @@ from ..clips import (
     plan_training_epoch,
     take_trained_views,
 )
+from ..mixing import Mixing, pair_clips
 from ..networks.contract import Network, Outputs
 from ..order import ShardWindow
 from ..paired import Answers
@@ -86,6 +87,8 @@ class Task(ABC):
     """T, where rows hold as many and nobody said otherwise."""
     reads_first_clips: ClassVar[bool] = False
     """Whether a validation looks at the first evaluation clip of a video alone."""
+    mixes_clips: ClassVar[bool] = False
+    """Whether its loss heeds `ClipBatch.mixed`: then its clips can be mixed (`--mix`)."""
     embeds_frames: ClassVar[bool] = False
     """Whether its networks embed frames beside texts, so that videos can be searched with them."""
     optimisation: ClassVar[Optimisation] = Optimisation()
@@ -154,7 +157,7 @@ class Task(ABC):
         """The batches of one epoch, of one process: a pure function of rows, seed, epoch and window."""
         config = self.config
         assert config.batch_size is not None
-        return plan_training_epoch(
+        plans = plan_training_epoch(
             self.training,
             num_frames=num_frames,
             batch_size=config.batch_size,
@@ -165,6 +168,8 @@ class Task(ABC):
             num_ranks=num_ranks,
             window=None if config.window is None else ShardWindow(config.window, self._store.layout.rows_per_shard),
         )
+        mixing = Mixing.of_config(config, epoch)
+        return plans if mixing is None else [pair_clips(plan, mixing) for plan in plans]
 
     def divide_rows(self, *, by_class: bool) -> tuple[LabelledRows, LabelledRows]:
         """Those to train on and those to validate on: two splits, or two parts of the training split.
@@ -195,6 +200,20 @@ class Task(ABC):
         Raises:
             EnvironmentFailedError: If a score is not finite.
         """
+
+    def score_training(self, scorer: Scorer, bad_rows: Collection[int]) -> dict[str, float]:
+        """Figures of clips that it was trained on, `train_...`, told with those of a validation. By default none.
+
+        Every process of the team takes part, and gets all of them.
+
+        Args:
+            scorer: Of the network.
+            bad_rows: Of which clips cannot be read.
+
+        Raises:
+            EnvironmentFailedError: If a score is not finite.
+        """
+        return {}
 
     @classmethod
     def check_evaluation(cls, options: EvaluationOptions) -> None:

@@ -91,6 +91,9 @@ def _describe_training(run: Run) -> list[str]:
         _plot_curve(left, then, [one["val_loss"] for one in validated], color=ACCENT, label="validation loss")
         top1 = [100 * one["val_top1"] for one in validated]
         _plot_curve(right, then, top1, color=ACCENT, label="validation top-1, %")
+    if told := [one for one in metrics if "train_top1" in one]:  # of clips that are mixed in training
+        top1 = [100 * one["train_top1"] for one in told]
+        _plot_curve(right, [one["epoch"] for one in told], top1, color=INK, label="training top-1, %")
     rates = [100 * one["learning_rate"] / _peak(metrics) for one in metrics]
     _plot_curve(right, epochs, rates, color=MUTED, linestyle=":", label="learning rate, % of its peak")
     for axes in (left, right):
