@@ -371,7 +371,9 @@ class DistNetwork(TextNetwork):
             self.pixel_offsets, self.frames_per_token = (0,), DENSE
             return DENSE * num_frames
         held = ", ".join(map(str, sorted({*lengths.tolist()})))
-        made = Lack("offsets", "", ("--for", "dist", "--frames", str(num_frames)))
+        # Of `val` the three test clips, and the one that training validates on.
+        frames = f"train={num_frames},val={4 * num_frames},{num_frames}"
+        made = Lack("offsets", "", ("--for", "dist", "--frames", frames))
         raise StoreMismatchError(
             f"a clip of --head dist is {num_frames} cached frames with pixels at 0,{HALF_STEP}, or "
             f"{DENSE * num_frames} cached frames; clips of {store.path} have {held} frames, with pixels at "
@@ -428,7 +430,7 @@ class DistNetwork(TextNetwork):
             return self.end_norm(clip.to(dtype) + seen) @ self.projection
 
     def _check_sizes(self, pixels: torch.Tensor, patches: torch.Tensor) -> None:
-        found = (*patches.shape[1:4], pixels[:1, :, ..., :1, :1].numel() // 3)
+        found = (*patches.shape[1:4], pixels.shape[1:-3].numel())
         wanted = (self.num_frames, len(self.blocks), self.num_patches, DENSE * self.num_frames)
         if found != wanted:
             raise StoreMismatchError(
