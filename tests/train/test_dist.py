@@ -395,7 +395,10 @@ def test_a_store_without_dense_frames_is_refused_with_the_command(class_texts_st
             train_run(config_for(path, tmp_path / "run", frames=frames))
         message = str(caught.value)
         assert f"a clip of --head dist is {frames} cached frames with pixels at 0,0.5step, or {2 * frames}" in message
-        assert f"--for dist --frames train={frames},val={4 * frames},{frames} --out NEW.zarr" in message and not (tmp_path / "run").exists()
+        assert (
+            f"--for dist --frames train={frames},val={4 * frames},{frames} --out NEW.zarr" in message
+            and not (tmp_path / "run").exists()
+        )
 
 
 def test_a_store_without_texts_of_classes_is_refused_in_one_line(float_store, tmp_path):
