@@ -27,6 +27,7 @@ NEW = {
         *("--min-video-frames", "--train-views", "--window", "--cache", "--cache-size", "--max-bad"),
         *("--mix", "--mixup-alpha", "--cutmix-alpha"),
     ),
+    "eval": ("--classes", "--zero-shot-average"),
     "compare": ("--run", "--split", "--checkpoint"),
 }
 """Options that have come since, by command."""
