@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from s4v.cli import app
-from s4v.errors import ConfigError
+from s4v.errors import ConfigError, StoreMismatchError
 from s4v.store.reader import open_store
 from s4v.train import compare
 from s4v.train.compare import compare_methods
@@ -125,6 +125,17 @@ def test_a_rate_that_is_given_is_everybodys(int8_store, tmp_path):
     base = replace(base_for(int8_store, tmp_path / "c"), learning_rate=2e-3)
     (line,) = compare_methods(base, methods=("linear",))
     assert line.learning_rate == 2e-3 and line.choice is None and not (tmp_path / "c/linear-choice").exists()
+
+
+def test_a_network_whose_clips_are_not_there_is_left_out(class_texts_store, tmp_path, monkeypatch):
+    """DiST's clips are twice as long as the others': a store of 8 frames has none of 8 for it."""
+    monkeypatch.setattr(compare, "list_methods", lambda: ["side4video", "linear", "dist"])
+    said, base = [], replace(base_for(class_texts_store, tmp_path / "c"), frames=8)
+    lines = compare_methods(base, say=said.append)
+    assert [line.method for line in lines] == ["side4video", "linear"]
+    assert said[-1].startswith("no dist: a clip of --head dist is 8 cached frames with pixels at 0,0.5step, or 16")
+    with pytest.raises(StoreMismatchError, match="a clip of --head dist is 8 cached frames"):
+        compare_methods(replace(base, out=tmp_path / "asked"), methods=["linear", "dist"])
 
 
 def test_a_comparison_from_before_goes_on_as_it_was_begun(int8_store, tmp_path):
