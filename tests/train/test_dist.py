@@ -410,6 +410,15 @@ def test_a_store_without_texts_of_classes_is_refused_in_one_line(float_store, tm
     assert "--class-template '{}' --out NEW.zarr" in result.stderr
 
 
+def test_layers_without_the_last_block_are_refused(class_texts_store, tmp_path):
+    """Its end reads the class token of that block."""
+    line = ["train", "--head", "dist", "--features", str(class_texts_store), "--out", str(tmp_path / "run")]
+    last = open_store(class_texts_store).layout.layers[-1]
+    result = CliRunner().invoke(app, [*line, "--layers", "0"])
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert f"the backbone's last block, {last}; --layers ends with 0" in result.stderr
+
+
 def test_backwards_is_the_video_played_backwards(class_texts_store, half_steps_store, tmp_path):
     """Against each dense frame read by itself and put in reverse order; tokens are of frames 2T-1, 2T-3 and so on."""
     store = open_store(class_texts_store)
