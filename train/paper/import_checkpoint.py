@@ -1,9 +1,10 @@
-"""`s4v import`: a run's folder from a released checkpoint of the reference."""
+"""`s4v import`: a run's folder from a released checkpoint."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from safetensors.torch import save_file
 
 from ...errors import ConfigError, StoreMismatchError
 from ...files import hash_file, write_atomic
-from ...store.needs import StoreNeeds, require_needs
+from ...store.needs import StoreNeeds, find_lacks, require_needs
 from ...store.reader import StoreReader, open_store
+from ..networks import find_network
 from ..networks.parts import TOWER_END
 from ..run_folder import BACKBONE_IDENTITY, Run, describe_source, refuse_existing_run, save_checkpoint, write_run_config
 from .checkpoint_names import OfficialCheckpoint, read_official_checkpoint
@@ -40,7 +42,7 @@ def import_checkpoint(
     frames: int = 8,
     features: Path | None = None,
 ) -> dict[str, Any]:
-    """Make a run's folder from a checkpoint of the reference: of recognition, one that `s4v eval` takes.
+    """Make a run's folder from a released checkpoint: of recognition, one that `s4v eval` takes.
 
     The names of the classes are in no checkpoint. With a store named, its classes are taken in their order (sorted);
     without, each evaluation takes those of its own store, and warns. A retrieval run keeps its own final norm and
@@ -57,7 +59,7 @@ def import_checkpoint(
         run, variant, layers, parameters, checked (what was compared with the store), unused (tensors by place).
 
     Raises:
-        WeightsError: If the file is not a whole checkpoint of Side4Video.
+        WeightsError: If the file is not a whole checkpoint of a network that s4v knows.
         StoreMismatchError: If it does not fit the store; all differences in one message.
         ConfigError: If frames is below 1.
         RunExistsError: If the run's folder holds anything.
@@ -85,7 +87,8 @@ def import_checkpoint(
     write_run_config(run)  # last: without it the folder is no run
     return {
         "run": str(out),
-        "variant": {"task": official.shape.task, "family": official.shape.family},
+        "network": official.shape.name,
+        "variant": {"task": official.shape.task, "family": official.released.find_family(official.shape)},
         "layers": list(official.shape.layers),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "checked": checked,
@@ -105,29 +108,30 @@ def require_fitting_store(official: OfficialCheckpoint, store: StoreReader) -> l
     Raises:
         StoreMismatchError: With all differences.
     """
-    require_needs(store, StoreNeeds(arrays=("patches", "cls"), head=True), f"the network of {official.path}")
+    needs = StoreNeeds(arrays=("patches", "cls"), head=bool(official.end))
+    require_needs(store, needs, f"the network of {official.path}")
     shape, backbone = official.shape, store.facts.backbone
     facts: dict[str, tuple[Any, Any]] = {
         "width": (shape.width, backbone.width),
         "patch size": (shape.patch_px, backbone.patch_size[0]),
         "patches of a frame": (_describe_grid(shape.num_patches), "x".join(map(str, backbone.grid))),
-        "family of side blocks": (shape.family, side_family(store)),
+        "family of side blocks": (official.released.find_family(shape), side_family(store)),
     }
     if official.depth is not None:
         facts["blocks of the backbone"] = (official.depth, backbone.depth)
-    if shape.task == "recognition":
+    if shape.num_classes:
         facts["classes"] = (shape.num_classes, len(store.classes.names))
-    else:
-        assert shape.norm_eps is not None
-        facts["eps of the final norm"] = (np.float32(shape.norm_eps), np.float32(store.head["norm_eps"]))
+    facts |= official.released.compare(shape, store)
     differences = [f"{name}: {ours} here, {theirs} there" for name, (ours, theirs) in facts.items() if ours != theirs]
     if missing := sorted(set(shape.layers) - set(store.layout.layers)):
         differences.append(f"layers {missing} are not in the store")
-    if shape.task == "retrieval" and shape.layers[-1] != backbone.depth - 1:
+    is_frozen = "end.norm.weight" not in official.state
+    if not is_frozen and shape.layers[-1] != backbone.depth - 1:
         differences.append(f"retrieval reads the last block, {backbone.depth - 1}; layers end with {shape.layers[-1]}")
-    if not store.layout.with_pixels:
-        differences.append("the stem reads pixels, and the store was extracted with --no-pixels")
-    differences += _compare_ends(official.end, store.head, with_numbers=shape.task == "recognition")
+    own_needs = find_network(shape.name).find_needs(shape.task, shape)
+    lacks = find_lacks(store, replace(own_needs, text_tower=False))  # a checkpoint brings its own
+    differences += [f"the store lacks {lack.why}" for lack in lacks]
+    differences += _compare_ends(official.end, store.head, with_numbers=is_frozen)
     if differences:
         raise StoreMismatchError(f"{official.path} does not fit {store.path}: {'; '.join(differences)}")
     return [*facts, "layers", *sorted(official.end)]
