@@ -216,7 +216,7 @@ def test_checkpoints_that_are_not_ours_to_read_are_refused(tmp_path):
         load_official_checkpoint(tmp_path / "other.pt", frames=4)
     for content in ([torch.zeros(2)], torch.zeros(2), {5: torch.zeros(2)}):
         torch.save(content, tmp_path / "odd.pt")
-        with pytest.raises(WeightsError, match="none of its 0 tensors has a name of their side networks"):
+        with pytest.raises(WeightsError, match="none of its [01] tensors has a name of their side"):
             load_official_checkpoint(tmp_path / "odd.pt", frames=4)
     for content in (b"", b"hello world"):
         (tmp_path / "text.pt").write_bytes(content)
