@@ -9,27 +9,30 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ...errors import WeightsError
+from ...store.class_texts import fill_template
 from ..networks import find_network
-from ..networks.contract import Network, NetworkShape
+from ..networks.contract import Network
 from .checkpoint_file import CheckpointFile, describe_unused, group_names, open_checkpoint
+from .dist_names import ReleasedDist
 from .released import ReleasedNetwork
 from .side4video_names import ReleasedSide4Video
 from .tds_clip_names import ReleasedTdsClip
 
 _log = logging.getLogger(__name__)
 
-RELEASED: tuple[ReleasedNetwork, ...] = (ReleasedTdsClip(), ReleasedSide4Video())
+RELEASED: tuple[ReleasedNetwork, ...] = (ReleasedDist(), ReleasedTdsClip(), ReleasedSide4Video())
 """Whose files s4v reads. TDS-CLIP's hold all names of Side4Video's: of two that names tell, the first is meant."""
 
 # What references call a side network's; no backbone has such a name.
-_SIDE = re.compile(r"(?:^|[._])side")
+_SIDE = re.compile(r"(?:^|[._])side|(?:^|\.)(?:dist_net|ladder_net)\.")
 
 # Tensors that a message names.
 _MOST_NAMED = 4
@@ -40,7 +43,7 @@ class OfficialCheckpoint:
     """What a released checkpoint holds, sorted; tensors are those of the mapped file."""
 
     path: Path
-    shape: NetworkShape
+    shape: Any
     """Everything that the network's shapes follow from."""
     released: ReleasedNetwork
     """Whose it is."""
@@ -54,6 +57,26 @@ class OfficialCheckpoint:
     """A text tower that the network needs, under its own names."""
     unused: dict[str, int]
     """What nothing of ours takes: places in the file, and how many tensors lie there."""
+
+    def with_classes(self, names: Sequence[str]) -> OfficialCheckpoint:
+        """The same with names for its classes; of a network that classifies by text with their texts.
+
+        Args:
+            names: In the order of labels.
+
+        Raises:
+            WeightsError: If there are as many classes as there are not names, or the text tower is not CLIP's.
+        """
+        if not find_network(self.shape.name).classifies_by_text:
+            if len(names) != self.shape.num_classes:
+                raise WeightsError(f"{self.path} has {self.shape.num_classes} classes; {len(names)} names were given")
+            return self
+        from ...backbone.open_clip_texts import encode_with_clip  # and with it open_clip
+
+        texts = fill_template(self.shape.class_template, names)
+        embedding = torch.from_numpy(encode_with_clip(self.text, str(self.path), texts))
+        shape = replace(self.shape, num_classes=len(names))
+        return replace(self, shape=shape, state={**self.state, "class_texts": embedding})
 
     def build(self) -> Network:
         """The network with the checkpoint's weights, in evaluation mode on the CPU.
@@ -70,14 +93,18 @@ class OfficialCheckpoint:
         return network.eval()
 
 
-def load_official_checkpoint(path: str | Path, frames: int, layers: tuple[int, ...] | None = None) -> Network:
+def load_official_checkpoint(
+    path: str | Path, frames: int, layers: tuple[int, ...] | None = None, classes: Sequence[str] = ()
+) -> Network:
     """Load the network of a released checkpoint; what the file holds beyond it is logged.
 
     Args:
-        path: A released `.pt` file of Side4Video or TDS-CLIP: a dict with `model_state_dict` or a bare state dict,
-            names with or without `module.`.
-        frames: Frames of the clips that it was trained on; these networks take any number.
+        path: A released file of Side4Video, TDS-CLIP or DiST: a dict with `model_state_dict` or `model_state`, or a
+            bare state dict, names with or without `module.` and `backbone.base_encoder.`.
+        frames: Frames of the clips that it was trained on; all but DiST take any number.
         layers: Backbone blocks that it reads, where the names leave it open; see `read_official_checkpoint`.
+        classes: Names in the order of labels. DiST's file has none: without them its network scores no class, until
+            `take_class_texts` gives it texts.
 
     Returns:
         The network in evaluation mode: logits (B, classes) for recognition, (B, T, E) for retrieval.
@@ -88,6 +115,10 @@ def load_official_checkpoint(path: str | Path, frames: int, layers: tuple[int, .
     if frames < 1:
         raise WeightsError(f"frames must be at least 1; found {frames}")
     official = read_official_checkpoint(path, layers)
+    if official.shape.clip_frames not in (None, frames):
+        raise WeightsError(f"{path} is of clips of {official.shape.clip_frames} frames; found frames={frames}")
+    if classes:
+        official = official.with_classes(classes)
     network = official.build()
     if official.unused:
         _log.info("%s: not used: %s", path, describe_unused(official.unused))
@@ -117,10 +148,10 @@ def read_official_checkpoint(path: str | Path, layers: tuple[int, ...] | None = 
     except (RuntimeError, IndexError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise WeightsError(f"{file.path} holds tensors of other shapes than {released.title}'s: {reason}") from error
-    is_text = {name: name not in new_names and released.is_text(name, shape) for name in file.tensors}
-    is_state = {name: name in new_names and released.is_state(new_names[name], shape) for name in file.tensors}
-    text = [name for name in file.tensors if is_text[name]]
-    unused = [name for name in file.tensors if not is_text[name] and not is_state[name]]
+    texts = {name: released.name_text(name, shape) for name in file.tensors if name not in new_names}
+    text = {name: new_name for name, new_name in texts.items() if new_name is not None}
+    kept = {name for name, new_name in new_names.items() if released.is_state(new_name, shape)}
+    unused = [name for name in file.tensors if name not in kept and name not in text]
     places = Counter(new_names.values())
     doubled = [name for name, new_name in new_names.items() if places[new_name] > 1]
     _require_all_of_side(file, released, [name for name in (*unused, *text, *doubled) if _SIDE.search(name)])
@@ -128,10 +159,10 @@ def read_official_checkpoint(path: str | Path, layers: tuple[int, ...] | None = 
         path=file.path,
         shape=shape,
         released=released,
-        state={name: tensor for name, tensor in ours.items() if released.is_state(name, shape)},
+        state=released.complete({name: t for name, t in ours.items() if released.is_state(name, shape)}, shape),
         end={name.removeprefix("end."): tensor for name, tensor in ours.items() if name.startswith("end.")},
         depth=released.count_backbone_blocks(file.tensors),
-        text={name.removeprefix("module."): file.tensors[name] for name in text},
+        text={new_name: file.tensors[name] for name, new_name in text.items()},
         unused=group_names(unused, file.others),
     )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ...errors import ConfigError, StoreMismatchError
 from ...files import hash_file, write_atomic
 from ...store.needs import StoreNeeds, find_lacks, require_needs
 from ...store.reader import StoreReader, open_store
+from ..clips import DEFAULT_CLIP_FRAMES
 from ..networks import find_network
 from ..networks.parts import TOWER_END
 from ..run_folder import BACKBONE_IDENTITY, Run, describe_source, refuse_existing_run, save_checkpoint, write_run_config
@@ -23,6 +25,8 @@ from .checkpoint_names import OfficialCheckpoint, read_official_checkpoint
 from .presets import side_family
 
 TEXT_NAME = "text.safetensors"
+
+_MOST_NAMED = 3
 
 # Clips in a step of an evaluation; a checkpoint does not say, and it changes no figure.
 _BATCH_SIZE = 32
@@ -39,21 +43,24 @@ def import_checkpoint(
     out: Path,
     *,
     layers: tuple[int, ...] | None = None,
-    frames: int = 8,
+    frames: int | None = None,
     features: Path | None = None,
+    classes: Path | None = None,
 ) -> dict[str, Any]:
     """Make a run's folder from a released checkpoint: of recognition, one that `s4v eval` takes.
 
-    The names of the classes are in no checkpoint. With a store named, its classes are taken in their order (sorted);
-    without, each evaluation takes those of its own store, and warns. A retrieval run keeps its own final norm and
-    projection and the networks that weigh words and frames, and its text tower as it is in text.safetensors.
+    The names of the classes are in no checkpoint. They are those of a file, or of a store in their order (sorted);
+    without either, each evaluation takes those of its own store, and warns. DiST cannot do without: a class is a name
+    that the text tower in the file embeds. A retrieval run keeps its own final norm and projection and the networks
+    that weigh words and frames, and its text tower as it is in text.safetensors.
 
     Args:
         checkpoint: The reference's file.
         out: The run's folder; it must not exist.
         layers: Backbone blocks that it reads, where the file leaves that open.
-        frames: T, frames of a clip; the file does not say.
+        frames: T, frames of a clip, where the file does not say; None takes 8.
         features: A store of the backbone that it was trained beside: what the file carries is checked against it.
+        classes: A file of class names in the order of labels, one a line.
 
     Returns:
         run, variant, layers, parameters, checked (what was compared with the store), unused (tensors by place).
@@ -61,16 +68,20 @@ def import_checkpoint(
     Raises:
         WeightsError: If the file is not a whole checkpoint of a network that s4v knows.
         StoreMismatchError: If it does not fit the store; all differences in one message.
-        ConfigError: If frames is below 1.
+        ConfigError: If frames is below 1 or not what the file says, names of classes are needed, or have no effect.
         RunExistsError: If the run's folder holds anything.
     """
-    if frames < 1:
+    if frames is not None and frames < 1:
         raise ConfigError(f"--frames must be at least 1; found {frames}")
     refuse_existing_run(out)
     store = None if features is None else open_store(features)
     official = read_official_checkpoint(checkpoint, layers)
+    frames = _resolve_frames(official, frames)
+    names = _find_class_names(official, classes, store)
+    if names:
+        official = official.with_classes(names)
     network = official.build()
-    checked = [] if store is None else require_fitting_store(official, store)
+    checked = [] if store is None else require_fitting_store(official, store, names)
     out.mkdir(parents=True, exist_ok=True)
     config = {
         "imported_from": str(checkpoint.resolve()),
@@ -79,9 +90,8 @@ def import_checkpoint(
         "batch_size": _BATCH_SIZE,
     }
     source = _describe_unknown_source(official) if store is None else describe_source(store)
-    classes = () if store is None or official.shape.task == "retrieval" else store.classes.names
-    run = Run(out, config, official.shape, classes, source)
-    if official.text:
+    run = Run(out, config, official.shape, names, source)
+    if official.text and not find_network(official.shape.name).classifies_by_text:
         _save_text(out / TEXT_NAME, official.text)
     save_checkpoint(run, "best", network, {"imported_from": config["imported_from"]})
     write_run_config(run)  # last: without it the folder is no run
@@ -96,11 +106,66 @@ def import_checkpoint(
     }
 
 
-def require_fitting_store(official: OfficialCheckpoint, store: StoreReader) -> list[str]:
+def _resolve_frames(official: OfficialCheckpoint, frames: int | None) -> int:
+    """T: what the file says, else what was asked for."""
+    told = official.shape.clip_frames
+    if frames is not None and told not in (None, frames):
+        raise ConfigError(f"--frames {frames}: {official.path} is of clips of {told} frames: leave it out")
+    return told or frames or DEFAULT_CLIP_FRAMES
+
+
+def _find_class_names(official: OfficialCheckpoint, file: Path | None, store: StoreReader | None) -> tuple[str, ...]:
+    """Names in the order of labels: a file's, else a store's; none where nobody says any.
+
+    Raises:
+        ConfigError: If the file is none of names, has no effect, or the network cannot do without.
+    """
+    if official.shape.task == "retrieval":
+        if file is not None:
+            raise ConfigError(f"--classes has no effect: {official.path} is of retrieval. Leave it out.")
+        return ()
+    if file is not None:
+        return read_class_names(file)
+    if store is not None:
+        return store.classes.names
+    if find_network(official.shape.name).classifies_by_text:
+        raise ConfigError(
+            f"{official.path} is of {official.released.title}, whose classes are names that its text tower embeds, and "
+            "names none: give them with --classes FILE, one a line in the order of labels, or with --features STORE"
+        )
+    return ()
+
+
+def read_class_names(file: Path) -> tuple[str, ...]:
+    """The lines of a file, without quotation marks around them and empty lines at its end.
+
+    Raises:
+        ConfigError: If it cannot be read, or a name is empty or there twice.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").rstrip().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--classes {file} cannot be read as text: {error}") from error
+    names = [line.strip().strip('"').strip() for line in lines]
+    if empty := [number for number, name in enumerate(names, 1) if not name]:
+        raise ConfigError(f"--classes {file} takes one name a line; line {empty[0]} is empty")
+    if doubled := [name for name, count in Counter(names).items() if count > 1]:
+        raise ConfigError(f"--classes {file} has {doubled[0]!r} twice: each class has one line")
+    if not names:
+        raise ConfigError(f"--classes {file} is empty: it takes one name a line, in the order of labels")
+    return tuple(names)
+
+
+def require_fitting_store(official: OfficialCheckpoint, store: StoreReader, names: Sequence[str] = ()) -> list[str]:
     """Compare what a checkpoint carries of its backbone with a store.
 
     A store holds no weights of the backbone's blocks: sizes are compared, and the numbers of the tower's end where
     the checkpoint has it. For retrieval the tower's end is fine-tuned: only its shape is compared there.
+
+    Args:
+        official: The checkpoint.
+        store: Of its backbone.
+        names: Of its classes.
 
     Returns:
         What was compared, in words.
@@ -119,7 +184,8 @@ def require_fitting_store(official: OfficialCheckpoint, store: StoreReader) -> l
     }
     if official.depth is not None:
         facts["blocks of the backbone"] = (official.depth, backbone.depth)
-    if shape.num_classes:
+    kind = find_network(shape.name)
+    if shape.num_classes and not kind.classifies_by_text:  # a class is a text: it is evaluated on others as well
         facts["classes"] = (shape.num_classes, len(store.classes.names))
     facts |= official.released.compare(shape, store)
     differences = [f"{name}: {ours} here, {theirs} there" for name, (ours, theirs) in facts.items() if ours != theirs]
@@ -128,8 +194,12 @@ def require_fitting_store(official: OfficialCheckpoint, store: StoreReader) -> l
     is_frozen = "end.norm.weight" not in official.state
     if not is_frozen and shape.layers[-1] != backbone.depth - 1:
         differences.append(f"retrieval reads the last block, {backbone.depth - 1}; layers end with {shape.layers[-1]}")
-    own_needs = find_network(shape.name).find_needs(shape.task, shape)
-    lacks = find_lacks(store, replace(own_needs, text_tower=False))  # a checkpoint brings its own
+    if "classes" in facts and not set(names) <= set(store.classes.names):
+        strange = sorted(set(names) - set(store.classes.names))
+        differences.append(f"classes that the store does not have: {', '.join(map(repr, strange[:_MOST_NAMED]))}")
+    # A checkpoint brings its own texts.
+    needs = replace(kind.find_needs(shape.task, shape), text_tower=False, class_texts=False)
+    lacks = find_lacks(store, needs)
     differences += [f"the store lacks {lack.why}" for lack in lacks]
     differences += _compare_ends(official.end, store.head, with_numbers=is_frozen)
     if differences:

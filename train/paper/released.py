@@ -64,13 +64,17 @@ class ReleasedNetwork(ABC):
         """What else than sizes must agree with a store, by name: here and there. By default nothing."""
         return {}
 
-    def is_text(self, name: str, shape: Any) -> bool:
-        """Whether a tensor without a name of ours belongs to a text tower that the network needs. By default none."""
-        return False
+    def name_text(self, name: str, shape: Any) -> str | None:
+        """The name, in a text tower that the network needs, of a tensor without a name of ours. By default none."""
+        return None
 
     def is_state(self, new_name: str, shape: Any) -> bool:
         """Whether a tensor with a name of ours is a weight of the network, not of what it stands beside."""
         return not new_name.startswith("end.")
+
+    def complete(self, state: Mapping[str, torch.Tensor], shape: Any) -> dict[str, torch.Tensor]:
+        """The network's state, with what no file holds. By default as it is."""
+        return dict(state)
 
     def reshape(self, name: str, new_name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of the reference as ours has it. By default as it is."""
@@ -97,6 +101,11 @@ def count_numbers(pattern: re.Pattern[str], names: Iterable[str]) -> int | None:
     """How many blocks names count, by the pattern's group; None where they name none."""
     blocks = {int(match[1]) for match in map(pattern.match, names) if match}
     return max(blocks) + 1 if blocks else None
+
+
+def count_side_blocks(ours: Mapping[str, torch.Tensor]) -> int:
+    """L, by our names."""
+    return len({name.split(".")[1] for name in ours if name.startswith("blocks.")})
 
 
 def require_names(file: CheckpointFile, title: str, ours: Mapping[str, torch.Tensor], needed: Iterable[str]) -> None:

@@ -21,7 +21,7 @@ from ..networks.contract import NetworkShape
 from ..networks.parts import HEAD_WIDTH
 from ..networks.side4video import Side4Video, SideShape
 from .checkpoint_file import CheckpointFile
-from .released import NamePatterns, ReleasedNetwork, count_numbers, resolve_layers
+from .released import NamePatterns, ReleasedNetwork, count_numbers, count_side_blocks, resolve_layers
 
 # `module.` is DistributedDataParallel's, `clip.` the retrieval model's.
 _PREFIX = r"^(?:module\.)?(?:clip\.)?"
@@ -122,9 +122,10 @@ class ReleasedSide4Video(ReleasedLadder):
             return {}
         return {"eps of the final norm": (np.float32(shape.norm_eps), np.float32(store.head["norm_eps"]))}
 
-    def is_text(self, name: str, shape: SideShape) -> bool:
+    def name_text(self, name: str, shape: SideShape) -> str | None:
         """Of retrieval, whatever was trained outside the vision tower."""
-        return shape.embed_dim is not None and not _VISION_TOWER.match(name)
+        is_text = shape.embed_dim is not None and not _VISION_TOWER.match(name)
+        return name.removeprefix("module.") if is_text else None
 
     def is_state(self, new_name: str, shape: SideShape) -> bool:
         """Retrieval's end is its own."""
@@ -173,11 +174,6 @@ def read_positions(file: CheckpointFile, title: str, ours: Mapping[str, torch.Te
             f"{file.path} has side blocks of width {side_width}: {title}'s are a multiple of {HEAD_WIDTH}"
         )
     return num_positions, side_width
-
-
-def count_side_blocks(ours: Mapping[str, torch.Tensor]) -> int:
-    """L, by our names."""
-    return len({name.split(".")[1] for name in ours if name.startswith("blocks.")})
 
 
 def find_patch_px(stem: torch.Tensor, channels: int = 3) -> int:

@@ -16,11 +16,10 @@ from ...errors import WeightsError
 from ..networks.contract import NetworkShape
 from ..networks.tds_clip import PIXEL_OFFSETS, TdsClip, TdsShape
 from .checkpoint_file import CheckpointFile
-from .released import NamePatterns, require_names, resolve_layers
+from .released import NamePatterns, count_side_blocks, require_names, resolve_layers
 from .side4video_names import (
     ReleasedLadder,
     compile_names,
-    count_side_blocks,
     find_patch_px,
     read_positions,
 )
