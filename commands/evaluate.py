@@ -26,6 +26,13 @@ def evaluate(
     backwards: Annotated[
         bool, typer.Option("--backwards", help="Play every clip backwards: what is order worth?")
     ] = False,
+    classes: Annotated[
+        Path | None,
+        typer.Option(help="A file with a class a line, of a head that classifies by text. [the run's, or the store's]"),
+    ] = None,
+    zero_shot_average: Annotated[
+        bool, typer.Option("--zero-shot-average", help="Of such a head: average its logits with the frozen backbone's.")
+    ] = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -51,6 +58,8 @@ def evaluate(
                 num_clips=clips,
                 checkpoint=checkpoint,
                 is_backwards=backwards,
+                classes=classes,
+                with_zero_shot=zero_shot_average,
                 with_dual_softmax=dual_softmax,
                 device=find_device(device, own_gpu=int(os.environ["LOCAL_RANK"]) if team.size > 1 else None),
                 with_page=True,

@@ -26,6 +26,8 @@ def evaluate_run(
     num_clips: int | None = None,
     checkpoint: str = "best",
     is_backwards: bool = False,
+    classes: Path | None = None,
+    with_zero_shot: bool = False,
     with_dual_softmax: bool = False,
     device: torch.device | None = None,
     with_page: bool = False,
@@ -42,6 +44,9 @@ def evaluate_run(
         num_clips: Clips of a video, of recognition; None takes those that the store recorded.
         checkpoint: `best` or `last`.
         is_backwards: Play every clip backwards; files are named eval_SPLIT_backwards and so on.
+        classes: Of a network that classifies by text: a file with a class name a line. None takes the run's classes or,
+            where it has others, the store's. Files of such an evaluation are named after the source of its classes.
+        with_zero_shot: Of such a network: average its logits with those of the frozen backbone, half each.
         with_dual_softmax: Of retrieval: add figures of scores that look at all queries of the split at once.
         device: Where to compute; None takes the CPU.
         with_page: Write results_SPLIT.html too, of recognition.
@@ -67,6 +72,8 @@ def evaluate_run(
         num_clips=num_clips,
         checkpoint=checkpoint,
         is_backwards=is_backwards,
+        classes=classes,
+        with_zero_shot=with_zero_shot,
         with_dual_softmax=with_dual_softmax,
         device=device,
         with_page=with_page,

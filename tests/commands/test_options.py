@@ -26,13 +26,14 @@ NEW = {
         *("--set", "--norm-clips", "--log-every", "--optimizer", "--undecayed", "--order-seed", "--hold-out"),
         *("--min-video-frames", "--train-views", "--window", "--cache", "--cache-size", "--max-bad"),
     ),
+    "eval": ("--classes", "--zero-shot-average"),
     "import": ("--classes",),
     "compare": ("--run", "--split", "--checkpoint"),
 }
 """Options that have come since, by command."""
 
 LEFT_OPEN = {"train": {"--interaction": "mean"}, "import": {"--frames": 8}}
-"""Options that a preset, or a checkpoint, may decide since, by command: what they come to where none does. Given, they mean the same."""
+"""Options that a preset or a file may decide since, by command: what they come to where none does."""
 
 
 def describe_commands():

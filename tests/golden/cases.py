@@ -18,10 +18,12 @@ from safetensors.torch import load_file
 
 from s4v.train.config import TrainConfig
 from s4v.train.networks import find_network
+from s4v.train.networks.dist import DistShape
 from s4v.train.networks.side4video import SideShape
 from s4v.train.networks.tds_clip import TdsShape
 from s4v.train.paper.checkpoint_names import read_official_checkpoint
-from s4v.train.paper.presets import RETRIEVAL_RECIPE, TDS_CLIP_PRESETS
+from s4v.train.paper.dist_names import ReleasedDist
+from s4v.train.paper.presets import DIST_PRESETS, RETRIEVAL_RECIPE, TDS_CLIP_PRESETS
 from s4v.train.paper.side4video_names import ReleasedSide4Video
 from s4v.train.paper.tds_clip_names import ReleasedTdsClip
 from s4v.train.recipe import Recipe, find_biases, make_optimizer
@@ -38,10 +40,13 @@ ELSEWHERE = {
 }
 NOT_YET = {
     "r2_tuning": "s4v has no R2-Tuning yet",
-    "dist": "s4v has no DiST yet",
     "vos": "s4v has no video object segmentation yet",
 }
 """What a variant begins with, and why there is nothing to check."""
+
+
+def whole(output):
+    return output
 
 
 class Subject:
@@ -50,7 +55,8 @@ class Subject:
     kind: str
     """As `--head` takes it."""
     steps: ClassVar[dict] = {}
-    """What io.safetensors has of the inside in evaluation: a module of the network by the tensor's name."""
+    """What io.safetensors has of the inside in evaluation, by the tensor's name: where a network computes it, and what
+    of the output there it is."""
 
     def __init__(self, variant):
         self.variant = variant
@@ -74,6 +80,17 @@ class Subject:
         io, config = case.io, case.config
         tokens = io["tokens"].unflatten(0, (config["batch"], config["frames"]))
         return read_pixels(io, config), tokens[:, :, :, 1:], tokens[:, :, :, 0]
+
+    def trace(self, network, inputs):
+        """The output in evaluation, and what io.safetensors may have beside it, by the tensor's name."""
+        found = {}
+        for name, (find, take) in self.steps.items():
+            keep = lambda _, __, output, name=name, take=take: found.update({name: take(output)})  # noqa: E731
+            find(network).register_forward_hook(keep)
+        with torch.inference_mode():
+            found["eval_output"] = network(*inputs)
+        assert set(self.steps) <= set(found)
+        return found
 
     def recipe(self):
         """How it is trained where nobody says otherwise."""
@@ -161,9 +178,9 @@ class TdsSubject(Subject):
     kind = "tds-clip"
     released = ReleasedTdsClip()
     steps: ClassVar[dict] = {
-        "eval_stem": lambda network: network.stem,
-        "eval_gate_out_0": lambda network: network.blocks[0].gate,
-        "eval_block_0": lambda network: network.blocks[0],
+        "eval_stem": (lambda network: network.stem, whole),
+        "eval_gate_out_0": (lambda network: network.blocks[0].gate, whole),
+        "eval_block_0": (lambda network: network.blocks[0], whole),
     }
 
     def describe(self, config, names=()):
@@ -173,12 +190,52 @@ class TdsSubject(Subject):
         return TDS_CLIP_PRESETS[0].recipe
 
 
+class DistSubject(Subject):
+    """DiST."""
+
+    kind = "dist"
+    released = ReleasedDist()
+    steps: ClassVar[dict] = {
+        "eval_temporal_0": (lambda network: network.blocks[0].temporal, lambda output: output[:1]),
+        "eval_integration_0": (
+            lambda network: network.blocks[0],
+            lambda output: torch.cat([output[2][0, :, None], output[1][0]], dim=1),
+        ),
+        "eval_pooling_0_frames": (lambda network: network.pooling[0], lambda output: output[0].flatten(0, 1)),
+        "eval_pooling_0_clip": (lambda network: network.pooling[0], lambda output: output[1]),
+    }
+
+    def describe(self, config, names=()):
+        return DistShape(
+            **sizes_of(self.kind, config),
+            side_width=config["integration_dim"],
+            temporal_width=config["temporal_dim"],
+            frames=config["frames"],
+            pooling_layers=config["pooling_layers"],
+            embed_dim=config["embed_dim"],
+        )
+
+    def fill(self, case, state):
+        return {**state, "class_texts": case.require_io("text_features")}
+
+    def trace(self, network, inputs):
+        """Scores and the clip's vector too."""
+        found = super().trace(network, inputs)
+        with torch.inference_mode():
+            found["eval_embedding"] = network.embed(*inputs)
+        return {**found, "eval_scores": found["eval_output"].softmax(dim=-1)}
+
+    def recipe(self):
+        return DIST_PRESETS[0].recipe
+
+
 SUBJECTS = {
     "recognition_clip": SideSubject,
     "recognition_eva": SideSubject,
     "retrieval_clip": SideSubject,
     "retrieval_eva": SideSubject,
     "tds_clip": TdsSubject,
+    "dist": DistSubject,
 }
 """By the config's `variant`."""
 

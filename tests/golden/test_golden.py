@@ -13,9 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from s4v.backbone.open_clip_texts import build_clip_text_tower
 from s4v.tests.golden.cases import DATA, find_cases, our_names, relative
 from s4v.train.config import TrainConfig
-from s4v.train.networks import NETWORKS, parts
+from s4v.train.networks import NETWORKS, find_network, parts
 from s4v.train.networks.text_interaction import TextBatch, contrastive_loss
 from s4v.train.paper.checkpoint_names import read_official_checkpoint
 from s4v.train.recipe import OPTIMIZERS, learning_rate_at, set_learning_rate
@@ -35,17 +36,10 @@ def test_there_are_cases(request):
 
 def test_evaluation_equals_the_reference(case):
     """Output, and what the case has of the inside."""
-    network, steps = case.subject.build(case.config), {}
-    expected = case.require_io("eval_output")
-    network = case.load()
-    for name, find in case.subject.steps.items():
-        find(network).register_forward_hook(lambda _, __, output, name=name: steps.update({name: output}))
-    with torch.inference_mode():
-        output = network(*case.inputs)
-    assert relative(output, expected) < 1e-5
-    for name in steps.keys() & case.io.keys():
-        assert relative(steps[name].reshape(case.io[name].shape), case.io[name]) < 1e-5, name
-    assert set(steps) == set(case.subject.steps)
+    case.subject and case.require_io("eval_output")
+    for name, found in case.subject.trace(case.load(), case.inputs).items():
+        if name in case.io:
+            assert relative(found.reshape(case.io[name].shape), case.io[name]) < 1e-5, name
 
 
 @AGAIN
@@ -74,7 +68,8 @@ def pair_gradients(case, found):
 
 
 def find_layer(name):
-    return re.sub(r"(\.(weight|bias))(\.[qkv])?$", "", name)
+    """What is not a weight or a bias is a layer of its own."""
+    return re.sub(r"\.(weight|bias)(\.[qkv])?$", "", name)
 
 
 def find_scales(pairs, found):
@@ -136,9 +131,32 @@ def test_sizes_are_told_by_the_checkpoint(case):
     assert official.released.title == subject.released.title
     for name in ("name", "task", "layers", "width", "num_patches", "patch_px", "side_width"):
         assert getattr(official.shape, name) == getattr(expected, name), name
-    for name in ("num_classes", "family", "embed_dim", "norm_eps", "has_projection_bias", "interaction"):
+    if not find_network(expected.name).classifies_by_text:
+        assert official.shape.num_classes == expected.num_classes
+    for name in (
+        "temporal_width",
+        "frames",
+        "pooling_layers",
+        "family",
+        "embed_dim",
+        "norm_eps",
+        "has_projection_bias",
+        "interaction",
+    ):
         assert getattr(official.shape, name, None) == getattr(expected, name, None), name
     assert official.depth == case.config["layers"]
+
+
+def test_the_text_tower_in_the_file_is_the_references(case):
+    """Ids of words to texts. The tensors tell its sizes, the config its heads."""
+    case.subject.describe(case.config)
+    ids, expected = case.require_io("text_tokens"), case.require_io("text_features")
+    path = case.require("checkpoint.pt")
+    text = read_official_checkpoint(path).text
+    tower = build_clip_text_tower(text, str(path), case.config.get("text_heads"))
+    with torch.inference_mode():
+        found = tower._tower(ids.long())
+    assert relative(found, expected) < 1e-6
 
 
 def test_every_parameter_decays_and_moves_as_the_references(case):
@@ -298,6 +316,7 @@ PRESETS_OF = {
     ("tds_clip", "k400_vitb16"): ("tds-clip-b16-k400",),
     ("tds_clip", "sthv1_vitb16"): ("tds-clip-b16-ssv1",),
     ("tds_clip", "sthv2_vitl14"): ("tds-clip-l14-ssv2",),
+    ("dist", "ssv2_b16"): ("dist-b16-8f-ssv2", "dist-b16-16f-ssv2", "dist-b16-32f-ssv2"),
     ("retrieval", "all"): ("b16-msrvtt", "b16-msvd", "b16-vatex"),
 }
 """By section and recipe of schedule.json."""

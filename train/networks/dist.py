@@ -372,7 +372,7 @@ class DistNetwork(TextNetwork):
         raise StoreMismatchError(
             f"a clip of --head dist is {num_frames} cached frames with pixels at 0,{HALF_STEP}, or "
             f"{DENSE * num_frames} cached frames; clips of {store.path} have {held} frames, with pixels at "
-            f"{describe_offsets(store.layout.pixel_offsets)}. Train with other --frames, or make a store of such clips: "
+            f"{describe_offsets(store.layout.pixel_offsets)}. Take other --frames, or make a store: "
             f"{describe_command(store, [made])}"
         )
 
@@ -418,7 +418,7 @@ class DistNetwork(TextNetwork):
         self, pixels: torch.Tensor, patches: torch.Tensor, cls: torch.Tensor, codec: Codec | None = None
     ) -> torch.Tensor:
         """What `forward` takes -> (B, E), not normalised."""
-        frames, clip = self._pool(*self._integrate(pixels, patches, cls, codec))
+        _, clip = self._pool(*self._integrate(pixels, patches, cls, codec))
         with torch.autocast(clip.device.type, enabled=False):
             dtype = self.projection.dtype
             seen = self.class_projection(cls[:, :, -1].to(dtype).mean(dim=1))
@@ -554,7 +554,7 @@ class Dist(NetworkKind):
             text_tower=True,
             class_texts=True,
             instead={
-                "class_texts": "run the command that began the store once more with --class-template '{}', which adds them",
+                "class_texts": "run the command that began it once more with --class-template '{}': it adds them",
                 "cls": "train with --head attentive",
             },
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -125,6 +124,8 @@ def _find_class_names(official: OfficialCheckpoint, file: Path | None, store: St
             raise ConfigError(f"--classes has no effect: {official.path} is of retrieval. Leave it out.")
         return ()
     if file is not None:
+        from ..tasks.class_choice import read_class_names  # tasks know of imported runs
+
         return read_class_names(file)
     if store is not None:
         return store.classes.names
@@ -134,26 +135,6 @@ def _find_class_names(official: OfficialCheckpoint, file: Path | None, store: St
             "names none: give them with --classes FILE, one a line in the order of labels, or with --features STORE"
         )
     return ()
-
-
-def read_class_names(file: Path) -> tuple[str, ...]:
-    """The lines of a file, without quotation marks around them and empty lines at its end.
-
-    Raises:
-        ConfigError: If it cannot be read, or a name is empty or there twice.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8").rstrip().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--classes {file} cannot be read as text: {error}") from error
-    names = [line.strip().strip('"').strip() for line in lines]
-    if empty := [number for number, name in enumerate(names, 1) if not name]:
-        raise ConfigError(f"--classes {file} takes one name a line; line {empty[0]} is empty")
-    if doubled := [name for name, count in Counter(names).items() if count > 1]:
-        raise ConfigError(f"--classes {file} has {doubled[0]!r} twice: each class has one line")
-    if not names:
-        raise ConfigError(f"--classes {file} is empty: it takes one name a line, in the order of labels")
-    return tuple(names)
 
 
 def require_fitting_store(official: OfficialCheckpoint, store: StoreReader, names: Sequence[str] = ()) -> list[str]:

@@ -57,6 +57,11 @@ class EvaluationOptions:
     """`best` or `last`."""
     is_backwards: bool = False
     """Play every clip backwards; files are named eval_SPLIT_backwards and so on."""
+    classes: Path | None = None
+    """Of a network that classifies by text: a file with a class name a line; None takes the run's classes or, where
+    it has others, the store's."""
+    with_zero_shot: bool = False
+    """Of such a network: average its logits with those of the frozen backbone."""
     with_dual_softmax: bool = False
     """Of retrieval: add figures of scores that look at all queries of the split at once."""
     device: torch.device | None = None
@@ -70,8 +75,8 @@ class EvaluationOptions:
 
     @property
     def file_stem(self) -> str:
-        """What files of this evaluation are named after: the split, and whether it was played backwards."""
-        return f"{self.split}_backwards" if self.is_backwards else self.split
+        """What files of this evaluation are named after: the split, whether it was played backwards, and an average."""
+        return f"{self.split}{'_backwards' * self.is_backwards}{'_zero-shot-average' * self.with_zero_shot}"
 
 
 class Task(ABC):

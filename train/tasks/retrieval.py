@@ -217,6 +217,8 @@ class Retrieval(Task):
     def check_evaluation(cls, options: EvaluationOptions) -> None:
         """A video is seen by its first clip alone."""
         refuse(options.num_clips is not None, "--clips has no effect on a retrieval run: leave it out")
+        is_of_classes = options.classes is not None or options.with_zero_shot
+        refuse(is_of_classes, "--classes and --zero-shot-average have no effect on a retrieval run: leave them out")
 
     @classmethod
     def evaluate_run(cls, run: Run, options: EvaluationOptions) -> dict[str, Any]:
