@@ -22,7 +22,11 @@ from s4v.train.paper.checkpoint_names import read_official_checkpoint
 from s4v.train.recipe import OPTIMIZERS, learning_rate_at, set_learning_rate
 from s4v.train.settings import find_optimisation
 
-LEAN = pytest.mark.parametrize("least_width", [0, 10**6], ids=["made again", "kept"])
+LEAN = pytest.mark.parametrize(
+    ("least_width", "checkpoints"),
+    [(0, False), (10**6, False), (10**6, True)],
+    ids=["made again", "kept", "layers again"],
+)
 AGAIN = pytest.mark.parametrize("checkpoints", [False, True], ids=["once", "layers again"])
 
 
@@ -87,7 +91,7 @@ def find_scales(pairs, found):
 
 
 @LEAN
-def test_gradients_equal_the_reference(case, least_width, monkeypatch):
+def test_gradients_equal_the_reference(case, least_width, checkpoints, monkeypatch):
     """Relative to the largest gradient of the same layer, weight and bias together.
 
     Batch norm makes the gradients of biases before it sums that nearly cancel (some are zero): relative to their own
@@ -95,7 +99,7 @@ def test_gradients_equal_the_reference(case, least_width, monkeypatch):
     """
     monkeypatch.setattr(parts, "_LEAN_FROM_WIDTH", least_width)
     golden, subject = case.subject and case.read_tensors("grads.safetensors"), case.subject
-    found = case.find_gradients(torch.float32)
+    found = case.find_gradients(torch.float32, checkpoints)
     pairs = list(pair_gradients(case, found))
     assert set(our_names(subject, golden)) == set(golden), "every golden gradient has a place in our network"
     scales = find_scales(pairs, found)

@@ -77,7 +77,7 @@ def import_checkpoint(
     official = read_official_checkpoint(checkpoint, layers)
     frames = _resolve_frames(official, frames)
     names = _find_class_names(official, classes, store)
-    if names:
+    if classes is not None or find_network(official.shape.name).classifies_by_text:
         official = official.with_classes(names)
     network = official.build()
     checked = [] if store is None else require_fitting_store(official, store, names)
