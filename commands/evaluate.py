@@ -49,6 +49,7 @@ def evaluate(
         from ..train.evaluate import evaluate_run
         from ..train.scorer import join_team
         from ..train.tasks import find_task
+        from ..train.tasks.contract import TextOptions
 
         with join_team() as team:
             figures = evaluate_run(
@@ -58,8 +59,7 @@ def evaluate(
                 num_clips=clips,
                 checkpoint=checkpoint,
                 is_backwards=backwards,
-                classes=classes,
-                with_zero_shot=zero_shot_average,
+                of_texts=TextOptions(classes=classes, with_zero_shot=zero_shot_average),
                 with_dual_softmax=dual_softmax,
                 device=find_device(device, own_gpu=int(os.environ["LOCAL_RANK"]) if team.size > 1 else None),
                 with_page=True,

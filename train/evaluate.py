@@ -13,9 +13,11 @@ from ..errors import ConfigError
 from .run_folder import Run, open_run, open_store_of_run
 from .scorer import ALONE, Team
 from .tasks import find_task
-from .tasks.contract import EvaluationOptions
+from .tasks.contract import EvaluationOptions, TextOptions
 
 _log = logging.getLogger(__name__)
+
+_OWN_CLASSES = TextOptions()
 
 
 def evaluate_run(
@@ -26,13 +28,12 @@ def evaluate_run(
     num_clips: int | None = None,
     checkpoint: str = "best",
     is_backwards: bool = False,
-    classes: Path | None = None,
-    with_zero_shot: bool = False,
     with_dual_softmax: bool = False,
     device: torch.device | None = None,
     with_page: bool = False,
     report: Callable[[str, int, int], None] = lambda *_: None,
     team: Team = ALONE,
+    of_texts: TextOptions = _OWN_CLASSES,
 ) -> dict[str, Any]:
     """Evaluate a run on a split of a store, and leave the figures and all predictions in the run's folder.
 
@@ -44,14 +45,13 @@ def evaluate_run(
         num_clips: Clips of a video, of recognition; None takes those that the store recorded.
         checkpoint: `best` or `last`.
         is_backwards: Play every clip backwards; files are named eval_SPLIT_backwards and so on.
-        classes: Of a network that classifies by text: a file with a class name a line. None takes the run's classes or,
-            where it has others, the store's. Files of such an evaluation are named after the source of its classes.
-        with_zero_shot: Of such a network: average its logits with those of the frozen backbone, half each.
         with_dual_softmax: Of retrieval: add figures of scores that look at all queries of the split at once.
         device: Where to compute; None takes the CPU.
         with_page: Write results_SPLIT.html too, of recognition.
         report: Told about progress.
         team: Processes that share the clips; the first one writes.
+        of_texts: Of a network that classifies by text: other classes, and an average with the frozen backbone. Files of
+            such an evaluation are named after it.
 
     Returns:
         What the task's `evaluate_run` returns: see train/tasks.
@@ -72,8 +72,7 @@ def evaluate_run(
         num_clips=num_clips,
         checkpoint=checkpoint,
         is_backwards=is_backwards,
-        classes=classes,
-        with_zero_shot=with_zero_shot,
+        of_texts=of_texts,
         with_dual_softmax=with_dual_softmax,
         device=device,
         with_page=with_page,

@@ -24,6 +24,7 @@ from s4v.train.loop import train_run
 from s4v.train.networks.contract import TextNetwork
 from s4v.train.run_folder import load_checkpoint, open_run
 from s4v.train.tasks.class_choice import read_class_names, score_frozen
+from s4v.train.tasks.contract import TextOptions
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def test_classes_of_a_file_are_what_the_text_tower_makes_of_them(run, class_text
     """Of the run's own classes in another order, and one more; scores of two are in the same ratio."""
     file = tmp_path / "names.txt"
     file.write_text("walk\n\n a dog \nrun\n")
-    figures = evaluate_run(run, classes=file)
+    figures = evaluate_run(run, of_texts=TextOptions(classes=file))
     assert figures["classes"] == ["walk", "a dog", "run"] and figures["class_source"] == str(file)
     evaluate_run(run)
     named, own = probabilities(run, "val_classes-names"), probabilities(run, "val")
@@ -108,7 +109,7 @@ def test_files_of_names_that_will_not_do_are_told(run, tmp_path, text, message):
     if text is not None:
         file.write_text(text)
     with pytest.raises((ConfigError, StoreMismatchError), match=message):
-        evaluate_run(run, classes=file)
+        evaluate_run(run, of_texts=TextOptions(classes=file))
 
 
 def test_names_keep_their_letters_and_lose_their_margins(tmp_path):
@@ -118,9 +119,9 @@ def test_names_keep_their_letters_and_lose_their_margins(tmp_path):
 
 def test_heads_whose_classes_are_weights_refuse_others(int8_store, tmp_path):
     train_run(TrainConfig(features=int8_store, out=tmp_path / "run", head="linear", epochs=1, device="cpu"))
-    for options in (dict(classes=tmp_path / "names.txt"), dict(with_zero_shot=True)):
+    for options in (TextOptions(classes=tmp_path / "names.txt"), TextOptions(with_zero_shot=True)):
         with pytest.raises(ConfigError, match="has no effect on a run of --head linear, whose classes are weights"):
-            evaluate_run(tmp_path / "run", **options)
+            evaluate_run(tmp_path / "run", of_texts=options)
 
 
 def test_a_store_of_other_classes_without_texts_is_refused(run, other_store, make_config, tmp_path):
@@ -174,5 +175,5 @@ def test_the_average_looks_at_frames_with_tokens(run, class_texts_store):
         expected = F.cosine_similarity(frames[places, None], network.class_texts, dim=-1).mean(dim=0)
         found = score_frozen(network, store, [plan])[0]
         np.testing.assert_allclose(found, expected * float(network.logit_scale.exp()), rtol=1e-5)
-    plain, both = evaluate_run(run), evaluate_run(run, with_zero_shot=True)
+    plain, both = evaluate_run(run), evaluate_run(run, of_texts=TextOptions(with_zero_shot=True))
     assert both["files"] == "val_zero-shot-average" and both["loss"] != plain["loss"]

@@ -22,7 +22,7 @@ from s4v.train.loop import train_run
 from s4v.train.networks import parts
 from s4v.train.networks.dist import Dist, ramp_to_cosine
 from s4v.train.paper.presets import DIST_PRESETS
-from s4v.train.run_folder import load_checkpoint, open_run
+from s4v.train.run_folder import load_checkpoint, open_run, read_metrics
 from s4v.train.settings import plan_network, resolve_preset
 from s4v.train.tasks import recognition
 
@@ -82,16 +82,16 @@ def test_without_a_warmup_the_rate_begins_at_its_peak():
 
 def test_sizes_are_those_of_the_released_networks():
     """Trained parameters counted on DiST's code, in millions."""
-    for width, layers, patch_px, pooling_layers, counted in (
-        (768, 12, 16, 2, 19.00),
-        (768, 12, 16, 4, 26.11),
-        (1024, 24, 14, 2, 32.75),
-        (1024, 24, 14, 4, 39.87),
+    for width, layers, patch_px, frames, pooling_layers, counted in (
+        (768, 12, 16, 8, 2, 19.00),
+        (768, 12, 16, 8, 4, 26.11),
+        (1024, 24, 14, 32, 2, 32.75),
+        (1024, 24, 14, 32, 4, 39.87),
     ):
         sizes = dict(width=width, tapped_layers=range(layers), patch=patch_px, pooling_layers=pooling_layers)
         sizes |= dict(integration_dim=384, temporal_dim=96, classes=174, embed_dim=768 if layers == 24 else 512)
         with torch.device("meta"):
-            network = build({**sizes, "frames": 8, "resolution": 224})
+            network = build({**sizes, "frames": frames, "resolution": 224})
         count = sum(parameter.numel() for parameter in network.parameters()) / 1e6
         assert count == pytest.approx(counted, abs=0.0051), (sizes, count)
 
@@ -177,7 +177,10 @@ def test_a_store_without_dense_frames_is_refused_with_the_command(class_texts_st
             train_run(config_for(path, tmp_path / "run", frames=frames))
         message = str(caught.value)
         assert f"a clip of --head dist is {frames} cached frames with pixels at 0,0.5step, or {2 * frames}" in message
-        assert f"--for dist --frames {frames}" in message and not (tmp_path / "run").exists()
+        assert (
+            f"--for dist --frames train={frames},val={4 * frames},{frames} --out NEW.zarr" in message
+            and not (tmp_path / "run").exists()
+        )
 
 
 def test_a_store_without_texts_of_classes_is_refused_in_one_line(float_store, tmp_path):
@@ -254,6 +257,21 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_bit(assert_same_run, cl
     train_run(config_for(class_texts_store, tmp_path / "run", resume=True, **more))
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     assert evaluate_run(tmp_path / "run", is_backwards=True)["is_backwards"]
+
+
+@pytest.mark.slow  # a training of eight others comes with it
+def test_two_processes_learn_what_one_does(trained_by_two, class_texts_store, tmp_path):
+    train_run(config_for(class_texts_store, tmp_path / "one", learning_rate=1e-12))
+    folders = (tmp_path / "one", trained_by_two / "dist")
+    first, second = (read_metrics(open_run(folder)) for folder in folders)
+    for ours, theirs in zip(first, second, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4)
+    ours, theirs = (load_file(folder / "state.safetensors") for folder in folders)
+    compared = [name for name in ours if name.endswith("exp_avg")]
+    assert len(compared) > 50
+    for name in compared:
+        largest = ours[name].abs().max()
+        assert (ours[name] - theirs[name]).abs().max() <= 1e-3 * largest + 1e-6, name
 
 
 def test_a_run_is_evaluated_on_the_other_kind_of_store(class_texts_store, half_steps_store, tmp_path):

@@ -108,6 +108,7 @@ class TemporalEncoder(nn.Module):
         self.time = TimeConv(temporal_width)
         self.space = nn.Conv2d(temporal_width, temporal_width, 3, padding=1)
         nn.init.normal_(self.space.weight, std=_STD)
+        assert self.space.bias is not None
         nn.init.zeros_(self.space.bias)
 
     def forward(self, y: torch.Tensor, grid: tuple[int, int], side_width: int) -> torch.Tensor:
@@ -342,7 +343,9 @@ class DistNetwork(TextNetwork):
         self.projection = nn.Parameter(torch.empty(side_width, embed_dim))
         self._draw_weights()
         # Its output would be the next block's: the reference's files hold these weights, nothing reads them.
-        self.blocks[-1].to_temporal.requires_grad_(False)
+        last = self.blocks[-1]
+        assert isinstance(last, DistBlock)
+        last.to_temporal.requires_grad_(False)
 
     def _draw_weights(self) -> None:
         for module in self.modules():
@@ -368,7 +371,9 @@ class DistNetwork(TextNetwork):
             self.pixel_offsets, self.frames_per_token = (0,), DENSE
             return DENSE * num_frames
         held = ", ".join(map(str, sorted({*lengths.tolist()})))
-        made = Lack("offsets", "", ("--for", "dist", "--frames", str(num_frames)))
+        # Of `val` the three test clips, and the one that training validates on.
+        frames = f"train={num_frames},val={4 * num_frames},{num_frames}"
+        made = Lack("offsets", "", ("--for", "dist", "--frames", frames))
         raise StoreMismatchError(
             f"a clip of --head dist is {num_frames} cached frames with pixels at 0,{HALF_STEP}, or "
             f"{DENSE * num_frames} cached frames; clips of {store.path} have {held} frames, with pixels at "
@@ -425,7 +430,7 @@ class DistNetwork(TextNetwork):
             return self.end_norm(clip.to(dtype) + seen) @ self.projection
 
     def _check_sizes(self, pixels: torch.Tensor, patches: torch.Tensor) -> None:
-        found = (*patches.shape[1:4], pixels[:1, :, ..., :1, :1].numel() // 3)
+        found = (*patches.shape[1:4], pixels.shape[1:-3].numel())
         wanted = (self.num_frames, len(self.blocks), self.num_patches, DENSE * self.num_frames)
         if found != wanted:
             raise StoreMismatchError(
@@ -450,6 +455,7 @@ class DistNetwork(TextNetwork):
                 )
             else:
                 y, handed, handed_cls = self._run_block(*step)
+        assert handed is not None and handed_cls is not None
         return handed, handed_cls
 
     def _run_block(
@@ -464,6 +470,7 @@ class DistNetwork(TextNetwork):
         codec: Codec | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         block, tokens = self.blocks[layer], patches[:, :, layer]
+        assert isinstance(block, DistBlock)
         tap = block.tap
         read = tap(tokens.to(cls.dtype)) if codec is None else tap.read_codes(tokens, codec, layer)
         read_cls = tap(cls[:, :, layer])

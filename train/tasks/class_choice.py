@@ -47,7 +47,7 @@ def choose_classes(run: Run, store: StoreReader, options: EvaluationOptions) -> 
     Args:
         run: Of recognition.
         store: What it is evaluated on.
-        options: `classes` may name a file.
+        options: `of_texts` may name a file.
 
     Raises:
         ConfigError: If the run does not classify by text and is asked for what needs it, or the file names no classes.
@@ -57,16 +57,18 @@ def choose_classes(run: Run, store: StoreReader, options: EvaluationOptions) -> 
     kind = find_network(run.shape.name)
     if not kind.classifies_by_text:
         has_no_effect = f"has no effect on a run of --head {kind.name}, whose classes are weights: leave it out"
-        refuse(options.classes is not None, f"--classes {has_no_effect}")
-        refuse(options.with_zero_shot, f"--zero-shot-average {has_no_effect}")
+        refuse(options.of_texts.classes is not None, f"--classes {has_no_effect}")
+        refuse(options.of_texts.with_zero_shot, f"--zero-shot-average {has_no_effect}")
         return ClassChoice("run", run.classes)
     template = getattr(run.shape, "class_template", "{}")
-    if options.classes is not None:
+    if options.of_texts.classes is not None:
         from ...backbone.text_tower import encode_class_texts, load_store_text_tower  # and with it open_clip
 
-        names = read_class_names(options.classes)
+        names = read_class_names(options.of_texts.classes)
         tower = load_store_text_tower(store, device=options.device)
-        return ClassChoice(str(options.classes), names, encode_class_texts(tower, fill_template(template, names)))
+        return ClassChoice(
+            str(options.of_texts.classes), names, encode_class_texts(tower, fill_template(template, names))
+        )
     if set(run.classes) == set(store.classes.names):
         return ClassChoice("run", run.classes)
     texts = read_class_texts(store)

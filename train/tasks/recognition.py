@@ -134,7 +134,9 @@ class Recognition(Task):
             _check_clips(data, scorer, options)
             if isinstance(scorer.network, TextNetwork) and choice.embedding is not None:
                 scorer.network.take_class_texts(choice.embedding)
-            result = evaluate_classes(scorer, data, num_clips=options.num_clips, with_zero_shot=options.with_zero_shot)
+            result = evaluate_classes(
+                scorer, data, num_clips=options.num_clips, with_zero_shot=options.of_texts.with_zero_shot
+            )
         per_class = describe_classes(result, run.classes)
         figures = {
             "run": str(run.path),
@@ -154,7 +156,11 @@ class Recognition(Task):
         }
         name = options.file_stem + choice.file_end
         if find_network(run.shape.name).classifies_by_text:
-            figures |= {"class_source": choice.source, "is_zero_shot_average": options.with_zero_shot, "files": name}
+            figures |= {
+                "class_source": choice.source,
+                "is_zero_shot_average": options.of_texts.with_zero_shot,
+                "files": name,
+            }
         if not options.team.is_first:
             return figures
         write_json(run.path / f"eval_{name}.json", figures)
