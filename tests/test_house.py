@@ -229,6 +229,7 @@ COVERED_BY = {
     "train/paper/checkpoint_file.py": "train/test_checkpoint_names.py",
     "train/paper/released.py": "train/test_checkpoint_names.py",
     "train/paper/side4video_names.py": "golden/test_golden.py",
+    "train/paper/dist_names.py": "train/test_imported_networks.py",
     "train/paper/tds_clip_names.py": "golden/test_golden.py",
     "train/uncorrected_adam.py": "train/test_recipe.py",
     "train/resume_state.py": "train/test_resume.py",
