@@ -19,11 +19,18 @@ from ...store.reader import StoreReader, open_store
 from ..clips import DEFAULT_CLIP_FRAMES
 from ..networks import find_network
 from ..networks.parts import TOWER_END
-from ..run_folder import BACKBONE_IDENTITY, Run, describe_source, refuse_existing_run, save_checkpoint, write_run_config
+from ..run_folder import (
+    BACKBONE_IDENTITY,
+    TEXT_NAME,
+    Run,
+    describe_source,
+    refuse_existing_run,
+    save_checkpoint,
+    write_run_config,
+)
+from ..tasks.class_choice import read_class_names
 from .checkpoint_names import OfficialCheckpoint, read_official_checkpoint
 from .presets import side_family
-
-TEXT_NAME = "text.safetensors"
 
 _MOST_NAMED = 3
 
@@ -124,8 +131,6 @@ def _find_class_names(official: OfficialCheckpoint, file: Path | None, store: St
             raise ConfigError(f"--classes has no effect: {official.path} is of retrieval. Leave it out.")
         return ()
     if file is not None:
-        from ..tasks.class_choice import read_class_names  # tasks know of imported runs
-
         return read_class_names(file)
     if store is not None:
         return store.classes.names
