@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,8 @@ from ..terminal import quote
 from .contract import TextTower
 from .facts import TextTowerInfo
 from .open_clip_models import build_tower, read_architecture, resolve_model, resolve_weights
-from .weights import KNOWN_WORDS, fill_tower, open_tensors
+from .text_tower import encode_class_texts
+from .weights import KNOWN_WORDS, WeightsSource, fill_tower, open_tensors
 
 # Texts in one pass; the last is padded, so that a text's numbers do not depend on how many others there are.
 _TEXTS_PER_PASS = 64
@@ -30,6 +31,9 @@ _TEXTS_PER_COUNT = 4096
 _PREFIXES = ("text.", "", "clip.text.", "clip.")
 
 _MOST_NAMED = 3
+
+_HEAD_WIDTH = 64
+"""Of CLIP's attention."""
 
 _log = logging.getLogger(__name__)
 
@@ -241,6 +245,51 @@ def _load_tokenizer(name: str) -> Any:
 
 def _build(name: str, config: Any) -> Any:
     return build_tower(name, _build_text_tower, config["embed_dim"], config["text_cfg"], config)
+
+
+def build_clip_text_tower(tensors: Mapping[str, torch.Tensor], label: str, num_heads: int | None) -> OpenClipTextTower:
+    """CLIP's own text tower from its tensors, whose shapes are all that tells its sizes.
+
+    Args:
+        tensors: By CLIP's names.
+        label: Where they come from, for messages.
+        num_heads: Of attention; None takes CLIP's, which are 64 wide.
+
+    Raises:
+        WeightsError: If they are no whole text tower, or not of CLIP's words.
+    """
+    needed = ("token_embedding.weight", "positional_embedding", "text_projection", "ln_final.weight")
+    if missing := [name for name in needed if name not in tensors]:
+        raise WeightsError(f"{label} holds no whole text tower of CLIP: no {', no '.join(missing)}")
+    (num_words, width), context_length = tensors["token_embedding.weight"].shape, len(tensors["positional_embedding"])
+    blocks = {name.split(".")[2] for name in tensors if name.startswith("transformer.resblocks.")}
+    sizes = {
+        "context_length": context_length,
+        "vocab_size": num_words,
+        "width": width,
+        "heads": num_heads or max(1, width // _HEAD_WIDTH),
+        "layers": len(blocks),
+    }
+    embed_dim = tensors["text_projection"].shape[1]
+    tower = build_tower(label, _build_text_tower, embed_dim, sizes, {"quick_gelu": True})
+    fill_tower(tower, tensors, WeightsSource(label, "", None), ("",), torch.device("cpu"), torch.float32)
+    tokenizer = open_clip.SimpleTokenizer(context_length=context_length)
+    return OpenClipTextTower(tower, tokenizer, torch.device("cpu"))
+
+
+def encode_with_clip(tensors: Mapping[str, torch.Tensor], label: str, texts: Sequence[str]) -> np.ndarray:
+    """Embed texts with CLIP's own text tower, from its tensors: (len(texts), E) float32, not normalised.
+
+    Raises:
+        WeightsError: As `build_clip_text_tower`, or if its words are not those of CLIP's tokenizer.
+    """
+    tower = build_clip_text_tower(tensors, label, None)
+    found, known = len(tensors["token_embedding.weight"]), tower._tokenizer.vocab_size
+    if found != known:
+        raise WeightsError(
+            f"{label}: its text tower knows {found} words, CLIP's tokenizer has {known}: it is not CLIP's"
+        )
+    return encode_class_texts(tower, texts)
 
 
 def load_text_tower(

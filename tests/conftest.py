@@ -30,6 +30,12 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 torch.set_num_threads(1)
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Of tests/golden."""
+    parser.addoption("--golden", metavar="DIR", help="golden files that tests/golden checks, instead of tests/data")
+
+
 # An example is as slow as what runs beside it makes it: seconds are not what a property is about.
 hypothesis.settings.register_profile("side by side", deadline=None)
 hypothesis.settings.load_profile("side by side")

@@ -38,6 +38,8 @@ _log = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.json"
 METRICS_NAME = "metrics.jsonl"
+TEXT_NAME = "text.safetensors"
+"""Of an imported run of retrieval: its text tower."""
 
 BACKBONE_IDENTITY = ("architecture", "weights_sha256", "width", "image_size", "mean", "std")
 """What a run's tokens must agree in with those of a store that it is evaluated on."""

@@ -28,12 +28,13 @@ NEW = {
         *("--mix", "--mixup-alpha", "--cutmix-alpha"),
     ),
     "eval": ("--classes", "--zero-shot-average"),
+    "import": ("--classes",),
     "compare": ("--run", "--split", "--checkpoint"),
 }
 """Options that have come since, by command."""
 
-LEFT_OPEN = {"train": {"--interaction": "mean"}}
-"""Options that a preset may decide since, by command: what they come to where none does. Given, they mean the same."""
+LEFT_OPEN = {"train": {"--interaction": "mean"}, "import": {"--frames": 8}}
+"""Options that a preset or a file may decide since, by command: what they come to where none does."""
 
 
 def describe_commands():

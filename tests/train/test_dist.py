@@ -1,10 +1,7 @@
-"""DiST against the reference's own modules (golden files of its code at 4b3a09b), and as a network."""
+"""DiST as a network; tests/golden holds it against the reference's own modules."""
 
-import json
-import re
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -17,186 +14,25 @@ from s4v.cli import app
 from s4v.errors import ConfigError, StoreMismatchError
 from s4v.store.class_texts import read_class_texts
 from s4v.store.reader import open_store
+from s4v.tests.golden.cases import SUBJECTS, read_case, relative
 from s4v.train.clips import ClipLoader, ClipPlan, codec_for
 from s4v.train.config import TrainConfig
 from s4v.train.evaluate import evaluate_run
 from s4v.train.loop import train_run
 from s4v.train.networks import parts
-from s4v.train.networks.dist import Dist, DistShape, ramp_to_cosine
+from s4v.train.networks.dist import Dist, ramp_to_cosine
 from s4v.train.paper.presets import DIST_PRESETS
-from s4v.train.recipe import find_biases, make_optimizer
 from s4v.train.run_folder import load_checkpoint, open_run, read_metrics
-from s4v.train.settings import find_optimisation, plan_network, resolve_preset
+from s4v.train.settings import plan_network, resolve_preset
 from s4v.train.tasks import recognition
 
 CPU = torch.device("cpu")
-PREFIX = "backbone.base_encoder."
-
-# The reference's names below `dist_net.`, and ours.
-NAMES = {
-    r"temporal_stem\.": "stem.",
-    r"input_linears\.(\d+)\.": r"blocks.\1.tap.",
-    r"temporal_nets\.(\d+)\.ln\.": r"blocks.\1.temporal.norm.",
-    r"temporal_nets\.(\d+)\.temporal_net\.c_fc1\.": r"blocks.\1.temporal.time.",
-    r"temporal_nets\.(\d+)\.temporal_net\.c_fc2\.": r"blocks.\1.temporal.space.",
-    r"temporal2integration_nets\.(\d+)\.linear_fuse\.": r"blocks.\1.to_integration.fuse.",
-    r"temporal2integration_nets\.(\d+)\.cls_token": r"blocks.\1.to_integration.class_token",
-    r"integration2temporal_nets\.(\d+)\.linear_fuse\.": r"blocks.\1.to_temporal.",
-    r"integration_nets\.(\d+)\.ln\.": r"blocks.\1.integration.mlp_norm.",
-    r"integration_nets\.(\d+)\.ln_temporal\.": r"blocks.\1.integration.time_norm.",
-    r"integration_nets\.(\d+)\.ffn\.c_fc\.": r"blocks.\1.integration.mlp.expand.",
-    r"integration_nets\.(\d+)\.ffn\.c_proj\.": r"blocks.\1.integration.mlp.project.",
-    r"integration_nets\.(\d+)\.temporal_ffn\.c_fc1\.": r"blocks.\1.integration.time.narrow.",
-    r"integration_nets\.(\d+)\.temporal_ffn\.c_fc2\.": r"blocks.\1.integration.time.time.",
-    r"integration_nets\.(\d+)\.temporal_ffn\.c_proj\.": r"blocks.\1.integration.time.widen.",
-    r"aggregated_spatial_cls_token": "frame_query",
-    r"aggregated_cls_token": "clip_query",
-    r"adapooling_nets\.(\d+)\.positional_embedding": r"pooling.\1.position",
-    r"adapooling_nets\.(\d+)\.spatial_transformer\.ln_1\.": r"pooling.\1.frame_attention.norm.",
-    r"adapooling_nets\.(\d+)\.spatial_transformer\.attn\.in_proj_": r"pooling.\1.frame_attention.qkv.",
-    r"adapooling_nets\.(\d+)\.spatial_transformer\.attn\.out_proj\.": r"pooling.\1.frame_attention.project.",
-    r"adapooling_nets\.(\d+)\.temporal_transformer\.ln_1\.": r"pooling.\1.clip_attention.norm.",
-    r"adapooling_nets\.(\d+)\.temporal_transformer\.attn\.in_proj_": r"pooling.\1.clip_attention.qkv.",
-    r"adapooling_nets\.(\d+)\.temporal_transformer\.attn\.out_proj\.": r"pooling.\1.clip_attention.project.",
-    r"adapooling_nets\.(\d+)\.ln_out_spat_cls_token\.": r"pooling.\1.frame_norm.",
-    r"adapooling_nets\.(\d+)\.ln_out_temp_cls_token\.": r"pooling.\1.clip_norm.",
-    r"adapooling_nets\.(\d+)\.output_map_spatial_cls_token\.c_fc\.": r"pooling.\1.frame_mlp.expand.",
-    r"adapooling_nets\.(\d+)\.output_map_spatial_cls_token\.c_proj\.": r"pooling.\1.frame_mlp.project.",
-    r"adapooling_nets\.(\d+)\.output_map_cls_token\.c_fc\.": r"pooling.\1.clip_mlp.expand.",
-    r"adapooling_nets\.(\d+)\.output_map_cls_token\.c_proj\.": r"pooling.\1.clip_mlp.project.",
-    r"proj_spatial_cls_token\.": "class_projection.",
-    r"ln_post\.": "end_norm.",
-    r"proj$": "projection",
-}
-
-
-def reshape(name, tensor):
-    """A tensor of the reference in our shape, by our name."""
-    if name == "stem.weight":  # (C, 3, K, p, p) -> (K, C, 3*p*p)
-        return tensor.permute(2, 0, 1, 3, 4).flatten(2)
-    if name.endswith("time.weight"):  # (C, C, 3, 1, 1) -> (3, C, C)
-        return tensor[..., 0, 0].permute(2, 0, 1)
-    if name.endswith("space.weight"):  # (C, C, 1, 3, 3) -> (C, C, 3, 3)
-        return tensor[:, :, 0]
-    if name.endswith("fuse.weight"):  # (S, C, A, 1, 1) -> (S, A*C)
-        return tensor[..., 0, 0].mT.flatten(1)
-    if name.endswith(("narrow.weight", "widen.weight")):  # kernels of one place
-        return tensor.flatten(1)
-    if name.endswith("query"):  # (1, 1, S) -> (S,)
-        return tensor.flatten()
-    return tensor.flatten(0, -2) if name.endswith(("class_token", "position")) else tensor  # (1, 1, T, S) -> (T, S)
-
-
-def rename(tensors):
-    """Tensors of the reference under our names and in our shapes."""
-    own = {}
-    for name, tensor in tensors.items():
-        name = name.removeprefix(PREFIX)
-        if name == "logit_scale":
-            own[name] = tensor
-            continue
-        (new,) = [
-            re.sub(old, new, name.removeprefix("dist_net."))
-            for old, new in NAMES.items()
-            if re.match(old, name.removeprefix("dist_net."))
-        ]
-        own[new] = reshape(new, tensor)
-    return own
-
-
-class Golden(NamedTuple):
-    config: dict
-    inputs: tuple
-    io: dict
-    grads: dict
-    state: dict
-
-
-def read_golden(folder):
-    config, io = json.loads((folder / "config.json").read_text()), load_file(folder / "io.safetensors")
-    mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("pixel_mean", "pixel_std"))
-    pixels = (io["pixels_u8"].movedim(-1, -3).float() / 255 - mean) / std  # (B, T, 2, 3, H, W)
-    tokens = io["tokens"].unflatten(0, (config["batch"], config["frames"]))
-    inputs = (pixels, tokens[:, :, :, 1:], tokens[:, :, :, 0])
-    state = {**rename(load_file(folder / "state.safetensors")), "class_texts": io["text_features"]}
-    return Golden(config, inputs, io, rename(load_file(folder / "grads.safetensors")), state)
+build = SUBJECTS["dist"]("dist").build
 
 
 @pytest.fixture(scope="module")
-def golden(data_path):
-    return read_golden(data_path / "dist")
-
-
-def build(config):
-    kind = Dist()
-    shape = DistShape(
-        name=kind.name,
-        num_classes=config["classes"],
-        layers=tuple(config["tapped_layers"]),
-        width=config["width"],
-        num_patches=(config["resolution"] // config["patch"]) ** 2,
-        patch_px=config["patch"],
-        side_width=config["integration_dim"],
-        temporal_width=config["temporal_dim"],
-        frames=config["frames"],
-        pooling_layers=config["pooling_layers"],
-        embed_dim=config["embed_dim"],
-    )
-    return kind.build(shape)
-
-
-def load(golden, dtype=torch.float32):
-    network = build(golden.config)
-    network.load_state_dict(golden.state)
-    return network.eval().to(dtype)
-
-
-def relative(found, expected):
-    return ((found - expected).abs().max() / expected.abs().max()).item()
-
-
-def test_every_step_equals_the_reference_in_evaluation(golden):
-    network, steps = load(golden), {}
-    block, pooling = network.blocks[0], network.pooling[0]
-    block.temporal.register_forward_hook(lambda _, __, output: steps.update(temporal_0=output[:1]))
-    block.register_forward_hook(
-        lambda _, __, output: steps.update(integration_0=torch.cat([output[2][0, :, None], output[1][0]], dim=1))
-    )
-    pooling.register_forward_hook(
-        lambda _, __, output: steps.update(pooling_0_frames=output[0].flatten(0, 1), pooling_0_clip=output[1])
-    )
-    with torch.inference_mode():
-        steps["embedding"] = network.embed(*golden.inputs)
-        steps["output"] = network(*golden.inputs)
-        steps["scores"] = steps["output"].softmax(dim=-1)
-    assert len(steps) == 7
-    for name, found in steps.items():
-        expected = golden.io[f"eval_{name}"]
-        assert found.shape == expected.shape and relative(found, expected) < 1e-5, name
-    assert relative(steps["output"], golden.io["train_output"]) < 1e-5
-
-
-def gradients(golden, dtype, *, checkpoints=False):
-    network = load(golden, dtype).train()
-    network.checkpoints_activations = checkpoints
-    output = network(*(tensor.to(dtype) for tensor in golden.inputs))
-    assert relative(output, golden.io["train_output"].to(dtype)) < 1e-5
-    (output * golden.io["train_cotangent"].to(dtype)).sum().backward()
-    return {name: parameter.grad for name, parameter in network.named_parameters()}
-
-
-@pytest.mark.parametrize("checkpoints", [False, True], ids=["once", "blocks again"])
-@pytest.mark.parametrize("least_width", [0, 10**6], ids=["made again", "kept"])
-def test_gradients_equal_the_reference(golden, least_width, checkpoints, monkeypatch):
-    monkeypatch.setattr(parts, "_LEAN_FROM_WIDTH", least_width)
-    found = gradients(golden, torch.float32, checkpoints=checkpoints)
-    assert len(golden.grads) == 80 and set(golden.grads) <= set(found)
-    for name, tensor in golden.grads.items():
-        assert relative(found[name], tensor) < 1e-5, name
-    assert {name for name, gradient in found.items() if gradient is None} == {
-        "blocks.3.to_temporal.weight",
-        "blocks.3.to_temporal.bias",
-    }
+def golden():
+    return read_case("dist")
 
 
 def count_kept_bytes(network, inputs):
@@ -217,7 +53,7 @@ def count_kept_bytes(network, inputs):
 
 
 def test_products_and_blocks_made_again_keep_less(golden, monkeypatch):
-    network = load(golden).train()
+    network = golden.load().train()
     kept = []
     for least_width, checkpoints in ((10**6, False), (0, False), (10**6, True)):
         monkeypatch.setattr(parts, "_LEAN_FROM_WIDTH", least_width)
@@ -240,61 +76,7 @@ def test_what_users_have_is_what_the_golden_files_are_of(data_path):
         assert theirs.keys() == ours.keys() and all(torch.equal(theirs[key], ours[key]) for key in theirs)
 
 
-def test_decay_and_rates_are_the_references(golden, data_path):
-    told = json.loads((data_path / "dist/groups.json").read_text())
-    recipe = DIST_PRESETS[0].recipe
-    config = TrainConfig(
-        features=None,
-        out=None,
-        head="dist",
-        learning_rate=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        optimizer=recipe.optimizer,
-        undecayed=recipe.undecayed,
-    )
-    network = build(golden.config)
-    optimizer = make_optimizer(network.parameter_groups(), config, find_optimisation(config), find_biases(network))
-    names = {id(parameter): name for name, parameter in network.named_parameters()}
-    found = {names[id(p)]: (g["weight_decay"], g["rate_share"]) for g in optimizer.param_groups for p in g["params"]}
-    renamed = {next(iter(rename({name: torch.zeros((1,) * 5)}))): name for name in told["trained"]}
-    without = {next(iter(rename({name: torch.zeros((1,) * 5)}))) for name in told["no_gradient"]}
-    assert set(renamed) - without == set(found), "nothing is left out but what has no gradient"
-    for ours in found:
-        theirs = told["trained"][renamed[ours]]
-        assert found[ours] == (theirs["weight_decay"], theirs["rate"] / 10), ours
-
-
-def test_new_networks_begin_as_the_references_in_distribution(golden, data_path):
-    """Mean, spread and furthest value of eight networks beside those of the reference's five."""
-    told = json.loads((data_path / "dist/init.json").read_text())["parameters"]
-    drawn = []
-    for seed in range(8):
-        torch.manual_seed(seed)
-        drawn.append(dict(build(golden.config).named_parameters()))
-    compared = set()
-    for theirs, facts in told.items():
-        (ours,) = rename({theirs: torch.zeros(facts["shape"])})
-        compared.add(ours)
-        values = torch.stack([parameters[ours].detach() for parameters in drawn]).flatten(1).double().numpy()
-        assert values.shape[1] == np.prod(facts["shape"]), theirs
-        if facts["constant"]:
-            np.testing.assert_array_equal(values, facts["value"], err_msg=theirs)
-            continue
-        spread = float(np.sqrt(np.mean(np.square(facts["std"]))))
-        fewest = min(values.size, 5 * values.shape[1])
-        assert values.std() == pytest.approx(spread, rel=0.03 + 2.5 / fewest**0.5), theirs
-        assert abs(values.mean()) < 5 * spread / values.size**0.5, theirs
-        # A uniform distribution ends at 1.73 deviations, a normal one does not.
-        furthest = np.abs(values - values.mean()).max() / values.std()
-        assert (furthest < 2.2) == (facts["farthest_over_std"] < 2.2), theirs
-    assert compared == set(drawn[0])
-
-
-def test_the_schedule_is_the_references(data_path):
-    (told,) = json.loads((data_path / "schedule.json").read_text())["dist"]["recipes"].values()
-    peak = told["base_rate"] * told["share"]
-    rates = [peak * ramp_to_cosine(36 * place / 20, 6, 36) for place in range(21)]
-    np.testing.assert_allclose(rates, told["rate"], rtol=1e-6, atol=1e-12)
+def test_without_a_warmup_the_rate_begins_at_its_peak():
     assert ramp_to_cosine(0, 0, 36) == 1.0
 
 
@@ -449,7 +231,7 @@ def test_inputs_of_other_sizes_are_refused(golden):
 
 
 def test_logits_are_of_float32_in_any_precision(golden):
-    network = load(golden)
+    network = golden.load()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         output = network(*golden.inputs)
     assert output.dtype == torch.float32 and relative(output, golden.io["eval_output"]) < 0.1
@@ -512,7 +294,7 @@ def test_a_run_is_evaluated_on_the_other_kind_of_store(class_texts_store, half_s
 
 
 def test_the_cosine_is_that_of_the_formula(golden):
-    network = load(golden)
+    network = golden.load()
     embedding = golden.io["eval_embedding"]
     expected = network.logit_scale.exp() * F.cosine_similarity(embedding[:, None], network.class_texts[None], dim=-1)
     torch.testing.assert_close(network.compare_texts(embedding), expected)

@@ -1,12 +1,8 @@
-"""TDS-CLIP against the reference's own modules (golden files of BBYL9413/TDS-CLIP at cf4e58c), and as a network."""
+"""TDS-CLIP as a network; tests/golden holds it against the reference's own modules, BBYL9413/TDS-CLIP at cf4e58c."""
 
-import json
-import re
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,159 +11,24 @@ from typer.testing import CliRunner
 from s4v.cli import app
 from s4v.errors import StoreMismatchError
 from s4v.store.reader import open_store
+from s4v.tests.golden.cases import SUBJECTS, read_case
 from s4v.train.clips import ClipBatch
 from s4v.train.config import TrainConfig
 from s4v.train.evaluate import evaluate_run
 from s4v.train.loop import train_run
-from s4v.train.networks import parts
 from s4v.train.networks.side4video import SideNetwork
-from s4v.train.networks.tds_clip import TdsClip, TdsShape, find_neighbours_maximum
-from s4v.train.paper.checkpoint_names import rename_official
+from s4v.train.networks.tds_clip import find_neighbours_maximum
 from s4v.train.paper.presets import TDS_CLIP_PRESETS
-from s4v.train.recipe import find_biases, make_optimizer
 from s4v.train.run_folder import open_run, require_matching_store
-from s4v.train.settings import find_optimisation
 from s4v.train.tasks import recognition
 
-# The reference's names of what Side4Video lacks, or has elsewhere.
-OWN_NAMES = {
-    r"^visual\.side_conv1\.": "stem.frames.",
-    r"^visual\.side_conv1_c5\.": "stem.differences.",
-    r"^visual\.side_pre_bn3d\.": "stem.frames.norm.",
-    r"^visual\.side_pre_bn3d_c5\.": "stem.differences.norm.",
-    r"^visual\.transformer\.side_transformer\.(\d+)\.mse\.conv1\.": r"blocks.\1.gate.squeeze.",
-    r"^visual\.transformer\.side_transformer\.(\d+)\.mse\.bn1\.": r"blocks.\1.gate.squeeze_norm.",
-    r"^visual\.transformer\.side_transformer\.(\d+)\.mse\.conv2\.": r"blocks.\1.gate.excite.",
-    r"^visual\.transformer\.side_transformer\.(\d+)\.mse\.bn2\.": r"blocks.\1.gate.excite_norm.",
-}
-
-# A bias directly before a batch norm changes nothing, nor does a constant before a difference to a maximum.
-NO_GRADIENT = re.compile(r"stem\.\w+\.bias|.*gate\.squeeze_norm\.bias")
-
-
-def rename(tensors):
-    """Tensors of the reference under our names and in our shapes."""
-    own, others = {}, {}
-    for name, tensor in tensors.items():
-        new_names = [re.sub(old, new, name) for old, new in OWN_NAMES.items() if re.match(old, name)]
-        if not new_names:
-            others[name] = tensor
-        elif tensor.ndim == 5:  # (S, C, 3, p, p), channel before time -> (3 time steps, S, C*p*p)
-            own[new_names[0]] = tensor.permute(2, 0, 1, 3, 4).flatten(2)
-        else:  # (R, S, 1, 1) -> (R, S)
-            own[new_names[0]] = tensor.flatten(1) if tensor.ndim == 4 else tensor
-    return own | rename_official(others)
-
-
-class Golden(NamedTuple):
-    config: dict
-    inputs: tuple
-    io: dict
-    grads: dict
-    state: dict
-
-
-def read_golden(folder):
-    config, io = json.loads((folder / "config.json").read_text()), load_file(folder / "io.safetensors")
-    mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("pixel_mean", "pixel_std"))
-    pixels = (io["pixels_u8"].movedim(-1, -3).float() / 255 - mean) / std  # (B, T, O, 3, H, W)
-    tokens = io["tokens"].unflatten(0, (config["batch"], config["frames"]))
-    inputs = (pixels, tokens[:, :, :, 1:], tokens[:, :, :, 0])
-    grads, state = (load_file(folder / f"{name}.safetensors") for name in ("grads", "state"))
-    return Golden(config, inputs, io, rename(grads), rename(state))
+SUBJECT = SUBJECTS["tds_clip"]("tds_clip")
+build = SUBJECT.build
 
 
 @pytest.fixture(scope="module")
-def golden(data_path):
-    return read_golden(data_path / "tds_clip")
-
-
-def build(config):
-    kind = TdsClip()
-    shape = TdsShape(
-        name=kind.name,
-        num_classes=config["classes"],
-        layers=tuple(config["tapped_layers"]),
-        width=config["width"],
-        num_patches=(config["resolution"] // config["patch"]) ** 2,
-        patch_px=config["patch"],
-        side_width=config["side_dim"],
-    )
-    return kind.build(shape)
-
-
-def load(golden, dtype=torch.float32):
-    network = build(golden.config)
-    network.load_state_dict(golden.state)
-    return network.eval().to(dtype)
-
-
-def relative(found, expected):
-    return ((found - expected).abs().max() / expected.abs().max()).item()
-
-
-def test_every_step_equals_the_reference_in_evaluation(golden):
-    network, steps = load(golden), {}
-    for name, module in (
-        ("stem", network.stem),
-        ("gate_out_0", network.blocks[0].gate),
-        ("block_0", network.blocks[0]),
-    ):
-        module.register_forward_hook(lambda _, __, output, name=name: steps.update({name: output}))
-    with torch.inference_mode():
-        steps["output"] = network(*golden.inputs)
-    assert set(steps) == {"stem", "gate_out_0", "block_0", "output"}
-    for name, found in steps.items():
-        expected = golden.io[f"eval_{name}"]
-        assert relative(found.view_as(expected), expected) < 1e-5, name
-
-
-def gradients(golden, dtype):
-    network = load(golden, dtype).train()
-    output = network(*(tensor.to(dtype) for tensor in golden.inputs))
-    (output * golden.io["train_cotangent"].to(dtype)).sum().backward()
-    return {name: parameter.grad for name, parameter in network.named_parameters()}
-
-
-@pytest.mark.parametrize("checkpoints", [False, True], ids=["once", "layers again"])
-def test_output_and_running_statistics_equal_the_reference_in_training(golden, checkpoints, monkeypatch):
-    """A gate that is computed again in the backward pass counts its batch once."""
-    monkeypatch.setattr(parts, "_LEAN_FROM_WIDTH", 0)
-    network = load(golden).train()
-    network.checkpoints_activations = checkpoints
-    output = network(*golden.inputs)
-    assert relative(output, golden.io["train_output"]) < 1e-5
-    output.sum().backward()
-    expected = rename({k.removeprefix("after_train."): v for k, v in golden.io.items() if k.startswith("after_train")})
-    assert len(expected) == 6
-    state = network.state_dict()
-    for name, tensor in expected.items():
-        assert relative(state[name], tensor) < 1e-5, name
-
-
-@pytest.mark.parametrize("least_width", [0, 10**6], ids=["made again", "kept"])
-def test_gradients_equal_the_reference(golden, least_width, monkeypatch):
-    """Relative to the largest gradient of the same layer, as Side4Video's: batch norm makes biases' all but cancel."""
-    monkeypatch.setattr(parts, "_LEAN_FROM_WIDTH", least_width)
-    found, scale = gradients(golden, torch.float32), {}
-    assert len(golden.grads) == 45 and set(golden.grads) <= set(found)
-    for name, tensor in golden.grads.items():
-        layer = name.rpartition(".")[0]
-        scale[layer] = max(scale.get(layer, 0.0), tensor.abs().max().item())
-    for name, tensor in golden.grads.items():
-        error = (found[name] - tensor).abs().max().item() / scale[name.rpartition(".")[0]]
-        assert error < 1e-5, (name, error)
-
-
-def test_gradients_equal_the_reference_in_double_precision(golden):
-    """Each tensor relative to its own size; what is left is the rounding of the golden file itself."""
-    found = gradients(golden, torch.float64)
-    assert sum(NO_GRADIENT.fullmatch(name) is not None for name in golden.grads) == 4
-    for name, tensor in golden.grads.items():
-        if NO_GRADIENT.fullmatch(name):
-            assert found[name].abs().max() < 1e-12, name
-        else:
-            assert relative(tensor.double(), found[name]) < 2e-5, name
+def golden():
+    return read_case("tds_clip")
 
 
 def test_what_users_have_is_what_the_golden_files_are_of(data_path):
@@ -182,53 +43,6 @@ def test_what_users_have_is_what_the_golden_files_are_of(data_path):
     for name in ("io", "grads"):
         theirs, ours = (load_file(f / f"{name}.safetensors") for f in (folder, data_path / "tds_clip"))
         assert theirs.keys() == ours.keys() and all(torch.equal(theirs[key], ours[key]) for key in theirs)
-
-
-def test_decay_and_rates_are_the_references(golden, data_path):
-    told = json.loads((data_path / "tds_clip/groups.json").read_text())
-    config = TrainConfig(
-        features=None,
-        out=None,
-        head="tds-clip",
-        learning_rate=1e-3,
-        weight_decay=TDS_CLIP_PRESETS[0].recipe.weight_decay,
-        optimizer="adamw",
-        undecayed=TDS_CLIP_PRESETS[0].recipe.undecayed,
-    )
-    network = build(golden.config)
-    optimizer = make_optimizer(network.parameter_groups(), config, find_optimisation(config), find_biases(network))
-    names = {id(parameter): name for name, parameter in network.named_parameters()}
-    found = {names[id(p)]: (g["weight_decay"], g["rate_share"]) for g in optimizer.param_groups for p in g["params"]}
-    renamed = {next(iter(rename({name: torch.zeros(1, 1, 1, 1, 1)}))): name for name in told["trained"]}
-    assert set(renamed) == set(found), "nothing is left out, and nothing else is trained"
-    for ours, theirs in renamed.items():
-        assert found[ours] == tuple(told["trained"][theirs][key] for key in ("weight_decay", "rate")), ours
-
-
-def test_new_networks_begin_as_the_references_in_distribution(golden, data_path):
-    """Mean, spread and furthest value of eight networks beside those of the reference's five."""
-    told = json.loads((data_path / "tds_clip/init.json").read_text())["parameters"]
-    drawn = []
-    for seed in range(8):
-        torch.manual_seed(seed)
-        drawn.append(dict(build(golden.config).named_parameters()))
-    compared = set()
-    for theirs, facts in told.items():
-        (ours,) = rename({theirs: torch.zeros(facts["shape"])})
-        compared.add(ours)
-        values = torch.stack([parameters[ours].detach() for parameters in drawn]).flatten(1).double().numpy()
-        assert values.shape[1] == np.prod(facts["shape"]), theirs
-        if facts["constant"]:
-            np.testing.assert_array_equal(values, facts["value"], err_msg=theirs)
-            continue
-        spread = float(np.sqrt(np.mean(np.square(facts["std"]))))
-        fewest = min(values.size, 5 * values.shape[1])
-        assert values.std() == pytest.approx(spread, rel=0.03 + 2.5 / fewest**0.5), theirs
-        assert abs(values.mean()) < 5 * spread / values.size**0.5, theirs
-        # A uniform distribution ends at 1.73 deviations, a normal one does not.
-        furthest = np.abs(values - values.mean()).max() / values.std()
-        assert (furthest < 2.2) == (facts["farthest_over_std"] < 2.2), theirs
-    assert compared == set(drawn[0])
 
 
 def test_sizes_are_those_of_the_released_networks():
@@ -280,7 +94,7 @@ def test_pixels_of_other_offsets_are_refused(golden):
 
 
 def test_it_begins_with_its_own_kind_and_with_no_half_of_another(golden):
-    own, other = build(golden.config), load(golden)
+    own, other = build(golden.config), golden.load()
     own.begin_with(other)
     trained = {name for name in golden.state if not name.startswith("classifier.")}
     assert all(torch.equal(own.state_dict()[name], golden.state[name]) for name in trained)

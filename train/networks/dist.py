@@ -9,7 +9,7 @@ Source:
     models/module_zoo/branches/dist.py. Ours differs in layout (token-major, the class token apart), in computing all
     but the convolution over the grid as matrix products and shifted sums, in taking cached tokens or their codes, and
     in leaving out what the last block sends back to the encoder, which nothing reads. Outputs and gradients agree:
-    tests/train/test_dist.py.
+    tests/golden.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ Source:
     Retrieval/eva_clip/eva_vit_model.py. Ours differs in layout (the reference permutes between five of them in each
     block), in computing the stem and the temporal convolution as matrix products and shifted sums, in one product for
     queries, keys and values, and in taking cached tokens or their codes instead of running the backbone. Outputs and
-    gradients agree: tests/train/test_parity.py.
+    gradients agree: tests/golden.
 """
 
 from __future__ import annotations

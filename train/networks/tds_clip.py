@@ -7,7 +7,7 @@ docs/side_network.md has all of it as formulas.
 Source:
     TDS-CLIP, https://arxiv.org/abs/2408.10688; its code BBYL9413/TDS-CLIP at cf4e58c, clip/model.py. Ours differs
     where Side4Video's does (train/networks/side4video.py), and computes the gate again in the backward pass. Outputs
-    and gradients agree: tests/train/test_tds_clip.py.
+    and gradients agree: tests/golden.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""`s4v import`: a run's folder from a released checkpoint of the reference."""
+"""`s4v import`: a run's folder from a released checkpoint."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,25 @@ from safetensors.torch import save_file
 
 from ...errors import ConfigError, StoreMismatchError
 from ...files import hash_file, write_atomic
-from ...store.needs import StoreNeeds, require_needs
+from ...store.needs import StoreNeeds, find_lacks, require_needs
 from ...store.reader import StoreReader, open_store
+from ..clips import DEFAULT_CLIP_FRAMES
+from ..networks import find_network
 from ..networks.parts import TOWER_END
-from ..run_folder import BACKBONE_IDENTITY, Run, describe_source, refuse_existing_run, save_checkpoint, write_run_config
+from ..run_folder import (
+    BACKBONE_IDENTITY,
+    TEXT_NAME,
+    Run,
+    describe_source,
+    refuse_existing_run,
+    save_checkpoint,
+    write_run_config,
+)
+from ..tasks.class_choice import read_class_names
 from .checkpoint_names import OfficialCheckpoint, read_official_checkpoint
 from .presets import side_family
 
-TEXT_NAME = "text.safetensors"
+_MOST_NAMED = 3
 
 # Clips in a step of an evaluation; a checkpoint does not say, and it changes no figure.
 _BATCH_SIZE = 32
@@ -37,38 +49,45 @@ def import_checkpoint(
     out: Path,
     *,
     layers: tuple[int, ...] | None = None,
-    frames: int = 8,
+    frames: int | None = None,
     features: Path | None = None,
+    classes: Path | None = None,
 ) -> dict[str, Any]:
-    """Make a run's folder from a checkpoint of the reference: of recognition, one that `s4v eval` takes.
+    """Make a run's folder from a released checkpoint: of recognition, one that `s4v eval` takes.
 
-    The names of the classes are in no checkpoint. With a store named, its classes are taken in their order (sorted);
-    without, each evaluation takes those of its own store, and warns. A retrieval run keeps its own final norm and
-    projection and the networks that weigh words and frames, and its text tower as it is in text.safetensors.
+    The names of the classes are in no checkpoint. They are those of a file, or of a store in their order (sorted);
+    without either, each evaluation takes those of its own store, and warns. DiST cannot do without: a class is a name
+    that the text tower in the file embeds. A retrieval run keeps its own final norm and projection and the networks
+    that weigh words and frames, and its text tower as it is in text.safetensors.
 
     Args:
         checkpoint: The reference's file.
         out: The run's folder; it must not exist.
         layers: Backbone blocks that it reads, where the file leaves that open.
-        frames: T, frames of a clip; the file does not say.
+        frames: T, frames of a clip, where the file does not say; None takes 8.
         features: A store of the backbone that it was trained beside: what the file carries is checked against it.
+        classes: A file of class names in the order of labels, one a line.
 
     Returns:
         run, variant, layers, parameters, checked (what was compared with the store), unused (tensors by place).
 
     Raises:
-        WeightsError: If the file is not a whole checkpoint of Side4Video.
+        WeightsError: If the file is not a whole checkpoint of a network that s4v knows.
         StoreMismatchError: If it does not fit the store; all differences in one message.
-        ConfigError: If frames is below 1.
+        ConfigError: If frames is below 1 or not what the file says, names of classes are needed, or have no effect.
         RunExistsError: If the run's folder holds anything.
     """
-    if frames < 1:
+    if frames is not None and frames < 1:
         raise ConfigError(f"--frames must be at least 1; found {frames}")
     refuse_existing_run(out)
     store = None if features is None else open_store(features)
     official = read_official_checkpoint(checkpoint, layers)
+    frames = _resolve_frames(official, frames)
+    names = _find_class_names(official, classes, store)
+    if classes is not None or find_network(official.shape.name).classifies_by_text:
+        official = official.with_classes(names)
     network = official.build()
-    checked = [] if store is None else require_fitting_store(official, store)
+    checked = [] if store is None else require_fitting_store(official, store, names)
     out.mkdir(parents=True, exist_ok=True)
     config = {
         "imported_from": str(checkpoint.resolve()),
@@ -77,15 +96,15 @@ def import_checkpoint(
         "batch_size": _BATCH_SIZE,
     }
     source = _describe_unknown_source(official) if store is None else describe_source(store)
-    classes = () if store is None or official.shape.task == "retrieval" else store.classes.names
-    run = Run(out, config, official.shape, classes, source)
-    if official.text:
+    run = Run(out, config, official.shape, names, source)
+    if official.text and not find_network(official.shape.name).classifies_by_text:
         _save_text(out / TEXT_NAME, official.text)
     save_checkpoint(run, "best", network, {"imported_from": config["imported_from"]})
     write_run_config(run)  # last: without it the folder is no run
     return {
         "run": str(out),
-        "variant": {"task": official.shape.task, "family": official.shape.family},
+        "network": official.shape.name,
+        "variant": {"task": official.shape.task, "family": official.released.find_family(official.shape)},
         "layers": list(official.shape.layers),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "checked": checked,
@@ -93,11 +112,46 @@ def import_checkpoint(
     }
 
 
-def require_fitting_store(official: OfficialCheckpoint, store: StoreReader) -> list[str]:
+def _resolve_frames(official: OfficialCheckpoint, frames: int | None) -> int:
+    """T: what the file says, else what was asked for."""
+    told = official.shape.clip_frames
+    if frames is not None and told not in (None, frames):
+        raise ConfigError(f"--frames {frames}: {official.path} is of clips of {told} frames: leave it out")
+    return told or frames or DEFAULT_CLIP_FRAMES
+
+
+def _find_class_names(official: OfficialCheckpoint, file: Path | None, store: StoreReader | None) -> tuple[str, ...]:
+    """Names in the order of labels: a file's, else a store's; none where nobody says any.
+
+    Raises:
+        ConfigError: If the file is none of names, has no effect, or the network cannot do without.
+    """
+    if official.shape.task == "retrieval":
+        if file is not None:
+            raise ConfigError(f"--classes has no effect: {official.path} is of retrieval. Leave it out.")
+        return ()
+    if file is not None:
+        return read_class_names(file)
+    if store is not None:
+        return store.classes.names
+    if find_network(official.shape.name).classifies_by_text:
+        raise ConfigError(
+            f"{official.path} is of {official.released.title}, whose classes are names that its text tower embeds, and "
+            "names none: give them with --classes FILE, one a line in the order of labels, or with --features STORE"
+        )
+    return ()
+
+
+def require_fitting_store(official: OfficialCheckpoint, store: StoreReader, names: Sequence[str] = ()) -> list[str]:
     """Compare what a checkpoint carries of its backbone with a store.
 
     A store holds no weights of the backbone's blocks: sizes are compared, and the numbers of the tower's end where
     the checkpoint has it. For retrieval the tower's end is fine-tuned: only its shape is compared there.
+
+    Args:
+        official: The checkpoint.
+        store: Of its backbone.
+        names: Of its classes.
 
     Returns:
         What was compared, in words.
@@ -105,29 +159,35 @@ def require_fitting_store(official: OfficialCheckpoint, store: StoreReader) -> l
     Raises:
         StoreMismatchError: With all differences.
     """
-    require_needs(store, StoreNeeds(arrays=("patches", "cls"), head=True), f"the network of {official.path}")
+    needs = StoreNeeds(arrays=("patches", "cls"), head=bool(official.end))
+    require_needs(store, needs, f"the network of {official.path}")
     shape, backbone = official.shape, store.facts.backbone
     facts: dict[str, tuple[Any, Any]] = {
         "width": (shape.width, backbone.width),
         "patch size": (shape.patch_px, backbone.patch_size[0]),
         "patches of a frame": (_describe_grid(shape.num_patches), "x".join(map(str, backbone.grid))),
-        "family of side blocks": (shape.family, side_family(store)),
+        "family of side blocks": (official.released.find_family(shape), side_family(store)),
     }
     if official.depth is not None:
         facts["blocks of the backbone"] = (official.depth, backbone.depth)
-    if shape.task == "recognition":
+    kind = find_network(shape.name)
+    if shape.num_classes and not kind.classifies_by_text:  # a class is a text: it is evaluated on others as well
         facts["classes"] = (shape.num_classes, len(store.classes.names))
-    else:
-        assert shape.norm_eps is not None
-        facts["eps of the final norm"] = (np.float32(shape.norm_eps), np.float32(store.head["norm_eps"]))
+    facts |= official.released.compare(shape, store)
     differences = [f"{name}: {ours} here, {theirs} there" for name, (ours, theirs) in facts.items() if ours != theirs]
     if missing := sorted(set(shape.layers) - set(store.layout.layers)):
         differences.append(f"layers {missing} are not in the store")
-    if shape.task == "retrieval" and shape.layers[-1] != backbone.depth - 1:
+    is_frozen = "end.norm.weight" not in official.state
+    if not is_frozen and shape.layers[-1] != backbone.depth - 1:
         differences.append(f"retrieval reads the last block, {backbone.depth - 1}; layers end with {shape.layers[-1]}")
-    if not store.layout.with_pixels:
-        differences.append("the stem reads pixels, and the store was extracted with --no-pixels")
-    differences += _compare_ends(official.end, store.head, with_numbers=shape.task == "recognition")
+    if "classes" in facts and not set(names) <= set(store.classes.names):
+        strange = sorted(set(names) - set(store.classes.names))
+        differences.append(f"classes that the store does not have: {', '.join(map(repr, strange[:_MOST_NAMED]))}")
+    # A checkpoint brings its own texts.
+    needs = replace(kind.find_needs(shape.task, shape), text_tower=False, class_texts=False)
+    lacks = find_lacks(store, needs)
+    differences += [f"the store lacks {lack.why}" for lack in lacks]
+    differences += _compare_ends(official.end, store.head, with_numbers=is_frozen)
     if differences:
         raise StoreMismatchError(f"{official.path} does not fit {store.path}: {'; '.join(differences)}")
     return [*facts, "layers", *sorted(official.end)]

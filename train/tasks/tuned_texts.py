@@ -13,8 +13,7 @@ from ...errors import ConfigError
 from ...store.reader import StoreReader
 from ...store.text_choice import TEXT_ARRAYS
 from ...store.texts import MAX_WORDS, Texts
-from ..paper.import_checkpoint import TEXT_NAME
-from ..run_folder import Run
+from ..run_folder import TEXT_NAME, Run
 
 _log = logging.getLogger(__name__)
 

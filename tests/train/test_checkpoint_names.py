@@ -1,152 +1,50 @@
-"""Our side networks against the reference's own modules: golden files made by running HJYao00/Side4Video at 5d72352."""
+"""Released checkpoints as networks: golden files in the layout of HJYao00/Side4Video at 5d72352, and wrong ones."""
 
-import json
 import logging
 import re
 import subprocess
 import sys
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from s4v.errors import WeightsError
-from s4v.train.networks import parts
-from s4v.train.networks.side4video import RetrievalSideNetwork, SideNetwork
+from s4v.tests.golden.cases import read_case, relative
 from s4v.train.paper.checkpoint_names import (
     describe_unused,
     load_official_checkpoint,
     read_official_checkpoint,
-    rename_official,
 )
 
 VARIANTS = ("recognition_clip", "recognition_eva", "retrieval_clip", "retrieval_eva")
 
-# A bias directly before a batch norm changes nothing: its gradient is zero but for rounding. After the depthwise
-# convolution, too, where only a linear layer lies between.
-NO_GRADIENT = {
-    "clip": {"stem.bias"},
-    "eva": {"stem.bias", "blocks.0.temporal.bias", "blocks.0.temporal.project.bias", "blocks.0.mlp.2.bias"},
-}
 
-
-class Golden(NamedTuple):
-    folder: Path
-    config: dict
-    inputs: tuple
-    io: dict
-    grads: dict
-
-    @property
-    def family(self):
-        return self.config["variant"].partition("_")[2]
-
-    def state(self):
-        checkpoint = torch.load(self.folder / "checkpoint.pt", weights_only=True)
-        return dict(checkpoint.get("model_state_dict", checkpoint))
-
-
-def read_golden(folder):
-    config = json.loads((folder / "config.json").read_text())
-    io = load_file(folder / "io.safetensors")
-    batch, frames = config["batch"], config["frames"]
-    tokens = io["tokens"].view(batch, frames, *io["tokens"].shape[1:])
-    inputs = (io["pixels"].view(batch, frames, *io["pixels"].shape[1:]), tokens[:, :, :, 1:], tokens[:, :, :, 0])
-    return Golden(folder, config, inputs, io, load_file(folder / "grads.safetensors"))
+def read_state(case):
+    checkpoint = torch.load(case.folder / "checkpoint.pt", weights_only=True)
+    return dict(checkpoint.get("model_state_dict", checkpoint))
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
-def golden(request, data_path):
-    return read_golden(data_path / request.param)
+def golden(request):
+    return read_case(request.param)
 
 
 @pytest.fixture(scope="module")
-def recognition_clip(data_path):
-    return read_golden(data_path / "recognition_clip")
+def recognition_clip():
+    return read_case("recognition_clip")
 
 
-def load(golden, dtype=torch.float32):
-    path = golden.folder / "checkpoint.pt"
-    return load_official_checkpoint(path, frames=golden.config["frames"]).to(dtype)
-
-
-def relative(found, expected):
-    return ((found - expected).abs().max() / expected.abs().max()).item()
-
-
-def gradients(golden, dtype):
-    network = load(golden, dtype).train()
-    output = network(*(tensor.to(dtype) for tensor in golden.inputs))
-    (output * golden.io["train_cotangent"].to(dtype)).sum().backward()
-    return {name: parameter.grad for name, parameter in network.named_parameters()}
-
-
-def test_evaluation_output_equals_the_reference(golden):
-    with torch.inference_mode():
-        assert relative(load(golden)(*golden.inputs), golden.io["eval_output"]) < 1e-5
-
-
-def test_training_output_equals_the_reference(golden):
-    assert relative(load(golden).train()(*golden.inputs), golden.io["train_output"]) < 1e-5
-
-
-@pytest.mark.parametrize("least_width", [0, 10**6], ids=["made again", "kept"])
-def test_gradients_equal_the_reference(golden, least_width, monkeypatch):
-    """Relative to the largest gradient of the same layer, weight and bias together.
-
-    Batch norm makes the gradients of biases before it sums that nearly cancel (some are zero): relative to their own
-    size both sides are rounding. The next test compares them without that rounding on our side.
-    """
-    monkeypatch.setattr(parts, "_LEAN_FROM_WIDTH", least_width)
-    expected = rename_official(golden.grads)
-    joined = sum("attn.q_proj" in name for name in golden.grads)
-    assert len(expected) == len(golden.grads) - 2 * joined > 20, "every golden gradient has a place in our network"
-    found = gradients(golden, torch.float32)
-    scale: dict[str, float] = {}
-    for name, tensor in expected.items():
-        layer = name.rpartition(".")[0]
-        scale[layer] = max(scale.get(layer, 0.0), tensor.abs().max().item())
-    # The golden files hold no gradient of the stem's and of the MLP's weights: take ours for their scale.
-    for layer in ("stem", "blocks.0.mlp.0", "blocks.0.mlp.2"):
-        scale[layer] = found[f"{layer}.weight"].abs().max().item()
-    for name, tensor in expected.items():
-        error = (found[name] - tensor).abs().max().item() / scale[name.rpartition(".")[0]]
-        assert error < 1e-5, (name, error)
-
-
-def test_gradients_equal_the_reference_in_double_precision(golden):
-    """Each tensor relative to its own size; what is left is the rounding of the golden file itself (1.1e-5)."""
-    found = gradients(golden, torch.float64)
-    for name, tensor in rename_official(golden.grads).items():
-        if name in NO_GRADIENT[golden.family]:
-            assert found[name].abs().max() < 1e-12, name
-            continue
-        assert relative(tensor.double(), found[name]) < 2e-5, name
-
-
-def test_the_variant_is_told_from_the_names(golden):
-    official = read_official_checkpoint(golden.folder / "checkpoint.pt")
-    head, config = official.shape, golden.config
-    assert f"{head.task}_{head.family}" == config["variant"]
-    assert head.layers == tuple(config["tapped_layers"])
-    assert (head.width, head.side_width, head.patch_px) == (config["width"], config["side_dim"], config["patch"])
-    assert head.num_patches == (config["resolution"] // config["patch"]) ** 2
-    assert official.depth == config["layers"]
-    is_retrieval = head.task == "retrieval"
-    assert type(official.build()) is (RetrievalSideNetwork if is_retrieval else SideNetwork)
-    assert head.embed_dim == (config["embed_dim"] if is_retrieval else None)
-    assert head.num_classes == (0 if is_retrieval else config["classes"])
+def load(golden):
+    return load_official_checkpoint(golden.folder / "checkpoint.pt", frames=golden.config["frames"])
 
 
 def test_the_backbone_is_left_out_and_reported(golden, caplog):
     official = read_official_checkpoint(golden.folder / "checkpoint.pt")
-    place = "transformer.resblocks" if golden.family == "clip" else "blocks"
+    place = "transformer.resblocks" if golden.subject.family == "clip" else "blocks"
     told = [name for name in official.unused if name.endswith(place)]
     assert len(told) == 1
     kept = sum(t.numel() for t in official.build().state_dict().values())
-    assert kept + 1 < sum(t.numel() for t in golden.state().values())
+    assert kept + 1 < sum(t.numel() for t in read_state(golden).values())
     with caplog.at_level(logging.INFO):
         load(golden)
     assert f"not used: {describe_unused(official.unused)}" in caplog.text
@@ -155,7 +53,7 @@ def test_the_backbone_is_left_out_and_reported(golden, caplog):
 
 @pytest.mark.parametrize("is_wrapped", [True, False])
 def test_module_prefix_and_wrapping_make_no_difference(golden, tmp_path, is_wrapped):
-    state = {f"module.{name}": tensor for name, tensor in golden.state().items()}
+    state = {f"module.{name}": tensor for name, tensor in read_state(golden).items()}
     torch.save({"model_state_dict": state} if is_wrapped else state, tmp_path / "prefixed.pt")
     network = load_official_checkpoint(tmp_path / "prefixed.pt", frames=4)
     with torch.inference_mode():
@@ -163,8 +61,8 @@ def test_module_prefix_and_wrapping_make_no_difference(golden, tmp_path, is_wrap
 
 
 def test_what_retrieval_trained_beside_the_vision_tower_is_kept(data_path, tmp_path):
-    golden = read_golden(data_path / "retrieval_eva")
-    state = golden.state() | {"clip.text.proj": torch.ones(2, 3), "video_weight_fc.0.weight": torch.ones(4)}
+    golden = read_case("retrieval_eva")
+    state = read_state(golden) | {"clip.text.proj": torch.ones(2, 3), "video_weight_fc.0.weight": torch.ones(4)}
     torch.save(state, tmp_path / "with_text.pt")
     official = read_official_checkpoint(tmp_path / "with_text.pt")
     assert set(official.text) == {"clip.text.proj"}
@@ -175,7 +73,7 @@ def test_what_retrieval_trained_beside_the_vision_tower_is_kept(data_path, tmp_p
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_large_backbone_is_not_read(recognition_clip, tmp_path):
     """Memory grows by what the side network holds (2 MB), not by the 256 MB beside it."""
-    state = recognition_clip.state() | {"visual.transformer.resblocks.0.mlp.c_fc.weight": torch.ones(2**26)}
+    state = read_state(recognition_clip) | {"visual.transformer.resblocks.0.mlp.c_fc.weight": torch.ones(2**26)}
     torch.save({"model_state_dict": state}, tmp_path / "large.pt")
     code = (
         "from pathlib import Path\nfrom s4v.train.paper.checkpoint_names import load_official_checkpoint as load\n"
@@ -190,7 +88,7 @@ def test_a_large_backbone_is_not_read(recognition_clip, tmp_path):
 
 
 def test_layers_are_asked_for_where_the_names_leave_them_open(recognition_clip, tmp_path):
-    state = {name: t for name, t in recognition_clip.state().items() if ".resblocks." not in name}
+    state = {name: t for name, t in read_state(recognition_clip).items() if ".resblocks." not in name}
     torch.save({"model_state_dict": state}, tmp_path / "alone.pt")
     with pytest.raises(
         WeightsError, match="holds 2 side blocks and no backbone: which it reads is left open.*--layers"
@@ -212,11 +110,11 @@ def test_checkpoints_that_are_not_ours_to_read_are_refused(tmp_path):
     with pytest.raises(WeightsError, match="not a whole checkpoint of plain tensors"):
         load_official_checkpoint(tmp_path / "evil.pt", frames=4)
     torch.save({"model_state_dict": {"visual.proj": torch.zeros(2, 2)}}, tmp_path / "other.pt")
-    with pytest.raises(WeightsError, match="not a checkpoint of Side4Video that s4v knows: no position"):
+    with pytest.raises(WeightsError, match="is not a checkpoint of .*Side4Video.*: none of its 1 tensors has a name"):
         load_official_checkpoint(tmp_path / "other.pt", frames=4)
     for content in ([torch.zeros(2)], torch.zeros(2), {5: torch.zeros(2)}):
         torch.save(content, tmp_path / "odd.pt")
-        with pytest.raises(WeightsError, match="not a checkpoint of Side4Video"):
+        with pytest.raises(WeightsError, match="none of its [01] tensors has a name of their side"):
             load_official_checkpoint(tmp_path / "odd.pt", frames=4)
     for content in (b"", b"hello world"):
         (tmp_path / "text.pt").write_bytes(content)
@@ -245,7 +143,7 @@ def test_truncated_checkpoint_is_refused_in_one_line(golden, tmp_path, share):
     ],
 )
 def test_checkpoint_that_lacks_a_tensor_is_refused(data_path, tmp_path, variant, lost):
-    state = read_golden(data_path / variant).state()
+    state = read_state(read_case(variant))
     del state[lost]
     torch.save(state, tmp_path / "part.pt")
     task, family = variant.split("_")
@@ -266,7 +164,7 @@ def test_checkpoint_that_lacks_a_tensor_is_refused(data_path, tmp_path, variant,
     ],
 )
 def test_odd_shapes_are_one_clear_line(recognition_clip, tmp_path, name, shape, message):
-    torch.save(recognition_clip.state() | {name: torch.zeros(shape)}, tmp_path / "odd.pt")
+    torch.save(read_state(recognition_clip) | {name: torch.zeros(shape)}, tmp_path / "odd.pt")
     with pytest.raises(WeightsError, match=message) as caught:
         load_official_checkpoint(tmp_path / "odd.pt", frames=4)
     assert "\n" not in str(caught.value)
@@ -278,34 +176,31 @@ def test_retrieval_must_tap_the_last_block(data_path):
 
 
 def test_side_blocks_without_their_head_are_refused(recognition_clip, tmp_path):
-    state = {name: t for name, t in recognition_clip.state().items() if not name.startswith("fc.")}
+    state = {name: t for name, t in read_state(recognition_clip).items() if not name.startswith("fc.")}
     torch.save(state, tmp_path / "headless.pt")
     with pytest.raises(WeightsError, match=r"neither a classifier fc \(recognition\) nor visual.side_proj"):
         load_official_checkpoint(tmp_path / "headless.pt", frames=4)
 
 
 def test_another_systems_file_is_not_taken_for_side4videos(recognition_clip, tmp_path):
-    """Nothing of a side network is left out in silence: by one tensor, by TDS-CLIP's kinds of names, in either task."""
-    strange = {
-        "visual.side_gate": torch.ones(3),
-        "visual.transformer.side_transformer.0.mse.conv1.weight": torch.ones(4, 128, 1, 1),
-        "module.visual.side_conv1_c5.weight": torch.ones(2),
-    }
-    for name, tensor in strange.items():
-        torch.save({"model_state_dict": recognition_clip.state() | {name: tensor}}, tmp_path / "more.pt")
+    """Nothing of a side network is left out in silence; by one tensor of TDS-CLIP's it is TDS-CLIP's, and not whole."""
+    state = read_state(recognition_clip)
+    for name in ("visual.side_gate", "module.visual.transformer.side_transformer.0.mix.weight"):
+        torch.save({"model_state_dict": state | {name: torch.ones(3)}}, tmp_path / "more.pt")
         with pytest.raises(WeightsError, match=f"holds 1 tensors of a side network .* no place for: {name}. It is"):
             load_official_checkpoint(tmp_path / "more.pt", frames=4)
     for twice in ("visual.side_lns.0.weight", "module.visual.transformer.side_lns.0.weight"):
-        torch.save(recognition_clip.state() | {twice: torch.ones(64)}, tmp_path / "twice.pt")
+        torch.save(state | {twice: torch.ones(64)}, tmp_path / "twice.pt")
         with pytest.raises(WeightsError, match=f"holds 2 tensors of a side network .*{twice}"):
             load_official_checkpoint(tmp_path / "twice.pt", frames=4)
-    torch.save(recognition_clip.state() | strange, tmp_path / "all.pt")
-    with pytest.raises(WeightsError, match="holds 3 tensors of a side network"):
-        read_official_checkpoint(tmp_path / "all.pt")
+    for name in ("visual.transformer.side_transformer.0.mse.conv1.weight", "module.visual.side_conv1_c5.weight"):
+        torch.save({"model_state_dict": state | {name: torch.ones(8, 128, 3, 8, 8)}}, tmp_path / "tds.pt")
+        with pytest.raises(WeightsError, match="TDS-CLIP"):
+            load_official_checkpoint(tmp_path / "tds.pt", frames=4)
 
 
 def test_side_tensors_beside_retrievals_text_tower_are_refused_too(data_path, tmp_path):
-    state = read_golden(data_path / "retrieval_eva").state()
+    state = read_state(read_case("retrieval_eva"))
     torch.save(state | {"clip.text.side_adapter.weight": torch.ones(2, 3)}, tmp_path / "more.pt")
     with pytest.raises(WeightsError, match="no place for: clip.text.side_adapter.weight"):
         load_official_checkpoint(tmp_path / "more.pt", frames=4)
@@ -313,22 +208,14 @@ def test_side_tensors_beside_retrievals_text_tower_are_refused_too(data_path, tm
     assert "clip.text.inside.weight" in read_official_checkpoint(tmp_path / "other.pt").text
 
 
-def test_a_tds_clip_checkpoint_is_told_with_its_tensors():
-    path = Path(__file__).parents[3] / "shared/parity/tds_clip/checkpoint.pt"
-    if not path.exists():
-        pytest.skip("../shared/parity is not here: it is not part of the repository")
-    with pytest.raises(WeightsError, match=r"mse\..*It is another network's \(TDS-CLIP's holds"):
-        load_official_checkpoint(path, frames=8)
-
-
 def test_released_retrieval_files_are_half_precision_in_places(data_path, tmp_path):
     """Linear, convolution and attention weights, as beside CLIP: read as what they are, and computed in float32."""
-    golden = read_golden(data_path / "retrieval_clip")
+    golden = read_case("retrieval_clip")
     halves = {
         name: tensor.half()
         if re.search(r"(linears|conv|attn|mlp|proj).*weight|side_proj|visual\.proj", name)
         else tensor
-        for name, tensor in golden.state().items()
+        for name, tensor in read_state(golden).items()
     }
     assert sum(tensor.dtype == torch.float16 for tensor in halves.values()) > 20
     torch.save(halves, tmp_path / "half.pt")
