@@ -2,7 +2,7 @@
 
 The temporal encoder sees 2T dense frames as pixels. The integration branch reads each block of the backbone for every
 second of them, and swaps features with the encoder at each block. Learned queries pool the result to one vector, which
-is compared with the class names' embeddings. docs/side_network.md has all of it as formulas.
+is compared with the class names' embeddings. docs/networks.md has all of it as formulas.
 
 Source:
     DiST, https://arxiv.org/abs/2309.07911; its code alibaba-mmai-research/DiST at 4b3a09b,

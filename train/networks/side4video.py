@@ -1,7 +1,7 @@
 """The side network: a light spatial-temporal ladder beside the frozen backbone's tapped layers.
 
 Four variants from the same parts: for recognition (`SideNetwork`) or retrieval (`RetrievalSideNetwork`), beside CLIP or
-EVA. The two families differ in where a block and a tap normalise; docs/side_network.md has all of it as formulas.
+EVA. The two families differ in where a block and a tap normalise; docs/networks.md has all of it as formulas.
 Token-major throughout: activations are (B, T, N, S), so every projection is one matrix product over the last axis.
 
 Source:

@@ -2,7 +2,7 @@
 
 Three changes make it of Side4Video's. A second stem sees differences of the five frames around each cached one. A gate
 scales what a block's convolution over time finds. Stems cut their patches a pixel further up and left.
-docs/side_network.md has all of it as formulas.
+docs/networks.md has all of it as formulas.
 
 Source:
     TDS-CLIP, https://arxiv.org/abs/2408.10688; its code BBYL9413/TDS-CLIP at cf4e58c, clip/model.py. Ours differs
