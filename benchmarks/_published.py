@@ -7,18 +7,25 @@ them. `take_weights` loads ours, `compare` says how far outputs and gradients ar
 Source:
     Side4Video, https://arxiv.org/abs/2311.15769: HJYao00/Side4Video at 5d72352, Recognition/clip/model.py.
     TDS-CLIP, https://arxiv.org/abs/2408.10688: BBYL9413/TDS-CLIP at cf4e58c, clip/model.py.
+    DiST, https://arxiv.org/abs/2309.07911: alibaba-mmai-research/DiST at 4b3a09b, models/module_zoo/branches/dist.py.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-HEAD_WIDTH, REDUCTION = 64, 16
+HEAD_WIDTH = 64
+REDUCTION = 16
+"""How many times narrower than S a gate of TDS-CLIP is inside."""
+DENSE, STEM_FRAMES = 2, 5
+"""Of DiST: dense frames for each that the backbone sees, and those that its stem sees at once."""
 
 
 def order_tokens(patches: torch.Tensor, cls: torch.Tensor) -> list[torch.Tensor]:
@@ -175,6 +182,187 @@ class SideNetwork(nn.Module):
         return self.classifier(self.norm(to_map(x, len(pixels))).mean(dim=(2, 3, 4)))
 
 
+class QuickGelu(nn.Module):
+    """CLIP's activation."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class TemporalEncoder(nn.Module):
+    """Of DiST: (B, C, M, h, w) -> (B, C, M, h, w); its layer norm is over the channels of each place."""
+
+    def __init__(self, temporal_width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(temporal_width)
+        self.time = nn.Conv3d(temporal_width, temporal_width, (3, 1, 1), padding=(1, 0, 0))
+        self.space = nn.Conv3d(temporal_width, temporal_width, (1, 3, 3), padding=(0, 1, 1))
+        self.activation = QuickGelu()
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        normalised = self.norm(y.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3).contiguous()
+        return self.activation(y + self.space(self.activation(self.time(normalised))))
+
+
+class ToIntegration(nn.Module):
+    """Of DiST: (B, C, M, h, w) -> (1+N, B*T, S), a learned class token of each frame first."""
+
+    def __init__(self, temporal_width: int, side_width: int, num_frames: int) -> None:
+        super().__init__()
+        self.fuse = nn.Conv3d(temporal_width, side_width, (DENSE, 1, 1), stride=(DENSE, 1, 1))
+        self.class_token = nn.Parameter(torch.zeros(1, 1, num_frames, side_width))
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        cls = self.class_token.expand(1, len(y), -1, -1).flatten(1, 2)
+        return torch.cat([cls, to_sequence(self.fuse(y))])
+
+
+class QuickMlp(nn.Module):
+    """Two layers with CLIP's activation between them."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(width, inner)
+        self.activation = QuickGelu()
+        self.project = nn.Linear(inner, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.project(self.activation(self.expand(x)))
+
+
+class TimeBottleneck(nn.Module):
+    """Of DiST: sequences (1+N, B*T, S) -> the same, by convolutions over (B, S, T, 1+N, 1)."""
+
+    def __init__(self, side_width: int) -> None:
+        super().__init__()
+        narrow = side_width // 4
+        self.narrow = nn.Conv3d(side_width, narrow, 1)
+        self.time = nn.Conv3d(narrow, narrow, (3, 1, 1), padding=(1, 0, 0))
+        self.activation = QuickGelu()
+        self.widen = nn.Conv3d(narrow, side_width, 1)
+
+    def forward(self, x: torch.Tensor, num_clips: int) -> torch.Tensor:
+        clips = x.unflatten(1, (num_clips, -1)).permute(1, 3, 2, 0)[..., None].contiguous()
+        return to_sequence(self.widen(self.activation(self.time(self.narrow(clips)))))
+
+
+class Integration(nn.Module):
+    """Of DiST: two branches side by side, (1+N, B*T, S) -> (1+N, B*T, S)."""
+
+    def __init__(self, side_width: int) -> None:
+        super().__init__()
+        self.mlp_norm = nn.LayerNorm(side_width)
+        self.mlp = QuickMlp(side_width, side_width)
+        self.time_norm = nn.LayerNorm(side_width)
+        self.time = TimeBottleneck(side_width)
+
+    def forward(self, x: torch.Tensor, num_clips: int) -> torch.Tensor:
+        return self.mlp(self.mlp_norm(x)) + self.time(self.time_norm(x), num_clips)
+
+
+class DistBlock(nn.Module):
+    """Of DiST, beside one block of the backbone."""
+
+    def __init__(self, width: int, side_width: int, temporal_width: int, num_frames: int) -> None:
+        super().__init__()
+        self.temporal = TemporalEncoder(temporal_width)
+        self.tap = nn.Linear(width, side_width)
+        self.to_integration = ToIntegration(temporal_width, side_width, num_frames)
+        self.to_temporal = nn.Linear(side_width, temporal_width)
+        self.integration = Integration(side_width)
+
+    def forward(
+        self, y: torch.Tensor, handed: torch.Tensor | None, layer: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Temporal map, what the block before handed on, tokens -> map, what is handed on, what came before that."""
+        y = self.temporal(y)
+        read = self.tap(layer) if handed is None else self.tap(layer) + handed
+        x = read + self.to_integration(y)
+        back = to_map(self.to_temporal(read[1:]), len(y)).repeat_interleave(DENSE, dim=2)
+        return y + back, self.integration(x, len(y)), x
+
+
+class QueryAttention(nn.Module):
+    """Of a query (1, n, S) over (k, n, S), behind one norm."""
+
+    def __init__(self, side_width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(side_width)
+        self.attention = nn.MultiheadAttention(side_width, side_width // HEAD_WIDTH)
+
+    def forward(self, query: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        keys = self.norm(tokens)
+        return self.attention(self.norm(query), keys, keys, need_weights=False)[0]
+
+
+class PoolingLayer(nn.Module):
+    """Of DiST: queries of frames (1, B*T, S), then of clips (1, B, S)."""
+
+    def __init__(self, side_width: int, num_frames: int) -> None:
+        super().__init__()
+        self.frame_attention = QueryAttention(side_width)
+        self.frame_norm = nn.LayerNorm(side_width)
+        self.frame_mlp = QuickMlp(side_width, 4 * side_width)
+        self.position = nn.Parameter(torch.zeros(1, num_frames, side_width))
+        self.clip_attention = QueryAttention(side_width)
+        self.clip_norm = nn.LayerNorm(side_width)
+        self.clip_mlp = QuickMlp(side_width, 4 * side_width)
+
+    def forward(self, frames: torch.Tensor, clip: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        frames = frames + self.frame_attention(frames, x)
+        frames = frames + self.frame_mlp(self.frame_norm(frames))
+        by_clip = frames.view(clip.shape[1], -1, clip.shape[2]) + self.position
+        clip = clip + self.clip_attention(clip, by_clip.transpose(0, 1))
+        return frames, clip + self.clip_mlp(self.clip_norm(clip))
+
+
+class DistNetwork(nn.Module):
+    """DiST, with class names' texts as its classifier."""
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        width: int,
+        side_width: int,
+        temporal_width: int,
+        num_frames: int,
+        pooling_layers: int,
+        num_patches: int,
+        patch_px: int,
+        embed_dim: int,
+        num_classes: int,
+    ) -> None:
+        super().__init__()
+        kernel, stride = (STEM_FRAMES, patch_px, patch_px), (1, patch_px, patch_px)
+        convolution = nn.Conv3d(3, temporal_width, kernel, stride, (STEM_FRAMES // 2, 0, 0))
+        self.stem = nn.Sequential(OrderedDict(conv=convolution))
+        self.blocks = nn.ModuleList(DistBlock(width, side_width, temporal_width, num_frames) for _ in range(num_layers))
+        self.frame_query = nn.Parameter(torch.zeros(1, 1, side_width))
+        self.clip_query = nn.Parameter(torch.zeros(1, 1, side_width))
+        self.pooling = nn.ModuleList(PoolingLayer(side_width, num_frames) for _ in range(pooling_layers))
+        self.class_projection = nn.Linear(width, side_width)
+        self.end_norm = nn.LayerNorm(side_width)
+        self.projection = nn.Parameter(torch.zeros(side_width, embed_dim))
+        self.register_buffer("class_texts", torch.zeros(num_classes, embed_dim))
+        self.register_buffer("logit_scale", torch.zeros(()))
+
+    def forward(self, pixels: torch.Tensor, tokens: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Pixels (B, 2T, 3, H, W), tokens as from `order_tokens` -> (B, classes)."""
+        y, handed = self.stem(pixels.transpose(1, 2)), None
+        for block, layer in zip(self.blocks, tokens, strict=True):
+            y, handed, x = block(y, handed, layer)
+        x = x + handed
+        frames = self.frame_query.expand(1, x.shape[1], -1)
+        clip = self.clip_query.expand(1, len(pixels), -1)
+        for layer in self.pooling:
+            frames, clip = layer(frames, clip, x)
+        seen = tokens[-1][0].unflatten(0, (len(pixels), -1)).mean(dim=1)
+        embedding = self.end_norm(clip[0] + self.class_projection(seen)) @ self.projection
+        texts = F.normalize(self.class_texts, dim=-1)
+        return self.logit_scale.exp() * (F.normalize(embedding, dim=-1) @ texts.T)
+
+
 # Ours -> the names above; what is not here has the same name.
 _NAMES = (
     (r"^(stem(?:\.frames|\.differences)?)\.(weight|bias)$", r"\1.conv.\2"),
@@ -183,8 +371,8 @@ _NAMES = (
     (r"\.temporal\.expand\.", r".temporal.0."),
     (r"\.temporal\.(weight|bias)$", r".temporal.1.\1"),
     (r"\.temporal\.project\.", r".temporal.2."),
-    (r"\.attention\.qkv\.", r".attention.attention.in_proj_"),
-    (r"\.attention\.project\.", r".attention.attention.out_proj."),
+    (r"attention\.qkv\.", r"attention.attention.in_proj_"),
+    (r"attention\.project\.", r"attention.attention.out_proj."),
 )
 
 
@@ -195,7 +383,9 @@ def rename(ours: Mapping[str, torch.Tensor], network: nn.Module) -> dict[str, to
         for own, theirs in _NAMES:
             name = re.sub(own, theirs, name)
         shape = shapes[name]
-        if len(shape) == 5 and shape[2] > 1:  # our kernels over time have time first: (K, outputs, inputs)
+        if name.endswith(".fuse.weight"):  # ours joins dense frames, then channels
+            tensor = tensor.reshape(shape[0], shape[2], shape[1]).transpose(1, 2)
+        elif len(shape) == 5 and shape[2] > 1:  # our kernels over time have time first: (K, outputs, inputs)
             tensor = tensor.reshape(shape[2], *shape[:2], *shape[3:]).movedim(0, 2)
         renamed[name] = tensor.reshape(shape)
     return renamed
