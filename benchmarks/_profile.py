@@ -46,13 +46,13 @@ def strip(name: str) -> str:
 def profile_step(step: Callable[[], object], device: torch.device, num_steps: int) -> dict[str, float]:
     """Seconds of a step by `GROUPS`, on a GPU its own; `REST` is what is left of the time."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    start = time.perf_counter()
     with profile(activities=activities, acc_events=True) as found:
+        start = time.perf_counter()
         for _ in range(num_steps):
             step()
         if device.type == "cuda":
             torch.cuda.synchronize()
-    whole = time.perf_counter() - start
+        whole = time.perf_counter() - start
     seconds: Counter[str] = Counter()
     for event in found.events():
         if event.device_type != DeviceType.CPU:  # a GPU's kernels: counted with what called them

@@ -12,6 +12,7 @@ Source:
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import OrderedDict
@@ -80,7 +81,7 @@ class MotionStem(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         frames = pixels.unbind(2)
-        differences = torch.cat([one - before for before, one in zip(frames, frames[1:], strict=False)], dim=2)
+        differences = torch.cat([one - before for before, one in itertools.pairwise(frames)], dim=2)
         seen = self.frames(frames[2].transpose(1, 2))
         return seen + 0.5 * self.differences(differences.transpose(1, 2))
 
@@ -130,7 +131,9 @@ class Block(nn.Module):
         self.attention_norm = nn.LayerNorm(side_width)
         self.attention = Attention(side_width)
         self.mlp_norm = nn.BatchNorm3d(side_width)
-        self.mlp = nn.Sequential(nn.Linear(side_width, 4 * side_width), nn.GELU(), nn.Linear(4 * side_width, side_width))
+        self.mlp = nn.Sequential(
+            nn.Linear(side_width, 4 * side_width), nn.GELU(), nn.Linear(4 * side_width, side_width)
+        )
 
     def forward(self, x: torch.Tensor, cls: torch.Tensor, position: torch.Tensor, num_clips: int) -> torch.Tensor:
         maps = to_map(x, num_clips)
@@ -391,9 +394,10 @@ def rename(ours: Mapping[str, torch.Tensor], network: nn.Module) -> dict[str, to
     return renamed
 
 
-def take_weights(network: nn.Module, ours: nn.Module) -> None:
-    """Load all that our network has, running statistics too."""
+def take_weights(network: nn.Module, ours: nn.Module) -> nn.Module:
+    """The network, with all that ours has, running statistics too."""
     network.load_state_dict(rename(ours.state_dict(), network))
+    return network
 
 
 def compare(network: nn.Module, ours: nn.Module) -> float:
