@@ -26,6 +26,13 @@ def evaluate(
     backwards: Annotated[
         bool, typer.Option("--backwards", help="Play every clip backwards: what is order worth?")
     ] = False,
+    classes: Annotated[
+        Path | None,
+        typer.Option(help="A file with a class a line, of a head that classifies by text. [the run's, or the store's]"),
+    ] = None,
+    zero_shot_average: Annotated[
+        bool, typer.Option("--zero-shot-average", help="Of such a head: average its logits with the frozen backbone's.")
+    ] = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -42,6 +49,7 @@ def evaluate(
         from ..train.evaluate import evaluate_run
         from ..train.scorer import join_team
         from ..train.tasks import find_task
+        from ..train.tasks.contract import TextOptions
 
         with join_team() as team:
             figures = evaluate_run(
@@ -51,6 +59,7 @@ def evaluate(
                 num_clips=clips,
                 checkpoint=checkpoint,
                 is_backwards=backwards,
+                of_texts=TextOptions(classes=classes, with_zero_shot=zero_shot_average),
                 with_dual_softmax=dual_softmax,
                 device=find_device(device, own_gpu=int(os.environ["LOCAL_RANK"]) if team.size > 1 else None),
                 with_page=True,

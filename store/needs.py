@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..errors import StoreMismatchError
+from .class_texts import has_current_class_texts
 from .offsets import SEEN_FRAME, PixelOffset, describe_offsets
 from .reader import StoreReader
 
@@ -23,6 +24,8 @@ class StoreNeeds:
     """The tower's end: the embedding as a projection of a norm of the class token."""
     text_tower: bool = False
     """Embeddings that texts lie beside."""
+    class_texts: bool = False
+    """Class names as that tower has them."""
     instead: Mapping[str, str] = field(default_factory=dict)
     """By the name of a `Lack`: what can be done with a store that lacks it, as an order."""
 
@@ -35,7 +38,7 @@ class Lack:
     """One thing that a store does not have."""
 
     name: str
-    """`cls`, `pixels`, `offsets`, `head` or `text_tower`."""
+    """`cls`, `pixels`, `offsets`, `head`, `text_tower` or `class_texts`."""
     why: str
     """What it is, and why it is not there."""
     options: tuple[str, ...]
@@ -68,6 +71,9 @@ def _find_lacks(store: StoreReader, needs: StoreNeeds) -> Iterator[Lack]:
         yield Lack("head", why, other_model)
     if needs.text_tower and not backbone.has_text_tower:
         yield Lack("text_tower", f"a text tower: there is none beside {backbone.name}", other_model)
+    elif needs.class_texts and not has_current_class_texts(store):
+        why = "`text/classes`: the names of its classes, as the text tower has them"
+        yield Lack("class_texts", why, ("--class-template", "{}"))
 
 
 def _offset_options(needs: StoreNeeds, own: Sequence[PixelOffset] = ()) -> tuple[str, ...]:

@@ -189,6 +189,23 @@ def offsets_store(video_folder: Path, build_once: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def class_texts_store(video_folder: Path, build_once: Callable[..., Path]) -> Path:
+    """An int8 store of `video_folder`, 8 frames of each, with its class names as texts. Read it, do not change it."""
+    more = dict(dtype="int8", frames={"": 8}, sampling="reference-dist", class_template="{}")
+    make = lambda root: extract_dataset(tiny_config(video_folder, root / "texts.zarr", **more))  # noqa: E731
+    return build_once("class-texts", make) / "texts.zarr"
+
+
+@pytest.fixture(scope="session")
+def half_steps_store(video_folder: Path, build_once: Callable[..., Path]) -> Path:
+    """The same with 4 frames of each, and pixels half a step behind each. Read it, do not change it."""
+    more = dict(dtype="int8", frames={"": 4}, sampling="reference-dist", class_template="{}")
+    more["pixel_offsets"] = (0, "0.5step")
+    make = lambda root: extract_dataset(tiny_config(video_folder, root / "half-steps.zarr", **more))  # noqa: E731
+    return build_once("half-steps", make) / "half-steps.zarr"
+
+
+@pytest.fixture(scope="session")
 def captioned_folder(build_once: Callable[..., Path]) -> Path:
     """Videos of a table with captions: 8 for training, 4 and a broken one for validation; one caption is of two."""
     return build_once("captioned", write_captioned_folder)

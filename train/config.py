@@ -292,7 +292,7 @@ class TrainConfig:
     @property
     def network_options(self) -> dict[str, Any]:
         """Options of networks that have a name of their own here."""
-        return {name: getattr(self, name) for name in _NETWORK_OPTIONS}
+        return {name: getattr(self, name) for name in (*_NETWORK_OPTIONS, "frames")}
 
     def _check_network_and_task(self) -> None:
         """Refuse what has no effect, and a network that does not serve the task."""

@@ -13,9 +13,11 @@ from ..errors import ConfigError
 from .run_folder import Run, open_run, open_store_of_run
 from .scorer import ALONE, Team
 from .tasks import find_task
-from .tasks.contract import EvaluationOptions
+from .tasks.contract import EvaluationOptions, TextOptions
 
 _log = logging.getLogger(__name__)
+
+_OWN_CLASSES = TextOptions()
 
 
 def evaluate_run(
@@ -31,6 +33,7 @@ def evaluate_run(
     with_page: bool = False,
     report: Callable[[str, int, int], None] = lambda *_: None,
     team: Team = ALONE,
+    of_texts: TextOptions = _OWN_CLASSES,
 ) -> dict[str, Any]:
     """Evaluate a run on a split of a store, and leave the figures and all predictions in the run's folder.
 
@@ -47,6 +50,8 @@ def evaluate_run(
         with_page: Write results_SPLIT.html too, of recognition.
         report: Told about progress.
         team: Processes that share the clips; the first one writes.
+        of_texts: Of a network that classifies by text: other classes, and an average with the frozen backbone. Files of
+            such an evaluation are named after it.
 
     Returns:
         What the task's `evaluate_run` returns: see train/tasks.
@@ -67,6 +72,7 @@ def evaluate_run(
         num_clips=num_clips,
         checkpoint=checkpoint,
         is_backwards=is_backwards,
+        of_texts=of_texts,
         with_dual_softmax=with_dual_softmax,
         device=device,
         with_page=with_page,

@@ -375,7 +375,7 @@ class _Training:
         """Batches of this process."""
         return self._task.plan_epoch(
             epoch,
-            num_frames=self._heads[0].run.frames,
+            num_frames=self._heads[0].num_frames,
             rank=self._fabric.global_rank,
             num_ranks=self._fabric.world_size,
         )
@@ -485,7 +485,7 @@ class _Training:
             head.network,
             self._store,
             layers=self._layers,
-            num_frames=head.run.frames,
+            num_frames=head.num_frames,
             batch_size=head.config.batch_size,
             device=fabric.device,
             team=Team(fabric.global_rank, fabric.world_size, fabric.autocast),

@@ -90,8 +90,7 @@ def begin_heads(
     num_views = resolve_views(configs[0], task.training.num_trained_views, num_processes)
     configs = [replace(config, views_per_video=num_views, window=window) for config in configs]
     config = task.config = configs[0]
-    frames = _resolve_frames(config, store, task, is_told=is_auto and config.preset != "none")
-    warn_of_short_splits(store, frames, {config.train_split, config.val_split}, task.find_rows)
+    frames = shape.clip_frames or _resolve_frames(config, store, task, is_told=is_auto and config.preset != "none")
     assert config.batch_size is not None
     shares, available = StepShares.of_config(config, num_processes), len(task.training) * num_views
     warn_of_other_step(given, config, find_recipe(config, store), min(shares.clips, available))
@@ -101,8 +100,10 @@ def begin_heads(
     # Before anything is written: it may not fit.
     is_begun = all(can_resume) and state_path.is_file()
     networks = [_build(config, kind, shape, store, task, is_begun=is_begun) for config in configs]
-    for lengths in (task.training.num_cached_frames, find_clip_lengths(task.validation)):
-        require_whole_steps(networks[0], lengths, frames, store)
+    lengths = np.concatenate([task.training.num_cached_frames, find_clip_lengths(task.validation)])
+    num_frames, *_ = [network.fit_clips(store, frames, lengths) for network in networks]
+    _check_clips(networks[0], lengths, num_frames, store, task)
+    warn_of_short_splits(store, num_frames, {config.train_split, config.val_split}, task.find_rows)
     if given.norm_clips is not None and not has_norms(networks[0]):
         raise ConfigError(f"--norm-clips has no effect on --head {config.head}, which has no batch norm: leave it out")
     say(shares.describe(available, has_norms=has_norms(networks[0])))
@@ -119,7 +120,7 @@ def begin_heads(
         for config, run, can in zip(configs, runs, can_resume, strict=True):
             require_same_run(run, config, task.of_old_runs) if can else create_run(run)
     fabric.barrier()
-    heads = [Head(*parts) for parts in zip(configs, runs, networks, strict=True)]
+    heads = [Head(*parts, num_frames) for parts in zip(configs, runs, networks, strict=True)]
     return heads, store, task, fabric
 
 
@@ -195,8 +196,6 @@ def _resolve_frames(config: TrainConfig, store: StoreReader, task: Task, *, is_t
         lengths = find_clip_lengths(task.validation, only_first=task.reads_first_clips)
         lengths_held = np.concatenate([lengths_held, lengths])
     frames = resolve_clip_frames(config.frames, lengths_held, store, task.default_frames)
-    require_long_clips(task.validation, frames, store, only_first=task.reads_first_clips)
-    warn_of_thinned_clips(task.validation, frames, store, only_first=task.reads_first_clips)
     if is_told and config.frames is None and frames < task.default_frames:
         _log.warning(
             "clips of %d frames: rows of %s hold no more; %s is trained with %d (--frames)",
@@ -206,3 +205,10 @@ def _resolve_frames(config: TrainConfig, store: StoreReader, task: Task, *, is_t
             task.default_frames,
         )
     return frames
+
+
+def _check_clips(network: Network, lengths: np.ndarray, num_frames: int, store: StoreReader, task: Task) -> None:
+    """Refuse clips that are shorter than those that are read, or cut where a network reads shares of a step."""
+    require_whole_steps(network, lengths, num_frames, store)
+    require_long_clips(task.validation, num_frames, store, only_first=task.reads_first_clips)
+    warn_of_thinned_clips(task.validation, num_frames, store, only_first=task.reads_first_clips)

@@ -90,6 +90,8 @@ class ParameterGroup:
     rate_share: float = 1.0
     highest: float = math.inf
     """What is above it after a step is set to it."""
+    decays: bool = True
+    """Whether weight decay is for them, where their kind is not spared anyway."""
 
 
 Schedule = Callable[[float, float, float], float]
@@ -173,7 +175,7 @@ def make_optimizer(
     sorted_out: dict[tuple[float, float, float], list[nn.Parameter]] = {}
     for group in groups:
         for parameter in group.parameters:
-            decay = 0.0 if is_spared(parameter) else config.weight_decay
+            decay = 0.0 if is_spared(parameter) or not group.decays else config.weight_decay
             sorted_out.setdefault((group.rate_share, decay, group.highest), []).append(parameter)
     kind = OPTIMIZERS[config.optimizer]
     optimizer = kind.build(

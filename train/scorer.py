@@ -117,14 +117,20 @@ class Scorer:
         device: torch.device | None = None,
         is_backwards: bool = False,
         team: Team = ALONE,
+        lengths: np.ndarray | None = None,
     ) -> Scorer:
-        """With a run's checkpoint, in the precision of its training; on the CPU unless a device is named."""
+        """With a run's checkpoint, in the precision of its training; on the CPU unless a device is named.
+
+        `lengths` are of the clips as they are cached, (n,); None takes it that all have the run's.
+        """
         device = device or torch.device("cpu")
+        network = load_checkpoint(run, checkpoint).to(device)
+        lengths = np.array([run.frames]) if lengths is None else lengths
         return cls(
-            load_checkpoint(run, checkpoint).to(device),
+            network,
             store,
             layers=run.shape.layers,
-            num_frames=run.frames,
+            num_frames=network.fit_clips(store, run.frames, lengths),
             batch_size=run.config["batch_size"],
             device=device,
             team=replace(team, autocast=autocast_as_trained(run, device)),

@@ -115,7 +115,15 @@ def resolve_preset(config: TrainConfig, store: StoreReader, *, num_processes: in
     values: dict[str, Any] = {"interaction": "mean", **sizes, **recipe.describe(config.epochs), "views_per_video": None}
     if config.preset in ("auto", "none"):
         values["frames"] = None  # as many as the rows hold, up to the task's default
-    filled_in = {field: value for field, value in values.items() if getattr(config, field) is None}
+    # Sizes that have no option of their own are given as by --set; what was given there wins.
+    given = {one.split("=", 1)[0] for one in config.set}
+    own = {size: value for size, value in sizes.items() if size not in config.__dataclass_fields__}
+    values["set"] = (*config.set, *(f"{size}={value}" for size, value in own.items() if size not in given))
+    filled_in = {
+        field: value
+        for field, value in values.items()
+        if field == "set" or (field not in own and getattr(config, field) is None)
+    }
     batches = resolve_batches(config, recipe, None if name == "none" else name, num_processes)
     return replace(config, preset=name, **{**filled_in, **batches})
 

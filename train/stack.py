@@ -27,10 +27,12 @@ ComputeLoss = Callable[[Network, Any, ClipBatch], torch.Tensor]
 class Head:
     """One head of a training: its network, how far it is, and the run that it is kept in."""
 
-    def __init__(self, config: TrainConfig, run: Run, network: Network) -> None:
+    def __init__(self, config: TrainConfig, run: Run, network: Network, num_frames: int) -> None:
         self.config = config
         self.run = run
         self.network = network
+        self.num_frames = num_frames
+        """Of a clip as it is read, those without tokens among them."""
         self.position = Position()
         self.own_losses: list[torch.Tensor] = []
         """() each, of this process, since all were last found finite."""

@@ -26,6 +26,7 @@ NEW = {
         *("--set", "--norm-clips", "--log-every", "--optimizer", "--undecayed", "--order-seed", "--hold-out"),
         *("--min-video-frames", "--train-views", "--window", "--cache", "--cache-size", "--max-bad"),
     ),
+    "eval": ("--classes", "--zero-shot-average"),
     "compare": ("--run", "--split", "--checkpoint"),
 }
 """Options that have come since, by command."""

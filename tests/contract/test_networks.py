@@ -220,7 +220,9 @@ def test_a_network_that_is_gone_leaves_runs_that_say_so(int8_store, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setitem(NETWORKS, "toy", Toy())
         train_run(config_for(int8_store, tmp_path / "toy", head="toy"))
-    with pytest.raises(RunNotFoundError, match="--head takes side4video, linear, attentive, tds-clip; found 'toy'"):
+    with pytest.raises(
+        RunNotFoundError, match="--head takes side4video, linear, attentive, tds-clip, dist; found 'toy'"
+    ):
         open_run(tmp_path / "toy")
 
 
@@ -250,8 +252,9 @@ class TestEveryNetwork:
     def store(self, request, name, task):
         if TASKS[task].embeds_frames:
             return open_store(request.getfixturevalue("captioned_store"))
-        has_offsets = len(find_network(name).needs[task].pixel_offsets) > 1
-        return open_store(request.getfixturevalue("offsets_store" if has_offsets else "int8_store"))
+        needs = find_network(name).needs[task]
+        fixture = "class_texts_store" if needs.class_texts else "int8_store"
+        return open_store(request.getfixturevalue("offsets_store" if len(needs.pixel_offsets) > 1 else fixture))
 
     @pytest.fixture
     def network(self, name, task, store, tmp_path):
@@ -265,7 +268,8 @@ class TestEveryNetwork:
     def batch(self, network, store):
         loader = ClipLoader.for_network(network, store, layers=store.layout.layers, device=CPU)
         rows = np.flatnonzero(np.asarray(store.read_manifest(["status"])["status"]) == "ok")[:3]
-        places = np.tile(np.arange(4), (len(rows), 1))
+        num_frames = network.fit_clips(store, 4, np.full(1, 8 if network.frames_per_token > 1 else 4))
+        places = np.tile(np.arange(num_frames), (len(rows), 1))
         return next(loader.load([ClipPlan(rows, np.zeros(len(rows), int), places, rows)]))
 
     @pytest.fixture

@@ -92,7 +92,7 @@ def train():
 
 
 @pytest.fixture(scope="session")
-def trained_by_two(build_once, int8_store, captioned_store):
+def trained_by_two(build_once, int8_store, captioned_store, class_texts_store):
     """Trainings in two processes, one torchrun for all: runs below a folder by name, and `said`, what was printed.
 
     First the two look at the norms that they share. Last they evaluate `plain`, on its training videos.
@@ -105,6 +105,7 @@ def trained_by_two(build_once, int8_store, captioned_store):
         "plain": (int8_store, ["--batch-size", "2"]),
         "still": (int8_store, ["--batch-size", "2", "--head", "side4video", *still]),
         "linear": (int8_store, ["--batch-size", "2", "--head", "linear", *still]),
+        "dist": (class_texts_store, ["--batch-size", "2", "--head", "dist", *still]),
         "groups": (int8_store, ["--batch-size", "2", "--norm-clips", "2", *still]),
         "stopped": (int8_store, ["--batch-size", "1", "--norm-clips", "2", *still]),
         "retrieval": (captioned_store, ["--batch-size", "3", "--task", "retrieval", "--interaction", "wti", *still]),

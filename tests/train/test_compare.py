@@ -64,7 +64,7 @@ def test_all_are_trained_as_long_as_the_side_network(int8_store, tmp_path, monke
 
 
 def test_wrong_options_are_refused(int8_store, tmp_path):
-    with pytest.raises(ConfigError, match="takes side4video, linear, attentive, tds-clip, zero-shot; found mlp"):
+    with pytest.raises(ConfigError, match="takes side4video, linear, attentive, tds-clip, dist, zero-shot; found mlp"):
         compare_methods(base_for(int8_store, tmp_path / "c"), methods=("linear", "mlp"))
     with pytest.raises(ConfigError, match="--seeds must be at least 1; found 0"):
         compare_methods(base_for(int8_store, tmp_path / "c"), seeds=0)

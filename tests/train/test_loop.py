@@ -246,7 +246,7 @@ def test_wrong_input_is_refused_before_anything_is_written(int8_store, tmp_path)
     out = tmp_path / "run"
     with pytest.raises(StoreNotFoundError, match="is not a store: nothing there"):
         train_run(config_for(tmp_path / "none.zarr", out))
-    with pytest.raises(ConfigError, match="--head takes side4video, linear, attentive, tds-clip; found 'mlp'"):
+    with pytest.raises(ConfigError, match="--head takes side4video, linear, attentive, tds-clip, dist; found 'mlp'"):
         train_run(config_for(int8_store, out, head="mlp"))
     with pytest.raises(ConfigError, match="--precision fp16 needs a CUDA GPU"):
         train_run(config_for(int8_store, out, precision="fp16"))

@@ -97,7 +97,7 @@ def test_bytes_are_those_of_what_is_set():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--for", "i3d"), "--for takes side4video, linear, attentive, tds-clip, zero-shot, dist, r2-tuning; found"),
+        (("--for", "i3d"), "--for takes side4video, linear, attentive, tds-clip, dist, zero-shot, r2-tuning; found"),
         (("--for", "tds-clip", "--no-pixels"), "--no-pixels stores no frames, --pixel-offsets -2..2"),
     ],
 )

@@ -5,13 +5,14 @@ from __future__ import annotations
 from ...errors import ConfigError
 from .attentive_probe import Attentive
 from .contract import NetworkKind
+from .dist import Dist
 from .linear_probe import Linear
 from .side4video import Side4Video
 from .tds_clip import TdsClip
 from .zero_shot import ZeroShotText
 
 NETWORKS: dict[str, NetworkKind] = {
-    kind.name: kind for kind in (Side4Video(), Linear(), Attentive(), TdsClip(), ZeroShotText())
+    kind.name: kind for kind in (Side4Video(), Linear(), Attentive(), TdsClip(), Dist(), ZeroShotText())
 }
 """By the name that `--head` takes; the first is the one that the others are compared with."""
 

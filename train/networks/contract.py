@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_type_hints
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ...errors import ConfigError
+from ...store.class_texts import read_class_texts
 from ...store.needs import NOTHING, StoreNeeds
 from ..recipe import Optimisation, ParameterGroup, Preset, Recipe
 
@@ -57,6 +59,11 @@ class NetworkShape:
         """Whether a text is compared with a video word by word, and not as a whole."""
         return False
 
+    @property
+    def clip_frames(self) -> int | None:
+        """T, where the weights are of so many frames; None takes clips of any length."""
+        return None
+
 
 @dataclass(frozen=True)
 class NoOptions:
@@ -94,6 +101,24 @@ class Network(nn.Module):
         Raises:
             StoreMismatchError: If it is of another size.
         """
+
+    def fit_clips(self, store: StoreReader, num_frames: int, lengths: np.ndarray) -> int:
+        """Settle how it reads the clips of a store, which may be another one than it was trained on.
+
+        Called before loaders are made: `pixel_offsets` and `frames_per_token` may follow from the store.
+
+        Args:
+            store: Whose clips it will read.
+            num_frames: T, the run's.
+            lengths: (n,) frames of the clips as they are cached.
+
+        Returns:
+            Frames of a clip that is read, those without tokens among them. By default T.
+
+        Raises:
+            StoreMismatchError: If the store has no clips for it.
+        """
+        return num_frames
 
     def parameter_groups(self) -> Sequence[ParameterGroup]:
         """What is trained, by its share of the rate. By default all that wants gradients, at the whole rate."""
@@ -148,6 +173,43 @@ class FrameNetwork(Network):
         self.register_parameter("logit_scale", None)
 
 
+class TextNetwork(Network):
+    """A network that classifies by text: logits are a factor times the cosine of a clip's vector and each class's text.
+
+    Args:
+        num_classes: Of the texts that it is trained with.
+        embed_dim: E, of texts.
+    """
+
+    class_texts: torch.Tensor
+    """(classes, E), not normalised."""
+    logit_scale: torch.Tensor
+    """() as a logarithm, the backbone's own."""
+
+    def __init__(self, num_classes: int, embed_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("class_texts", torch.zeros(num_classes, embed_dim))
+        self.register_buffer("logit_scale", torch.zeros(()))
+
+    def prepare(self, store: StoreReader) -> None:
+        """Take the texts of the store's classes, and its backbone's factor of similarities."""
+        self.take_class_texts(read_class_texts(store).embedding)
+        self.logit_scale.fill_(float(store.head["logit_scale"]))
+
+    def take_class_texts(self, embedding: np.ndarray) -> None:
+        """Classify as these from now on: (classes, E), of any number of classes."""
+        self.class_texts = torch.from_numpy(np.array(embedding)).to(self.class_texts)
+
+    def compare_texts(self, embedding: torch.Tensor) -> torch.Tensor:
+        """(B, E) -> (B, classes) logits, in the precision of the texts whatever the rest is computed in.
+
+        Scores of 16 bits tie where those of float32 do not.
+        """
+        with torch.autocast(embedding.device.type, enabled=False):
+            texts = F.normalize(self.class_texts, dim=-1)
+            return self.logit_scale.exp() * F.linear(F.normalize(embedding.to(texts.dtype), dim=-1), texts)
+
+
 class NetworkStack(nn.Module):
     """Several networks of one shape as one module, for heads that learn from the same batches."""
 
@@ -187,6 +249,8 @@ class NetworkKind(ABC):
     """Whether there is anything to train; one that is not has `score`."""
     can_begin_with_a_run: ClassVar[bool] = False
     """Whether `--init` has a meaning: its networks have `begin_with`."""
+    classifies_by_text: ClassVar[bool] = False
+    """Whether its networks are `TextNetwork`: they are evaluated on other classes without training."""
     can_checkpoint_activations: ClassVar[bool] = False
     """Whether its networks heed `checkpoints_activations`."""
     optimisation: ClassVar[Mapping[str, Optimisation]] = {}

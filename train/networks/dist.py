@@ -14,14 +14,31 @@ Source:
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import pyarrow.compute
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
+from ...errors import ConfigError, StoreMismatchError
+from ...store.class_texts import read_class_template
 from ...store.codecs.contract import Codec
-from .contract import Network
+from ...store.needs import Lack, StoreNeeds, describe_command
+from ...store.offsets import PixelOffset, describe_offsets
+from ...store.reader import StoreReader
+from ..paper.presets import DIST_PRESETS, DIST_RECIPE, DIST_SIDE_WIDTH
+from ..recipe import Optimisation, ParameterGroup, Recipe, cosine_under_warmup
+from .contract import NetworkKind, NetworkShape, Outputs, TextNetwork
 from .parts import HEAD_WIDTH, make_again, sum_shifted
+from .side4video import require_square_patches
+
+if TYPE_CHECKING:
+    from ..clips import ClipPlan
 
 DENSE = 2
 """Dense frames for each one that the backbone sees."""
@@ -31,6 +48,12 @@ HALF_STEP = "0.5step"
 
 _STEM_FRAMES = 5
 _STD = 0.02
+
+_MOST_FRAMES = 8
+"""T, where nobody says otherwise and a store that holds 2T frames or more would serve for more."""
+
+_FIRST_RATE_SHARE = 8e-8 / 3.2e-5
+"""Of the full rate, that the first step has."""
 
 
 def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -85,6 +108,7 @@ class TemporalEncoder(nn.Module):
         self.time = TimeConv(temporal_width)
         self.space = nn.Conv2d(temporal_width, temporal_width, 3, padding=1)
         nn.init.normal_(self.space.weight, std=_STD)
+        assert self.space.bias is not None
         nn.init.zeros_(self.space.bias)
 
     def forward(self, y: torch.Tensor, grid: tuple[int, int], side_width: int) -> torch.Tensor:
@@ -273,7 +297,7 @@ class PoolingLayer(nn.Module):
         return frames, clip + self.clip_mlp(clip, self.clip_norm)
 
 
-class DistNetwork(Network):
+class DistNetwork(TextNetwork):
     """The network.
 
     Args:
@@ -306,24 +330,22 @@ class DistNetwork(Network):
         embed_dim: int,
         num_classes: int,
     ) -> None:
-        super().__init__()
+        super().__init__(num_classes, embed_dim)
         self.num_frames = num_frames
         self.num_patches = num_patches
         self.stem = DenseStem(temporal_width, patch_px)
-        self.blocks = nn.ModuleList(
-            DistBlock(width, side_width, temporal_width, num_frames) for _ in range(num_layers)
-        )
+        self.blocks = nn.ModuleList(DistBlock(width, side_width, temporal_width, num_frames) for _ in range(num_layers))
         self.frame_query = nn.Parameter(torch.empty(side_width))
         self.clip_query = nn.Parameter(torch.empty(side_width))
         self.pooling = nn.ModuleList(PoolingLayer(side_width, num_frames) for _ in range(pooling_layers))
         self.class_projection = nn.Linear(width, side_width)
         self.end_norm = nn.LayerNorm(side_width)
         self.projection = nn.Parameter(torch.empty(side_width, embed_dim))
-        self.register_buffer("class_texts", torch.zeros(num_classes, embed_dim))
-        self.register_buffer("logit_scale", torch.zeros(()))
         self._draw_weights()
         # Its output would be the next block's: the reference's files hold these weights, nothing reads them.
-        self.blocks[-1].to_temporal.requires_grad_(False)
+        last = self.blocks[-1]
+        assert isinstance(last, DistBlock)
+        last.to_temporal.requires_grad_(False)
 
     def _draw_weights(self) -> None:
         for module in self.modules():
@@ -337,6 +359,49 @@ class DistNetwork(Network):
             nn.init.normal_(query, std=_STD)
         nn.init.normal_(self.projection, std=len(self.projection) ** -0.5)
 
+    def fit_clips(self, store: StoreReader, num_frames: int, lengths: np.ndarray) -> int:
+        """Settle where dense frames come from: cached clips of T with pixels half a step on, else clips of 2T.
+
+        A store that has both kinds was made for the first: it has tokens of all frames that it caches.
+        """
+        if _has_half_steps(store) and bool((lengths == num_frames).all()):
+            self.pixel_offsets, self.frames_per_token = (0, HALF_STEP), 1
+            return num_frames
+        if store.facts.is_open_ended or int(lengths.min()) >= DENSE * num_frames:
+            self.pixel_offsets, self.frames_per_token = (0,), DENSE
+            return DENSE * num_frames
+        held = ", ".join(map(str, sorted({*lengths.tolist()})))
+        # Of `val` the three test clips, and the one that training validates on.
+        frames = f"train={num_frames},val={4 * num_frames},{num_frames}"
+        made = Lack("offsets", "", ("--for", "dist", "--frames", frames))
+        raise StoreMismatchError(
+            f"a clip of --head dist is {num_frames} cached frames with pixels at 0,{HALF_STEP}, or "
+            f"{DENSE * num_frames} cached frames; clips of {store.path} have {held} frames, with pixels at "
+            f"{describe_offsets(store.layout.pixel_offsets)}. Take other --frames, or make a store: "
+            f"{describe_command(store, [made])}"
+        )
+
+    def reverse_plan(self, plan: ClipPlan) -> ClipPlan:
+        """Dense frames from the last to the first: tokens are then of those that had none before."""
+        if self.frames_per_token == 1:
+            raise ConfigError(
+                f"--backwards: this store has no tokens of the frames half a step on, which a clip of --head dist "
+                f"reads when it is played backwards. Evaluate on a store with {DENSE * self.num_frames} frames "
+                "(--features), where every dense frame has them."
+            )
+        return super().reverse_plan(plan)
+
+    def parameter_groups(self) -> Sequence[ParameterGroup]:
+        """Decay is for matrices and kernels: not for learned tokens and positions."""
+        spared = {
+            id(p) for name, p in self.named_parameters() if name.rpartition(".")[2] in ("class_token", "position")
+        }
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return [
+            ParameterGroup(tuple(p for p in trained if id(p) not in spared)),
+            ParameterGroup(tuple(p for p in trained if id(p) in spared), decays=False),
+        ]
+
     def forward(
         self, pixels: torch.Tensor, patches: torch.Tensor, cls: torch.Tensor, codec: Codec | None = None
     ) -> torch.Tensor:
@@ -347,24 +412,31 @@ class DistNetwork(Network):
             patches: (B, T, L, N, D) patch tokens or, with a codec, (B, T, L, N, K) codes.
             cls: (B, T, L, D) class tokens of the same layers.
             codec: Decodes the codes of each layer when its tap needs them; arrays on the same device.
+
+        Raises:
+            StoreMismatchError: If the number of layers, patches or frames is not this network's.
         """
+        self._check_sizes(pixels, patches)
         return self.compare_texts(self.embed(pixels, patches, cls, codec))
 
     def embed(
         self, pixels: torch.Tensor, patches: torch.Tensor, cls: torch.Tensor, codec: Codec | None = None
     ) -> torch.Tensor:
         """What `forward` takes -> (B, E), not normalised."""
-        frames, clip = self._pool(*self._integrate(pixels, patches, cls, codec))
+        _, clip = self._pool(*self._integrate(pixels, patches, cls, codec))
         with torch.autocast(clip.device.type, enabled=False):
             dtype = self.projection.dtype
             seen = self.class_projection(cls[:, :, -1].to(dtype).mean(dim=1))
             return self.end_norm(clip.to(dtype) + seen) @ self.projection
 
-    def compare_texts(self, embedding: torch.Tensor) -> torch.Tensor:
-        """(B, E) -> (B, classes): the factor times the cosine with each class, in float32 whatever the precision."""
-        with torch.autocast(embedding.device.type, enabled=False):
-            texts = F.normalize(self.class_texts.to(embedding.dtype), dim=-1)
-            return self.logit_scale.exp() * (F.normalize(embedding, dim=-1) @ texts.T)
+    def _check_sizes(self, pixels: torch.Tensor, patches: torch.Tensor) -> None:
+        found = (*patches.shape[1:4], pixels.shape[1:-3].numel())
+        wanted = (self.num_frames, len(self.blocks), self.num_patches, DENSE * self.num_frames)
+        if found != wanted:
+            raise StoreMismatchError(
+                "this network takes {} frames of {} layers of {} patches, and pixels of {} frames".format(*wanted)
+                + "; found {}, {}, {} and {}".format(*found)
+            )
 
     def _integrate(
         self, pixels: torch.Tensor, patches: torch.Tensor, cls: torch.Tensor, codec: Codec | None
@@ -383,6 +455,7 @@ class DistNetwork(Network):
                 )
             else:
                 y, handed, handed_cls = self._run_block(*step)
+        assert handed is not None and handed_cls is not None
         return handed, handed_cls
 
     def _run_block(
@@ -397,6 +470,7 @@ class DistNetwork(Network):
         codec: Codec | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         block, tokens = self.blocks[layer], patches[:, :, layer]
+        assert isinstance(block, DistBlock)
         tap = block.tap
         read = tap(tokens.to(cls.dtype)) if codec is None else tap.read_codes(tokens, codec, layer)
         read_cls = tap(cls[:, :, layer])
@@ -411,3 +485,144 @@ class DistNetwork(Network):
         for layer in self.pooling:
             frames, clip = layer(frames, clip, x, x_cls)
         return frames, clip
+
+
+def ramp_to_cosine(epoch: float, warmup: float, epochs: float) -> float:
+    """A cosine to 0 that begins with the first step; the warm-up rises in a line to where it has come to by then."""
+    if epoch >= warmup:
+        return cosine_under_warmup(epoch, warmup, epochs)
+    reached = cosine_under_warmup(warmup, warmup, epochs)
+    return _FIRST_RATE_SHARE + (reached - _FIRST_RATE_SHARE) * epoch / warmup
+
+
+@dataclass(frozen=True)
+class DistOptions:
+    """What a command says of the network."""
+
+    side_width: int | None = None
+    """S; None takes half of the backbone's width, 384 at most."""
+    frames: int | None = None
+    """T, frames that the backbone sees; None takes those of the store's clips, or half of them, 8 at most."""
+    temporal_width: int | None = None
+    """C; None takes a quarter of S."""
+    pooling_layers: int = 2
+    """Q."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistShape(NetworkShape):
+    """Of the network."""
+
+    side_width: int
+    """S."""
+    frames: int
+    """T: learned tokens and positions are of so many frames."""
+    temporal_width: int
+    """C."""
+    pooling_layers: int
+    """Q."""
+    embed_dim: int
+    """E, of texts."""
+    class_template: str = "{}"
+    """In which {} stands for a class's name."""
+
+    @property
+    def clip_frames(self) -> int:
+        """T."""
+        return self.frames
+
+
+class Dist(NetworkKind):
+    """DiST: see above. The paper has it beside CLIP; beside any other backbone with a text tower it is the same."""
+
+    name = "dist"
+    tasks = ("recognition",)
+    reads = "patch and class tokens of all layers, pixels of twice the frames, class names, order"
+    # Its clips are whole: a frame of pixels lies half way to the next frame of the clip as it is cached. Three test
+    # views of one crop. The paper's training frames are drawn anew in each epoch, here they are the uniform ones.
+    extraction: ClassVar[Mapping[str, Any]] = {
+        "layers": "all",
+        "sampling": "reference-dist",
+        "frames": {"train": 8, "val": 32, "": 8},
+        "clips": {"val": 3, "": 1},
+        "validation_clip": ("val",),
+        "views": {"": "centre"},
+        "resize": "224",
+        "pixel_offsets": (0, HALF_STEP),
+        "class_template": "{}",
+    }
+    options = DistOptions
+    shape: ClassVar[type[NetworkShape]] = DistShape
+    presets = DIST_PRESETS
+    needs: ClassVar[Mapping[str, StoreNeeds]] = {
+        "recognition": StoreNeeds(
+            arrays=DistNetwork.arrays,
+            head=True,
+            text_tower=True,
+            class_texts=True,
+            instead={
+                "class_texts": "run the command that began it once more with --class-template '{}': it adds them",
+                "cls": "train with --head attentive",
+            },
+        )
+    }
+    can_checkpoint_activations = True
+    classifies_by_text = True
+    optimisation: ClassVar[Mapping[str, Optimisation]] = {"recognition": Optimisation(schedule=ramp_to_cosine)}
+
+    def find_recipe(self, task: str, width: int) -> Recipe:
+        """The same beside every backbone."""
+        return DIST_RECIPE
+
+    def plan(self, store: StoreReader, outputs: Outputs, options: DistOptions, layers: tuple[int, ...]) -> NetworkShape:
+        """Fit it to a store."""
+        require_square_patches(store, "Train with --head attentive.")
+        side_width = options.side_width or min(
+            DIST_SIDE_WIDTH, max(HEAD_WIDTH, store.layout.width // (2 * HEAD_WIDTH) * HEAD_WIDTH)
+        )
+        if side_width % HEAD_WIDTH:
+            raise ConfigError(f"--side-width must be a multiple of 64 (one attention head); found {side_width}")
+        temporal_width = side_width // 4 if options.temporal_width is None else options.temporal_width
+        for name, value in (("temporal_width", temporal_width), ("pooling_layers", options.pooling_layers)):
+            if value < 1:
+                raise ConfigError(f"--set {name} must be at least 1; found {value}")
+        return self.describe_shape(
+            store,
+            outputs,
+            layers,
+            side_width=side_width,
+            frames=options.frames or _find_frames(store),
+            temporal_width=temporal_width,
+            pooling_layers=options.pooling_layers,
+            embed_dim=store.layout.embed_dim,
+            class_template=read_class_template(store.path) or "{}",
+        )
+
+    def build(self, shape: DistShape) -> DistNetwork:
+        """A network of those sizes."""
+        return DistNetwork(
+            num_layers=len(shape.layers),
+            width=shape.width,
+            side_width=shape.side_width,
+            temporal_width=shape.temporal_width,
+            num_frames=shape.frames,
+            pooling_layers=shape.pooling_layers,
+            num_patches=shape.num_patches,
+            patch_px=shape.patch_px,
+            embed_dim=shape.embed_dim,
+            num_classes=shape.num_classes,
+        )
+
+
+def _has_half_steps(store: StoreReader) -> bool:
+    return store.layout.with_pixels and PixelOffset.of(HALF_STEP) in store.layout.pixel_offsets
+
+
+def _find_frames(store: StoreReader) -> int:
+    """T of a store's recorded clips: with pixels half a step on that is all of the shortest one, else half of it."""
+    if store.facts.is_open_ended:
+        return _MOST_FRAMES
+    table = store.read_manifest(["status", "eval_clips"])
+    clips = pyarrow.compute.list_flatten(table.filter(pyarrow.compute.equal(table["status"], "ok"))["eval_clips"])
+    shortest = pyarrow.compute.min(pyarrow.compute.list_value_length(clips)).as_py() or 1
+    return shortest if _has_half_steps(store) else max(1, min(_MOST_FRAMES, shortest // DENSE))

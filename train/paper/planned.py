@@ -12,18 +12,6 @@ from ...errors import ConfigError
 from ..networks import NETWORKS
 
 PLANNED: Mapping[str, Mapping[str, Any]] = {
-    # Its clips are whole: a frame of pixels lies half way to the next frame of the clip as it is cached.
-    "dist": {
-        "layers": "all",
-        "sampling": "reference-dist",
-        "frames": {"train": 8, "val": 32, "": 8},
-        "clips": {"val": 3, "": 1},
-        "validation_clip": ("val",),
-        "views": {"": "centre"},
-        "resize": "224",
-        "pixel_offsets": (0, "0.5step"),
-        "class_template": "{}",
-    },
     "r2-tuning": {
         "layers": "last4",
         "sampling": "fps:0.5",
@@ -37,9 +25,7 @@ PLANNED: Mapping[str, Mapping[str, Any]] = {
 """By the network's name: fields of an extraction's config. What is not named is as the data set's recipe has it.
 
 Source:
-    DiST: https://github.com/alibaba-mmai-research/DiST at
-    4b3a09b, three test views of one crop; its training frames are drawn anew in each epoch, here they are the uniform
-    ones. R2-Tuning: https://github.com/yeliudev/R2-Tuning at 03fbcf6, at the rate of QVHighlights; of Charades-STA it
+    R2-Tuning: https://github.com/yeliudev/R2-Tuning at 03fbcf6, at the rate of QVHighlights; of Charades-STA it
     is one frame a second.
 """
 

@@ -7,8 +7,9 @@ words with frames. Options that were given win over it.
 
 Source:
     Sizes: Side4Video, https://arxiv.org/abs/2311.15769. Recipes: the scripts and configurations of HJYao00/Side4Video
-    at 5d72352. Of TDS-CLIP, https://arxiv.org/abs/2408.10688: those of BBYL9413/TDS-CLIP at cf4e58c. Ours differ where
-    train/recipe.py differs: docs/decisions.md.
+    at 5d72352. Of TDS-CLIP, https://arxiv.org/abs/2408.10688: those of BBYL9413/TDS-CLIP at cf4e58c. Of DiST,
+    https://arxiv.org/abs/2309.07911: those of alibaba-mmai-research/DiST at 4b3a09b, README and configs/projects/dist.
+    Ours differ where train/recipe.py differs: docs/decisions.md.
 """
 
 from __future__ import annotations
@@ -138,6 +139,34 @@ def _list_tds_clip_presets() -> Iterator[Preset]:
 
 
 TDS_CLIP_PRESETS = tuple(_list_tds_clip_presets())
+
+DIST_RECIPE = Recipe(36, 3.2e-4, warmup_epochs=6.0, weight_decay=1e-4, undecayed="vectors")
+"""Of all networks and data sets; a step has 256 clips of as many videos."""
+DIST_SIDE_WIDTH = 384
+_DIST_TEMPORAL_WIDTH = 96
+_DIST_POOLING_LAYERS = {"k400": 4, "ssv2": 2}
+_DIST_FRAMES = {"b16": (8, 16, 32), "l14": (32,)}
+
+
+def _list_dist_presets() -> Iterator[Preset]:
+    """Of a backbone and data set they differ in T alone, which `auto` takes from the store: it names the first one."""
+    for name, lengths in _DIST_FRAMES.items():
+        for dataset, pooling_layers in _DIST_POOLING_LAYERS.items():
+            for frames in lengths:
+                yield SIZES[name].beside(
+                    "recognition",
+                    f"dist-{name}-{frames}f",
+                    dataset,
+                    replace(DIST_RECIPE, step_clips=256, frames=frames),
+                    {
+                        "side_width": DIST_SIDE_WIDTH,
+                        "temporal_width": _DIST_TEMPORAL_WIDTH,
+                        "pooling_layers": pooling_layers,
+                    },
+                )
+
+
+DIST_PRESETS = tuple(_list_dist_presets())
 
 
 def side_family(store: StoreReader) -> Family:

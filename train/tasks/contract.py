@@ -44,6 +44,16 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
+class TextOptions:
+    """What `s4v eval` can be told of a network that classifies by text."""
+
+    classes: Path | None = None
+    """A file with a class name a line; None takes the run's classes or, where it has others, the store's."""
+    with_zero_shot: bool = False
+    """Average its logits with those of the frozen backbone, half each."""
+
+
+@dataclass(frozen=True, slots=True)
 class EvaluationOptions:
     """What `s4v eval` can be told."""
 
@@ -57,6 +67,8 @@ class EvaluationOptions:
     """`best` or `last`."""
     is_backwards: bool = False
     """Play every clip backwards; files are named eval_SPLIT_backwards and so on."""
+    of_texts: TextOptions = TextOptions()
+    """Of a network that classifies by text."""
     with_dual_softmax: bool = False
     """Of retrieval: add figures of scores that look at all queries of the split at once."""
     device: torch.device | None = None
@@ -70,8 +82,8 @@ class EvaluationOptions:
 
     @property
     def file_stem(self) -> str:
-        """What files of this evaluation are named after: the split, and whether it was played backwards."""
-        return f"{self.split}_backwards" if self.is_backwards else self.split
+        """What files of this evaluation are named after: the split, whether it was played backwards, and an average."""
+        return f"{self.split}{'_backwards' * self.is_backwards}{'_zero-shot-average' * self.of_texts.with_zero_shot}"
 
 
 class Task(ABC):

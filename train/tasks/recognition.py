@@ -20,7 +20,9 @@ from ...store.reader import StoreReader
 from ..clips import (
     DEFAULT_CLIP_FRAMES,
     ClipBatch,
+    ClipPlan,
     LabelledRows,
+    find_clip_lengths,
     find_labelled_rows,
     plan_evaluation,
     require_long_clips,
@@ -28,11 +30,13 @@ from ..clips import (
     take_validation_clips,
     warn_of_thinned_clips,
 )
-from ..networks.contract import Network, Outputs
+from ..networks import find_network
+from ..networks.contract import Network, Outputs, TextNetwork
 from ..paired import Answers
 from ..recipe import Recipe, classification_loss, reference_learning_rate
 from ..run_folder import Run, open_store_of_run
 from ..scorer import Scorer, explain_full_device
+from .class_choice import choose_classes, score_frozen
 from .contract import EvaluationOptions, Gather, Task, refuse, require_rows, require_split
 from .recognition_metrics import Evaluation, accuracy_figures, describe_classes, find_calibration_error
 
@@ -113,7 +117,8 @@ class Recognition(Task):
                 has no good, labelled video.
         """
         store = open_store_of_run(run, options.features)
-        run = _with_classes(run, store)
+        choice = choose_classes(run, store, options)
+        run = _with_classes(replace(run, classes=choice.names), store)
         data = _find_rows(run, store, options)
         options.report("evaluating", 0, len(data))
         with explain_full_device("evaluate with --device cpu"):
@@ -124,8 +129,14 @@ class Recognition(Task):
                 device=options.device,
                 is_backwards=options.is_backwards,
                 team=options.team,
+                lengths=find_clip_lengths(data) if options.num_clips is None else data.num_cached_frames,
             )
-            result = evaluate_classes(scorer, data, num_clips=options.num_clips)
+            _check_clips(data, scorer, options)
+            if isinstance(scorer.network, TextNetwork) and choice.embedding is not None:
+                scorer.network.take_class_texts(choice.embedding)
+            result = evaluate_classes(
+                scorer, data, num_clips=options.num_clips, with_zero_shot=options.of_texts.with_zero_shot
+            )
         per_class = describe_classes(result, run.classes)
         figures = {
             "run": str(run.path),
@@ -143,9 +154,15 @@ class Recognition(Task):
             "classes": list(run.classes),
             "confusion": result.confusion().tolist(),
         }
+        name = options.file_stem + choice.file_end
+        if find_network(run.shape.name).classifies_by_text:
+            figures |= {
+                "class_source": choice.source,
+                "is_zero_shot_average": options.of_texts.with_zero_shot,
+                "files": name,
+            }
         if not options.team.is_first:
             return figures
-        name = options.file_stem
         write_json(run.path / f"eval_{name}.json", figures)
         write_table(run.path / f"predictions_{name}.parquet", _prediction_table(result, store, run))
         if options.with_page:
@@ -165,20 +182,27 @@ class Recognition(Task):
         """Accuracy in a line, and where the page is."""
         is_backwards, split = figures["is_backwards"], figures["split"]
         order = ", played backwards and compared with their labels forwards" if is_backwards else ""
+        name = figures.get("files", split + "_backwards" * is_backwards)
+        if (source := figures.get("class_source", "run")) != "run":
+            order += ", classes of the store" if source == "store" else f", classes of {source}"
+        order += ", averaged with zero-shot" * figures.get("is_zero_shot_average", False)
         return [
             f"{run}, {figures['checkpoint']} checkpoint, {figures['videos']} videos of {split}{order}: "
             f"{cls.describe_shares(figures)}",
-            f"results: {run / ('results_' + split + ('_backwards' if is_backwards else '') + '.html')}",
+            f"results: {run / ('results_' + name + '.html')}",
         ]
 
 
-def evaluate_classes(scorer: Scorer, data: LabelledRows, *, num_clips: int | None = None) -> Evaluation:
+def evaluate_classes(
+    scorer: Scorer, data: LabelledRows, *, num_clips: int | None = None, with_zero_shot: bool = False
+) -> Evaluation:
     """Score videos: softmax over classes for each clip, averaged over a video's clips.
 
     Args:
         scorer: With a network that scores classes.
         data: Which videos.
         num_clips: Clips of a video; None takes those that the store recorded.
+        with_zero_shot: Average each clip's logits with those of the frozen backbone, of a network that has texts.
 
     Raises:
         EnvironmentFailedError: If a score is not finite.
@@ -189,7 +213,10 @@ def evaluate_classes(scorer: Scorer, data: LabelledRows, *, num_clips: int | Non
     plans, owner = plan_evaluation(
         data, num_frames=scorer.num_frames, batch_size=scorer.batch_size, num_clips=num_clips
     )
-    clip_scores = scorer.run(plans, partial(torch.softmax, dim=-1))
+    if with_zero_shot:
+        clip_scores = _average_with_zero_shot(scorer, plans)
+    else:
+        clip_scores = scorer.run(plans, partial(torch.softmax, dim=-1))
     if not np.isfinite(clip_scores).all():
         raise EnvironmentFailedError("the head's scores are not finite: its weights or its input hold NaN or infinity")
     sums = np.zeros((len(data), clip_scores.shape[1]), dtype=np.float64)
@@ -198,6 +225,16 @@ def evaluate_classes(scorer: Scorer, data: LabelledRows, *, num_clips: int | Non
     own = np.take_along_axis(probabilities, data.labels[:, None], axis=1)
     loss = float(-np.log(np.maximum(own, np.finfo(np.float32).tiny)).mean())
     return Evaluation(data.rows, data.labels, probabilities, loss)
+
+
+def _average_with_zero_shot(scorer: Scorer, plans: list[ClipPlan]) -> np.ndarray:
+    """(clips, classes) softmax of half the network's logits and half the frozen backbone's."""
+    network = scorer.network
+    assert isinstance(network, TextNetwork)
+    logits = scorer.run(plans)
+    read = [network.reverse_plan(plan) for plan in plans] if scorer.is_backwards else plans
+    mean = 0.5 * logits + 0.5 * score_frozen(network, scorer.store, read)
+    return torch.from_numpy(mean).softmax(dim=-1).numpy()
 
 
 def _with_classes(run: Run, store: StoreReader) -> Run:
@@ -213,19 +250,24 @@ def _with_classes(run: Run, store: StoreReader) -> Run:
 
 
 def _find_rows(run: Run, store: StoreReader, options: EvaluationOptions) -> LabelledRows:
-    """The videos to evaluate, once the clips asked for were found to be there."""
+    """The videos to evaluate."""
     data = _relabel(find_labelled_rows(store, options.split), store, run)
     require_split(store, data, options.split, "labelled")
-    resolve_clip_frames(run.frames, data.num_cached_frames, store)
+    return data
+
+
+def _check_clips(data: LabelledRows, scorer: Scorer, options: EvaluationOptions) -> None:
+    """Refuse clips that are not there."""
+    store, num_frames = scorer.store, scorer.num_frames
+    resolve_clip_frames(num_frames, data.num_cached_frames, store)
     fewest, num_clips = int(data.num_cached_frames.min()), options.num_clips
-    if num_clips is not None and num_clips * run.frames > fewest:
+    if num_clips is not None and num_clips * num_frames > fewest:
         raise StoreMismatchError(
-            f"{num_clips} clips of {run.frames} frames were asked for, rows of {store.path} hold as few as {fewest} "
-            f"frames: at most --clips {fewest // run.frames}"
+            f"{num_clips} clips of {num_frames} frames were asked for, rows of {store.path} hold as few as {fewest} "
+            f"frames: at most --clips {fewest // num_frames}"
         )
     if num_clips is None:
-        warn_of_thinned_clips(data, run.frames, store)
-    return data
+        warn_of_thinned_clips(data, num_frames, store)
 
 
 def _warn_of_unseen_classes(store: StoreReader, training: LabelledRows, validation: LabelledRows) -> None:
@@ -249,8 +291,16 @@ def _relabel(data: LabelledRows, store: StoreReader, run: Run) -> LabelledRows:
     """Labels in the run's class order: a class is its name, wherever a store lists it."""
     if store.classes.names == run.classes or not len(data):
         return data
-    place = np.asarray([run.classes.index(name) for name in store.classes.names])
-    return replace(data, labels=place[data.labels])
+    place_of = {name: place for place, name in enumerate(run.classes)}
+    place = np.asarray([place_of.get(name, -1) for name in store.classes.names])
+    labels = place[data.labels]
+    if missing := sorted({store.classes.names[label] for label in data.labels[labels < 0]}):
+        raise StoreMismatchError(
+            f"videos of {store.path} are of classes that were not named: {', '.join(map(repr, missing[:_MOST_NAMED]))}"
+            f"{', ...' if len(missing) > _MOST_NAMED else ''}. Add {'it' if len(missing) == 1 else 'them'} to the file "
+            "(--classes), or evaluate another split."
+        )
+    return replace(data, labels=labels)
 
 
 def _prediction_table(result: Evaluation, store: StoreReader, run: Run) -> pa.Table:

@@ -36,7 +36,7 @@ from ..paper.presets import RETRIEVAL_RECIPE
 from ..recipe import Optimisation, Recipe, cosine_under_warmup
 from ..run_folder import Run, open_store_of_run
 from ..scorer import Scorer, explain_full_device
-from .contract import EvaluationOptions, Gather, Task, refuse, require_rows, require_split
+from .contract import EvaluationOptions, Gather, Task, TextOptions, refuse, require_rows, require_split
 from .ranks import find_answers
 from .retrieval_metrics import measure_retrieval, rank_videos
 
@@ -217,6 +217,10 @@ class Retrieval(Task):
     def check_evaluation(cls, options: EvaluationOptions) -> None:
         """A video is seen by its first clip alone."""
         refuse(options.num_clips is not None, "--clips has no effect on a retrieval run: leave it out")
+        refuse(
+            options.of_texts != TextOptions(),
+            "--classes and --zero-shot-average have no effect on a retrieval run: leave them out",
+        )
 
     @classmethod
     def evaluate_run(cls, run: Run, options: EvaluationOptions) -> dict[str, Any]:
