@@ -342,12 +342,28 @@ def convolve_time(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> 
     return _TimeKernel.apply(x, weight, bias)
 
 
+class _ShiftedSum(torch.autograd.Function):
+    """Its gradients are moved, once each: autograd's own way of sums into slices takes twice as long on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, before: torch.Tensor, at: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        y = at.clone()
+        y[:, 1:] += before[:, :-1]
+        y[:, :-1] += after[:, 1:]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        (gradient,) = gradients
+        of_before, of_after = torch.empty_like(gradient), torch.empty_like(gradient)
+        of_before[:, :-1], of_before[:, -1:] = gradient[:, 1:], 0
+        of_after[:, 1:], of_after[:, :1] = gradient[:, :-1], 0
+        return of_before, gradient, of_after
+
+
 def sum_shifted(before: torch.Tensor, at: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """A kernel of 3 over time from its three products: y[t] = before[t-1] + at[t] + after[t+1], zeros outside."""
-    y = at.clone()
-    y[:, 1:] += before[:, :-1]
-    y[:, :-1] += after[:, 1:]
-    return y
+    return _ShiftedSum.apply(before, at, after)
 
 
 def shift_class_token(cls: torch.Tensor) -> torch.Tensor:
