@@ -198,7 +198,7 @@ def test_layers_without_the_last_block_are_refused(class_texts_store, tmp_path):
     last = open_store(class_texts_store).layout.layers[-1]
     result = CliRunner().invoke(app, [*line, "--layers", "0"])
     assert result.exit_code == 1 and result.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
-    assert f"the backbone's last block, {last}; --layers ends with 0" in result.stderr
+    assert f"the class token of the last block, {last}; --layers ends with 0" in result.stderr
 
 
 def test_backwards_is_the_video_played_backwards(class_texts_store, half_steps_store, tmp_path):

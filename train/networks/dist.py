@@ -579,7 +579,7 @@ class Dist(NetworkKind):
         require_square_patches(store, "Train with --head attentive.")
         if layers[-1] != (last := store.facts.backbone.depth - 1):
             raise StoreMismatchError(
-                f"--head dist adds the class token of the backbone's last block, {last}; --layers ends with {layers[-1]}"
+                f"--head dist reads the class token of the last block, {last}; --layers ends with {layers[-1]}"
             )
         side_width = options.side_width or min(
             DIST_SIDE_WIDTH, max(HEAD_WIDTH, store.layout.width // (2 * HEAD_WIDTH) * HEAD_WIDTH)
