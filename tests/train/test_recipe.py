@@ -15,12 +15,7 @@ from s4v.train.networks import find_network
 from s4v.train.networks.side4video import SideShape
 from s4v.train.networks.text_interaction import MeanInteraction, TextBatch, WeightedTokenInteraction, contrastive_loss
 from s4v.train.paper.presets import RETRIEVAL_RECIPE
-from s4v.train.recipe import (
-    OPTIMIZERS,
-    Recipe,
-    find_biases,
-    make_optimizer,
-)
+from s4v.train.recipe import OPTIMIZERS, ParameterGroup, Recipe, find_biases, make_optimizer
 from s4v.train.settings import find_optimisation
 from s4v.train.tasks.retrieval import Retrieval
 
@@ -74,7 +69,7 @@ def test_retrieval_steps_and_clips_as_the_reference_says(data_path):
     optimisation = find_optimisation(config)
     assert (optimisation.betas, optimisation.eps) == ((0.9, 0.98), 1e-6)
     weight = torch.nn.Parameter(torch.tensor([[1.0, -2.0]]))
-    group = SimpleNamespace(parameters=(weight,), rate_share=1.0, highest=math.inf)
+    group = ParameterGroup((weight,))
     optimizer = make_optimizer([group], config, optimisation)
     m = v = torch.zeros(1, 2)
     p = weight.detach().clone()
