@@ -16,7 +16,7 @@ THRESHOLDS = tuple(round(0.05 * place, 2) for place in range(6, 20))
 MAP_THRESHOLDS = tuple(one for one in THRESHOLDS if one >= 0.5)
 LENGTHS = {"short": (0.0, 10.0), "middle": (10.0, 30.0), "long": (30.0, math.inf)}
 """Seconds of a window: above the first, up to the second."""
-MOST_MOMENTS = 10
+COUNTED_MOMENTS = 10
 """Rows of a prediction that count for mAP."""
 
 
@@ -102,7 +102,7 @@ def _measure_moments(
     ]
     if not pairs:
         return dict.fromkeys(("full", *LENGTHS))
-    predicted, is_predicted = _pad([moments[:MOST_MOMENTS] for moments, _ in pairs], 3)
+    predicted, is_predicted = _pad([moments[:COUNTED_MOMENTS] for moments, _ in pairs], 3)
     windows, is_window = _pad([windows for _, windows in pairs], 2)
     lengths = windows[..., 1] - windows[..., 0]
     found: dict[str, MomentFigures | None] = {
