@@ -64,7 +64,7 @@ class GroundingFigures:
 
     def list_figures(self) -> dict[str, float | None]:
         """All of them by name: `R1@0.7`, `short mAP`, `HL mAP VeryGood`, `HL HIT@1 VeryGood`."""
-        figures = {}
+        figures: dict[str, float | None] = {}
         for name, one in self.moments.items():
             own = {} if one is None else one.figures
             prefix = "" if name == "full" else f"{name} "
@@ -102,8 +102,8 @@ def _measure_moments(
     ]
     if not pairs:
         return dict.fromkeys(("full", *LENGTHS))
-    predicted, is_predicted = _pad([moments[:COUNTED_MOMENTS] for moments, _ in pairs], 3)
-    windows, is_window = _pad([windows for _, windows in pairs], 2)
+    predicted, is_predicted = pad_rows([moments[:COUNTED_MOMENTS] for moments, _ in pairs], 3)
+    windows, is_window = pad_rows([windows for _, windows in pairs], 2)
     lengths = windows[..., 1] - windows[..., 0]
     found: dict[str, MomentFigures | None] = {
         "full": _measure_range(predicted, is_predicted, windows, is_window, protocol)
@@ -112,15 +112,14 @@ def _measure_moments(
         is_inside = is_window & (lengths > low) & (lengths <= high)
         rows = is_inside.any(axis=1)
         if rows.any():
-            arrays = (predicted, is_predicted, windows, is_inside)
-            found[name] = _measure_range(*(array[rows] for array in arrays), protocol)
+            found[name] = _measure_range(predicted[rows], is_predicted[rows], windows[rows], is_inside[rows], protocol)
         else:
             found[name] = found["full"] if protocol.empty_is_full else None
     return found
 
 
-def _pad(tables: Sequence[np.ndarray], columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tables (n, columns) as (Q, most, columns) float64 with zeros behind, and which rows are none (Q, most)."""
+def pad_rows(tables: Sequence[np.ndarray], columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tables (n, columns) as one (Q, most, columns) float64 with zeros behind, and which rows are theirs (Q, most)."""
     counts = np.array([len(table) for table in tables])
     is_row = np.arange(max(1, counts.max())) < counts[:, None]
     padded = np.zeros((*is_row.shape, columns))

@@ -188,7 +188,7 @@ def merge_moments(
     """
     moved = []
     for moments, start in zip(parts, starts_s, strict=True):
-        moved.append(np.asarray(moments, np.float32).reshape(-1, 3) + np.float32([start, start, 0]))
+        moved.append(np.asarray(moments, np.float32).reshape(-1, 3) + np.array([start, start, 0], np.float32))
     return clean_moments(np.concatenate(moved), duration_s, unit_s=unit_s, suppression=suppression)
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ...errors import DatasetError, DataNotFoundError
+from ...errors import DataNotFoundError, DatasetError
 
 QueryId = int | str
 """Some data sets number their queries, others name them; 7 and "7" are two queries."""

@@ -39,7 +39,7 @@ def to_percent(share: float, digits: int = 2) -> float:
 def measure_highlights(
     predictions: Sequence[GroundingPrediction], truths: Sequence[GroundingTruth]
 ) -> dict[str, HighlightFigures]:
-    """mAP and HIT@1 at each level; empty where no truth has scores.
+    """Find mAP and HIT@1 at each level; empty where no truth has scores.
 
     Args:
         predictions: In the order of the truths.
@@ -63,9 +63,9 @@ def measure_highlights(
     is_missing = np.array([saliency is None or not len(saliency) for saliency, _ in pairs])
     found = {}
     for name, level in LEVELS.items():
-        is_highlight = labels >= level
+        is_highlight: np.ndarray = labels >= level
         by_query = find_clip_precisions(scores, is_highlight, is_clip).mean(axis=1)
-        hits = is_highlight.any(axis=2)[np.arange(len(pairs)), top] & (top >= 0)
+        hits = is_highlight[np.arange(len(pairs)), top].any(axis=1) & (top >= 0)
         mean_ap = np.where(is_missing, 0.0, by_query).mean()
         found[name] = HighlightFigures(
             len(pairs), int(is_missing.sum()), to_percent(float(mean_ap)), to_percent(float(hits.mean()))
@@ -123,7 +123,7 @@ def find_clip_precisions(scores: np.ndarray, is_highlight: np.ndarray, is_clip: 
 
 
 def measure_tvsum(scores: Sequence[np.ndarray], annotations: Sequence[np.ndarray]) -> float:
-    """mAP of the five clips of highest score of each video; mean over videos and annotators.
+    """Find mAP of the five clips of highest score of each video; mean over videos and annotators.
 
     A clip is a highlight for an annotator who gave it more than the lower median of the video.
 
@@ -145,7 +145,9 @@ def measure_tvsum(scores: Sequence[np.ndarray], annotations: Sequence[np.ndarray
 
 
 def measure_youtube(scores: Sequence[np.ndarray], matches: Sequence[np.ndarray]) -> float:
-    """mAP of all clips of each video by score; mean over videos. A clip is a highlight where its match is above 0.
+    """Find mAP of all clips of each video by score; mean over videos.
+
+    A clip is a highlight where its match is above 0.
 
     Args:
         scores: (clips,) a video.
