@@ -111,7 +111,7 @@ def read_truths(path: Path) -> list[GroundingTruth]:
 def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:
     if not path.is_file():
         raise DataNotFoundError(f"{path} is not there. Give a file with one JSON object a line.")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if line.strip():
             try:
                 yield number, json.loads(line)
