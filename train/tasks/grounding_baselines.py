@@ -117,12 +117,14 @@ def find_similarity_threshold(
     )
     candidates = [(place / steps, True) for place in range(1, steps + 1)]
     candidates += [(float(value), False) for value in quantiles]
+    curves, is_frame = pad_rows([np.asarray(own).reshape(-1, 1) for own in similarities], 1)
+    frames = np.where(is_frame, curves[..., 0], -np.inf)  # (Q, T)
+    low, high = np.where(is_frame, curves[..., 0], np.inf).min(axis=1), frames.max(axis=1)
     figures = []
     for value, is_relative in candidates:
-        threshold = SimilarityThreshold(value, is_relative, 0.0)
-        first = [threshold.predict(own, rate)[:1] for own, rate in zip(similarities, fps, strict=True)]
-        predicted, is_predicted = pad_rows(first, 3)
-        overlaps = find_best_overlaps(predicted, is_predicted, padded, is_window)[:, 0]
+        levels = np.minimum(high, low + value * (high - low)) if is_relative else np.full(len(frames), value)
+        first = _find_first_runs(frames, levels) / np.asarray(fps)[:, None, None]
+        overlaps = find_best_overlaps(first, (high >= levels)[:, None], padded, is_window)[:, 0]
         figures.append((float((overlaps >= JUDGED_OVERLAP).mean()), float(overlaps.mean())))
     best = max(range(len(candidates)), key=lambda place: (figures[place], -place))
     return SimilarityThreshold(*candidates[best], recall=figures[best][0])
@@ -132,3 +134,13 @@ def _find_level(similarities: np.ndarray, value: float, is_relative: bool) -> fl
     low, high = float(similarities.min()), float(similarities.max())
     # min: adding up must not lift the most similar frame's own level above it.
     return min(high, low + value * (high - low)) if is_relative else value
+
+
+def _find_first_runs(frames: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """The first row of `find_runs` for every query: the run of its best frame, (Q, 1, 2) in frames."""
+    places = np.arange(frames.shape[1])
+    best = frames.argmax(axis=1)[:, None]
+    is_below = frames < levels[:, None]
+    start = np.where(is_below & (places < best), places + 1, 0).max(axis=1)
+    end = np.where(is_below & (places > best), places, len(places)).min(axis=1)
+    return np.stack([start, end], axis=1)[:, None]
