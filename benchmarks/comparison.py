@@ -111,7 +111,7 @@ ARMS = (
         "dist",
         (5e-4, 1.5e-3, 5e-3),
         10,
-        {"set": ("integration_width=64", "temporal_width=24")},
+        {**_SIDE, "set": ("temporal_width=24",)},
         sees=8,
         probe="order-blind, 8 frames of DiST",
     ),
@@ -127,8 +127,8 @@ LABELS = {prompt_motion(shape, motion): f"{shape} {motion}" for shape in SHAPES 
 """The world's label of each class, by its sentence."""
 
 
-def make_stores(folder: Path, world: WorldConfig, device: str) -> None:
-    """The world and its three stores, unless they are there."""
+def make_stores(folder: Path, world: WorldConfig, device: str, wanted: set[str]) -> None:
+    """The world and those of its three stores that are wanted, unless they are there."""
     annotations = folder / "sentences.csv"
     if not annotations.is_file():
         write_world(folder / "world", world)
@@ -144,13 +144,18 @@ def make_stores(folder: Path, world: WorldConfig, device: str) -> None:
     }
     own = {"out": name_store(folder, _OWN), "pixel_offsets": _AROUND, "class_template": "{}"}
     extract_dataset(ExtractConfig(**{**shared, **own}))
-    extract_dataset(ExtractConfig(**{**shared, "out": name_store(folder, _WHOLE), "frames": {"": NUM_FRAMES}}))
-    whole = open_store(name_store(folder, _WHOLE))
-    picked = find_dense_frames()
+    if wanted & {_WHOLE, _DENSE}:
+        extract_dataset(ExtractConfig(**{**shared, "out": name_store(folder, _WHOLE), "frames": {"": NUM_FRAMES}}))
+    if _DENSE in wanted:
+        thin_store(open_store(name_store(folder, _WHOLE)), name_store(folder, _DENSE), find_dense_frames())
+
+
+def thin_store(whole: StoreReader, out: Path, picked: list[int]) -> None:
+    """A store of some frames of each row of another, which holds all of them."""
     layout = replace(whole.layout, num_frames=len(picked), rows_per_shard=0, frames_per_block=len(picked))
     change_store(
         whole,
-        name_store(folder, _DENSE),
+        out,
         layout,
         whole.codec,
         partial(take_frames, whole, picked),
@@ -172,6 +177,13 @@ def write_sentences(annotations: Path, out: Path) -> None:
         table = csv.DictWriter(file, ["video_id", "path", "split", "caption", "sentence"], extrasaction="ignore")
         table.writeheader()
         table.writerows({**row, "sentence": prompt_motion(*split_label(row["shape_motion"]))} for row in rows)
+
+
+def find_stores(arms: Sequence[Arm], options: argparse.Namespace) -> set[str]:
+    """What arms read; DiST is played backwards from a store of its own."""
+    if options.steps or options.step_of:
+        return {_OWN}
+    return {arm.store for arm in arms} | {_DENSE for arm in arms if arm.head == "dist"}
 
 
 def name_store(folder: Path, store: str) -> Path:
@@ -287,14 +299,15 @@ class Lines:
     Args:
         path: Of the file.
         settings: What all lines must have been trained with.
+        known: A result of an earlier run, perhaps of another folder, whose lines count too; None is none.
 
     Raises:
         SystemExit: If it holds lines of other settings.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], known: Path | None) -> None:
         self._path, self._settings = path, settings
-        self.done: list[dict[str, Any]] = []
+        self.done: list[dict[str, Any]] = [] if known is None else json.loads(known.read_text(encoding="utf-8"))["runs"]
         for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
             try:
                 self.done.append(json.loads(text))
@@ -552,21 +565,21 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60, help="no training begins after so many")
     parser.add_argument("--workers", type=int, default=2, help="trainings side by side")
     parser.add_argument("--only", action="append", help="arms, by name; repeatable")
+    parser.add_argument("--known", type=Path, help="a comparison.json, whose trainings are done already")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", action="store_true")
     parser.add_argument("--step-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     world = WorldConfig(num_train=options.train, num_val=options.val, num_novel=options.novel)
-    make_stores(options.folder, world, options.device)
-    lines = Lines(
-        options.folder / "results.jsonl", {name: getattr(options, name) for name in ("train", "val", "novel", "share")}
-    )
     arms = [arm for arm in ARMS if not options.only or arm.name in options.only]
+    make_stores(options.folder, world, options.device, find_stores(arms, options))
+    settings = {name: getattr(options, name) for name in ("train", "val", "novel", "share")}
+    lines = Lines(options.folder / "results.jsonl", settings, options.known)
     if options.step_of:
         print(json.dumps(time_one(next(arm for arm in ARMS if arm.name == options.step_of), options)))
         return
     if options.steps:
-        time_steps(lines, arms, options)
+        time_steps(lines, [arm for arm in arms if arm.store == _OWN], options)
     else:
         work(lines, arms, options)
     summaries = summarise(lines, options.folder)
