@@ -127,16 +127,20 @@ def test_class_token_halves_come_from_the_next_and_the_last_frame():
     assert shift_class_token(cls)[0].tolist() == [[2, 2, 0, 0], [3, 3, 1, 1], [0, 0, 2, 2]]
 
 
-def test_shifted_sum_is_a_convolution_over_time():
-    x = torch.randn(2, 5, 3, 4)
-    kernel = torch.randn(4, 1, 3)
-    expected = (
-        torch.nn.functional.conv1d(x.permute(0, 2, 3, 1).reshape(6, 4, 5), kernel, padding=1, groups=4)
-        .view(2, 3, 4, 5)
-        .permute(0, 3, 1, 2)
-    )
-    found = sum_shifted(*(x * kernel[:, 0, step] for step in range(3)))
+@pytest.mark.parametrize("num_frames", [1, 2, 5])
+@pytest.mark.parametrize("num_steps", [3, 5])
+def test_shifted_sum_is_a_convolution_over_time(num_steps, num_frames):
+    """Also of clips that are shorter than the kernel."""
+    x = torch.randn(2, num_frames, 3, 4, dtype=torch.double, requires_grad=True)
+    kernel = torch.randn(4, 1, num_steps, dtype=torch.double)
+    rows = x.permute(0, 2, 3, 1).reshape(6, 4, num_frames)
+    expected = torch.nn.functional.conv1d(rows, kernel, padding=num_steps // 2, groups=4)
+    expected = expected.view(2, 3, 4, num_frames).permute(0, 3, 1, 2)
+    found = sum_shifted(*(x * kernel[:, 0, step] for step in range(num_steps)))
     torch.testing.assert_close(found, expected)
+    weight = torch.randn_like(found)
+    gradients = [torch.autograd.grad(one, x, weight)[0] for one in (found, expected)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_sizes_of_the_paper():

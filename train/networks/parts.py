@@ -346,24 +346,37 @@ class _ShiftedSum(torch.autograd.Function):
     """Its gradients are moved, once each: autograd's own way of sums into slices takes twice as long on a CPU."""
 
     @staticmethod
-    def forward(ctx: Any, before: torch.Tensor, at: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-        y = at.clone()
-        y[:, 1:] += before[:, :-1]
-        y[:, :-1] += after[:, 1:]
+    def forward(ctx: Any, *steps: torch.Tensor) -> torch.Tensor:
+        reach = len(steps) // 2
+        y = steps[reach].clone()
+        for distance in range(1, min(reach, y.shape[1] - 1) + 1):
+            y[:, distance:] += steps[reach - distance][:, :-distance]
+            y[:, :-distance] += steps[reach + distance][:, distance:]
+        ctx.num_steps = len(steps)
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        (gradient,) = gradients
-        of_before, of_after = torch.empty_like(gradient), torch.empty_like(gradient)
-        of_before[:, :-1], of_before[:, -1:] = gradient[:, 1:], 0
-        of_after[:, 1:], of_after[:, :1] = gradient[:, :-1], 0
-        return of_before, gradient, of_after
+        (gradient,), reach = gradients, ctx.num_steps // 2
+        return tuple(_move(gradient, reach - place) if place != reach else gradient for place in range(ctx.num_steps))
 
 
-def sum_shifted(before: torch.Tensor, at: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """A kernel of 3 over time from its three products: y[t] = before[t-1] + at[t] + after[t+1], zeros outside."""
-    return _ShiftedSum.apply(before, at, after)
+def _move(x: torch.Tensor, frames: int) -> torch.Tensor:
+    """(B, T, ...) so many frames earlier, or later where that is below zero; zeros from outside."""
+    moved, kept = torch.empty_like(x), max(0, x.shape[1] - abs(frames))
+    if frames > 0:
+        moved[:, :kept], moved[:, kept:] = x[:, x.shape[1] - kept :], 0
+    else:
+        moved[:, x.shape[1] - kept :], moved[:, : x.shape[1] - kept] = x[:, :kept], 0
+    return moved
+
+
+def sum_shifted(*steps: torch.Tensor) -> torch.Tensor:
+    """A kernel over time from the products of its steps, an odd number: y[t] is the sum of steps[k][t + k - k_middle].
+
+    Frames outside count as zeros.
+    """
+    return _ShiftedSum.apply(*steps)
 
 
 def shift_class_token(cls: torch.Tensor) -> torch.Tensor:
