@@ -420,7 +420,7 @@ class ExtractConfig:
         Raises:
             ConfigError: If a frame for each labelled clip is asked for and the row has none.
         """
-        clip_s = next((moment.clip_s for moment in record.moments), None)
+        clip_s = next((moment.clip_s for moment in record.moments if moment.clip_s is not None), None)
         return resolve_rate(self.sampling_of(record.split), record.video_id, clip_s)
 
     @property
