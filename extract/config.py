@@ -335,12 +335,13 @@ class ExtractConfig:
         """The data set's videos in row order: the records of `read_listing`."""
         return self.read_listing(known_splits).records
 
-    def read_listing(self, known_splits: Mapping[str, str] | None = None) -> Listing:
+    def read_listing(self, known_splits: Mapping[str, str] | None = None, *, expects_videos: bool = True) -> Listing:
         """The data set's videos in row order, and which of them were not on the disk.
 
         Args:
             known_splits: Split by video_id of a store that is gone on with: where the data set says no split, its rows
                 keep theirs.
+            expects_videos: Whether a warning counts those that are not there.
 
         Raises:
             DatasetError: If its files are not what a reader takes.
@@ -355,6 +356,7 @@ class ExtractConfig:
             seed=self.seed,
             known_splits=known_splits,
             with_classes=self.with_classes,
+            expects_videos=expects_videos,
         )
 
     def require_root(self) -> None:

@@ -246,6 +246,7 @@ def read_listing(
     seed: int = 0,
     known_splits: Mapping[str, str] | None = None,
     with_classes: bool = True,
+    expects_videos: bool = True,
 ) -> Listing:
     """List a data set's videos. Those that are not on the disk are listed too, and a warning counts them.
 
@@ -262,6 +263,7 @@ def read_listing(
         seed: Of the split, where the data set has none.
         known_splits: Split by video_id of a store that is gone on with: see `settle_splits`.
         with_classes: For `folder`: whether folders are classes.
+        expects_videos: Whether a warning counts those that are not there.
 
     Raises:
         ConfigError: If there is no such data set or protocol.
@@ -280,7 +282,7 @@ def read_listing(
             _tell_what_is_no_row(files.tree, found)
     records = _finish(found, root, splits, seed, known_splits)
     missing = [record for record in records if not files.tree.holds(record.path)]
-    if missing:
+    if missing and expects_videos:
         _warn_of_missing(missing, len(records), root)
     return Listing(records, frozenset(record.path for record in missing))
 
