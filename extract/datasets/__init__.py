@@ -70,23 +70,24 @@ READERS: dict[str, DatasetReader] = {
         folder.READER,
         lists.READER,
         table.READER,
-        charades_sta.READER,
-        ego4d_nlq.READER,
         hmdb51.READER,
         *kinetics.READERS,
         msrvtt.READER,
         msvd.READER,
-        qvhighlights.READER,
         something.V1_READER,
         something.V2_READER,
-        tacos.READER,
-        tvsum.READER,
         ucf101.READER,
         vatex.READER,
+        charades_sta.READER,
+        ego4d_nlq.READER,
+        qvhighlights.READER,
+        tacos.READER,
+        tvsum.READER,
         youtube_highlights.READER,
     )
 }
-"""By the name that `--dataset` takes: forms of files first, then public data sets in order of their names."""
+"""By the name that `--dataset` takes: forms of files first, then public data sets in order of their names, those of
+moments last."""
 
 
 class _Facts(Mapping[str, DatasetFacts]):

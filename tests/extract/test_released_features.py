@@ -155,6 +155,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(config, tmp_pat
     bad = features / "clip_b32_vid_k4/00.npy"
     bad.write_bytes(b"no array")
     with pytest.raises(StoreMismatchError, match=r"00\.npy does not read as an array"):
+        import_features(config, features)
+    np.save(bad, np.float16(1))
+    with pytest.raises(StoreMismatchError, match=r"00\.npy holds no array of frames or words"):
         open_features(bad, (3, 1, 1))
     assert not config.out.exists()
     (features / "clip_b16_vid_k4").mkdir()
