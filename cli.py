@@ -27,6 +27,7 @@ COMMANDS = {
     "compare": "compare",
     "cache": "cache",
     "import": "import_checkpoint",
+    "import-features": "import_features",
     "retrieve": "retrieve",
     "index": "index",
     "demo": "demo",

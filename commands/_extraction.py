@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
+from ..extract.config import RECIPE_FIELDS
 from ..extract.datasets import PLAIN_RECIPE, find_reader
 from ..extract.decode.sampling import parse_clips, parse_frames, parse_views
 from ..store.offsets import describe_offsets, order_offsets, parse_offsets
@@ -105,7 +106,8 @@ def take_purpose(purpose: str | None, options: Options, values: dict[str, Any]) 
     """Fill in what a network needs of a store, but for what the user gave.
 
     Args:
-        purpose: The network; None fills in nothing.
+        purpose: The network; None takes what the data set's recipe is for, of which the recipe says how frames are
+            chosen.
         options: As they were given.
         values: The config's fields, the data set's name among them, which are filled in.
 
@@ -115,11 +117,15 @@ def take_purpose(purpose: str | None, options: Options, values: dict[str, Any]) 
     Raises:
         ConfigError: If no such network is known.
     """
+    recipe = find_reader(values["dataset"]).recipe
+    is_of_recipe, purpose = purpose is None, purpose or recipe.network
     if purpose is None:
         return None
     from ..train.paper.planned import find_extraction
 
-    needed = find_extraction(purpose, find_reader(values["dataset"]).recipe.name)
+    needed = find_extraction(purpose, recipe.name)
+    if is_of_recipe:  # a store that is gone on with has its own
+        needed = {name: value for name, value in needed.items() if name not in RECIPE_FIELDS}
     taken = {name: value for name, value in needed.items() if name not in values or not options.is_typed(name)}
     values.update({name: value for name, value in taken.items() if name in values})
     told = [_tell(name, value) for name, value in taken.items() if name in values]

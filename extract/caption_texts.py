@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from ..backbone.text_tower import TextTower, describe_text_tower, load_text_towe
 from ..errors import BackboneError, ConfigError, WeightsError
 from ..store.reader import StoreReader
 from ..store.text_choice import TextChoice, read_text_choice
-from ..store.texts import MAX_WORDS, has_current_texts, remove_unfinished_texts, write_texts
+from ..store.texts import MAX_WORDS, Texts, has_current_texts, remove_unfinished_texts, write_texts
 from ..terminal import quote
 from .config import ExtractConfig
 from .job import Job
@@ -45,12 +46,13 @@ def choose_texts(config: ExtractConfig, root: Path | None) -> TextChoice:
     return TextChoice(layers=layers, width=width, num_words=num_words)
 
 
-def write_caption_texts(job: Job, store: StoreReader) -> None:
+def write_caption_texts(job: Job, store: StoreReader, amend: Callable[[list[str], Texts], Texts] | None = None) -> None:
     """Leave the texts of all captions in the store, where it has captions and does not hold them as they are wanted.
 
     Args:
         job: The extraction.
         store: What it made.
+        amend: Makes of some captions and their texts what is kept of them; None keeps them as they are.
 
     Raises:
         BackboneError: If texts were asked for that the text tower does not give.
@@ -69,7 +71,8 @@ def write_caption_texts(job: Job, store: StoreReader) -> None:
             _warn_of_cut_captions(store, tower, num_words)
             if choice.num_words is not None:
                 num_words = int(tower.count_words(captions, num_words).max())
-            encode = partial(tower.encode_words, num_words=num_words, is_cut_known=True, blocks=choice.layers)
+            make = partial(tower.encode_words, num_words=num_words, is_cut_known=True, blocks=choice.layers)
+            encode = make if amend is None else lambda texts: amend(texts, make(texts))
             write_texts(store, encode, num_words=num_words, choice=choice, report=job.report)
         except (WeightsError, BackboneError) as error:
             if (job.config.text_layers, job.config.text_words) != (None, None):

@@ -22,7 +22,7 @@ from .datasets import (
     resolve_protocol,
 )
 from .decode.augmented_views import check_augmented_name, check_steps
-from .decode.sampling import PIXEL_EDGES, SAMPLINGS, STEPPED_SAMPLINGS, check_sampling, is_open_ended
+from .decode.sampling import PIXEL_EDGES, SAMPLINGS, STEPPED_SAMPLINGS, check_sampling, is_open_ended, resolve_rate
 from .decode.views import RESIZES, VIEWS, WHOLE_VIEWS
 
 RECIPE_FIELDS = ("frames", "sampling", "clips", "validation_clip", "resize", "views", "augmentation")
@@ -82,7 +82,7 @@ class ExtractConfig:
     sampling: str | None = None
     """Which frames: uniform, dense, fps:2, all, reference-k400, -sth, -retrieval, -dist.
 
-    `fps:X` and `all` take as many frames as a video is long.
+    `fps:X` and `all` take as many frames as a video is long; `fps:labels` takes one for each labelled clip.
     """
     clips: dict[str, int] | None = None
     """Evaluation clips, which share the frames; by split: test=4,1.
@@ -335,12 +335,13 @@ class ExtractConfig:
         """The data set's videos in row order: the records of `read_listing`."""
         return self.read_listing(known_splits).records
 
-    def read_listing(self, known_splits: Mapping[str, str] | None = None) -> Listing:
+    def read_listing(self, known_splits: Mapping[str, str] | None = None, *, expects_videos: bool = True) -> Listing:
         """The data set's videos in row order, and which of them were not on the disk.
 
         Args:
             known_splits: Split by video_id of a store that is gone on with: where the data set says no split, its rows
                 keep theirs.
+            expects_videos: Whether a warning counts those that are not there.
 
         Raises:
             DatasetError: If its files are not what a reader takes.
@@ -355,6 +356,7 @@ class ExtractConfig:
             seed=self.seed,
             known_splits=known_splits,
             with_classes=self.with_classes,
+            expects_videos=expects_videos,
         )
 
     def require_root(self) -> None:
@@ -413,6 +415,15 @@ class ExtractConfig:
         sampling = self.recipe.sampling
         is_drawn = sampling != "dense" and not self.is_open_ended
         return PLAIN_RECIPE.sampling if split == "train" and is_drawn else sampling
+
+    def sampling_of_row(self, record: VideoRecord) -> str:
+        """The same of one row: of `fps:labels` with its own rate.
+
+        Raises:
+            ConfigError: If a frame for each labelled clip is asked for and the row has none.
+        """
+        clip_s = next((moment.clip_s for moment in record.moments if moment.clip_s is not None), None)
+        return resolve_rate(self.sampling_of(record.split), record.video_id, clip_s)
 
     @property
     def cached_offsets(self) -> tuple[PixelOffset, ...]:
@@ -505,7 +516,7 @@ class ExtractConfig:
         recipe = find_reader(self.dataset).recipe
         if self.sampling is not None and is_open_ended(self.sampling):
             recipe = replace(recipe, frames={}, clips={"": 1}, validation_clip=())
-        elif (self.frames, self.clips) != (None, None):
+        elif (self.frames, self.clips) != (None, None) or (self.sampling and is_open_ended(recipe.sampling)):
             plain = {name: getattr(PLAIN_RECIPE, name) for name in ("frames", "clips", "validation_clip")}
             recipe = replace(recipe, **plain)
         given = {name: value for name in RECIPE_FIELDS if (value := getattr(self, name)) is not None}

@@ -11,6 +11,7 @@ import pyarrow as pa
 from ..errors import EnvironmentFailedError, StoreExistsError
 from ..store.append import append_rows
 from ..store.lease import Scope
+from ..store.moments import write_moments
 from ..store.reader import StoreReader
 from ..store.redone import note_redone
 from ..store.writer import StoreWriter, create_store, refuse_existing, resume_store
@@ -86,6 +87,7 @@ def extract_dataset(
             with writer.hold_manifest():
                 note_redone(config.out, _count_redone(table, changed, before))
         write_codec_report(job, store, table)
+        write_moments(store, job.records)
         write_caption_texts(job, store)
         embed_classes(job, store)
     warn_of_repeated_frames(config, table)

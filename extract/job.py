@@ -153,6 +153,8 @@ def set_up_job(
     pool: DecoderPool,
     clock: StageClock,
     report: ReportProgress = lambda *_: None,
+    *,
+    num_frames: Sequence[int] | None = None,
 ) -> Job:
     """Build the backbone, without its weights, and work out the store's sizes.
 
@@ -163,12 +165,14 @@ def set_up_job(
         pool: Decodes them.
         clock: Counts seconds by stage.
         report: Told about progress.
+        num_frames: Of each row; None counts them.
 
     Raises:
         S4vError: If model, device, data set or options do not fit together.
     """
     records = listing.records
-    num_frames = count_frames(config, records, target, pool, report)
+    if num_frames is None:
+        num_frames = count_frames(config, records, target, pool, report)
     num_views = [count_views(config.views_of(record.split)) for record in records]
     lengths: Counter[int] = Counter()
     for frames, views in zip(num_frames, num_views, strict=True):

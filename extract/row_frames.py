@@ -50,7 +50,8 @@ def count_frames(
     rows = np.flatnonzero(is_open).tolist()
     requests = (
         replace(
-            DecodeRequest.of(records[row], config, num_frames=0, image_size=(1, 1)), sampling=config.recipe.sampling
+            DecodeRequest.of(records[row], config, num_frames=0, image_size=(1, 1)),
+            sampling=config.sampling_of_row(records[row]),
         )
         for row in rows
     )

@@ -62,7 +62,10 @@ def append_rows(path: Path, spec: StoreSpec) -> None:
                     parts[spec.layout.shard_rows(shard).start] = marker.results
             table = manifest.replace_results(manifest.pending_manifest(inputs), parts)
             manifest.write_table(prepared / manifest.MANIFEST_NAME, table)
-            write_json(prepared / _TO_DO_NAME, {"files": _name_changed_files(spec.layout), "undone_shard": None})
+            has_moments = (prepared / manifest.MOMENTS_NAME).is_file()
+            write_json(
+                prepared / _TO_DO_NAME, {"files": _name_changed_files(spec.layout, has_moments), "undone_shard": None}
+            )
             kill_point("append prepared")
             lease.check()
             prepared.rename(path / APPEND_NAME)
@@ -191,19 +194,15 @@ def _read_to_do(path: Path) -> tuple[list[str], int | None]:
         )
     layout = _read_layout(path if not files or is_moved[-1] else prepared)
     arrays = layout.array_specs()
-    if files != [
-        *(f"{spec.name}/zarr.json" for spec in arrays),
-        manifest.CAPTIONS_NAME,
-        manifest.MANIFEST_NAME,
-        "zarr.json",
-    ]:
+    if files != _name_changed_files(layout, manifest.MOMENTS_NAME in files):
         raise _refuse_to_do(path, "it names other files than an append of this store changes")
     if shard is not None and (type(shard) is not int or not 0 <= shard < layout.num_shards):
         raise _refuse_to_do(path, f"it names the shard {ascii(shard)[:80]}, of {layout.num_shards}")
     places = {name: path if moved else prepared for name, moved in zip(files, is_moved, strict=True)}
     for spec in arrays:
         require_metadata(places[f"{spec.name}/zarr.json"], spec)
-    names.require_file(places[manifest.CAPTIONS_NAME], manifest.CAPTIONS_NAME)
+    for name in {manifest.CAPTIONS_NAME, manifest.MOMENTS_NAME} & set(files):
+        names.require_file(places[name], name)
     table = names.require_file(places[manifest.MANIFEST_NAME], manifest.MANIFEST_NAME)
     ids = manifest.read_table(table, ["video_id"])
     if len(ids) != layout.num_rows:
@@ -211,10 +210,11 @@ def _read_to_do(path: Path) -> tuple[list[str], int | None]:
     return files, shard
 
 
-def _name_changed_files(layout: StoreLayout) -> list[str]:
+def _name_changed_files(layout: StoreLayout, has_moments: bool) -> list[str]:
     """What an append changes, in the order in which it is moved; the store's own attributes come last."""
     arrays = [f"{spec.name}/zarr.json" for spec in layout.array_specs()]
-    return [*arrays, manifest.CAPTIONS_NAME, manifest.MANIFEST_NAME, "zarr.json"]
+    tables = [manifest.CAPTIONS_NAME, *[manifest.MOMENTS_NAME] * has_moments, manifest.MANIFEST_NAME]
+    return [*arrays, *tables, "zarr.json"]
 
 
 def _read_layout(folder: Path) -> StoreLayout:

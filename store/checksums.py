@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import StoreDamagedError
 from ..files import hash_file, read_json, write_json
-from .manifest import CAPTIONS_NAME, MANIFEST_NAME
+from .manifest import CAPTIONS_NAME, MANIFEST_NAME, MOMENTS_NAME
 from .markers import PARTS_NAME
 
 CHECKSUMS_NAME = "checksums.json"
@@ -45,7 +45,7 @@ def forget_missing_parts(root: Path) -> None:
 
 
 def write_checksums(root: Path, *, without: str | None = None) -> dict[str, str]:
-    """Record the hashes of the manifest, the captions and all `zarr.json`; nothing is written where they are known.
+    """Record the hashes of the manifest, captions, moments and all `zarr.json`, where they are not known.
 
     Args:
         root: The store.
@@ -62,7 +62,7 @@ def write_checksums(root: Path, *, without: str | None = None) -> dict[str, str]
     for folder in folders:
         metadata += [folder / "zarr.json", *(below / "zarr.json" for below in _folders_below(folder))]
     hashes = {name: value for name, value in known.items() if name.startswith(f"{PARTS_NAME}/")}
-    for file in [*metadata, root / MANIFEST_NAME, root / CAPTIONS_NAME]:
+    for file in [*metadata, root / MANIFEST_NAME, root / CAPTIONS_NAME, root / MOMENTS_NAME]:
         name = file.relative_to(root).as_posix()
         if name != without and ".partial" not in name and file.is_file():
             hashes[name] = hash_file(file)

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import pyarrow as pa
 
-from ..errors import StoreDamagedError
+from ..errors import StoreDamagedError, StoreMismatchError
 from ..files import describe_bytes
 from .class_texts import describe_class_texts
 from .fidelity import NOTABLE_LOSS, read_fidelity
@@ -25,6 +25,8 @@ from .texts import TextReader, has_current_texts
 _SHOWN_VIDEOS = 20
 _CODED = (("layers", "layers", "--channels"), ("cls_layers", "class tokens of layers", "--cls-channels"))
 """What fidelity tells of: its key, in words, and the option that keeps more."""
+_LEFT_OUT = ("moments", "pending", "pixels", "input", "cls")
+"""Lines that are not there where there is nothing to tell."""
 _CLASS_TOKENS: Mapping[str, str] = {
     "own": "",
     "mean": "means of patch tokens, in the place of class tokens",
@@ -151,6 +153,7 @@ def describe_store(store: StoreReader) -> dict[str, Any]:
         "fidelity": read_fidelity(store.path),
         "classes": len(store.classes.names),
         "captions": len(store.read_captions()),
+        "moments": _count_moments(store),
         "libraries": attributes["libraries"],
     }
 
@@ -181,6 +184,21 @@ def _describe_frames(facts: Mapping[str, Any], split: str) -> str:
     if "frame_range" not in facts:
         return str(_find_of(facts["frames"], split))
     return " to ".join(map(str, facts["frame_range"].get(split, ["none"])))
+
+
+def _count_moments(store: StoreReader) -> dict[str, int] | None:
+    """Queries with windows, and with scored clips; None where the store does not say where its captions are shown."""
+    try:
+        moments = store.read_moments()
+    except StoreMismatchError:
+        return None
+    return {"windows": int(moments.has_windows.sum()), "scores": int(moments.has_scores.sum())}
+
+
+def _describe_moments(counts: Mapping[str, int] | None) -> str:
+    if counts is None:
+        return ""
+    return f"{counts['windows']} captions with windows, {counts['scores']} with scored clips"
 
 
 def _folder_bytes(folder: str) -> int:
@@ -232,6 +250,7 @@ def render_info(facts: Mapping[str, Any]) -> list[str]:
         "failures": _describe_reasons(facts["failures"]) or "none",
         "pending": _describe_reasons(facts["pending_reasons"]),
         "classes": f"{facts['classes']}, captions {facts['captions']}",
+        "moments": _describe_moments(facts["moments"]),
         "backbone": f"{backbone['name']} ({backbone['architecture']}), weights {backbone['weights']}, "
         f"{backbone['precision']} on {backbone['device_type']}{_describe_activation(backbone)}",
         "layers": f"{','.join(map(str, facts['layers']))} of {backbone['depth']}, width {backbone['width']}",
@@ -250,9 +269,7 @@ def render_info(facts: Mapping[str, Any]) -> list[str]:
         + _describe_texts(array)
         for name, array in facts["arrays"].items()
     ]
-    shown = [
-        f"{name:9} {text}" for name, text in lines.items() if text or name not in ("pending", "pixels", "input", "cls")
-    ]
+    shown = [f"{name:9} {text}" for name, text in lines.items() if text or name not in _LEFT_OUT]
     return [*shown, *arrays, *([] if facts["fidelity"] is None else _render_fidelity(facts["fidelity"]))]
 
 

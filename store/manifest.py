@@ -91,6 +91,7 @@ _CAPTION_SCHEMA = pa.schema([("caption_id", pa.string()), ("video_id", pa.string
 
 MANIFEST_NAME = "videos.parquet"
 CAPTIONS_NAME = "captions.parquet"
+MOMENTS_NAME = "moments.parquet"
 
 
 @dataclass(frozen=True)

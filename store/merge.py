@@ -22,6 +22,7 @@ from .checksums import read_recorded_hashes, write_checksums
 from .class_texts import list_class_files
 from .layout import CODEC_GROUPS, StoreLayout
 from .markers import PARTS_NAME, marker_path
+from .moments import list_moment_files
 from .reader import StoreReader, open_store
 from .records import VideoResult
 from .scratch import make_scratch, remove_dead_scratch
@@ -318,7 +319,8 @@ def _skeleton_files(store: StoreReader) -> list[str]:
     for name, is_possible in small:
         files += [f"{name}/zarr.json", name_only_chunk(describe_small_array(store.path, name, is_possible))]
     # The group of texts is one, whichever of them it holds.
-    return list(dict.fromkeys([*files, *list_text_files(store), *list_class_files(store)]))
+    texts = [*list_text_files(store), *list_class_files(store)]
+    return list(dict.fromkeys([*files, *list_moment_files(store), *texts]))
 
 
 def _copy_file(source: Path, target: Path) -> None:

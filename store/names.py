@@ -26,7 +26,7 @@ _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 _KNOWN = re.compile(
     r"(zarr|checksums|stats|fidelity|redone)\.json"
-    r"|(videos|captions)\.parquet"
+    r"|(videos|captions|moments)\.parquet"
     r"|_parts/(\d{6,12}\.(parquet|arrows?)|joined\.arrows?)"
     r"|(patches|cls|embedding|pixels|ycbcr420)/(zarr\.json|c(\.\d{1,12}){3,7})"
     r"|(cls_)?codec/(zarr\.json|[a-z][a-z_]{0,31}/(zarr\.json|c(\.0){1,4}))"

@@ -41,6 +41,7 @@ from .markers import (
     read_marker,
     read_marker_state,
 )
+from .moments import Moments, read_moment_table, require_moments
 from .offsets import PixelOffset, describe_offsets
 from .padding import find_padding
 from .pixel_formats import decode_pixels
@@ -299,6 +300,17 @@ class StoreReader:
         table = manifest.read_table(path)
         check_captions(table, path, lambda: self.read_manifest(["video_id"])["video_id"])
         return table
+
+    def read_moments(self) -> Moments:
+        """Where the videos show what the captions say: entry c is row c of the captions.
+
+        Raises:
+            StoreMismatchError: If the store has none, or those of other captions.
+            StoreDamagedError: If they are not as they were written.
+        """
+        require_moments(self.path)
+        self._require_recorded_hash(manifest.MOMENTS_NAME)
+        return Moments(read_moment_table(self))
 
     def read_clips(
         self,

@@ -34,6 +34,27 @@ A pending row may have a reason too: what the machine did not let happen. The sa
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Moment:
+    """Where a video shows what a caption says: one row of moments.parquet."""
+
+    query_id: str
+    """The data set's own number or text."""
+    split: str = ""
+    """Of the query; "" is its video's."""
+    duration_s: float | None = None
+    """Of the video as annotated; None where nobody says, and then it is the file's."""
+    windows: tuple[tuple[float, float], ...] | None = None
+    """Seconds from the row's beginning, as annotated: start, end. None is not annotated, () is nowhere."""
+    clip_s: float | None = None
+    """Seconds between the beginnings of labelled clips; None where no clips are labelled."""
+    clip_ids: tuple[int, ...] | None = None
+    """Labelled clips, from 0: clip i begins at i clip_s."""
+    scores: tuple[tuple[int, ...], ...] | None = None
+    """For each of these clips a score of each annotator: 0 to 4 beside windows. Without windows 1 to 5, or of a single
+    annotator -1, 0, 1."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class VideoRecord:
     """One row before any work: what the data set's reader knows. These are the manifest's input columns."""
 
@@ -49,6 +70,8 @@ class VideoRecord:
     end_s: float | None = None
     captions: tuple[str, ...] = ()
     """Kept in captions.parquet, many to one."""
+    moments: tuple[Moment, ...] = ()
+    """One for each caption, or none: kept in moments.parquet."""
 
 
 WHOLE = "whole"

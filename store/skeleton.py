@@ -13,6 +13,7 @@ from ._zarr import create_array, write_group, write_small_array
 from .checksums import write_checksums
 from .layout import CODEC_GROUPS
 from .markers import PARTS_NAME
+from .moments import moment_table
 from .spec import StoreSpec
 
 
@@ -39,6 +40,8 @@ def write_skeleton(folder: Path, spec: StoreSpec, format_version: int | None = N
     (folder / PARTS_NAME).mkdir()
     manifest.write_table(folder / manifest.MANIFEST_NAME, manifest.pending_manifest(inputs))
     manifest.write_table(folder / manifest.CAPTIONS_NAME, manifest.caption_table(spec.records))
+    if (moments := moment_table(spec.records)) is not None:
+        manifest.write_table(folder / manifest.MOMENTS_NAME, moments)
     version = spec.format_version if format_version is None else format_version
     write_group(folder, {"s4v": {**spec.full_attributes(), "format_version": version}})
     write_checksums(folder)

@@ -26,6 +26,7 @@ from .class_texts import has_current_class_texts, read_class_template
 from .fingerprint import fingerprint_shard
 from .layout import ArraySpec
 from .markers import PARTS_NAME, Marker, find_markers, marker_path, read_joined
+from .moments import list_moment_files
 from .reader import StoreReader
 from .row_checks import check_rows
 from .swap import find_swaps
@@ -61,7 +62,7 @@ def verify_store(store: StoreReader, report: Callable[[str, int, int], None] = l
         All damage found, that of the whole store first, then shard by shard.
     """
     found = list(_check_hashes(store))
-    for check in (_check_metadata, _check_small_arrays, _check_texts):
+    for check in (_check_metadata, _check_small_arrays, _check_moments, _check_texts):
         mismatched = {one.where for one in found}
         found += [one for one in check(store) if one.where not in mismatched]
     mismatched = {one.where for one in found}
@@ -146,6 +147,18 @@ def _check_small_array(
     chunk = name_only_chunk(spec)
     if (what := verify_chunk_file(store.path / chunk, 4 * math.prod(spec.shape))) is not None:
         yield Damage(where=chunk, what=what)
+
+
+def _check_moments(store: StoreReader) -> Iterator[Damage]:
+    """Moments of captions, if there are any; those of other captions than the store has now are void."""
+    try:
+        store.read_captions()
+    except StoreDamagedError:
+        return  # told already: of which captions they are cannot be seen
+    try:
+        list_moment_files(store)
+    except StoreDamagedError as error:
+        yield Damage(where=manifest.MOMENTS_NAME, what=str(error))
 
 
 def _check_texts(store: StoreReader) -> Iterator[Damage]:

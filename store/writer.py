@@ -524,7 +524,8 @@ def _remove_unfinished(path: Path, arrays: Sequence[str]) -> None:
         remove_dead_scratch(path, stem)
     for folder in (path, path / PARTS_NAME, *(path / name for name in arrays)):
         remove_dead_files(folder)
-    for name in (manifest.MANIFEST_NAME, manifest.CAPTIONS_NAME, CHECKSUMS_NAME, "zarr.json"):
+    tables = (manifest.MANIFEST_NAME, manifest.CAPTIONS_NAME, manifest.MOMENTS_NAME)
+    for name in (*tables, CHECKSUMS_NAME, "zarr.json"):
         (path / f".{name}.partial").unlink(missing_ok=True)
     for name in (f"{APPEND_NAME}.partial", f"{TEXT_NAME}.partial.old"):
         if not (path / name).is_symlink():

@@ -125,7 +125,7 @@ def list_unknown_options(text: str) -> list[str]:
     unknown = []
     for code in [*FENCE.findall(text), *re.findall(r"`(s4v [^`]+)`", FENCE.sub("", text))]:
         for line in code.splitlines():
-            call = re.match(r"(?:\$ |torchrun .* -m )?s4v ([a-z]+)(.*)", line.split(" #")[0])
+            call = re.match(r"(?:\$ |torchrun .* -m )?s4v ([a-z-]+)(.*)", line.split(" #")[0])
             if call and call[1] not in options:
                 unknown.append(call[1])
             elif call:
@@ -152,7 +152,7 @@ def test_names_in_documents_exist(document):
 
 def test_every_command_has_its_line_in_the_list_of_commands():
     text = read("docs/commands.md")
-    named = {command for block in FENCE.findall(text) for command in re.findall(r"s4v ([a-z]+)", block)}
+    named = {command for block in FENCE.findall(text) for command in re.findall(r"s4v ([a-z-]+)", block)}
     assert named >= set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 

@@ -16,7 +16,24 @@ from typing import Any
 
 from ...errors import ConfigError, DatasetError
 from ...store.records import VideoRecord
-from . import folder, hmdb51, kinetics, lists, msrvtt, msvd, something, table, ucf101, vatex
+from . import (
+    charades_sta,
+    ego4d_nlq,
+    folder,
+    hmdb51,
+    kinetics,
+    lists,
+    msrvtt,
+    msvd,
+    qvhighlights,
+    something,
+    table,
+    tacos,
+    tvsum,
+    ucf101,
+    vatex,
+    youtube_highlights,
+)
 from ._files import DatasetFiles, VideoTree, ending_of, is_video_name
 from ._names import check_text, compose, fold_split, is_inside
 from ._splits import settle_splits
@@ -61,9 +78,16 @@ READERS: dict[str, DatasetReader] = {
         something.V2_READER,
         ucf101.READER,
         vatex.READER,
+        charades_sta.READER,
+        ego4d_nlq.READER,
+        qvhighlights.READER,
+        tacos.READER,
+        tvsum.READER,
+        youtube_highlights.READER,
     )
 }
-"""By the name that `--dataset` takes: forms of files first, then public data sets in order of their names."""
+"""By the name that `--dataset` takes: forms of files first, then public data sets in order of their names, those of
+moments last."""
 
 
 class _Facts(Mapping[str, DatasetFacts]):
@@ -223,6 +247,7 @@ def read_listing(
     seed: int = 0,
     known_splits: Mapping[str, str] | None = None,
     with_classes: bool = True,
+    expects_videos: bool = True,
 ) -> Listing:
     """List a data set's videos. Those that are not on the disk are listed too, and a warning counts them.
 
@@ -239,6 +264,7 @@ def read_listing(
         seed: Of the split, where the data set has none.
         known_splits: Split by video_id of a store that is gone on with: see `settle_splits`.
         with_classes: For `folder`: whether folders are classes.
+        expects_videos: Whether a warning counts those that are not there.
 
     Raises:
         ConfigError: If there is no such data set or protocol.
@@ -257,7 +283,7 @@ def read_listing(
             _tell_what_is_no_row(files.tree, found)
     records = _finish(found, root, splits, seed, known_splits)
     missing = [record for record in records if not files.tree.holds(record.path)]
-    if missing:
+    if missing and expects_videos:
         _warn_of_missing(missing, len(records), root)
     return Listing(records, frozenset(record.path for record in missing))
 
@@ -275,6 +301,7 @@ def check_folder(
 
     Returns:
         `splits`: for each split how many rows are `listed`, `expected` (None where that is not known) and `missing`;
+        `queries`: the same of queries that have moments;
         `missing`: the paths of the missing videos; `unlisted`: how many videos no row names; `classes` and
         `expected_classes`.
 
@@ -304,10 +331,25 @@ def check_folder(
             }
             for split in sorted({*listed, *expected})
         },
+        "queries": _count_queries(records, missing, FACTS[name].query_counts.get(protocol or "", {})),
         "missing": [record.path for record in missing],
         "unlisted": len(set(files.tree.paths) - {record.path for record in records}),
         "classes": len({record.class_name for record in records} - {None}),
         "expected_classes": FACTS[name].num_classes,
+    }
+
+
+def _count_queries(
+    records: Sequence[VideoRecord], missing: Sequence[VideoRecord], expected: Mapping[str, int]
+) -> dict[str, dict[str, int | None]]:
+    """By split; nothing of a data set without moments."""
+    listed, lost = (
+        Counter(moment.split or record.split for record in part for moment in record.moments)
+        for part in (records, missing)
+    )
+    return {
+        split: {"listed": listed[split], "expected": expected.get(split), "missing": lost[split]}
+        for split in (sorted({*listed, *expected}) if listed else ())
     }
 
 
@@ -373,6 +415,7 @@ def _refuse_unfit(records: Sequence[VideoRecord], root: Path) -> None:
     """
     for record in records:
         texts = (record.video_id, record.split, record.class_name or "", record.source_id or "", *record.captions)
+        texts += tuple(text for moment in record.moments for text in (moment.query_id, moment.split))
         try:
             if not is_inside(record.path):
                 raise ValueError(f"expected a path below {root}, found {record.path!r}")

@@ -112,6 +112,21 @@ def list_bases(root: Path) -> list[str]:
     return list(dict.fromkeys(f"{str(base).rstrip('/')}/" for base in (root.absolute(), root.resolve())))
 
 
+def relative_path(path: str, root: Path, bases: Iterable[str]) -> str:
+    """A path relative to the root; an absolute one must lie below it, links in the root's own name resolved or not.
+
+    Args:
+        path: As a table writes it.
+        root: For messages.
+        bases: Of the root: see `list_bases`.
+
+    Raises:
+        ValueError: As `check_path` does.
+    """
+    base = next((base for base in bases if path.startswith(base)), "")
+    return check_path(path.removeprefix(base).lstrip("/") if base else path, root=root)
+
+
 def is_inside(path: str) -> bool:
     """Whether a path is relative and stays below the folder that it is relative to."""
     return bool(path) and path[0] != "/" and (".." not in path or ".." not in path.split("/")) and "\0" not in path

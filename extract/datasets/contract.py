@@ -23,6 +23,8 @@ class ExtractionRecipe:
     """Of the data set that a paper has it for: training takes the presets of that one too. None is nobody's."""
     told_as: str = "s4v's own"
     """Whose it is, in a few words."""
+    network: str | None = None
+    """Whose needs a new store serves beside that, as `--for` sets them; None is nobody's."""
     frames: Mapping[str, int] = field(default_factory=lambda: {"train": 16, "": 8})
     """Cached frames of a row."""
     sampling: str = "uniform"
@@ -57,6 +59,8 @@ class DatasetFacts:
     """Folders below the root that hold its annotation files, beside `annotations/` and `labels/`."""
     counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Official number of rows: protocol ("" where there is only one) -> split -> rows. What is not sure is left out."""
+    query_counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """The same of queries, where a video has several of them with their moments."""
     num_classes: int | None = None
     protocols: tuple[str, ...] = ()
     """Ways to divide the videos that papers report; the first is the default."""

@@ -23,6 +23,10 @@ def render_facts(facts: Mapping[str, Any]) -> list[str]:
             for protocol, counts in facts["counts"].items()
         ),
     ]
+    lines += [
+        f"queries    {protocol + ': ' if protocol else ''}{_describe_counts(counts)}"
+        for protocol, counts in facts["query_counts"].items()
+    ]
     if facts["num_classes"]:
         lines.append(f"classes    {facts['num_classes']}")
     if facts["protocols"]:
@@ -65,7 +69,11 @@ def _list_splits(*named: Iterable[str]) -> list[str]:
 def _render_recipe(recipe: Mapping[str, Any]) -> list[str]:
     """What a new store caches where no option says otherwise."""
     presets = f", trained by the presets of {recipe['name']}" if recipe["name"] else ""
-    return [f"recipe     {recipe['told_as']}{presets}", *(f"           {line}" for line in list_cached(recipe))]
+    network = f", for {recipe['network']} (--for)" if recipe["network"] else ""
+    return [
+        f"recipe     {recipe['told_as']}{presets}{network}",
+        *(f"           {line}" for line in list_cached(recipe)),
+    ]
 
 
 def render_check(check: Mapping[str, Any]) -> list[str]:
@@ -74,6 +82,9 @@ def render_check(check: Mapping[str, Any]) -> list[str]:
     for split, counts in check["splits"].items():
         expected = "" if counts["expected"] is None else f", {counts['expected']} expected"
         lines.append(f"{split:8} {counts['listed']} listed{expected}, {counts['missing']} not on the disk")
+    for split, counts in check["queries"].items():
+        expected = "" if counts["expected"] is None else f", {counts['expected']} expected"
+        lines.append(f"{split:8} {counts['listed']} queries{expected}, {counts['missing']} of videos that are missing")
     if check["expected_classes"]:
         lines.append(f"classes  {check['classes']} found, {check['expected_classes']} expected")
     if check["unlisted"]:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from ...errors import ConfigError, DataNotFoundError, DatasetError
 from ...store.records import VideoRecord
 from ._files import DatasetFiles, VideoTree
-from ._names import check_path, check_text, list_bases
+from ._names import check_path, check_text, list_bases, relative_path
 from ._rows import MalformedRows, cut_excel_hint, read_text, sniff_csv
 from .contract import DatasetReader, ReadOptions
 from .kinetics import has_kinetics_columns, name_options
+from .moment_table import QUERY, read_moments_of_rows, read_query_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,6 +47,9 @@ def read_table_file(files: DatasetFiles, options: ReadOptions) -> list[VideoReco
     A row with the id of an earlier one must describe the same video: it adds its caption. Rows that name a
     segment and no id get the id PATH#t=START,END.
 
+    A table with a column `query` is one of moments: there a video is a row of the store, `start` and `end` are windows
+    of a query, and rows of one query are joined. See `moment_table.py`.
+
     Args:
         files: Its annotations are the table, whose ending tells the format; paths in it are relative to its root.
         options: Columns: role in `COLUMN_ROLES` -> column name; roles left out are looked for under their usual names.
@@ -62,6 +66,8 @@ def read_table_file(files: DatasetFiles, options: ReadOptions) -> list[VideoReco
     if table.is_dir():
         raise DataNotFoundError(f"expected a table, found the folder {table} (--annotations): name a file in it")
     files.require_root()
+    if (records := _read_moments(table, tree, columns)) is not None:
+        return records
     data, delimiter, first_line = _load(table, columns)
     if repeated := sorted({name for name in data.column_names if data.column_names.count(name) > 1}):
         raise DatasetError(f"{table} has more than one column {', '.join(repeated)}: rename or remove all but one")
@@ -83,6 +89,25 @@ def read_table_file(files: DatasetFiles, options: ReadOptions) -> list[VideoReco
     if not videos:
         raise DatasetError(f"{table} has a header and no rows: expected one row per video")
     return list(videos.values())
+
+
+def _read_moments(table: Path, tree: VideoTree, columns: Mapping[str, str]) -> list[VideoRecord] | None:
+    """The videos of a table of moments; None where it is none, or its column `query` was said to be something else."""
+    if "caption" in columns or QUERY in columns.values():
+        return None
+    malformed = MalformedRows()
+    rows = read_query_rows(table, malformed)
+    if rows is None:
+        return None
+    if unknown := sorted(set(columns) - set(COLUMN_ROLES)):
+        raise ConfigError(f"--column knows the roles {', '.join(COLUMN_ROLES)}; found {', '.join(unknown)}")
+    roles = {role: (columns[role],) if role in columns else names for role, names in COLUMN_ROLES.items()}
+    roles["id"] = (columns["id"],) if "id" in columns else ()  # else `vid`: an id alone may be the query's
+    records = read_moments_of_rows(table, rows, tree, roles, malformed)
+    malformed.refuse()
+    if not records:
+        raise DatasetError(f"{table} has a header and no rows: expected one row for each query")
+    return records
 
 
 def _load(table: Path, columns: Mapping[str, str]) -> tuple[pa.Table, str, int]:
@@ -148,7 +173,10 @@ def _match_columns(table: Path, found: Sequence[str], columns: Mapping[str, str]
 
 
 def _add_row(videos: dict[str, VideoRecord], row: dict[str, Any], tree: VideoTree, bases: Sequence[str]) -> None:
-    written = _relative_path(_text(row.get("path")), tree.root, bases)
+    given = _text(row.get("path"))
+    if given is None:
+        raise ValueError("the path is empty")
+    written = relative_path(given, tree.root, bases)
     path = tree.find_written(written)
     start_s, end_s = _seconds(row, "start"), _seconds(row, "end")
     if start_s is not None and end_s is not None and end_s <= start_s:
@@ -177,14 +205,6 @@ def _add_row(videos: dict[str, VideoRecord], row: dict[str, Any], tree: VideoTre
             raise ValueError(f"id {video_id!r} occurs a second time, with another path, label, split or segment")
         record = replace(known, captions=known.captions + record.captions)
     videos[video_id] = record
-
-
-def _relative_path(path: str | None, root: Path, bases: Sequence[str]) -> str:
-    """A path relative to the root; an absolute one must lie below it, links in the root's own name resolved or not."""
-    if path is None:
-        raise ValueError("the path is empty")
-    base = next((base for base in bases if path.startswith(base)), "")
-    return check_path(path.removeprefix(base).lstrip("/") if base else path, root=root)
 
 
 def _captions(value: Any) -> tuple[str, ...]:

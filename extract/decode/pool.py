@@ -103,7 +103,7 @@ class DecodeRequest:
         return cls(
             path=str(config.root.resolve() / record.path),
             num_frames=num_frames,
-            sampling="uniform" if is_sample else config.sampling_of(split),
+            sampling="uniform" if is_sample else config.sampling_of_row(record),
             num_clips=1 if is_sample else config.clips_of(split),
             holds_validation_clip=not is_sample and bool(config.validation_clips_of(split)),
             resize=config.recipe.resize,

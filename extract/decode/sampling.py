@@ -221,6 +221,7 @@ Source:
 
 _EVERY_FRAME = "all"
 _RATE = "fps:"
+_LABELS = f"{_RATE}labels"
 _MOST_FPS = 1000
 _ROUNDING = 1e-6
 """Of a frame: times are floats, and a frame in the middle between two steps belongs to the later one."""
@@ -237,11 +238,32 @@ def check_sampling(name: str) -> None:
     Raises:
         ConfigError: With the names that are.
     """
-    if name in SAMPLINGS or name == _EVERY_FRAME:
+    if name in SAMPLINGS or name in (_EVERY_FRAME, _LABELS):
         return
     if not name.startswith(_RATE):
         raise ConfigError(f"--sampling takes {', '.join(SAMPLINGS)}, all, or fps:X; found {name!r}")
     _parse_rate(name)
+
+
+def resolve_rate(name: str, video_id: str, clip_s: float | None) -> str:
+    """The sampling of one row: of `fps:labels` a rate of its own, which gives a frame for each of its labelled clips.
+
+    Args:
+        name: Any sampling.
+        video_id: Of the row.
+        clip_s: Seconds between the beginnings of its labelled clips; None where no clips are labelled.
+
+    Raises:
+        ConfigError: If a frame for each labelled clip is asked for and no clips are labelled.
+    """
+    if name != _LABELS:
+        return name
+    if clip_s is None:
+        raise ConfigError(
+            f"--sampling {_LABELS} takes a frame for each labelled clip of a video, and {video_id} has none: name a "
+            "rate, such as fps:0.5, or leave the video out"
+        )
+    return f"{_RATE}{1 / clip_s!r}"
 
 
 def _parse_rate(name: str) -> Fraction:
@@ -251,7 +273,8 @@ def _parse_rate(name: str) -> Fraction:
         rate = Fraction(0)
     if not 0 < rate <= _MOST_FPS:
         raise ConfigError(
-            f"--sampling {_RATE}X takes frames a second above 0, at most {_MOST_FPS}: fps:2, fps:0.5, fps:1/3; "
+            f"--sampling {_RATE}X takes frames a second above 0, at most {_MOST_FPS}: fps:2, fps:0.5, fps:1/3, or "
+            f"{_LABELS}; "
             f"found {name!r}"
         )
     return rate
@@ -264,7 +287,7 @@ def sample_open_ended(name: str, times_s: np.ndarray, length_s: float) -> list[i
     filter `fps=X` shows there. Above the video's own rate frames repeat.
 
     Args:
-        name: `all`, or `fps:X`.
+        name: `all`, or `fps:X` with a number.
         times_s: (n,) of its frames from its beginning, rising; what stands before it is below zero.
         length_s: Of the row.
 

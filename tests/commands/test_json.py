@@ -51,6 +51,7 @@ NOT_RUN = {
     "demo": "it takes minutes: tests/demo",
     "sweep": "it came later: tests/train/test_sweep.py",
     "cache": "it came later: tests/commands/test_cache.py",
+    "import-features": "it came later: tests/extract/test_released_features.py",
 }
 
 

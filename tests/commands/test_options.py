@@ -81,7 +81,7 @@ def test_options_are_read_as_ever(command):
     assert set(NEW.get(command, ())) <= set(found)
 
 
-NEW_COMMANDS = ("sweep", "cache")
+NEW_COMMANDS = ("sweep", "cache", "import-features")
 """That have come since."""
 
 

@@ -187,7 +187,7 @@ def test_listing_data_sets_and_checking_options_imports_nothing_heavy():
 
 def test_no_code_but_its_own_file_asks_for_a_data_sets_name():
     """A comparison, a `match`, a key or a prefix; the paper's recipes are by data set and stand in train/paper."""
-    home = {"something.py", "kinetics.py", *(f"{name}.py" for name in READERS)}
+    home = {"something.py", "kinetics.py", *(f"{name.replace('-', '_')}.py" for name in READERS)}
     names = set(READERS) - {"folder", "lists", "table"}
     files = [file for folder in ("commands", "extract", "retrieve", "store") for file in (ROOT / folder).rglob("*.py")]
     found = []

@@ -10,7 +10,7 @@ from s4v.cli import app
 from s4v.errors import ConfigError, StoreMismatchError
 from s4v.extract.config import RECIPE_FIELDS, ExtractConfig
 from s4v.extract.datasets import FACTS, PLAIN_RECIPE, READERS
-from s4v.extract.decode.sampling import SAMPLINGS
+from s4v.extract.decode.sampling import SAMPLINGS, check_sampling
 from s4v.extract.decode.views import NUM_VIEWS, RESIZES, VIEWS, centre_view
 from s4v.extract.extraction import extract_dataset
 from s4v.extract.plan import plan_command
@@ -58,8 +58,10 @@ def test_a_recipe_is_one_that_an_extraction_could_be_told(name):
     recipe = READERS[name].recipe
     config = config_for(name)
     assert config.recipe == recipe
-    assert recipe.sampling in SAMPLINGS and recipe.resize in RESIZES and set(recipe.views.values()) <= set(VIEWS)
-    for split in ("train", "val", "test"):
+    check_sampling(recipe.sampling)
+    assert recipe.resize in RESIZES and set(recipe.views.values()) <= set(VIEWS)
+    assert config.is_open_ended == (recipe.sampling not in SAMPLINGS) == (recipe.frames == {})
+    for split in ("train", "val", "test") if recipe.frames else ():
         size = config.frames_of(split) / (config.clips_of(split) + config.validation_clips_of(split))
         assert size == (24 if split == "train" else 12) or name not in ("msrvtt", "msvd", "vatex")
         assert size == int(size) and (split == "train" or name not in FACTS or size in (8, 12))
@@ -74,6 +76,13 @@ def test_what_is_given_wins_and_frames_go_with_their_clips():
     assert (eight.clips_of("val"), eight.validation_clips_of("val"), eight.frames_of("val")) == (1, 0, 8)
     assert eight.views_of("val") == "three" and eight.recipe.sampling == "reference-sth"
     assert config_for("ssv2", clips={"": 1}).recipe.frames == PLAIN_RECIPE.frames
+
+
+def test_other_samplings_than_a_recipes_rate_have_numbers_of_frames():
+    config = config_for("qvhighlights", sampling="uniform")
+    assert config.frames_of("train") == 16 and config.frames_of("val") == 8 and config.recipe.resize == "224"
+    with pytest.raises(ConfigError, match=r"--sampling fps:0\.5 takes as many frames .*: leave out --frames"):
+        config_for("qvhighlights", frames={"": 8})
 
 
 def test_a_validation_clip_has_its_share_of_the_frames():
@@ -167,11 +176,13 @@ def test_a_plan_tells_what_test_views_take(kinetics, tmp_path):
 @pytest.mark.parametrize("name", FACTS)
 def test_a_data_set_prints_its_recipe(name):
     told = CliRunner().invoke(app, ["datasets", name], catch_exceptions=False).stdout
-    assert "recipe     Side4Video's of " in told
+    recipe = READERS[name].recipe
+    assert f"recipe     {recipe.told_as}, trained by the presets of {recipe.name}" in told
+    assert (f", for {recipe.network} (--for)" in told) == (recipe.network is not None)
     for split, frames in READERS[name].recipe.frames.items():
         assert f"{split or 'other splits'}: {frames} frames" in told
     facts = json.loads(CliRunner().invoke(app, ["datasets", name, "--json"], catch_exceptions=False).stdout)
-    assert set(facts["recipe"]) == {"name", "told_as", *RECIPE_FIELDS}
+    assert set(facts["recipe"]) == {"name", "told_as", "network", *RECIPE_FIELDS}
 
 
 def test_our_own_choice_is_told_as_such():

@@ -26,10 +26,14 @@ PLANNED: Mapping[str, Mapping[str, Any]] = {
 
 Source:
     R2-Tuning: https://github.com/yeliudev/R2-Tuning at 03fbcf6, at the rate of QVHighlights; of Charades-STA it
-    is one frame a second.
+    is one frame a second, of YouTube Highlights one for each label.
 """
 
-_OF_RECIPE: Mapping[tuple[str, str | None], Mapping[str, Any]] = {("tds-clip", "k400"): {"pixel_edge": "wrap"}}
+_OF_RECIPE: Mapping[tuple[str, str | None], Mapping[str, Any]] = {
+    ("tds-clip", "k400"): {"pixel_edge": "wrap"},
+    ("r2-tuning", "charades-sta"): {"sampling": "fps:1"},
+    ("r2-tuning", "youtube-highlights"): {"sampling": "fps:labels"},
+}
 """By network and recipe: what the network's reader of such data sets does otherwise."""
 
 
