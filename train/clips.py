@@ -52,6 +52,7 @@ class _Read:
     labels: np.ndarray
     is_frame: np.ndarray | None
     """(B, T); None where all are."""
+    draws: np.ndarray | None
 
 
 @cache
@@ -98,6 +99,8 @@ class ClipPlan:
     """That it is of; None where no other clip may stand in for one."""
     positions: np.ndarray | None = None
     """(B, 2) each clip's video in that order, and which of its views."""
+    draws: np.ndarray | None = None
+    """(B,) int64 keys of what is drawn for each clip (train/networks/draws.py); a substitute has its clip's."""
 
     def moved_on(self, steps: np.ndarray) -> ClipPlan:
         """The same, with clips of later videos of the order in place of some.
@@ -136,11 +139,14 @@ class ClipBatch:
     """Of those captions."""
     frame_mask: torch.Tensor | None = None
     """(B, T) bool, which frames there are; the others are zeros in all arrays. None where all are."""
+    draws: torch.Tensor | None = None
+    """(B,) int64, keys of what is drawn for each clip; None where the network draws nothing by example."""
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """All that there are."""
         texts = () if self.texts is None else self.texts.arrays
-        for tensor in (self.pixels, self.patches, self.cls, self.labels, self.frame_mask, *texts):
+        own = (self.pixels, self.patches, self.cls, self.labels, self.frame_mask, self.draws)
+        for tensor in (*own, *texts):
             if tensor is not None:
                 yield tensor
 
@@ -878,7 +884,8 @@ class ClipLoader:
             if texts.layers is not None and texts.mask is not None:  # M is what the longest caption of all has
                 texts = texts.cut_to_longest()
             texts = Texts(*(None if values is None else self._pin(values) for values in texts.arrays))
-        return _Read(clips, texts, self._pin(plan.labels), None if is_frame.all() else self._pin(is_frame))
+        draws = None if plan.draws is None else self._pin(plan.draws)
+        return _Read(clips, texts, self._pin(plan.labels), None if is_frame.all() else self._pin(is_frame), draws)
 
     def _read_arrays(self, plan: ClipPlan, places: np.ndarray, arrays: Sequence[str]) -> Clips:
         return self._store.read_clips(
@@ -920,6 +927,7 @@ class ClipLoader:
             None if clips.cls is None else self._widen(self._copy(clips.cls)),
             self._copy(read.labels),
             None if read.texts is None else hand_over_texts(read.texts, self._device),
+            draws=None if read.draws is None else self._copy(read.draws),
         )
         if read.is_frame is None:
             return batch
