@@ -227,6 +227,8 @@ COVERED_BY = {
     "train/networks/zero_shot.py": "retrieve/test_zero_shot.py",
     "train/networks/parts.py": "train/test_side4video.py",
     "train/paper/checkpoint_names.py": "train/test_parity.py",
+    "train/paper/r2_tuning_names.py": "train/test_r2_tuning.py",
+    "train/paper/r2_tuning_presets.py": "train/test_r2_tuning.py",
     "train/uncorrected_adam.py": "train/test_recipe.py",
     "train/resume_state.py": "train/test_resume.py",
     "train/run_folder.py": "train/test_loop.py",

@@ -70,7 +70,7 @@ def drop_channels(
 def drop_examples(x: torch.Tensor, keys: torch.Tensor, place: int, probability: float) -> torch.Tensor:
     """Set whole examples to zero, and scale the others: (B, ...) -> (B, ...); the arguments are `drop_channels`'s."""
     num_zeros = _count_zeros(probability)
-    halves = _mix(_hash_keys(keys, place)).view(torch.int16)[::2]  # (B,)
+    halves = _hash_keys(keys, place).view(torch.int16)[::2]  # (B,)
     is_kept = (halves >= num_zeros - _HALF // 2).to(x.dtype).mul_(_HALF / (_HALF - num_zeros))
     return x * is_kept.view(-1, *(1,) * (x.ndim - 1))
 

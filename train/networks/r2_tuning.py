@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,9 @@ from ...store.text_choice import read_text_choice
 from .contract import Network, NetworkKind, NetworkShape, Outputs
 from .draws import drop_channels, drop_examples
 from .parts import make_again
+
+if TYPE_CHECKING:
+    from ..clips import ClipBatch
 
 MOST_FRAMES = 1024
 """T at most: a reference network has points for so many."""
@@ -558,7 +561,7 @@ class R2Network(Network):
         # Without boundaries nothing reads it; released files have it all the same.
         self.level_scale = nn.Parameter(torch.ones(len(self.strides)), requires_grad=has_boundaries)
 
-    def inputs(self, batch: Any) -> tuple[Any, ...]:
+    def inputs(self, batch: ClipBatch) -> tuple[Any, ...]:
         """Tokens, the queries' words, masks, and keys of what is dropped."""
         assert batch.texts is not None, "a batch of queries has their texts"
         return batch.patches, batch.cls, batch.texts.layers, batch.texts.mask, batch.frame_mask, batch.draws
@@ -593,14 +596,14 @@ class R2Network(Network):
         words = self._check_words(words)
         recurrence = self.recurrence
         recurrence.checkpoints_activations = self.checkpoints_activations
-        if self.training:
-            keys = draws if recurrence.dropout or recurrence.drop_path else None
-            if keys is None and draws is None and (recurrence.dropout or recurrence.drop_path):
-                raise ValueError("this network drops by example: a batch in training has draws (B,), one key a clip")
-        else:
-            keys = None
+        keys = None
+        if not self.training:
             _refuse_padding(frame_mask, word_mask)
             frame_mask = word_mask = None
+        elif recurrence.dropout or recurrence.drop_path:
+            if draws is None:
+                raise ValueError("this network drops by example: a batch in training has draws (B,), one key a clip")
+            keys = draws
 
         def read(layer: int) -> Tokens:
             return recurrence.read_tokens(patches, cls, layer, codec=codec, frame_mask=frame_mask, keys=keys)
@@ -645,7 +648,7 @@ class R2Network(Network):
         x = refined.frames.relu()  # the reference's first level is in place: everything behind sees it
         num_queries, num_frames = len(refined.words), x.shape[1]
         layer_cls = refined.layer_cls.float()
-        with_stride = [(stride, level) for stride, level in enumerate_levels(self.strides, num_frames)]
+        with_stride = enumerate_levels(self.strides, num_frames)
         levels = [(x if level == 0 else self.levels[level - 1](x)).float() for _, level in with_stride]
         mask = x.new_ones(num_queries, num_frames, dtype=torch.bool) if frame_mask is None else frame_mask
         cells = [
@@ -654,6 +657,10 @@ class R2Network(Network):
         ]
         with torch.autocast(x.device.type, enabled=False):
             logits = torch.cat([self.class_head(one)[..., 0] for one in levels], dim=1)
+            if self.training:
+                # Processes agree on which gradients there are, whatever the lengths of their videos: zeros here.
+                left_out = self.levels[max(0, len(levels) - 1) :]
+                logits = logits + sum(0 * parameter.sum() for parameter in left_out.parameters())
             offsets = None
             if self.boundary_head is not None:
                 scales = [self.level_scale[level] for _, level in with_stride]
@@ -772,7 +779,11 @@ class R2Tuning(NetworkKind):
     name = "r2-tuning"
     tasks = ("grounding",)
     reads = "patch and class tokens of the last four layers of whole videos, and the words of a query"
-    extraction: ClassVar[Mapping[str, Any]] = {"layers": f"last{NUM_LAYERS}", "text_layers": f"last{NUM_LAYERS}"}
+    extraction: ClassVar[Mapping[str, Any]] = {
+        "layers": f"last{NUM_LAYERS}",
+        "text_layers": f"last{NUM_LAYERS}",
+        "with_pixels": False,
+    }
     options = R2Options
     shape: ClassVar[type[NetworkShape]] = R2Shape
     needs: ClassVar[Mapping[str, StoreNeeds]] = {

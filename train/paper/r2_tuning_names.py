@@ -27,10 +27,7 @@ NAMES = tuple(
     for theirs, ours in (
         (r"coef$", "level_scale"),
         (r"adapter\.(gate|scale)$", r"recurrence.\1"),
-        *(
-            (rf"adapter\.(video|query)_map\.{number}", rf"recurrence.\1_map.{part}")  # fmt: skip
-            for number, part in _MAP
-        ),
+        *((rf"adapter\.(video|query)_map\.{number}", rf"recurrence.\1_map.{part}") for number, part in _MAP),
         (r"adapter\.v_map\.", "recurrence.pooling.key."),
         (r"adapter\.q_map\.", "recurrence.pooling.query."),
         *(
@@ -110,7 +107,7 @@ def read_sizes(state: Mapping[str, torch.Tensor], width: int) -> dict[str, Any]:
     if num_read not in (width, width + 2) or num_levels > len(STRIDES):
         raise WeightsError(
             f"the checkpoint reads tokens of {num_read} channels (two of them time features, or none) at {num_levels} "
-            f"levels; the backbone has {width}, and {len(STRIDES)} levels are known: name the backbone it was trained on"
+            f"levels; the backbone has {width}, {len(STRIDES)} levels are known: name the backbone it was trained on"
         )
     return {
         "num_layers": len(state["recurrence.scale"]),

@@ -88,7 +88,8 @@ class GroundingTerms(NamedTuple):
 
     def gather(self, gather: Gather) -> GroundingTerms:
         """Those of all processes."""
-        return GroundingTerms(*(None if values is None else gather(values) for values in self))
+        there = {name: values for name, values in self._asdict().items() if values is not None}
+        return self._replace(**{name: gather(values) for name, values in there.items()})
 
 
 def find_terms(output: Grounding, annotation: Annotation, frame_mask: torch.Tensor | None) -> GroundingTerms:
