@@ -467,15 +467,17 @@ def test_every_name_of_a_released_file_has_its_place(golden, data_path):
     assert {name for name in state if rename(name) is None} == {name for name in state if UNUSED.match(name)}
     network = build(golden.config)
     assert {rename(f"module.{name}") for name in state} - {None} == set(network.state_dict())
-    sizes = read_sizes(golden.state, golden.config["backbone_width"])
+    sizes = read_sizes(golden.state)
+    assert sizes["width"] == golden.config["backbone_width"] and sizes["has_times"] == golden.config["time_features"]
     other = R2Network(**sizes, num_patches=golden.config["patches"], num_heads=golden.config["heads"], dropout=0.0)
     other.load_state_dict(golden.state)
     with pytest.raises(WeightsError, match=r"R2-Tuning has no pyramid\.blocks\.1\.2\.weight, strange"):
         rename_state({**state, "pyramid.blocks.1.2.weight": state["coef"], "strange": state["coef"]})
-    with pytest.raises(WeightsError, match="name the backbone it was trained on"):
-        read_sizes(golden.state, golden.config["backbone_width"] + 1)
+    name = "recurrence.video_map.reduce.weight"
+    with pytest.raises(WeightsError, match=r"it reads tokens of \d+ channels"):
+        read_sizes({**golden.state, name: torch.cat([golden.state[name], golden.state[name][:, :3]], dim=1)})
     with pytest.raises(WeightsError, match="it lacks recurrence.scale"):
-        read_sizes({}, 768)
+        read_sizes({})
 
 
 def optimise(network, recipe):

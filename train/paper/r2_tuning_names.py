@@ -21,6 +21,8 @@ from ..networks.r2_tuning import STRIDES
 _MAP = (r"0\.", "norm."), (r"2\.", "reduce."), (r"4\.", "hidden_norm."), (r"6\.", "project.")
 _ATTENTION = (r"q\.", "query."), (r"k\.", "key."), (r"v\.", "value."), (r"m\.", "project.")
 _BLOCK = "recurrence.block."
+_STEP = (1, "convolutions"), (3, "norms")
+"""Of the reference's five layers for a step of a level: those with weights."""
 
 NAMES = tuple(
     (re.compile(r"^(?:module\.)?" + theirs), ours)
@@ -38,6 +40,12 @@ NAMES = tuple(
         (r"adapter\.tem\.ffn_norm\.", _BLOCK + "ffn_norm."),
         (r"adapter\.tem\.ffn\.mapping\.0\.", _BLOCK + "widen."),
         (r"adapter\.tem\.ffn\.mapping\.2\.", _BLOCK + "narrow."),
+        *(
+            (rf"pyramid\.blocks\.{level}\.{5 * step + place}\.", f"levels.{level - 1}.{part}.{step}.")
+            for level in range(1, len(STRIDES))
+            for step in range(level)
+            for place, part in _STEP
+        ),
         (r"pooling\.att\.", "pooling.weigh."),
         (r"class_head\.module\.1\.", "class_head.hidden."),
         (r"class_head\.module\.3\.", "class_head.project."),
@@ -45,11 +53,10 @@ NAMES = tuple(
         (r"coord_head\.module\.3\.", "boundary_head.project."),
     )
 )
-"""The reference's name -> ours, without the pyramid, whose numbers are counted otherwise."""
+"""The reference's name -> ours."""
 
-_LEVEL = re.compile(r"^(?:module\.)?pyramid\.blocks\.(\d+)\.(\d+)\.")
-_LAYERS_OF_A_STEP = 5
-"""Of the reference's sequence for a step of a level, where the convolution is 1 and the norm is 3."""
+_WIDTH_STEP = 8
+"""Widths of backbones are multiples of it, so that two channels more are time features."""
 
 UNUSED = re.compile(r"^(?:module\.)?loss\.")
 """Buffers of its losses."""
@@ -57,10 +64,6 @@ UNUSED = re.compile(r"^(?:module\.)?loss\.")
 
 def rename(name: str) -> str | None:
     """Our name of a tensor of the reference; None where we have none."""
-    if match := _LEVEL.match(name):
-        level, (step, place) = int(match[1]) - 1, divmod(int(match[2]), _LAYERS_OF_A_STEP)
-        part = {1: "convolutions", 3: "norms"}.get(place)
-        return None if part is None or level < 0 else f"levels.{level}.{part}.{step}.{name[match.end() :]}"
     for pattern, ours in NAMES:
         new_name, count = pattern.subn(ours, name)
         if count:
@@ -88,33 +91,34 @@ def rename_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return renamed
 
 
-def read_sizes(state: Mapping[str, torch.Tensor], width: int) -> dict[str, Any]:
+def read_sizes(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """What `R2Network` is built with, but for patches and heads, of tensors under our names.
 
-    Args:
-        state: As `rename_state` gives it.
-        width: D of the backbone that it stands beside.
-
     Raises:
-        WeightsError: If a tensor that a size follows from is missing, or the file is of another backbone.
+        WeightsError: If a tensor that a size follows from is missing, or has no size that the network can have.
     """
-    names = ("recurrence.scale", "level_scale", "recurrence.video_map.reduce.weight",
-             "recurrence.query_map.reduce.weight")  # fmt: skip
+    names = (
+        "recurrence.scale",
+        "level_scale",
+        "recurrence.video_map.reduce.weight",
+        "recurrence.query_map.reduce.weight",
+    )
     if missing := [name for name in names if name not in state]:
         raise WeightsError(f"no checkpoint of R2-Tuning: it lacks {', '.join(missing)}")
     side_width, num_read = state["recurrence.video_map.reduce.weight"].shape
     num_levels = len(state["level_scale"])
-    if num_read not in (width, width + 2) or num_levels > len(STRIDES):
+    num_times = num_read % _WIDTH_STEP
+    if num_times not in (0, 2) or num_levels > len(STRIDES):
         raise WeightsError(
-            f"the checkpoint reads tokens of {num_read} channels (two of them time features, or none) at {num_levels} "
-            f"levels; the backbone has {width}, {len(STRIDES)} levels are known: name the backbone it was trained on"
+            f"no checkpoint of R2-Tuning: it reads tokens of {num_read} channels (a backbone's width, or two more with "
+            f"time features) at {num_levels} levels ({len(STRIDES)} at most)"
         )
     return {
         "num_layers": len(state["recurrence.scale"]),
-        "width": width,
+        "width": num_read - num_times,
         "text_width": state["recurrence.query_map.reduce.weight"].shape[1],
         "side_width": side_width,
         "strides": STRIDES[:num_levels],
         "has_boundaries": "boundary_head.project.weight" in state,
-        "has_times": num_read == width + 2,
+        "has_times": num_times > 0,
     }
