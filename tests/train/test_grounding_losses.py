@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,6 +82,12 @@ def test_a_batch_that_is_split_has_the_loss_and_the_gradients_of_the_whole(batch
     largest = max(grad.abs().max() for grad in grads[0].values())
     for name, grad in grads[0].items():
         assert (grads[1][name] - grad).abs().max() < 1e-6 * largest, name
+
+
+def test_two_processes_learn_what_one_learns(processes_run):
+    """With the loop's way of gathering, and with what is dropped."""
+    done = processes_run(2, Path(__file__).with_name("grounding_of_processes.py"))
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_gathered_batch_is_that_of_all_processes(batch):
