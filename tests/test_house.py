@@ -237,6 +237,8 @@ COVERED_BY = {
     "train/paper/side4video_names.py": "golden/test_golden.py",
     "train/paper/dist_names.py": "train/test_imported_networks.py",
     "train/paper/tds_clip_names.py": "golden/test_golden.py",
+    "train/paper/r2_tuning_names.py": "train/test_r2_tuning.py",
+    "train/paper/r2_tuning_presets.py": "train/test_r2_tuning.py",
     "train/uncorrected_adam.py": "train/test_recipe.py",
     "train/resume_state.py": "train/test_resume.py",
     "train/run_folder.py": "train/test_loop.py",

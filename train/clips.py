@@ -53,6 +53,7 @@ class _Read:
     labels: np.ndarray
     is_frame: np.ndarray | None
     """(B, T); None where all are."""
+    draws: np.ndarray | None
 
 
 @cache
@@ -103,6 +104,8 @@ class ClipPlan:
     """(n,) places of the clips that each of the first n is mixed with; the others are read for that alone."""
     mixing: Mixing | None = None
     """How; None where there are no partners."""
+    draws: np.ndarray | None = None
+    """(B,) int64 keys of what is drawn for each clip (train/networks/draws.py); a substitute has its clip's."""
 
     @property
     def num_clips(self) -> int:
@@ -146,6 +149,8 @@ class ClipBatch:
     """Of those captions."""
     frame_mask: torch.Tensor | None = None
     """(B, T) bool, which frames there are; the others are zeros in all arrays. None where all are."""
+    draws: torch.Tensor | None = None
+    """(B,) int64, keys of what is drawn for each clip; None where the network draws nothing by example."""
     mixed: MixedLabels | None = None
     """What else the clips show; None where they are not mixed."""
 
@@ -153,7 +158,8 @@ class ClipBatch:
         """All that there are."""
         texts = () if self.texts is None else self.texts.arrays
         mixed = () if self.mixed is None else (self.mixed.labels, self.mixed.shares)
-        for tensor in (self.pixels, self.patches, self.cls, self.labels, self.frame_mask, *texts, *mixed):
+        own = (self.pixels, self.patches, self.cls, self.labels, self.frame_mask, self.draws)
+        for tensor in (*own, *texts, *mixed):
             if tensor is not None:
                 yield tensor
 
@@ -892,7 +898,8 @@ class ClipLoader:
             if texts.layers is not None and texts.mask is not None:  # M is what the longest caption of all has
                 texts = texts.cut_to_longest()
             texts = Texts(*(None if values is None else self._pin(values) for values in texts.arrays))
-        return _Read(clips, texts, self._pin(plan.labels), None if is_frame.all() else self._pin(is_frame))
+        draws = None if plan.draws is None else self._pin(plan.draws)
+        return _Read(clips, texts, self._pin(plan.labels), None if is_frame.all() else self._pin(is_frame), draws)
 
     def _read_arrays(self, plan: ClipPlan, places: np.ndarray, arrays: Sequence[str]) -> Clips:
         return self._store.read_clips(
@@ -934,6 +941,7 @@ class ClipLoader:
             None if clips.cls is None else self._widen(self._copy(clips.cls)),
             self._copy(read.labels),
             None if read.texts is None else hand_over_texts(read.texts, self._device),
+            draws=None if read.draws is None else self._copy(read.draws),
         )
         if read.is_frame is not None:
             batch = self._mask(batch, self._copy(read.is_frame))

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from .logs import Logger, make_loggers
 from .mixing import Mixing, codec_after
 from .networks import find_network
 from .networks.contract import Network, NetworkKind
+from .networks.draws import key_examples
 from .networks.norms import count_in_groups
 from .preparation import begin_heads
 from .recipe import OPTIMIZERS, find_biases, learning_rate_at, make_optimizer
@@ -375,13 +377,20 @@ class _Training:
         }
 
     def _plan_epoch(self, epoch: int) -> list[ClipPlan]:
-        """Batches of this process."""
-        return self._task.plan_epoch(
+        """Batches of this process, with keys of what is drawn where the network wants them and the task set none."""
+        plans = self._task.plan_epoch(
             epoch,
             num_frames=self._heads[0].num_frames,
             rank=self._fabric.global_rank,
             num_ranks=self._fabric.world_size,
         )
+        if not self._heads[0].network.draws_by_example:
+            return plans
+        seed = self._config.seed_of_order
+        return [
+            plan if plan.draws is not None else replace(plan, draws=key_examples(seed, epoch, plan.rows, plan.labels))
+            for plan in plans
+        ]
 
     def _count_steps(self, plans: Sequence[ClipPlan]) -> tuple[int, int]:
         """Steps of an epoch, and batches of a step.

@@ -195,6 +195,7 @@ class Mixer:
             labels=batch.labels[:count],
             mixed=MixedLabels(batch.labels[partners], shares),
             frame_mask=None if mask is None else mask[:count] | mask[partners],
+            draws=None if batch.draws is None else batch.draws[:count],
         )
 
     def _mix_patches(

@@ -93,7 +93,9 @@ class Scorer:
     """One for all questions: an index asks shard by shard."""
 
     def __post_init__(self) -> None:
-        loader = ClipLoader.for_network(self.network, self.store, layers=self.layers, device=self.device)
+        loader = ClipLoader.for_network(
+            self.network, self.store, layers=self.layers, device=self.device, with_texts=self.network.reads_texts
+        )
         object.__setattr__(self, "_loader", loader)
 
     def share(self, networks: Sequence[Network]) -> list[Scorer]:

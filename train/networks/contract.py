@@ -88,6 +88,10 @@ class Network(nn.Module):
     """It reads tokens of every so-manieth frame of its clip, from the first on, and pixels of all."""
     text_arrays: tuple[str, ...] = ()
     """Of a store's texts, that its loss reads."""
+    reads_texts: bool = False
+    """Whether its forward pass reads them too: an evaluation then hands them over."""
+    draws_by_example: bool = False
+    """Whether it drops by keys of its clips (`ClipBatch.draws`, train/networks/draws.py)."""
     checkpoints_activations: bool = False
     """Whether each layer is computed again in the backward pass: less memory, a third more time."""
 
