@@ -20,7 +20,7 @@ GROUPS = {
     "convolutions": CONVOLUTIONS,
     "batch norms": ("batch_norm", "native_batch_norm", "cudnn_batch_norm"),
     "layer norms": ("layer_norm", "native_layer_norm"),
-    "activations": ("gelu", "sigmoid", "softmax", "log_softmax"),
+    "activations": ("gelu", "sigmoid", "silu", "softmax", "log_softmax"),
     "our kernel over time": ("TimeKernel",),
     "pooling": ("max_pool", "avg_pool"),
     "AdamW": ("Optimizer.step", "fused_adamw", "foreach"),
