@@ -205,7 +205,7 @@ def judge_query(text: str, said: Meaning, parts: Sequence[Part]) -> Query:
 def draw_queries(rng: np.random.Generator, parts: Sequence[Part], num_queries: int) -> list[Query]:
     """Draw queries of a video, each in other words; the first `DISTRACTED_SHARE` have a distractor of either kind.
 
-    None is true of all that happens in the video.
+    None is true of all that happens in the video: each names a motion, and the video shows several.
     """
     events = [part for part in parts if part.is_event]
     places = cycle(rng.permutation(len(events)).tolist())
@@ -217,7 +217,7 @@ def draw_queries(rng: np.random.Generator, parts: Sequence[Part], num_queries: i
             query = judge_query(*word_caption(meaning, rng), parts)
             is_distracted = bool(query.motion_windows and query.subject_windows)
             is_new = query.text not in [other.text for other in queries]
-            if is_new and len(query.windows) < len(events) and (is_distracted or not must_distract):
+            if is_new and (is_distracted or not must_distract):
                 queries.append(query)
                 break
     return queries
