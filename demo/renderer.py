@@ -37,7 +37,13 @@ _LIGHT_OF_RGB, _DARK_BELOW = (0.299, 0.587, 0.114), 128
 
 
 def paint_scene(
-    scene: Scene, moments: np.ndarray, rng: np.random.Generator, *, shake_px: float = 0.7, noise: float = 6.0
+    scene: Scene,
+    moments: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    shake_px: float = 0.7,
+    noise: float = 6.0,
+    with_subject: bool = True,
 ) -> np.ndarray:
     """Paint a scene at some moments.
 
@@ -47,12 +53,14 @@ def paint_scene(
         rng: For shake and noise.
         shake_px: Standard deviation of the camera's place, drawn anew for each frame, pixels.
         noise: Standard deviation of each value of the picture, of 255.
+        with_subject: Whether the subject is painted.
 
     Returns:
         (n, FRAME_PX, FRAME_PX, 3) uint8.
     """
     shakes = rng.normal(0, shake_px, (len(moments), 2))
-    frames = np.stack([_paint(scene, *when) for when in zip(moments.tolist(), *shakes.T.tolist(), strict=True)])
+    whens = zip(moments.tolist(), *shakes.T.tolist(), strict=True)
+    frames = np.stack([_paint(scene, *when, with_subject=with_subject) for when in whens])
     frames += noise * rng.standard_normal(frames.shape, dtype=np.float32)
     return np.clip(frames, 0, 255, out=frames).astype(np.uint8)
 
@@ -65,25 +73,31 @@ def halve_chroma(frame: np.ndarray) -> np.ndarray:
     return np.asarray(Image.merge("YCbCr", [light, *coarse]).convert("RGB"))
 
 
-def _paint(scene: Scene, now: float, dx: float, dy: float) -> np.ndarray:
+def _paint(scene: Scene, now: float, dx: float, dy: float, *, with_subject: bool) -> np.ndarray:
     """One frame, (FRAME_PX, FRAME_PX, 3) float32; the camera's place (dx, dy) moves all that is seen."""
     frame = _paint_ground(scene.ground, dx, dy)
     for pebble in scene.pebbles:
         x, y = ((1 - now) * a + now * b for a, b in zip(pebble.first, pebble.last, strict=True))
         _cover(frame, Pose(x + dx, y + dy, pebble.radius), (pebble.grey,) * 3, _round)
-    subject, landmark = scene.subject_at(now), scene.landmark_at(now)
+    if with_subject:
+        _paint_subject(frame, scene, now, dx, dy)
+    if scene.landmark is None:
+        return frame
+    # The landmark last: what slips behind it is hidden.
+    landmark = scene.landmark_at(now)
+    corners = _CORNERS.get(scene.landmark)
+    place = Pose(landmark.x + dx, landmark.y + dy, landmark.radius)
+    _cover(frame, place, LANDMARK_COLOURS[scene.landmark_colour], _polygon(corners) if corners else _round)
+    return frame
+
+
+def _paint_subject(frame: np.ndarray, scene: Scene, now: float, dx: float, dy: float) -> None:
+    subject = scene.subject_at(now)
     subject = Pose(subject.x + dx, subject.y + dy, subject.radius, subject.angle)
     corners = _CORNERS.get(scene.shape)
     _cover(frame, subject, scene.rgb, _polygon(corners) if corners else _ring)
     is_dark = bool(np.dot(scene.rgb, _LIGHT_OF_RGB) < _DARK_BELOW)
     _cover(frame, _mark(subject), _MARKS_RGB[is_dark], _round)
-    if scene.landmark is None:
-        return frame
-    # The landmark last: what slips behind it is hidden.
-    corners = _CORNERS.get(scene.landmark)
-    place = Pose(landmark.x + dx, landmark.y + dy, landmark.radius)
-    _cover(frame, place, LANDMARK_COLOURS[scene.landmark_colour], _polygon(corners) if corners else _round)
-    return frame
 
 
 def _mark(pose: Pose) -> Pose:

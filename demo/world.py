@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import av
 import numpy as np
@@ -35,7 +35,9 @@ the place of a bag of frames in time would tell growing from shrinking."""
 FPS = 10
 SPLITS = ("train", "val", "novel")
 ANNOTATIONS_NAME = "videos.csv"
-_CONFIG_NAME = "world.json"
+MOMENTS_NAME = "moments.jsonl"
+"""Of long videos."""
+CONFIG_NAME = "world.json"
 
 _NUM_CAPTIONS = 3
 _STREAM = 11
@@ -187,28 +189,65 @@ def write_world(
     Raises:
         DatasetError: If the folder holds something that is not an earlier world.
     """
-    _clear(folder)
+    clear_folder(folder)
     # First, so that a world which was not finished is known as one; its annotations come last.
-    write_json(folder / _CONFIG_NAME, asdict(config))
+    write_json(folder / CONFIG_NAME, asdict(config))
     videos = list(list_videos(config))
-    for parent in sorted({(folder / video.path).parent for video in videos}):
-        parent.mkdir(parents=True, exist_ok=True)
-
-    def write(video: WorldVideo) -> list[dict[str, str]]:
-        frames, rows = render_video(video, config)
-        encode_video(folder / video.path, frames, codec=config.codec)
-        return rows
-
-    rows: list[dict[str, str]] = []
-    with ThreadPoolExecutor(os.cpu_count()) as painters:
-        for done, captioned in enumerate(painters.map(write, videos), start=1):
-            rows += captioned
-            report("generating videos", done, len(videos))
+    rows = write_videos(folder, videos, partial(render_video, config=config), report, codec=config.codec)
     write_atomic(folder / ANNOTATIONS_NAME, partial(_write_table, rows))
     return {split: sum(video.split == split for video in videos) for split in SPLITS}
 
 
-def _clear(folder: Path) -> None:
+class _HasPath(Protocol):
+    """A video before it is painted."""
+
+    @property
+    def path(self) -> str: ...
+
+
+_Video = TypeVar("_Video", bound=_HasPath)
+_Row = TypeVar("_Row")
+
+
+def write_videos(
+    folder: Path,
+    videos: Sequence[_Video],
+    render: Callable[[_Video], tuple[np.ndarray, list[_Row]]],
+    report: Callable[[str, int, int], None],
+    *,
+    codec: str,
+    fps: int = FPS,
+) -> list[_Row]:
+    """Paint videos and write their files.
+
+    Args:
+        folder: Of the world.
+        videos: With paths below it.
+        render: Gives the frames of one, and its rows of the annotations.
+        report: Told about progress.
+        codec: One of `FORMATS`.
+        fps: Frames a second.
+
+    Returns:
+        The rows, in the order of the videos.
+    """
+    for parent in sorted({(folder / video.path).parent for video in videos}):
+        parent.mkdir(parents=True, exist_ok=True)
+
+    def write(video: _Video) -> list[_Row]:
+        frames, rows = render(video)
+        encode_video(folder / video.path, frames, codec=codec, fps=fps)
+        return rows
+
+    gathered: list[_Row] = []
+    with ThreadPoolExecutor(os.cpu_count()) as painters:
+        for done, rows in enumerate(painters.map(write, videos), start=1):
+            gathered += rows
+            report("generating videos", done, len(videos))
+    return gathered
+
+
+def clear_folder(folder: Path) -> None:
     """Make room for a world.
 
     Raises:
@@ -216,11 +255,12 @@ def _clear(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise DatasetError(f"{folder} is a file: name a folder for the world (--out)")
-    if folder.exists() and any(folder.iterdir()) and not (folder / _CONFIG_NAME).is_file():
+    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_NAME).is_file():
         raise DatasetError(
-            f"{folder} holds something that is not an earlier world (it has no {_CONFIG_NAME}): choose another --out"
+            f"{folder} holds something that is not an earlier world (it has no {CONFIG_NAME}): choose another --out"
         )
-    (folder / ANNOTATIONS_NAME).unlink(missing_ok=True)
+    for name in (ANNOTATIONS_NAME, MOMENTS_NAME):
+        (folder / name).unlink(missing_ok=True)
     for name in ("videos", "novel"):
         if (folder / name).is_dir():
             shutil.rmtree(folder / name)

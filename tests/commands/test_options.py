@@ -30,6 +30,7 @@ NEW = {
     "eval": ("--classes", "--zero-shot-average"),
     "import": ("--classes",),
     "compare": ("--run", "--split", "--checkpoint"),
+    "world": ("--long", "--queries"),
 }
 """Options that have come since, by command."""
 
