@@ -19,7 +19,6 @@ from ..terminal import quote
 from .contract import TextTower
 from .facts import TextTowerInfo
 from .open_clip_models import build_tower, read_architecture, resolve_model, resolve_weights
-from .text_tower import encode_class_texts
 from .weights import KNOWN_WORDS, WeightsSource, fill_tower, open_tensors
 
 # Texts in one pass; the last is padded, so that a text's numbers do not depend on how many others there are.
@@ -53,6 +52,11 @@ class OpenClipTextTower(TextTower):
     def context_length(self) -> int:
         """The most words that a text can have, start and end among them."""
         return self._tokenizer.context_length
+
+    @property
+    def vocab_size(self) -> int:
+        """How many words the tokenizer has."""
+        return self._tokenizer.vocab_size
 
     @torch.inference_mode()
     def encode(self, texts: list[str]) -> np.ndarray:
@@ -275,21 +279,6 @@ def build_clip_text_tower(tensors: Mapping[str, torch.Tensor], label: str, num_h
     fill_tower(tower, tensors, WeightsSource(label, "", None), ("",), torch.device("cpu"), torch.float32)
     tokenizer = open_clip.SimpleTokenizer(context_length=context_length)
     return OpenClipTextTower(tower, tokenizer, torch.device("cpu"))
-
-
-def encode_with_clip(tensors: Mapping[str, torch.Tensor], label: str, texts: Sequence[str]) -> np.ndarray:
-    """Embed texts with CLIP's own text tower, from its tensors: (len(texts), E) float32, not normalised.
-
-    Raises:
-        WeightsError: As `build_clip_text_tower`, or if its words are not those of CLIP's tokenizer.
-    """
-    tower = build_clip_text_tower(tensors, label, None)
-    found, known = len(tensors["token_embedding.weight"]), tower._tokenizer.vocab_size
-    if found != known:
-        raise WeightsError(
-            f"{label}: its text tower knows {found} words, CLIP's tokenizer has {known}: it is not CLIP's"
-        )
-    return encode_class_texts(tower, texts)
 
 
 def load_text_tower(

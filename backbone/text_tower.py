@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ __all__ = [
     "count_text_words",
     "describe_text_tower",
     "encode_class_texts",
+    "encode_with_clip",
     "load_store_text_tower",
     "load_text_tower",
 ]
@@ -98,3 +99,20 @@ def encode_class_texts(tower: TextTower, texts: Sequence[str]) -> np.ndarray:
     """
     passes = range(0, len(texts), _CLASSES_PER_PASS)
     return np.concatenate([tower.encode(list(texts[first : first + _CLASSES_PER_PASS])) for first in passes])
+
+
+def encode_with_clip(tensors: Mapping[str, torch.Tensor], label: str, texts: Sequence[str]) -> np.ndarray:
+    """Embed texts with CLIP's own text tower, from its tensors: (len(texts), E) float32, not normalised.
+
+    Raises:
+        WeightsError: As `build_clip_text_tower`, or if its words are not those of CLIP's tokenizer.
+    """
+    from .open_clip_texts import build_clip_text_tower  # and with it open_clip
+
+    tower = build_clip_text_tower(tensors, label, None)
+    found, known = len(tensors["token_embedding.weight"]), tower.vocab_size
+    if found != known:
+        raise WeightsError(
+            f"{label}: its text tower knows {found} words, CLIP's tokenizer has {known}: it is not CLIP's"
+        )
+    return encode_class_texts(tower, texts)

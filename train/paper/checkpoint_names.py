@@ -71,7 +71,7 @@ class OfficialCheckpoint:
             if len(names) != self.shape.num_classes:
                 raise WeightsError(f"{self.path} has {self.shape.num_classes} classes; {len(names)} names were given")
             return self
-        from ...backbone.open_clip_texts import encode_with_clip  # and with it open_clip
+        from ...backbone.text_tower import encode_with_clip  # and with it open_clip
 
         texts = fill_template(self.shape.class_template, names)
         embedding = torch.from_numpy(encode_with_clip(self.text, str(self.path), texts))
