@@ -92,12 +92,15 @@ def read_table_file(files: DatasetFiles, options: ReadOptions) -> list[VideoReco
 
 
 def _read_moments(table: Path, tree: VideoTree, columns: Mapping[str, str]) -> list[VideoRecord] | None:
-    """The videos of a table of moments; None where it is none, or its column `query` was said to be something else."""
-    if "caption" in columns or QUERY in columns.values():
+    """The videos of a table of moments; None where it is none, or its column `query` was said to be something else.
+
+    A table with classes is one of classes, whatever else it has.
+    """
+    if {"caption", "label"} & set(columns) or QUERY in columns.values():
         return None
     malformed = MalformedRows()
     rows = read_query_rows(table, malformed)
-    if rows is None:
+    if rows is None or any(name in row for _, row in rows for name in COLUMN_ROLES["label"]):
         return None
     if unknown := sorted(set(columns) - set(COLUMN_ROLES)):
         raise ConfigError(f"--column knows the roles {', '.join(COLUMN_ROLES)}; found {', '.join(unknown)}")

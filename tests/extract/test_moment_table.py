@@ -117,6 +117,15 @@ def test_a_column_of_queries_that_is_said_to_be_captions_makes_segments(read):
     assert read("path,caption\na.mp4,a cat\n", "m.csv")[0].moments == ()
 
 
+def test_a_table_with_classes_is_no_table_of_moments(read):
+    """Whoever had one with a column `query` has the same store from it as before."""
+    for table in ("path,label,query\na.mp4,cats,a cat\n", "path,action,query\na.mp4,cats,a cat\n"):
+        (record,) = read(table, "m.csv")
+        assert (record.class_name, record.captions, record.moments) == ("cats", (), ())
+    (record,) = read("path,kind,query\na.mp4,cats,a cat\n", "m.csv", columns={"label": "kind"})
+    assert (record.class_name, record.captions, record.moments) == ("cats", (), ())
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
