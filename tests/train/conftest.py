@@ -97,15 +97,16 @@ def trained_by_two(build_once, int8_store, captioned_store, class_texts_store):
 
     First the two look at the norms that they share. Last they evaluate `plain`, on its training videos.
 
-    plain is at the usual rate. The others move no weight: AdamW makes much of differences in the last bit of a gradient
-    near zero. `groups` has norms of two clips, one process's; `stopped` is the same, interrupted in its sixth step.
+    plain is at the usual rate, mixed at another. The others move no weight: AdamW makes much of differences in the last
+    bit of a gradient near zero. `groups` has norms of two clips, one process's; `stopped` is the same, interrupted in its sixth step.
     """
-    still = ["--learning-rate", "1e-12"]
+    still, mix = ["--learning-rate", "1e-12"], ["--mix", "both", "--learning-rate", "1e-3"]
     trainings = {
         "plain": (int8_store, ["--batch-size", "2"]),
         "still": (int8_store, ["--batch-size", "2", "--head", "side4video", *still]),
         "linear": (int8_store, ["--batch-size", "2", "--head", "linear", *still]),
         "dist": (class_texts_store, ["--batch-size", "2", "--head", "dist", *still]),
+        "mixed": (int8_store, ["--batch-size", "1", "--head", "attentive", *mix]),
         "groups": (int8_store, ["--batch-size", "2", "--norm-clips", "2", *still]),
         "stopped": (int8_store, ["--batch-size", "1", "--norm-clips", "2", *still]),
         "retrieval": (captioned_store, ["--batch-size", "3", "--task", "retrieval", "--interaction", "wti", *still]),

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s4v.train.tasks.grounding_baselines import find_constant_window, find_runs, find_similarity_threshold
@@ -35,6 +35,7 @@ def test_the_constant_window_is_the_one_that_most_queries_share():
     np.testing.assert_allclose(found.predict(50.0), [[10, 30, 1]])
 
 
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10**6), count=st.integers(1, 12))
 def test_no_window_of_the_grid_is_right_more_often(seed, count):
     windows, durations, _ = draw_queries(seed, count)
@@ -63,6 +64,7 @@ def test_frames_of_runs_are_those_above_the_threshold(seed, threshold):
     assert not set(found[:, 0]) & set(found[:, 1]), "runs do not touch"
 
 
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10**6), count=st.integers(1, 10))
 def test_the_threshold_has_the_recall_that_it_says_and_no_relative_one_has_more(seed, count):
     windows, durations, similarities = draw_queries(seed, count)

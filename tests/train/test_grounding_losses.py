@@ -84,6 +84,7 @@ def test_a_batch_that_is_split_has_the_loss_and_the_gradients_of_the_whole(batch
         assert (grads[1][name] - grad).abs().max() < 1e-6 * largest, name
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns(processes_run):
     """With the loop's way of gathering, and with what is dropped."""
     done = processes_run(2, Path(__file__).with_name("grounding_of_processes.py"))

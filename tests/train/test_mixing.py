@@ -374,19 +374,15 @@ def test_a_run_from_before_mixes_nothing_and_goes_on_so(assert_same_run, int8_st
         train_run(config_for(int8_store, out, epochs=1, resume=True, mix="cutmix"))
 
 
-def test_batches_of_a_step_and_two_processes_learn_what_one_batch_does(finish, train, int8_store, tmp_path):
+def test_batches_of_a_step_and_two_processes_learn_what_one_batch_does(trained_by_two, int8_store, tmp_path):
     """Batches of two and of one clip: of the latter every partner is read beside them."""
     common = dict(head="attentive", mix="both", learning_rate=1e-3)
     train_run(config_for(int8_store, tmp_path / "one", batch_size=2, **common))
     train_run(config_for(int8_store, tmp_path / "parts", batch_size=1, accumulate=2, **common))
-    options = ("--head", "attentive", "--mix", "both", "--learning-rate", "1e-3", "--batch-size", "1")
-    finish(train(int8_store, tmp_path / "two", *options, processes=2))
     plain = config_for(int8_store, tmp_path / "plain", **{**common, "mix": "none"})
     train_run(plain)
-    losses = {
-        name: [one["train_loss"] for one in read_metrics(open_run(tmp_path / name))]
-        for name in ("one", "parts", "two", "plain")
-    }
+    runs = {"two": trained_by_two / "mixed", **{name: tmp_path / name for name in ("one", "parts", "plain")}}
+    losses = {name: [one["train_loss"] for one in read_metrics(open_run(run))] for name, run in runs.items()}
     assert losses["parts"] == pytest.approx(losses["one"], rel=1e-4)
     assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)
     assert losses["plain"] != pytest.approx(losses["one"], rel=1e-3)

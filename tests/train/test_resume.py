@@ -258,7 +258,7 @@ def test_the_run_that_another_began_with_may_go_once_it_has_a_state(
 
 def test_two_processes_train_as_one_does_on_their_joined_batches(trained_by_two, int8_store, tmp_path):
     lines = (trained_by_two / "said").read_text().strip().splitlines()
-    assert len(lines) == 1 + 7 + 1, "one process speaks, once in each training"
+    assert len(lines) == 1 + 8 + 1, "one process speaks, once in each training"
     assert json.loads(lines[1])["steps"] == 4
     train_run(config_for(int8_store, tmp_path / "one", batch_size=4))
     one, two = (read_metrics(open_run(path)) for path in (tmp_path / "one", trained_by_two / "plain"))
