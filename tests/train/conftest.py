@@ -98,8 +98,8 @@ def trained_by_two(build_once, int8_store, captioned_store, class_texts_store):
     First the two look at the norms that they share. Last they evaluate `plain`, on its training videos.
 
     plain is at the usual rate, mixed at another. The others move no weight: AdamW makes much of differences in the last
-    bit of a gradient near zero. `groups` has norms of two clips, one process's; `stopped` is the same, interrupted in its
-    sixth step.
+    bit of a gradient near zero. `groups` has norms of two clips, one process's; `stopped` is the same, interrupted
+    in its sixth step.
     """
     still, mix = ["--learning-rate", "1e-12"], ["--mix", "both", "--learning-rate", "1e-3"]
     trainings = {
