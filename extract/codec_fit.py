@@ -60,17 +60,17 @@ class FrameSample:
 
 def fits_codec(job: Job) -> bool:
     """Whether a codec of a new store is fitted on its own videos: of patches, or of class tokens."""
-    return job.config.codec_from is None and (_wants_fit(job, job.layout) or _wants_cls_fit(job))
+    return job.config.codec_from is None and (wants_fit(job, job.layout) or _wants_cls_fit(job))
 
 
-def _wants_fit(job: Job, layout: StoreLayout) -> bool:
+def wants_fit(job: Job, layout: StoreLayout) -> bool:
     """Whether the codec of a layout's patches is not the identity."""
     is_plain = layout.patch_dtype != "int8" and layout.channels == layout.width
     return not (is_plain and job.config.codec == DEFAULT_CODEC)
 
 
 def _wants_cls_fit(job: Job) -> bool:
-    return job.layout.is_cls_coded and _wants_fit(job, job.layout.of_cls())
+    return job.layout.is_cls_coded and wants_fit(job, job.layout.of_cls())
 
 
 def make_codecs(job: Job) -> tuple[Codec, Codec | None]:
@@ -95,13 +95,21 @@ def make_codecs(job: Job) -> tuple[Codec, Codec | None]:
         )
     sample = _decode_sample(job)
     if not layout.is_cls_coded:
-        return _fit(job, sample, job.backbone, layout), None
+        return fit_patches(job, sample, job.backbone, layout), None
     recorder = ClassTokenRecorder(job.backbone, sample.pixels, layout.layers, layout.class_tokens, sample.padding)
-    codec = _fit(job, sample, recorder, layout) if _wants_fit(job, layout) else AffineCodec(dtype=config.dtype)
+    codec = fit_patches(job, sample, recorder, layout) if wants_fit(job, layout) else AffineCodec(dtype=config.dtype)
     return codec, _fit_cls(job, sample, recorder) if _wants_cls_fit(job) else AffineCodec(dtype=layout.cls_dtype)
 
 
-def _fit(job: Job, sample: FrameSample, tower: Tower, layout: StoreLayout) -> Codec:
+def fit_patches(job: Job, sample: FrameSample, tower: Tower, layout: StoreLayout) -> Codec:
+    """The codec of a layout's patches, as the job's options say.
+
+    Args:
+        job: Whose.
+        sample: What it is fitted on.
+        tower: Makes its tokens.
+        layout: Of the new store.
+    """
     return FITS[job.config.codec](
         layout.patch_dtype,
         sample,

@@ -30,7 +30,7 @@ from ..store.records import VideoRecord, VideoResult
 from ..store.texts import Texts
 from ..store.writer import RowTokens, StoreWriter, create_store, refuse_existing, resume_store
 from .caption_texts import write_caption_texts
-from .codec_fit import FITS, FrameSample, group_for_calibration
+from .codec_fit import FrameSample, fit_patches, group_for_calibration, wants_fit
 from .config import ExtractConfig
 from .decode.pool import DecoderPool
 from .disk_space import require_space
@@ -183,7 +183,7 @@ class _FeatureTable:
 
 def _fit(job: Job, features: FeatureFolder, shape: tuple[int, ...]) -> Codec:
     layout = job.layout
-    if layout.patch_dtype != "int8" and layout.channels == layout.width:
+    if not wants_fit(job, layout):
         return AffineCodec(dtype=layout.patch_dtype)
     there = [record for record in job.records if features.find_video(record.video_id).is_file()]
     groups = group_for_calibration(there, job.config.seed)
@@ -199,15 +199,7 @@ def _fit(job: Job, features: FeatureFolder, shape: tuple[int, ...]) -> Codec:
         raise DataNotFoundError(f"{features.path} has features of none of the {len(job.records)} videos")
     table = _FeatureTable(torch.from_numpy(np.concatenate(tokens)), job.backbone.info)
     sample = FrameSample(np.arange(len(ids)), tuple(ids))
-    return FITS[job.config.codec](
-        layout.patch_dtype,
-        sample,
-        table,
-        layout.layers,
-        channels=layout.channels,
-        batch_size=job.config.batch_size,
-        report=job.report,
-    )
+    return fit_patches(job, sample, table, layout)
 
 
 def _write_shard(job: Job, writer: StoreWriter, features: FeatureFolder, shard: int, shape: tuple[int, ...]) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,30 @@ def run_torchrun(processes, *arguments):
 def processes_run():
     """Run a script or a module under torchrun in so many processes."""
     return run_torchrun
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """A context that is interrupted, as by Ctrl-C, where a module's loss is asked for the so-manieth time.
+
+    It gives the arguments of each time.
+    """
+
+    @contextmanager
+    def interrupt(module, name, count):
+        seen, loss = [], getattr(module, name)
+
+        def stop(*arguments):
+            seen.append(arguments)
+            if len(seen) == count:
+                raise KeyboardInterrupt
+            return loss(*arguments)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, name, stop)
+            yield seen
+
+    return interrupt
 
 
 @pytest.fixture(scope="session")

@@ -153,21 +153,11 @@ def test_views_without_a_class_are_told(sided, tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_a_run_on_drawn_views_goes_on_to_the_same_bit(sided, tmp_path, monkeypatch, assert_same_run):
+def test_a_run_on_drawn_views_goes_on_to_the_same_bit(sided, tmp_path, interrupted, assert_same_run):
     store = sided / "s.zarr"
     whole = train_run(config_for(store, tmp_path / "whole", views_per_video=2))
-    seen, loss = [], tasks.classification_loss
-
-    def stop(*arguments):
-        seen.append(None)
-        if len(seen) == whole["steps"] - 2:
-            raise KeyboardInterrupt
-        return loss(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tasks, "classification_loss", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train_run(config_for(store, tmp_path / "run", views_per_video=2))
+    with interrupted(tasks, "classification_loss", whole["steps"] - 2):
+        train_run(config_for(store, tmp_path / "run", views_per_video=2))
     train_run(config_for(store, tmp_path / "run", views_per_video=2, resume=True))
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     assert open_run(tmp_path / "run").config["train_views"] == "all"

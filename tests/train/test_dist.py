@@ -247,28 +247,17 @@ def test_a_checkpoint_holds_the_texts_and_the_factor(half_steps_store, tmp_path)
     assert float(network.logit_scale) == pytest.approx(float(store.head["logit_scale"]))
 
 
-def test_a_training_that_was_stopped_goes_on_to_the_same_bit(assert_same_run, class_texts_store, tmp_path, monkeypatch):
+def test_a_training_that_was_stopped_goes_on_to_the_same_bit(assert_same_run, class_texts_store, tmp_path, interrupted):
     """In bf16, with blocks computed again; then it is played backwards."""
     more = dict(precision="bf16", checkpoint_activations=True)
     train_run(config_for(class_texts_store, tmp_path / "whole", **more))
-    loss, seen = recognition.classification_loss, []
-
-    def stop(*arguments):
-        seen.append(None)
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        return loss(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(recognition, "classification_loss", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train_run(config_for(class_texts_store, tmp_path / "run", **more))
+    with interrupted(recognition, "classification_loss", 3):
+        train_run(config_for(class_texts_store, tmp_path / "run", **more))
     train_run(config_for(class_texts_store, tmp_path / "run", resume=True, **more))
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     assert evaluate_run(tmp_path / "run", is_backwards=True)["is_backwards"]
 
 
-@pytest.mark.slow  # a training of eight others comes with it
 def test_two_processes_learn_what_one_does(trained_by_two, class_texts_store, tmp_path):
     train_run(config_for(class_texts_store, tmp_path / "one", learning_rate=1e-12))
     folders = (tmp_path / "one", trained_by_two / "dist")

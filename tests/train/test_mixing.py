@@ -338,22 +338,12 @@ def mixed_run(int8_store, tmp_path_factory):
 
 @pytest.mark.parametrize("step", [1, 5])
 def test_a_run_that_was_stopped_goes_on_to_the_same_bit(
-    assert_same_run, step, mixed_run, int8_store, tmp_path, monkeypatch
+    assert_same_run, step, mixed_run, int8_store, tmp_path, interrupted
 ):
-    seen, loss = [], tasks.classification_loss
-
-    def stop(*arguments):
-        seen.append(arguments[3])
-        if len(seen) == step + 1:
-            raise KeyboardInterrupt
-        return loss(*arguments)
-
     config = config_for(int8_store, tmp_path / "run", mix="both")
-    with monkeypatch.context() as patch:
-        patch.setattr(tasks, "classification_loss", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train_run(config)
-    assert all(one is not None for one in seen)
+    with interrupted(tasks, "classification_loss", step + 1) as seen:
+        train_run(config)
+    assert all(mixed is not None for *_, mixed in seen)
     train_run(replace(config, resume=True))
     assert_same_run(tmp_path / "run", mixed_run[0])
     with pytest.raises(RunExistsError, match="mix both there, mixup here"):

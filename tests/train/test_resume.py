@@ -40,20 +40,10 @@ def undisturbed(int8_store, tmp_path_factory):
     "step", [step if step in (0, 5) else pytest.param(step, marks=pytest.mark.slow) for step in range(NUM_STEPS)]
 )
 def test_a_run_that_was_stopped_in_a_step_goes_on_to_the_same_bit(
-    assert_same_run, step, undisturbed, int8_store, tmp_path, monkeypatch
+    assert_same_run, step, undisturbed, int8_store, tmp_path, interrupted
 ):
-    seen, loss = [], tasks.classification_loss
-
-    def stop(*arguments):
-        seen.append(None)
-        if len(seen) == step + 1:
-            raise KeyboardInterrupt
-        return loss(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tasks, "classification_loss", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train_run(config_for(int8_store, tmp_path / "run"))
+    with interrupted(tasks, "classification_loss", step + 1) as seen:
+        train_run(config_for(int8_store, tmp_path / "run"))
     before = len(seen)
     summary = train_run(config_for(int8_store, tmp_path / "run", resume=True))
     assert summary["steps"] == undisturbed[1]["steps"] == NUM_STEPS

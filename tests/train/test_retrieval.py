@@ -181,20 +181,10 @@ def test_two_processes_share_their_negatives(trained_by_two, captioned_store, tm
 
 
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 4])
-def test_a_stopped_run_goes_on_to_the_same_bit(assert_same_run, step, trained, captioned_store, tmp_path, monkeypatch):
-    seen, loss = [], retrieval.contrastive_loss
-
-    def stop(*arguments):
-        seen.append(None)
-        if len(seen) == step + 1:
-            raise KeyboardInterrupt
-        return loss(*arguments)
-
+def test_a_stopped_run_goes_on_to_the_same_bit(assert_same_run, step, trained, captioned_store, tmp_path, interrupted):
     interaction = trained[0].name
-    with monkeypatch.context() as patch:
-        patch.setattr(retrieval, "contrastive_loss", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train_run(config_for(captioned_store, tmp_path / "run", interaction=interaction))
+    with interrupted(retrieval, "contrastive_loss", step + 1):
+        train_run(config_for(captioned_store, tmp_path / "run", interaction=interaction))
     train_run(config_for(captioned_store, tmp_path / "run", interaction=interaction, resume=True))
     assert_same_run(tmp_path / "run", trained[0])
 
@@ -249,21 +239,11 @@ BEFORE = dict(
 )
 
 
-def test_a_killed_run_from_before_goes_on_as_it_was_begun(captioned_store, tmp_path, monkeypatch, assert_same_run):
+def test_a_killed_run_from_before_goes_on_as_it_was_begun(captioned_store, tmp_path, interrupted, assert_same_run):
     """Its folder tells none of the options that are younger than it. What it was begun with goes on with it."""
     train_run(config_for(captioned_store, tmp_path / "whole", **BEFORE))
-    seen, loss = [], retrieval.contrastive_loss
-
-    def stop(*arguments):
-        seen.append(None)
-        if len(seen) == 5:
-            raise KeyboardInterrupt
-        return loss(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(retrieval, "contrastive_loss", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train_run(config_for(captioned_store, tmp_path / "run", **BEFORE))
+    with interrupted(retrieval, "contrastive_loss", 5):
+        train_run(config_for(captioned_store, tmp_path / "run", **BEFORE))
     saved = json.loads((tmp_path / "run/config.json").read_text())
     saved["train"]["set"] = []
     for place, names in (

@@ -127,22 +127,12 @@ def test_a_head_that_gets_no_better_stops_alone(assert_same_run, options, int8_s
     ],
 )
 def test_heads_that_were_stopped_go_on_to_the_same_bit(
-    assert_same_run, batch, options, int8_store, tmp_path, monkeypatch
+    assert_same_run, batch, options, int8_store, tmp_path, interrupted
 ):
     """In the middle of a step: some heads have learnt from its batch, others not."""
-    seen, loss = [], tasks.classification_loss
-
-    def stop(*arguments):
-        seen.append(None)
-        if len(seen) == batch + 1:
-            raise KeyboardInterrupt
-        return loss(*arguments)
-
     config = config_for(int8_store, tmp_path, **options)
-    with monkeypatch.context() as patch:
-        patch.setattr(tasks, "classification_loss", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train_heads(heads_of(config, tmp_path / "h"), tmp_path / "state")
+    with interrupted(tasks, "classification_loss", batch + 1):
+        train_heads(heads_of(config, tmp_path / "h"), tmp_path / "state")
     train_heads([replace(one, resume=True) for one in heads_of(config, tmp_path / "h")], tmp_path / "state")
     train_heads(heads_of(config, tmp_path / "whole"), tmp_path / "whole-state")
     for place in range(len(RATES)):

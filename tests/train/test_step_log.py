@@ -125,20 +125,10 @@ def test_a_run_tells_of_its_steps_and_learns_what_it_learns_untold(told, assert_
     assert_same_run(out, tmp_path / "quiet")
 
 
-def test_steps_that_are_trained_again_are_told_once(told, int8_store, tmp_path, monkeypatch):
-    seen, loss = [], tasks.classification_loss
-
-    def stop(*arguments):
-        seen.append(None)
-        if len(seen) == 7:
-            raise KeyboardInterrupt
-        return loss(*arguments)
-
+def test_steps_that_are_trained_again_are_told_once(told, int8_store, tmp_path, interrupted):
     config = config_for(int8_store, tmp_path / "run", log_every=1, checkpoint_minutes=60.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(tasks, "classification_loss", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train_run(config)
+    with interrupted(tasks, "classification_loss", 7):
+        train_run(config)
     run = tmp_path / "run"
     assert [one["step"] for one in read_steps(run)] == list(range(1, 7)), "of which two are in no state"
     with (run / "steps.jsonl").open("a") as file:

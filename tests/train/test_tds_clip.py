@@ -109,22 +109,12 @@ def config_for(store, out, **changes):
     return TrainConfig(**{**values, "warmup_epochs": 1.0, "checkpoint_minutes": 0.0, **changes})
 
 
-def test_a_training_that_was_stopped_goes_on_to_the_same_bit(assert_same_run, offsets_store, tmp_path, monkeypatch):
+def test_a_training_that_was_stopped_goes_on_to_the_same_bit(assert_same_run, offsets_store, tmp_path, interrupted):
     """In bf16, with layers computed again; then it is played backwards."""
     more = dict(precision="bf16", checkpoint_activations=True)
     train_run(config_for(offsets_store, tmp_path / "whole", **more))
-    loss, seen = recognition.classification_loss, []
-
-    def stop(*arguments):
-        seen.append(None)
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        return loss(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(recognition, "classification_loss", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train_run(config_for(offsets_store, tmp_path / "run", **more))
+    with interrupted(recognition, "classification_loss", 3):
+        train_run(config_for(offsets_store, tmp_path / "run", **more))
     train_run(config_for(offsets_store, tmp_path / "run", resume=True, **more))
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     run = open_run(tmp_path / "run")
