@@ -42,20 +42,23 @@ class Lines:
     Args:
         path: Of the file.
         settings: What lines must agree in to stand in one table.
+        known: What `keep` left of an earlier run, perhaps of another folder: its `runs` count too. None is none.
 
     Raises:
         SystemExit: If it holds lines of other settings.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], known: Path | None = None) -> None:
         self.path = path
         self.settings = settings
-        self.done: list[dict[str, Any]] = []
+        self.done: list[dict[str, Any]] = [] if known is None else json.loads(known.read_text(encoding="utf-8"))["runs"]
         for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
             try:
-                self.done.append(json.loads(text))
+                line = json.loads(text)
             except ValueError:
                 continue
+            if line not in self.done:
+                self.done.append(line)
         if others := [line["settings"] for line in self.done if line["settings"] != settings]:
             raise SystemExit(f"{path} holds lines of {others[0]}, this run is {settings}: name another --folder")
 
@@ -65,12 +68,16 @@ class Lines:
 
     def add(self, arm: str, seed: int, found: dict[str, Any]) -> None:
         """Keep a training's figures, and say them."""
-        line = {"arm": arm, "seed": seed, "settings": self.settings, **found}
+        self.append({"arm": arm, "seed": seed, **found})
+        print(f"{arm}, seed {seed}: {found['top1']:.1%} in {found['seconds']:.0f} s", flush=True)
+
+    def append(self, found: dict[str, Any]) -> None:
+        """Keep a line."""
+        line = {"settings": self.settings, **found}
         self.done.append(line)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        print(f"{arm}, seed {seed}: {found['top1']:.1%} in {found['seconds']:.0f} s", flush=True)
 
 
 def summarise_pairs(lines: Sequence[dict[str, Any]], arms: Sequence[str], reference: str) -> list[dict[str, Any]]:

@@ -38,6 +38,7 @@ import numpy as np
 import torch
 from _report import describe_machine, format_table, keep
 from _stores import change_store
+from _trainings import Lines
 
 from s4v.demo.captions import prompt_motion
 from s4v.demo.pipeline import EXTRACTION
@@ -293,46 +294,19 @@ def list_classes() -> list[str]:
     return sorted(LABELS)
 
 
-class Lines:
-    """The file of results; a line that a kill has cut short is left out.
+class Results(Lines):
+    """Lines of three kinds: a rate that was tried, a seed that was trained, how long steps took."""
 
-    Args:
-        path: Of the file.
-        settings: What all lines must have been trained with.
-        known: A result of an earlier run, perhaps of another folder, whose lines count too; None is none.
-
-    Raises:
-        SystemExit: If it holds lines of other settings.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any], known: Path | None) -> None:
-        self._path, self._settings = path, settings
-        self.done: list[dict[str, Any]] = [] if known is None else json.loads(known.read_text(encoding="utf-8"))["runs"]
-        for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            try:
-                self.done.append(json.loads(text))
-            except ValueError:
-                continue
-        if others := [line["settings"] for line in self.done if line["settings"] != settings]:
-            raise SystemExit(f"{path} holds lines of {others[0]}, this run is {settings}: name another --folder")
-
-    def add(self, found: dict[str, Any]) -> None:
+    def add_training(self, found: dict[str, Any]) -> None:
         """Keep a training's figures, and say them."""
-        self._append(found)
+        self.append(found)
         what = f"rate {found['rate']:g}" if found["seed"] is None else f"seed {found['seed']}"
         print(f"{found['arm']}, {what}: {found['top1']:.1%} in {found['seconds']:.0f} s", flush=True)
 
-    def _append(self, found: dict[str, Any]) -> None:
-        line = {**found, "settings": self._settings}
-        self.done.append(line)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
     def add_step(self, found: dict[str, Any]) -> None:
         """Keep how long a step took, and say it."""
+        self.append(found)
         print(f"{found['arm']}: {1e3 * found['step_s']:.0f} ms, {found['memory_bytes'] / 1e9:.2f} GB", flush=True)
-        self._append(found)
 
     def list_steps(self, arm: str) -> list[dict[str, Any]]:
         """Of an arm, round after round."""
@@ -348,7 +322,7 @@ class Lines:
         return sorted(own, key=lambda line: line["seed"])
 
 
-def plan_jobs(lines: Lines, arms: Sequence[Arm], options: argparse.Namespace) -> list[Job]:
+def plan_jobs(lines: Results, arms: Sequence[Arm], options: argparse.Namespace) -> list[Job]:
     """What can be trained now: an arm's seeds once its rate is chosen, and seed after seed of all arms."""
     jobs: list[tuple[int, Job]] = []
     for arm in arms:
@@ -364,7 +338,7 @@ def plan_jobs(lines: Lines, arms: Sequence[Arm], options: argparse.Namespace) ->
     return [job for _, job in sorted(jobs, key=lambda pair: pair[0])]
 
 
-def work(lines: Lines, arms: Sequence[Arm], options: argparse.Namespace) -> None:
+def work(lines: Results, arms: Sequence[Arm], options: argparse.Namespace) -> None:
     """Train what is missing, several trainings side by side; none begins when the minutes are over."""
     ends = time.monotonic() + 60 * options.minutes
     context = multiprocessing.get_context("spawn")
@@ -381,7 +355,7 @@ def work(lines: Lines, arms: Sequence[Arm], options: argparse.Namespace) -> None
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 del running[future]
-                lines.add(future.result())
+                lines.add_training(future.result())
 
 
 def prepare(threads: int) -> None:
@@ -397,7 +371,7 @@ def ask_frozen_model(folder: Path) -> dict[str, str]:
     return {split: pack(classify_zero_shot(store, prompts, split=split).answers) for split in ("val", "novel")}
 
 
-def summarise(lines: Lines, folder: Path) -> list[dict[str, Any]]:
+def summarise(lines: Results, folder: Path) -> list[dict[str, Any]]:
     """A line of the table for each arm that was trained with a seed, and one of what is not trained."""
     labels = read_labels(folder)
     arms = {arm.name: arm for arm in ARMS}
@@ -532,7 +506,7 @@ def tell_interval(value: float, low: float, high: float) -> str:
     return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
-def time_steps(lines: Lines, arms: Sequence[Arm], options: argparse.Namespace) -> None:
+def time_steps(lines: Results, arms: Sequence[Arm], options: argparse.Namespace) -> None:
     """A training of one epoch of each arm in a process of its own, in turns, with all cores."""
     for number in range(STEP_ROUNDS):
         for arm in arms:
@@ -574,7 +548,7 @@ def main() -> None:
     arms = [arm for arm in ARMS if not options.only or arm.name in options.only]
     make_stores(options.folder, world, options.device, find_stores(arms, options))
     settings = {name: getattr(options, name) for name in ("train", "val", "novel", "share")}
-    lines = Lines(options.folder / "results.jsonl", settings, options.known)
+    lines = Results(options.folder / "results.jsonl", settings, options.known)
     if options.step_of:
         print(json.dumps(time_one(next(arm for arm in ARMS if arm.name == options.step_of), options)))
         return

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
+
+from s4v.train.run_folder import open_run, read_metrics
 
 NORMS = Path(__file__).with_name("norms_of_processes.py")
 """Looks at norms whose groups span processes; its argument is how many."""
@@ -53,6 +56,24 @@ def run_torchrun(processes, *arguments):
 def processes_run():
     """Run a script or a module under torchrun in so many processes."""
     return run_torchrun
+
+
+@pytest.fixture(scope="session")
+def assert_learnt_alike():
+    """Two trainings that differ in the order of sums: metrics, and the gradients that AdamW saw."""
+
+    def compare(first, second):
+        metrics = (read_metrics(open_run(folder)) for folder in (first, second))
+        for ours, theirs in zip(*metrics, strict=True):
+            assert ours == pytest.approx(theirs, rel=2e-4)
+        ours, theirs = (load_file(folder / "state.safetensors") for folder in (first, second))
+        compared = [name for name in ours if name.endswith("exp_avg")]
+        assert len(compared) > 50
+        for name in compared:
+            largest = ours[name].abs().max()
+            assert (ours[name] - theirs[name]).abs().max() <= 1e-3 * largest + 1e-6, name
+
+    return compare
 
 
 @pytest.fixture

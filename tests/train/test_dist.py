@@ -22,7 +22,7 @@ from s4v.train.loop import train_run
 from s4v.train.networks import parts
 from s4v.train.networks.dist import Dist, ramp_to_cosine
 from s4v.train.paper.presets import DIST_PRESETS
-from s4v.train.run_folder import load_checkpoint, open_run, read_metrics
+from s4v.train.run_folder import load_checkpoint, open_run
 from s4v.train.settings import plan_network, resolve_preset
 from s4v.train.tasks import recognition
 
@@ -258,18 +258,9 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_bit(assert_same_run, cl
     assert evaluate_run(tmp_path / "run", is_backwards=True)["is_backwards"]
 
 
-def test_two_processes_learn_what_one_does(trained_by_two, class_texts_store, tmp_path):
+def test_two_processes_learn_what_one_does(trained_by_two, assert_learnt_alike, class_texts_store, tmp_path):
     train_run(config_for(class_texts_store, tmp_path / "one", learning_rate=1e-12))
-    folders = (tmp_path / "one", trained_by_two / "dist")
-    first, second = (read_metrics(open_run(folder)) for folder in folders)
-    for ours, theirs in zip(first, second, strict=True):
-        assert ours == pytest.approx(theirs, rel=2e-4)
-    ours, theirs = (load_file(folder / "state.safetensors") for folder in folders)
-    compared = [name for name in ours if name.endswith("exp_avg")]
-    assert len(compared) > 50
-    for name in compared:
-        largest = ours[name].abs().max()
-        assert (ours[name] - theirs[name]).abs().max() <= 1e-3 * largest + 1e-6, name
+    assert_learnt_alike(tmp_path / "one", trained_by_two / "dist")
 
 
 def test_a_run_is_evaluated_on_the_other_kind_of_store(class_texts_store, half_steps_store, tmp_path):

@@ -165,19 +165,10 @@ def test_a_video_can_choose_among_all_captions(captioned_store):
     torch.testing.assert_close(found, torch.stack(losses).mean(), rtol=1e-5, atol=1e-6)
 
 
-def test_two_processes_share_their_negatives(trained_by_two, captioned_store, tmp_path):
+def test_two_processes_share_their_negatives(trained_by_two, assert_learnt_alike, captioned_store, tmp_path):
     one = config_for(captioned_store, tmp_path / "one", batch_size=6, interaction="wti", learning_rate=1e-12)
     train_run(TrainConfig(**{**{n: getattr(one, n) for n in TrainConfig.__dataclass_fields__}, "warmup_epochs": 1.0}))
-    folders = (tmp_path / "one", trained_by_two / "retrieval")
-    first, second = (read_metrics(open_run(folder)) for folder in folders)
-    for ours, theirs in zip(first, second, strict=True):
-        assert ours == pytest.approx(theirs, rel=2e-4)
-    ours, theirs = (load_file(folder / "state.safetensors") for folder in folders)
-    compared = [name for name in ours if name.endswith("exp_avg")]
-    assert len(compared) > 50
-    for name in compared:
-        largest = ours[name].abs().max()
-        assert (ours[name] - theirs[name]).abs().max() <= 1e-3 * largest + 1e-6, name
+    assert_learnt_alike(tmp_path / "one", trained_by_two / "retrieval")
 
 
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 4])
